@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Small networks run faster as two processes of one thread than as one of two.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all setup lint types fmt check wheel clean
+
+demo: setup
+	$(BIN)/voxelith demo output=voxelith-demo
+
+test: setup
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/pytest -m "not gpu"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is $$($(PYTHON) --version); voxelith needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+		|| { echo "error: this Python cannot make environments; on Debian: apt-get install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,tensorboard]"
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+fmt: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test
+
+# The built wheel, used from a folder whose names could shadow ours.
+wheel: setup
+	bash tests/wheel.sh $(BIN)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info voxelith-demo

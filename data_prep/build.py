@@ -1,0 +1,441 @@
+"""Raw scans to a corpus in three steps: scan every file, plan the shards, write them.
+
+The result depends on the input, the options, the salt and the library versions alone, never on
+the number of processes. Nothing appears at `output` until everything is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, shard_name
+from data_prep.errors import InputError
+from data_prep.files import write_bytes
+from data_prep.fingerprint import as_text
+from data_prep.layouts import Case, Layout, LeftOut
+from data_prep.naming import choose_salt, key_names, keyed_hash, slug
+from data_prep.progress import bar
+from data_prep.request import (
+    check_request,
+    class_rows,
+    class_table,
+    excluded_names,
+    existing_result,
+    nothing_left,
+    private_folder,
+    versions,
+)
+from data_prep.scan import ScanJob, Scanned, scan
+from data_prep.settings import PrepResult, PrepSettings
+from data_prep.shards import PAYLOADS, array_suffix, canonical_json, table_suffix
+from data_prep.splits import make_split, split_from, write_split
+from data_prep.write import WriteJob, assign_shards, write_fingerprints, write_index, write_shard
+
+# Below this many cases starting processes costs more than it saves.
+CASES_PER_PROCESS = 4
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+Say = Callable[[str], None]
+
+
+def prep(settings: PrepSettings, say: Say = print) -> PrepResult:
+    """Write the corpus that `settings` describe.
+
+    Args:
+        settings: Input, output and options.
+        say: Receives the report line by line.
+
+    Raises:
+        InputError: with all problems of the request; nothing was written then.
+    """
+    layout, labelled, request = check_request(settings)
+    say(f"input: {layout.description}; {len(layout.cases)} images")
+    existing = existing_result(settings, request)
+    if existing is not None:
+        say(
+            f"{settings.output} already is this corpus ({existing.samples} samples); nothing to "
+            "do. overwrite=true writes it again."
+        )
+        return existing
+    classes = class_table(settings, layout) if labelled else None
+    excluded = excluded_names(settings.exclude)
+    private = private_folder(settings.output)
+    salt = choose_salt(settings, private)
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(settings.output)
+    work = settings.output.parent / (
+        f".{settings.output.name}.prep-{socket.gethostname()}-{os.getpid()}"
+    )
+    work.mkdir(mode=0o700)
+    try:
+        spool = work / "spool"
+        spool.mkdir()
+        jobs = _jobs(settings, layout, labelled, classes, salt, spool)
+        processes = _processes(settings, len(jobs))
+        scanned = list(_each(scan, jobs, processes, "scan"))
+        kept, left_out = _survivors(jobs, scanned, excluded)
+        left_out = [*layout.left_out, *left_out]
+        if not kept:
+            raise InputError(nothing_left(settings, layout, left_out))
+        result = _write(settings, layout, jobs, kept, left_out, classes, work, processes)
+        _publish(settings, private, work, jobs, kept, left_out, salt, request, result)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _report(result, layout, kept, left_out, say)
+    return result
+
+
+def _sweep(output: Path) -> None:
+    """Remove what a killed prep of the same output left on this machine."""
+    for path in output.parent.glob(f".{output.name}.prep-{socket.gethostname()}-*"):
+        pid = path.name.rsplit("-", 1)[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _jobs(
+    settings: PrepSettings,
+    layout: Layout,
+    labelled: bool,
+    classes: list[dict[str, Any]] | None,
+    salt: bytes,
+    spool: Path,
+) -> list[ScanJob]:
+    names = key_names(layout.cases) if settings.keys == "names" else {}
+    jobs = []
+    for number, case in enumerate(layout.cases):
+        if settings.keys == "names":
+            key = names[case.name]
+            subject = slug(case.subject) if case.subject else key
+        else:
+            key = keyed_hash(salt, "key", case.name)
+            subject = keyed_hash(salt, "subject", case.subject or f"\0{case.name}")
+        jobs.append(
+            ScanJob(
+                number=number,
+                case=case if labelled else replace(case, label=None),
+                key=key,
+                subject=subject,
+                spool=spool,
+                modality=case.modality if settings.modality == "auto" else settings.modality,
+                labelled=labelled,
+                values=frozenset(row["value"] for row in classes) if classes else None,
+                spacing=settings.spacing,
+            )
+        )
+    return jobs
+
+
+def _processes(settings: PrepSettings, cases: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = settings.processes or cores or 1
+    if settings.processes == 0:
+        wanted = min(wanted, cases // CASES_PER_PROCESS)
+    return max(1, min(wanted, cases))
+
+
+def _each(
+    work: Callable[[Job], Done], jobs: Sequence[Job], processes: int, what: str
+) -> Iterator[Done]:
+    """The results of the jobs in order, with a progress bar."""
+
+    def shown(results: Iterable[Done]) -> Iterator[Done]:
+        return iter(bar(iterable=results, desc=what, total=len(jobs)))
+
+    if processes == 1:
+        yield from shown(map(work, jobs))
+        return
+    # Spawned, not forked: whatever threads the parent runs cannot hang a child.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            yield from shown(pool.map(work, jobs))
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"{what}: a worker process died, most likely for want of memory; try fewer "
+                f"(processes={max(1, processes // 2)})"
+            ) from error
+
+
+def _survivors(
+    jobs: Sequence[ScanJob], scanned: Sequence[Scanned | LeftOut], excluded: set[str]
+) -> tuple[list[Scanned], list[LeftOut]]:
+    """Samples sorted by key, and files left out; of equal scans the first in the input stays."""
+    kept: list[Scanned] = []
+    left_out: list[LeftOut] = []
+    first: dict[str, str] = {}
+    for job, result in zip(jobs, scanned, strict=True):
+        verdict: LeftOut
+        if isinstance(result, LeftOut):
+            verdict = result
+        else:
+            print_text = as_text(result.meta["fingerprint"])
+            if excluded & {result.key, print_text, result.meta["fingerprint"]["value"]}:
+                verdict = LeftOut(job.case.name, "excluded", "named by the exclude file")
+            elif print_text in first:
+                verdict = LeftOut(job.case.name, "duplicate", f"duplicate of {first[print_text]}")
+            else:
+                first[print_text] = result.key
+                kept.append(result)
+                continue
+        left_out.append(verdict)
+    return sorted(kept, key=lambda sample: sample.key), left_out
+
+
+def _write(
+    settings: PrepSettings,
+    layout: Layout,
+    jobs: Sequence[ScanJob],
+    kept: Sequence[Scanned],
+    left_out: list[LeftOut],
+    classes: list[dict[str, Any]] | None,
+    work: Path,
+    processes: int,
+) -> PrepResult:
+    """Write all files of the corpus to `work/corpus`; adds labels without a sample to the books."""
+    labelled = jobs[0].labelled
+    if labelled and classes is None:
+        values = {int(v) for sample in kept for v in sample.meta["class_counts"]}
+        classes = class_rows({0: "background", **{v: f"class_{v}" for v in values}})
+    annotated = [row["value"] for row in classes or [] if row["value"] and not row["ignore"]]
+
+    root = work / "corpus"
+    (root / "shards").mkdir(parents=True)
+    samples = []
+    for sample in kept:
+        meta = {**sample.meta, "annotated": annotated} if labelled else sample.meta
+        samples.append((sample.number, sample.key, canonical_json(meta), _suffixes(sample)))
+    sizes = [
+        len(data) + sum(sample.sizes.values())
+        for sample, (_, _, data, _) in zip(kept, samples, strict=True)
+    ]
+    plan = assign_shards(sizes, int(settings.shard_mib * 2**20))
+    write_jobs = [
+        WriteJob(number, root / "shards", work / "spool", [samples[i] for i in members])
+        for number, members in enumerate(plan)
+    ]
+    written = list(_each(write_shard, write_jobs, min(processes, len(plan)), "write"))
+
+    index_hash = write_index(root / INDEX_FILE, kept, written)
+    prints_hash = write_fingerprints(root / FINGERPRINTS_FILE, kept)
+    splits = _write_splits(root, jobs, kept, labelled)
+    files = _account(layout, jobs, kept, left_out)
+    rejected = dict(sorted(Counter(row.code for row in left_out).items()))
+    metas = [sample.meta for sample in kept]
+    counts = {
+        "samples": len(kept),
+        "subjects": len({meta["subject"] for meta in metas}),
+        "modality": _count(c["modality"] for m in metas for c in m["channels"][:1]),
+        "source": _count(meta["source"] for meta in metas),
+        "licence": _count(meta["licence"] for meta in metas),
+        "rejected": rejected,
+        "files": files,
+    }
+    info = {
+        "format": FORMAT,
+        "name": settings.name or settings.output.name,
+        "kind": "labelled" if labelled else "unlabelled",
+        "layout": _public_layout(layout),
+        "classes": classes or [],
+        "options": {
+            "keys": settings.keys,
+            "labels": labelled,
+            "modality": settings.modality,
+            "shard_mib": settings.shard_mib,
+            "spacing": list(settings.spacing) if settings.spacing else None,
+        },
+        "versions": versions(),
+        "counts": counts,
+        "shards": [
+            {
+                "name": shard_name(shard.number),
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+                "samples": len(shard.places),
+            }
+            for shard in written
+        ],
+        "index": {"file": INDEX_FILE, "sha256": index_hash},
+        "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": prints_hash},
+        "generations": [{"number": 1, "added": len(kept), "removed": 0}],
+    }
+    write_bytes(root / CORPUS_FILE, json.dumps(info, indent=1, sort_keys=True).encode() + b"\n")
+    return PrepResult(
+        output=settings.output,
+        private=private_folder(settings.output),
+        kind=str(info["kind"]),
+        layout=layout.description,
+        samples=len(kept),
+        subjects=len({meta["subject"] for meta in metas}),
+        shards=len(written),
+        bytes=sum(shard.bytes for shard in written),
+        files=files,
+        rejected=rejected,
+        modalities=_count(m["channels"][0]["modality"] for m in metas),
+        splits=splits,
+        index_hash=index_hash,
+    )
+
+
+def _suffixes(sample: Scanned) -> list[str]:
+    return [
+        suffix
+        for payload in PAYLOADS
+        for suffix in (table_suffix(payload), array_suffix(payload))
+        if suffix in sample.sizes
+    ]
+
+
+def _write_splits(
+    root: Path, jobs: Sequence[ScanJob], kept: Sequence[Scanned], labelled: bool
+) -> list[str]:
+    """`official` from the list's split column, else `default` by subject for labelled corpora."""
+    keys = [sample.key for sample in kept]
+    subjects = [sample.meta["subject"] for sample in kept]
+    parts = [jobs[sample.number].case.split for sample in kept]
+    if any(parts):
+        split = split_from("official", keys, subjects, parts)
+    elif labelled:
+        split = make_split(keys, subjects)
+    else:
+        return []
+    write_split(split, root / "splits")
+    return [str(split["name"])]
+
+
+def _account(
+    layout: Layout, jobs: Sequence[ScanJob], kept: Sequence[Scanned], left_out: list[LeftOut]
+) -> dict[str, int]:
+    """How every file of the input ended; unused labels are added to `left_out`."""
+    stored = [jobs[sample.number].case for sample in kept]
+    counts = {"images": len({case.image for case in stored})}
+    used: set[Path] = set()
+    for what in ("label", "mask"):
+        paths = {path for case in stored if (path := getattr(case, what)) is not None}
+        counts[f"{what}s"] = len(paths - used)
+        used |= paths
+    ignored = len(layout.ignored)
+    lost: set[Path] = set()
+    for case, job in zip(layout.cases, jobs, strict=True):
+        for path in (case.label, case.mask):
+            if path is None or path in used or path in lost:
+                continue
+            lost.add(path)
+            if path == case.label and not job.labelled:
+                ignored += 1
+            else:
+                left_out.append(
+                    LeftOut(_beside(case, path), "image_left_out", f"belongs to {case.name}")
+                )
+    counts["left_out"] = len(left_out)
+    counts["ignored"] = ignored
+    counts["total"] = sum(counts.values())
+    return counts
+
+
+def _beside(case: Case, path: Path) -> str:
+    """A label's name in the terms of the input: relative to the same root as its image's."""
+    root = Path(str(case.image)[: -len(case.name)] or ".")
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(value or "unknown" for value in values).items()))
+
+
+def _public_layout(layout: Layout) -> str:
+    """The layout without the name of a list, which is the user's own."""
+    return "list" if layout.description.startswith("list ") else layout.description
+
+
+def _publish(
+    settings: PrepSettings,
+    private: Path,
+    work: Path,
+    jobs: Sequence[ScanJob],
+    kept: Sequence[Scanned],
+    left_out: Sequence[LeftOut],
+    salt: bytes,
+    request: str,
+    result: PrepResult,
+) -> None:
+    """Write the private folder, then let the corpus appear at its place in one rename."""
+    private.mkdir(mode=0o700, exist_ok=True)
+    private.chmod(0o700)
+    if settings.keys == "hmac" and settings.salt is None:
+        write_bytes(private / "salt", salt + b"\n", mode=0o600)
+    keymap = [
+        [job.key, job.subject, job.case.name, job.case.subject]
+        for job in (jobs[sample.number] for sample in kept)
+    ]
+    _write_csv(private / "keymap.csv", ["key", "subject", "input", "input_subject"], keymap)
+    rows = sorted([row.name, row.code, row.detail] for row in left_out)
+    _write_csv(private / "quarantine.csv", ["input", "code", "detail"], rows)
+
+    output = settings.output
+    old = None
+    if output.exists():
+        old = work / "old"
+        output.rename(old)
+    try:
+        (work / "corpus").rename(output)
+    except OSError:
+        if old is not None:
+            old.rename(output)
+        raise
+    write_bytes(
+        private / "request.json",
+        canonical_json({"request": request, "index": result.index_hash}),
+        mode=0o600,
+    )
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode("utf-8"), mode=0o600)
+
+
+def _report(
+    result: PrepResult,
+    layout: Layout,
+    kept: Sequence[Scanned],
+    left_out: Sequence[LeftOut],
+    say: Say,
+) -> None:
+    modalities = ", ".join(f"{n} {name}" for name, n in result.modalities.items())
+    say(
+        f"{result.output}: {result.samples} {result.kind} volumes of {result.subjects} subjects "
+        f"({modalities}) in {result.shards} shards, {result.bytes / 2**20:.1f} MiB"
+    )
+    guessed = sum(sample.guessed for sample in kept)
+    if guessed:
+        say(f"modality guessed from the intensities for {guessed} volumes (modality= sets it)")
+    files = result.files
+    used = ", ".join(f"{files[n]} {n}" for n in ("images", "labels", "masks") if files[n])
+    say(f"{files['total']} files: {used}, {files['left_out']} left out, {files['ignored']} ignored")
+    for code, count in result.rejected.items():
+        example = next(row for row in left_out if row.code == code)
+        say(f"  left out, {code}: {count}, for example {example.name} ({example.detail})")
+    if left_out:
+        say(f"  all of them: {result.private / 'quarantine.csv'}")
+    if result.splits:
+        say(f"split: {', '.join(result.splits)} ({result.output / 'splits'})")

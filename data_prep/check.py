@@ -1,0 +1,192 @@
+"""Every byte of a corpus against what was written, with the name of what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_prep.corpus import Corpus, shard_name
+from data_prep.errors import CorruptionError, InputError
+from data_prep.progress import bar
+from data_prep.shards import PAYLOADS, array_suffix, read_table, table_suffix
+
+MAXIMUM_PER_SHARD = 20
+
+
+def check(path: str | Path) -> list[str]:
+    """All damage in the corpus at `path`, a sentence each; an empty list if it is whole.
+
+    Compares the sha256 and size of every shard, the members of each tar with the index, and every
+    region of every payload with its chunk table; then fingerprints and splits.
+
+    Raises:
+        InputError: there is no corpus, or of a format that this program cannot read.
+    """
+    try:
+        corpus = Corpus.open(path)
+    except CorruptionError as error:
+        return error.problems
+    problems = _unknown_shards(corpus)
+    samples: list[list[int]] = [[] for _ in corpus.info["shards"]]
+    for i, shard in enumerate(corpus.shards):
+        if 0 <= shard < len(samples):
+            samples[int(shard)].append(i)
+        else:
+            problems.append(f"index: sample {corpus.keys[i]} lies in shard {shard}, unknown")
+    for number in bar(iterable=range(len(samples)), desc="check", unit="shard"):
+        problems += _shard_problems(corpus, number, samples[number])
+    return problems + _side_problems(corpus)
+
+
+def _unknown_shards(corpus: Corpus) -> list[str]:
+    known = {shard["name"] for shard in corpus.info["shards"]}
+    found = {f"shards/{path.name}" for path in (corpus.path / "shards").glob("*")}
+    return [
+        f"{corpus.path}/{name}: not a shard of this corpus; remove it"
+        for name in sorted(found - known)
+    ]
+
+
+def _shard_problems(corpus: Corpus, number: int, samples: list[int]) -> list[str]:
+    """Size, sha256, members, and every region of every payload, so that damage has a name."""
+    name = shard_name(number)
+    path = corpus.path / name
+    stated = corpus.info["shards"][number]
+    problems = []
+    if not path.is_file():
+        return [f"{path}: missing; copy the shard again"]
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    if size != stated["bytes"]:
+        problems.append(f"{path}: {size} bytes, corpus.json says {stated['bytes']}")
+    elif sha256 != stated["sha256"]:
+        problems.append(f"{path}: sha256 differs from corpus.json; copy the shard again")
+    if stated["samples"] != len(samples):
+        problems.append(
+            f"{path}: {len(samples)} samples in the index, corpus.json says {stated['samples']}"
+        )
+    details = _member_problems(corpus, path, samples)
+    if size == stated["bytes"]:
+        for i in samples:
+            details += _sample_problems(corpus, path, i)
+    if len(details) > MAXIMUM_PER_SHARD:
+        more = len(details) - MAXIMUM_PER_SHARD
+        details = [*details[:MAXIMUM_PER_SHARD], f"{path}: and {more} more"]
+    return problems + details
+
+
+def _member_problems(corpus: Corpus, path: Path, samples: list[int]) -> list[str]:
+    """The tar's own list of members against the index."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            found = {member.name: (member.offset_data, member.size) for member in tar}
+    except (tarfile.TarError, OSError, ValueError) as error:
+        return [f"{path}: not a readable tar ({error})"]
+    problems = []
+    for i in samples:
+        for suffix, column in _members(corpus, i):
+            name = f"{corpus.keys[i]}.{suffix}"
+            place = (
+                int(corpus.column(f"{column}_offset")[i]),
+                int(corpus.column(f"{column}_size")[i]),
+            )
+            actual = found.pop(name, None)
+            if actual is None:
+                problems.append(f"{path}: member {name} is missing")
+            elif actual != place:
+                problems.append(
+                    f"{path}: member {name} lies at offset, size {actual}, the index says {place}"
+                )
+    problems += [f"{path}: member {name} is not in the index" for name in sorted(found)]
+    return problems
+
+
+def _members(corpus: Corpus, i: int) -> list[tuple[str, str]]:
+    """(suffix in the tar, column in the index) of all members of a sample."""
+    members = [("json", "json")]
+    for payload in PAYLOADS:
+        if corpus.sample_has(i, payload):
+            members += [
+                (table_suffix(payload), f"{payload}_chunks"),
+                (array_suffix(payload), payload),
+            ]
+    return members
+
+
+def _sample_problems(corpus: Corpus, path: Path, i: int) -> list[str]:
+    key = corpus.keys[i]
+    problems = []
+    data = {}
+    with path.open("rb") as file:
+        for suffix, column in _members(corpus, i):
+            file.seek(int(corpus.column(f"{column}_offset")[i]))
+            data[suffix] = file.read(int(corpus.column(f"{column}_size")[i]))
+    if xxhash.xxh3_64_intdigest(data["json"]) != int(corpus.column("json_xxh3")[i]):
+        problems.append(f"{path}: sample {key}: {key}.json is damaged")
+    else:
+        problems += _meta_problems(corpus, path, i, json.loads(data["json"]))
+    for payload in PAYLOADS:
+        if array_suffix(payload) not in data:
+            continue
+        table_data, frame = data[table_suffix(payload)], data[array_suffix(payload)]
+        stated = int(corpus.column(f"{payload}_chunks_xxh3")[i])
+        if xxhash.xxh3_64_intdigest(table_data) != stated:
+            problems.append(f"{path}: sample {key}, payload {payload}: its chunk table is damaged")
+            continue
+        try:
+            table = read_table(table_data, len(frame))
+        except CorruptionError as error:
+            problems.append(f"{path}: sample {key}, payload {payload}: {error}")
+            continue
+        for row, region in enumerate(table):
+            first = int(region["offset"])
+            part = memoryview(frame)[first : first + int(region["bytes"])]
+            if xxhash.xxh3_64_intdigest(part) != int(region["xxh3"]):
+                last = len(table) - 1
+                what = {0: "header", last: "index"}.get(row, f"chunk {row - 1}")
+                problems.append(f"{path}: sample {key}, payload {payload}: {what} is damaged")
+    return problems
+
+
+def _meta_problems(corpus: Corpus, path: Path, i: int, meta: dict[str, Any]) -> list[str]:
+    """KEY.json against the row of the index."""
+    pairs = {
+        "key": (meta.get("key"), corpus.keys[i]),
+        "subject": (meta.get("subject"), corpus.subjects[i]),
+        "shape": (meta.get("shape"), corpus.shapes[i].tolist()),
+        "spacing": (meta.get("spacing"), corpus.spacings[i].tolist()),
+    }
+    return [
+        f"{path}: sample {corpus.keys[i]}: {name} is {one!r}, the index says {other!r}"
+        for name, (one, other) in pairs.items()
+        if one != other
+    ]
+
+
+def _side_problems(corpus: Corpus) -> list[str]:
+    """Fingerprints and splits."""
+    problems = []
+    try:
+        if list(corpus.fingerprints()) != corpus.keys:
+            problems.append(f"{corpus.path}: the fingerprints are of other samples")
+    except InputError as error:
+        problems += error.problems
+    known = set(corpus.keys)
+    for name in corpus.splits:
+        try:
+            parts = corpus.split(name)["parts"]
+        except InputError as error:
+            problems += error.problems
+            continue
+        strange = sorted({key for keys in parts.values() for key in keys} - known)
+        if strange:
+            problems.append(
+                f"{corpus.path}: split {name} names {len(strange)} unknown keys, as {strange[0]}"
+            )
+    return problems

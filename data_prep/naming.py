@@ -1,0 +1,75 @@
+"""Names in a corpus: HMACs with a secret salt, or cleaned file names for public data."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.errors import InputError
+from data_prep.layouts import Case, stem
+from data_prep.settings import PrepSettings
+
+KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
+MINIMUM_SALT = 16
+
+
+def slug(text: str) -> str:
+    """A name in the alphabet of keys; long ones keep their start and get a hash."""
+    plain = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "x"
+    if len(plain) <= 64 and KEY_PATTERN.fullmatch(plain):
+        return plain
+    return f"{plain[:47]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def key_names(cases: Sequence[Case]) -> dict[str, str]:
+    """Keys from file names; from whole paths where names repeat, with a hash where those do."""
+    short = {case.name: slug(stem(Path(case.name))) for case in cases}
+    long = {case.name: slug(case.name.removesuffix(".gz").removesuffix(".nii")) for case in cases}
+    repeated = Counter(short.values())
+    keys = {n: short[n] if repeated[short[n]] == 1 else long[n] for n in short}
+    again = Counter(keys.values())
+    return {
+        name: key
+        if again[key] == 1
+        else f"{key[:47]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+        for name, key in keys.items()
+    }
+
+
+def keyed_hash(salt: bytes, purpose: str, text: str) -> str:
+    """HMAC-SHA256, 128 bits in hex; `purpose` keeps keys and subjects apart."""
+    return hmac.new(salt, f"{purpose}\0{text}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def read_salt(path: Path | None) -> bytes | None:
+    """The secret in a file; InputError if it cannot be read or is short."""
+    if path is None:
+        return None
+    try:
+        salt = path.read_bytes().strip()
+    except OSError as error:
+        raise InputError(f"salt={path}: not readable ({error.strerror})") from error
+    if len(salt) < MINIMUM_SALT:
+        raise InputError(
+            f"salt={path}: {len(salt)} bytes; {MINIMUM_SALT} or more are needed, for example from "
+            "`openssl rand -hex 32`"
+        )
+    return salt
+
+
+def choose_salt(settings: PrepSettings, private: Path) -> bytes:
+    """The given salt, the one of an earlier prep of this corpus, or a new one."""
+    if settings.keys == "names":
+        return b""
+    given = read_salt(settings.salt)
+    if given is not None:
+        return given
+    kept = private / "salt"
+    if kept.is_file():
+        return read_salt(kept) or b""
+    return secrets.token_hex(32).encode()

@@ -1,0 +1,270 @@
+"""Preprocessing as data: a versioned list of named operations, and its numpy reference.
+
+A release carries this list, so that features never depend on a remembered recipe. The device
+applies the same operations batched and is tested equal to `Preprocess.apply`; both take their
+intensity numbers from `intensity_coefficients`, the one owner of the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from scipy import ndimage
+
+from data_prep.errors import InputError
+from data_prep.intensity import Statistics, encode, volume_statistics
+from data_prep.volume import Volume
+
+VERSION = 1
+# Spacings closer than this (relative) are the same: resampling would only blur.
+SPACING_TOLERANCE = 0.01
+# Floor of the standard deviation, in physical units, for scans that are constant after clipping.
+EPSILON = 1e-8
+
+Millimetres = Annotated[float, Field(gt=0, le=100)]
+
+
+class _Operation(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Reorient(_Operation):
+    """Permute and flip to canonical axes; every `Volume` already is on them."""
+
+    op: Literal["reorient"]
+    axcodes: Literal["SPL"]
+
+
+class Resample(_Operation):
+    """Linear interpolation to a spacing (d, h, w) in mm, or none."""
+
+    op: Literal["resample"]
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres] | None
+
+
+class Rule(_Operation):
+    """`window` maps [low, high] to [-1, 1]; `zscore` uses the volume's robust statistics."""
+
+    rule: Literal["window", "zscore"]
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _window_has_ends(self) -> Rule:
+        if self.rule == "window":
+            if self.low is None or self.high is None or self.low >= self.high:
+                raise ValueError("a window needs low < high")
+        elif self.low is not None or self.high is not None:
+            raise ValueError("low and high belong to a window")
+        return self
+
+
+class Intensity(_Operation):
+    """One rule per modality."""
+
+    op: Literal["intensity"]
+    CT: Rule
+    MR: Rule
+
+
+class Pad(_Operation):
+    """Pad at the far ends to multiples of (d, h, w) with the smallest normalised value."""
+
+    op: Literal["pad"]
+    multiple: tuple[
+        Annotated[int, Field(ge=1, le=1024)],
+        Annotated[int, Field(ge=1, le=1024)],
+        Annotated[int, Field(ge=1, le=1024)],
+    ]
+    value: Literal["minimum"]
+
+
+Operation = Annotated[Reorient | Resample | Intensity | Pad, Field(discriminator="op")]
+_OPERATIONS: TypeAdapter[list[Reorient | Resample | Intensity | Pad]] = TypeAdapter(list[Operation])
+
+DEFAULT_INTENSITY: dict[str, Any] = {
+    "op": "intensity",
+    "CT": {"rule": "window", "low": -1000.0, "high": 1000.0},
+    "MR": {"rule": "zscore"},
+}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A validated list of operations, applied in order.
+
+    Statistics for `zscore` are those of the whole native volume, before any resampling, and come
+    from its int16 codes: a NIfTI and its copy in a corpus give the same numbers.
+    """
+
+    operations: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        parsed = _parse(self.operations)
+        plain = [operation.model_dump(exclude_none=True, mode="json") for operation in parsed]
+        for kept, operation in zip(plain, parsed, strict=True):
+            if isinstance(operation, Resample):
+                kept.setdefault("spacing_mm", None)
+        object.__setattr__(self, "operations", tuple(plain))
+
+    @classmethod
+    def default(
+        cls,
+        spacing_mm: Sequence[float] | None = None,
+        multiple: Sequence[int] | None = None,
+    ) -> Preprocess:
+        """CT window [-1000, 1000] HU to [-1, 1], MR robust z-score; resample and pad on request."""
+        operations: list[dict[str, Any]] = [
+            {"op": "reorient", "axcodes": "SPL"},
+            {"op": "resample", "spacing_mm": list(spacing_mm) if spacing_mm else None},
+            DEFAULT_INTENSITY,
+        ]
+        if multiple:
+            operations.append({"op": "pad", "multiple": list(multiple), "value": "minimum"})
+        return cls(tuple(operations))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json."""
+        return {"version": VERSION, "operations": [dict(o) for o in self.operations]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`; raises InputError on anything it does not know."""
+        unknown = sorted(set(data) - {"version", "operations"})
+        if unknown:
+            raise InputError(f"preprocess has unknown keys {unknown}; it has version, operations")
+        if data.get("version") != VERSION:
+            raise InputError(
+                f"preprocess has version {data.get('version')!r}, this program reads {VERSION}; "
+                "update voxelith to read newer files"
+            )
+        operations = data.get("operations")
+        if not isinstance(operations, list):
+            raise InputError("preprocess.operations is not a list")
+        return cls(tuple(operations))
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """The spacing (d, h, w) that volumes are resampled to, or None."""
+        for operation in _parse(self.operations):
+            if isinstance(operation, Resample) and operation.spacing_mm is not None:
+                return operation.spacing_mm
+        return None
+
+    @property
+    def intensity(self) -> dict[str, Any] | None:
+        """The intensity operation, as `intensity_coefficients` takes it."""
+        return next((o for o in self.operations if o["op"] == "intensity"), None)
+
+    def apply(self, volume: Volume, statistics: Sequence[Statistics] | None = None) -> Volume:
+        """The numpy reference: a float32 volume `[C, D, H, W]` with its affine kept right.
+
+        Args:
+            volume: A scan on canonical axes.
+            statistics: Per channel, of the whole native volume; computed from it when absent.
+        """
+        coded = encode(volume)
+        known = list(statistics) if statistics is not None else volume_statistics(coded)
+        result = as_physical(coded)
+        for operation in _parse(self.operations):
+            if isinstance(operation, Resample) and operation.spacing_mm is not None:
+                result = resample(result, operation.spacing_mm)
+            elif isinstance(operation, Intensity):
+                plain = operation.model_dump()
+                channels = [
+                    normalise(result.array[c], intensity_coefficients(plain, modality, known[c]))
+                    for c, modality in enumerate(result.modality)
+                ]
+                result = replace(result, array=np.stack(channels))
+            elif isinstance(operation, Pad):
+                result = pad(result, operation.multiple)
+        return result
+
+
+def intensity_coefficients(
+    operation: Mapping[str, Any], modality: str, statistics: Statistics
+) -> tuple[float, float, float, float]:
+    """(low, high, shift, scale) of one channel: clip to [low, high], then (x - shift) * scale.
+
+    Args:
+        operation: An `intensity` operation.
+        modality: `CT` or `MR`.
+        statistics: Of the whole native volume, in physical units.
+    """
+    rule = operation[modality]
+    if rule["rule"] == "window":
+        low, high = float(rule["low"]), float(rule["high"])
+        return low, high, (low + high) / 2, 2 / (high - low)
+    low, high = statistics["p0_5"], statistics["p99_5"]
+    return low, high, statistics["clipped_mean"], 1 / max(statistics["clipped_std"], EPSILON)
+
+
+def normalise(values: np.ndarray, coefficients: tuple[float, float, float, float]) -> np.ndarray:
+    """Apply `intensity_coefficients` to float32 physical values."""
+    low, high, shift, scale = (np.float32(number) for number in coefficients)
+    return (np.clip(values, low, high) - shift) * scale
+
+
+def as_physical(volume: Volume) -> Volume:
+    """The volume with float32 physical values in place of codes."""
+    channels = len(volume.array)
+    return replace(
+        volume, array=volume.physical(), slope=(1.0,) * channels, intercept=(0.0,) * channels
+    )
+
+
+def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
+    """Resample a float32 volume linearly to a spacing (d, h, w) in mm.
+
+    The near face of the field of view stays where it is; the far face moves by less than a voxel.
+    Axes that shrink by a factor f are smoothed first by a Gaussian of (f - 1) / 2 voxels, as
+    scikit-image's anti-aliasing does. An axis whose spacing fits within 1 % stays untouched.
+    """
+    factors = np.asarray(spacing_mm, dtype=np.float64) / np.asarray(volume.spacing)
+    factors[np.abs(factors - 1) < SPACING_TOLERANCE] = 1.0
+    if (factors == 1).all():
+        return volume
+    shape = [max(1, round(n / f)) for n, f in zip(volume.array.shape[1:], factors, strict=True)]
+    # Voxel i of the result is centred at source index (i + 1/2) f - 1/2.
+    offset = factors / 2 - 0.5
+    sigma = np.maximum(0.0, (factors - 1) / 2)
+    channels = []
+    for channel in volume.array.astype(np.float32, copy=False):
+        smooth = ndimage.gaussian_filter(channel, sigma, mode="nearest") if sigma.any() else channel
+        channels.append(
+            ndimage.affine_transform(
+                smooth, factors, offset=offset, output_shape=tuple(shape), order=1, mode="nearest"
+            )
+        )
+    step = np.eye(4)
+    step[:3, :3] = np.diag(factors)
+    step[:3, 3] = offset
+    native = replace(volume.native, from_stored=volume.native.from_stored @ step)
+    return replace(volume, array=np.stack(channels), affine=volume.affine @ step, native=native)
+
+
+def pad(volume: Volume, multiple: Sequence[int]) -> Volume:
+    """Pad at the far ends to multiples of (d, h, w) voxels with the volume's smallest value."""
+    far = [-n % m for n, m in zip(volume.array.shape[1:], multiple, strict=True)]
+    if not any(far):
+        return volume
+    channels = [
+        np.pad(channel, [(0, n) for n in far], constant_values=channel.min())
+        for channel in volume.array
+    ]
+    return replace(volume, array=np.stack(channels))
+
+
+def _parse(operations: Sequence[Any]) -> list[Reorient | Resample | Intensity | Pad]:
+    try:
+        return _OPERATIONS.validate_python(list(operations))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            problems.append(f"preprocess.operations.{where}: {item['msg']}, got {item['input']!r}")
+        raise InputError(problems) from error

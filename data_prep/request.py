@@ -1,0 +1,215 @@
+"""Is the request sound, and was it answered already? Nothing is written before this says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import nibabel as nib
+import numpy as np
+import pyarrow as pa
+import yaml  # type: ignore[import-untyped]
+
+from data_prep.corpus import CORPUS_FILE, Corpus
+from data_prep.errors import InputError
+from data_prep.layouts import Case, Layout, LeftOut, find_cases
+from data_prep.naming import read_salt
+from data_prep.settings import PrepResult, PrepSettings
+from data_prep.shards import canonical_json
+from data_prep.splits import split_from
+
+
+def private_folder(output: Path) -> Path:
+    """Where a corpus keeps what must not travel with it: salt, key map, quarantine."""
+    return output.with_name(output.name + ".private")
+
+
+def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
+    """The layout, whether it is labelled, and a digest of the request; InputError with all."""
+    problems = []
+    source, output = settings.input.resolve(), settings.output.resolve()
+    if output == source or source in output.parents:
+        problems.append(f"output={settings.output}: lies inside the input; choose another place")
+    elif output in source.parents:
+        problems.append(f"output={settings.output}: contains the input; choose another place")
+    if output.exists() and not output.is_dir():
+        problems.append(f"output={settings.output}: is a file; name a new directory")
+    if settings.name is None and not output.name:
+        problems.append(f"output={settings.output}: is not a directory one can create")
+    layout = None
+    try:
+        layout = find_cases(settings.input)
+        if not layout.cases:
+            problems.append(nothing_left(settings, layout, layout.left_out))
+    except InputError as error:
+        problems += error.problems
+    for check in (
+        lambda: excluded_names(settings.exclude),
+        lambda: read_salt(settings.salt),
+        lambda: named_classes(settings),
+    ):
+        try:
+            check()
+        except InputError as error:
+            problems += error.problems
+    labelled = False
+    if layout is not None:
+        has = any(case.label is not None for case in layout.cases)
+        labelled = has if settings.labels is None else settings.labels
+        if labelled and not has:
+            problems.append(
+                f"labels=true, but the input has none ({layout.description}); put them in labels/ "
+                "beside images/, or name them in the label column of a CSV"
+            )
+        if labelled and settings.spacing is not None:
+            problems.append(
+                "spacing: a labelled corpus is never resampled, so that scores are those of the "
+                "scans as they are; leave spacing out, or set labels=false"
+            )
+        if labelled and any(case.split for case in layout.cases):
+            problems += _torn_subjects(layout.cases)
+    if problems or layout is None:
+        raise InputError(problems)
+    return layout, labelled, _request(settings, layout)
+
+
+def _torn_subjects(cases: Sequence[Case]) -> list[str]:
+    try:
+        subjects = [case.subject or case.name for case in cases]
+        split_from("official", [c.name for c in cases], subjects, [c.split for c in cases])
+    except InputError as error:
+        return error.problems
+    return []
+
+
+def _request(settings: PrepSettings, layout: Layout) -> str:
+    """Digest of options and input files (name, size, time): is a finished corpus this one?"""
+    options = settings.model_dump(mode="json", exclude={"overwrite", "processes", "output"})
+    files = []
+    for case in layout.cases:
+        for path in (case.image, case.label, case.mask):
+            if path is not None and path.exists():
+                state = path.stat()
+                files.append([str(path), state.st_size, state.st_mtime_ns])
+        files.append([case.subject, case.sequence, case.source, case.licence, case.split])
+    for option in (settings.exclude, settings.classes, settings.salt):
+        if isinstance(option, Path):
+            files.append([hashlib.sha256(option.read_bytes()).hexdigest()])
+    digest = hashlib.sha256(canonical_json([options, files, versions()]))
+    return digest.hexdigest()
+
+
+def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
+    """The finished corpus at `output` if it answers this request; InputError if it does not."""
+    output = settings.output
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if not (output / CORPUS_FILE).is_file():
+        raise InputError(
+            f"output={output}: holds files and no corpus; it is left alone, choose another place"
+        )
+    if settings.overwrite:
+        return None
+    private = private_folder(output)
+    try:
+        known = json.loads((private / "request.json").read_text())
+        corpus = Corpus.open(output)
+    except (OSError, ValueError, InputError):
+        known, corpus = {}, None
+    if corpus is None or known != {"request": request, "index": corpus.index_hash}:
+        raise InputError(
+            f"output={output}: holds another corpus; choose another place, or replace it with "
+            "overwrite=true"
+        )
+    counts = corpus.info["counts"]
+    return PrepResult(
+        output=output,
+        private=private,
+        kind=corpus.info["kind"],
+        layout=corpus.info["layout"],
+        samples=len(corpus),
+        subjects=counts["subjects"],
+        shards=len(corpus.info["shards"]),
+        bytes=sum(shard["bytes"] for shard in corpus.info["shards"]),
+        files=counts["files"],
+        rejected=counts["rejected"],
+        modalities=counts["modality"],
+        splits=corpus.splits,
+        index_hash=corpus.index_hash,
+        already_there=True,
+    )
+
+
+def excluded_names(path: Path | None) -> set[str]:
+    """Keys and fingerprints to leave out, one a line; `#` starts a comment line."""
+    if path is None:
+        return set()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"exclude={path}: not readable ({error})") from error
+    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+
+
+def named_classes(settings: PrepSettings) -> dict[int, str] | None:
+    """Label values and names that the user gave."""
+    given = settings.classes
+    if given is None or isinstance(given, dict):
+        return given
+    try:
+        data = yaml.safe_load(given.read_text(encoding="utf-8"))
+        named = {int(value): str(name) for value, name in dict(data).items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
+        raise InputError(
+            f"classes={given}: a YAML or JSON file with `value: name` lines is needed ({error})"
+        ) from error
+    if any(not 0 <= value <= 65535 for value in named):
+        raise InputError(f"classes={given}: label values lie between 0 and 65535")
+    return named
+
+
+def class_table(settings: PrepSettings, layout: Layout) -> list[dict[str, Any]] | None:
+    """Rows of value, name, regions, ignore; None if the labels themselves must tell."""
+    named = named_classes(settings) or layout.classes
+    if named is None:
+        return None
+    return class_rows({0: "background", **named})
+
+
+def class_rows(named: dict[int, str]) -> list[dict[str, Any]]:
+    """The class table of corpus.json; a class named `ignore` is not scored and not learnt."""
+    return [
+        {"value": value, "name": name, "regions": [], "ignore": name == "ignore"}
+        for value, name in sorted(named.items())
+    ]
+
+
+def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[LeftOut]) -> str:
+    """The message for an input that gives no sample at all."""
+    shown = "; ".join(f"{row.name}: {row.code}, {row.detail}" for row in left_out[:5])
+    more = f"; and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    found = f" Left out: {shown}{more}" if shown else ""
+    return (
+        f"input={settings.input}: no usable scan ({layout.description}); .nii or .nii.gz files of "
+        f"3D CT or MR are needed.{found}"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the bytes."""
+    try:
+        own = metadata.version("voxelith")
+    except metadata.PackageNotFoundError:
+        own = "source"
+    return {
+        "blosc2": str(blosc2.__version__),
+        "nibabel": str(nib.__version__),
+        "numpy": str(np.__version__),
+        "pyarrow": str(pa.__version__),
+        "voxelith": own,
+    }

@@ -1,0 +1,200 @@
+"""One input file at a time: judge it, encode it, measure it. Pure, so any process can do it.
+
+The encoded payloads of a good scan go to a spool folder; what the plan needs to know of them
+comes back as a small record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.fingerprint import fingerprint
+from data_prep.intensity import Statistics, encode, volume_statistics
+from data_prep.layouts import Case, LeftOut
+from data_prep.preprocess import as_physical, resample
+from data_prep.shards import array_suffix, encode_array, table_suffix
+from data_prep.volume import Reject, Volume, read_label, read_nifti
+
+FORMAT = 1
+# Voxels kept per class for drawing crops around it; more would only repeat each other.
+CLASS_VOXELS = 64
+# The body on CT, and the share of the robust range that counts as signal on MR.
+BODY_HU = -500.0
+SIGNAL_SHARE = 0.05
+# A slab belongs to the foreground box if this share of it is foreground: noise alone is less.
+SLAB_SHARE = 0.001
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """One case and what scanning needs to know; `values` are the permitted label values."""
+
+    number: int
+    case: Case
+    key: str
+    subject: str
+    spool: Path
+    modality: str | None
+    labelled: bool
+    values: frozenset[int] | None = None
+    spacing: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A scan that can become a sample: its KEY.json so far, and its payloads in the spool."""
+
+    number: int
+    key: str
+    meta: dict[str, Any]
+    sizes: dict[str, int] = field(default_factory=dict)
+    guessed: bool = False
+
+
+def scan(job: ScanJob) -> Scanned | LeftOut:
+    """Judge and encode one case."""
+    try:
+        volume, label, mask = _read(job)
+    except Reject as error:
+        return LeftOut(job.case.name, error.code, error.detail)
+    coded = encode(volume)
+    statistics = volume_statistics(coded)
+    found = fingerprint(coded.array, coded.slope)
+    if job.spacing is not None:
+        coded = encode(resample(as_physical(coded), job.spacing))
+    meta = {
+        "format": FORMAT,
+        "key": job.key,
+        "subject": job.subject,
+        "sequence": job.case.sequence,
+        "source": job.case.source,
+        "licence": job.case.licence,
+        "shape": list(coded.array.shape),
+        "spacing": list(coded.spacing),
+        "affine": coded.affine.tolist(),
+        "native": coded.native.to_dict(),
+        "channels": [
+            {
+                "name": coded.names[c],
+                "modality": coded.modality[c],
+                "slope": coded.slope[c],
+                "intercept": coded.intercept[c],
+                "statistics": statistics[c],
+            }
+            for c in range(len(coded.array))
+        ],
+        "foreground_box": foreground_box(coded, statistics),
+        "fingerprint": found,
+    }
+    payloads = {"image": coded.array}
+    if label is not None:
+        payloads["seg"] = label
+        meta["class_voxels"], meta["class_counts"] = class_voxels(label)
+    if mask is not None:
+        payloads["mask"] = mask
+    meta["payloads"] = {name: str(array.dtype) for name, array in payloads.items()}
+    if label is not None:
+        meta["seg_encoding"] = "values"
+    sizes = {}
+    for name, array in payloads.items():
+        frame, table = encode_array(array)
+        for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
+            spool_path(job.spool, job.number, suffix).write_bytes(data)
+            sizes[suffix] = len(data)
+    return Scanned(job.number, job.key, meta, sizes, guessed=job.modality is None)
+
+
+def spool_path(spool: Path, number: int, suffix: str) -> Path:
+    """Where the encoded payload of a case waits to be written into its shard."""
+    return spool / f"{number:09d}.{suffix}"
+
+
+def foreground_box(volume: Volume, statistics: list[Statistics]) -> list[list[int]]:
+    """[[d0, d1], [h0, h1], [w0, w1]], half-open: where the body or any signal is.
+
+    Foreground is above -500 HU on CT, and on MR above the 0.5 % percentile by 5 % of the range up
+    to the 99.5 % percentile. The whole volume if that finds nothing.
+    """
+    found = np.zeros(volume.array.shape[1:], dtype=bool)
+    for c, modality in enumerate(volume.modality):
+        low, high = statistics[c]["p0_5"], statistics[c]["p99_5"]
+        threshold = BODY_HU if modality == "CT" else low + SIGNAL_SHARE * (high - low)
+        # Compare codes, which needs no float copy of the volume.
+        code = (threshold - volume.intercept[c]) / volume.slope[c]
+        found |= volume.array[c] > code if volume.slope[c] > 0 else volume.array[c] < code
+    box: list[list[int]] = []
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        slabs = np.flatnonzero(found.mean(axis=others) >= SLAB_SHARE)
+        box.append([int(slabs[0]), int(slabs[-1]) + 1] if len(slabs) else [0, found.shape[axis]])
+    return box
+
+
+def class_voxels(label: np.ndarray) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
+    """Up to 64 evenly chosen voxels [d, h, w] per class, and the count of all; no background."""
+    counts = np.zeros(65536, dtype=np.int64)
+    for slab in label:
+        counts += np.bincount(slab.ravel(), minlength=65536)
+    counts[0] = 0
+    classes = np.flatnonzero(counts)
+    wanted = {
+        int(value): np.linspace(0, n - 1, min(CLASS_VOXELS, n)).round().astype(np.int64)
+        for value, n in zip(classes, counts[classes], strict=True)
+    }
+    voxels: dict[str, list[list[int]]] = {str(value): [] for value in wanted}
+    seen = np.zeros(65536, dtype=np.int64)
+    for d, slab in enumerate(label):
+        flat = slab.ravel()
+        order = np.argsort(flat, kind="stable")
+        present, first = np.unique(flat[order], return_index=True)
+        for value, group in zip(present, np.split(order, first[1:]), strict=True):
+            if value == 0:
+                continue
+            ranks = wanted[int(value)] - seen[value]
+            seen[value] += len(group)
+            for place in group[ranks[(ranks >= 0) & (ranks < len(group))]]:
+                h, w = divmod(int(place), slab.shape[1])
+                voxels[str(value)].append([d, h, w])
+    return voxels, {str(value): int(counts[value]) for value in classes}
+
+
+def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
+    """Image, label and mask of a case on canonical axes; Reject says why it cannot be used."""
+    case = job.case
+    for path in (case.image, case.label, case.mask):
+        if path is not None and not path.is_file():
+            raise Reject("missing_file", f"{path.name} does not exist")
+    if job.labelled and case.label is None:
+        raise Reject("label_missing", "the corpus is labelled and this image has no label")
+    try:
+        volume = read_nifti(case.image, job.modality, case.sequence or None)
+    except Reject:
+        raise
+    except Exception as error:
+        # Headers in the wild break nibabel in many ways; one scan must not stop the others.
+        raise Reject("unreadable", f"{type(error).__name__}: {error}") from error
+    label = mask = None
+    if job.labelled and case.label is not None:
+        label = _on_grid_of(volume, case.label, "label")
+        if job.values is not None:
+            strange = sorted({int(v) for v in np.unique(label)} - job.values)
+            if strange:
+                raise Reject("label_values", f"the label holds {strange[:8]}, not in classes")
+    if case.mask is not None:
+        mask = (_on_grid_of(volume, case.mask, "mask") != 0).astype(np.uint8)
+    return volume, label, mask
+
+
+def _on_grid_of(volume: Volume, path: Path, what: str) -> np.ndarray:
+    try:
+        return read_label(path, volume)
+    except Reject as error:
+        if error.code.startswith("label_"):
+            raise
+        raise Reject(f"{what}_unreadable", f"{error.code}: {error.detail}") from error
+    except Exception as error:
+        raise Reject(f"{what}_unreadable", f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,407 @@
+"""One scan in memory: NIfTI in any orientation to canonical axes, and back to its native grid.
+
+Arrays are `[C, D, H, W]` with axcodes S, P, L: D runs to superior, H to posterior, W to left.
+`affine` maps (d, h, w) to RAS millimetres. Reading only permutes and flips axes, so nothing is
+interpolated and `NativeGrid.to_native` undoes it exactly; an oblique scan stays oblique.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from data_prep.files import write_bytes
+
+AXCODES = "SPL"
+MODALITIES = ("CT", "MR")
+
+# Fewer slices than this along any axis is a localiser or a stack of pictures, not a volume.
+# Short-axis cardiac MR has as few as 6.
+MINIMUM_SLICES = 4
+# Cosine between two axes above which the grid counts as sheared (0.3 degrees); header rounding
+# stays below 1e-4, a gantry tilt is several degrees.
+SHEAR_TOLERANCE = 5e-3
+# deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
+GZIP_MAXIMUM_RATIO = 1100
+# Air on CT is -1000 HU; signed MR maps (phase, ADC) stay far above -500.
+CT_MINIMUM_HU = -500.0
+
+FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Reject(Exception):  # noqa: N818 - a verdict on one scan, not a program error
+    """One scan cannot become a sample: `code` is a stable word, `detail` says what was found."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        self.code = code
+        self.detail = detail
+        super().__init__(f"{code}: {detail}")
+
+    def __reduce__(self) -> tuple[type[Reject], tuple[str, str]]:
+        return type(self), (self.code, self.detail)
+
+
+@dataclass(frozen=True)
+class NativeGrid:
+    """The voxel grid of the file that a volume came from.
+
+    `from_stored` is a 4x4 matrix of indices: native (i, j, k, 1) = from_stored @ (d, h, w, 1).
+    It is a signed permutation, unless an unlabelled volume was resampled.
+    """
+
+    shape: tuple[int, int, int]
+    affine: FloatArray
+    axcodes: str
+    qform_code: int
+    sform_code: int
+    from_stored: FloatArray
+
+    def to_native(self, array: np.ndarray) -> np.ndarray:
+        """Put an array `[D, H, W]` on the stored grid back onto the native grid, exactly.
+
+        Raises ValueError if the volume was resampled, or if the shape is not that of the grid.
+        """
+        linear = self.from_stored[:3, :3]
+        permutation = [int(np.argmax(np.abs(linear[:, k]))) for k in range(3)]
+        signs = [linear[permutation[k], k] for k in range(3)]
+        if sorted(permutation) != [0, 1, 2] or any(abs(s) != 1 for s in signs):
+            raise ValueError("the stored grid is a resampled one; it has no exact native array")
+        if np.count_nonzero(linear) != 3:
+            raise ValueError("the stored grid is a resampled one; it has no exact native array")
+        expected = tuple(self.shape[axis] for axis in permutation)
+        if array.shape != expected:
+            raise ValueError(f"array has shape {array.shape}, the canonical grid has {expected}")
+        flipped = array[tuple(slice(None, None, -1 if s < 0 else 1) for s in signs)]
+        return np.transpose(flipped, np.argsort(permutation))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for KEY.json."""
+        return {
+            "shape": list(self.shape),
+            "affine": self.affine.tolist(),
+            "axcodes": self.axcodes,
+            "qform_code": self.qform_code,
+            "sform_code": self.sform_code,
+            "from_stored": self.from_stored.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> NativeGrid:
+        """The inverse of `to_dict`."""
+        first, second, third = (int(n) for n in data["shape"])
+        return cls(
+            shape=(first, second, third),
+            affine=np.asarray(data["affine"], dtype=np.float64),
+            axcodes=str(data["axcodes"]),
+            qform_code=int(data["qform_code"]),
+            sform_code=int(data["sform_code"]),
+            from_stored=np.asarray(data["from_stored"], dtype=np.float64),
+        )
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan on a canonical grid: `array` `[C, D, H, W]`, `affine` (4, 4) from (d, h, w) to RAS mm.
+
+    The physical value of a voxel is `array * slope + intercept`, per channel (HU for CT).
+    """
+
+    array: np.ndarray
+    affine: FloatArray
+    modality: tuple[str, ...]
+    names: tuple[str, ...]
+    native: NativeGrid
+    slope: tuple[float, ...] = field(default=(1.0,))
+    intercept: tuple[float, ...] = field(default=(0.0,))
+
+    def __post_init__(self) -> None:
+        channels = self.array.shape[0] if self.array.ndim == 4 else -1
+        lengths = {len(self.modality), len(self.names), len(self.slope), len(self.intercept)}
+        if lengths != {channels}:
+            raise ValueError(
+                f"a volume is [C, D, H, W] with a modality, name, slope and intercept for each "
+                f"channel; got shape {self.array.shape} and lengths {sorted(lengths)}"
+            )
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels along (d, h, w), in millimetres."""
+        return spacing_of(self.affine)
+
+    def physical(self) -> np.ndarray:
+        """Float32 `[C, D, H, W]` of physical values."""
+        slope = np.asarray(self.slope, dtype=np.float32)[:, None, None, None]
+        intercept = np.asarray(self.intercept, dtype=np.float32)[:, None, None, None]
+        return self.array.astype(np.float32) * slope + intercept
+
+
+def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
+    """Voxel spacing in millimetres along the three axes of an affine (4, 4)."""
+    d, h, w = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return float(d), float(h), float(w)
+
+
+def canonical_transform(affine: FloatArray, shape: Sequence[int]) -> FloatArray:
+    """Index matrix (4, 4): canonical (d, h, w, 1) to native (i, j, k, 1).
+
+    The axes are matched to S, P, L by their nearest anatomical direction.
+    """
+    start = nib.orientations.io_orientation(affine)
+    if not np.isfinite(start).all():
+        raise Reject("bad_geometry", "the affine has a missing axis")
+    move = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(tuple(AXCODES)))
+    matrix = np.zeros((4, 4))
+    matrix[3, 3] = 1
+    for native_axis, (canonical_axis, sign) in enumerate(move):
+        matrix[native_axis, int(canonical_axis)] = sign
+        matrix[native_axis, 3] = 0 if sign > 0 else shape[native_axis] - 1
+    return matrix
+
+
+def canonical_array(native: np.ndarray, matrix: FloatArray) -> np.ndarray:
+    """A view of a native array `[I, J, K]` on the canonical axes `[D, H, W]`."""
+    permutation = [int(np.argmax(np.abs(matrix[:3, k]))) for k in range(3)]
+    flips = [matrix[permutation[k], k] < 0 for k in range(3)]
+    moved = np.transpose(native, permutation)
+    return moved[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+
+
+def read_nifti(path: str | Path, modality: str | None = None, name: str | None = None) -> Volume:
+    """Read one 3D NIfTI scan of any orientation onto canonical axes, without interpolation.
+
+    Integer files keep their stored integers with slope and intercept; all others become float32
+    physical values. Without `modality` it is taken from the intensities: a minimum of -500 or
+    less is CT.
+
+    Raises:
+        Reject: the file is not one finite, three-dimensional scalar volume on an orthogonal
+            grid; the code says why.
+    """
+    if modality is not None and modality not in MODALITIES:
+        raise Reject("unsupported_modality", f"{modality} is neither CT nor MR")
+    image = _open(Path(path))
+    raw, slope, intercept = _values(image, Path(path))
+    array, affine, native = _canonical(image, raw)
+    if modality is None:
+        modality = guess_modality(array, slope, intercept)
+    _check_content(array)
+    return Volume(
+        array=array[None],
+        affine=affine,
+        modality=(modality,),
+        names=(name or modality,),
+        native=native,
+        slope=(slope,),
+        intercept=(intercept,),
+    )
+
+
+def volume_from_array(
+    array: np.ndarray, spacing: Sequence[float], modality: str | None = None
+) -> Volume:
+    """A volume of physical values that are on S, P, L axes already.
+
+    Args:
+        array: `[D, H, W]` or `[C, D, H, W]`.
+        spacing: mm along (d, h, w).
+        modality: of all channels; taken from the intensities if absent.
+
+    Raises:
+        Reject: not three-dimensional, or not finite.
+    """
+    channels = array[None] if array.ndim == 3 else array
+    if channels.ndim != 4:
+        raise Reject(
+            "not_3d", f"the array has shape {array.shape}; [D, H, W] or [C, D, H, W] wanted"
+        )
+    values = channels.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise Reject("nan_or_inf", "the array holds values that are not finite numbers")
+    if modality is None:
+        modality = guess_modality(values, 1.0, 0.0)
+    # Columns are the directions of S, P, L in RAS millimetres.
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0, 0, -1.0], [0, -1.0, 0], [1.0, 0, 0]]) @ np.diag(spacing)
+    d, h, w = values.shape[1:]
+    native = NativeGrid((d, h, w), affine, AXCODES, 0, 1, np.eye(4))
+    count = len(values)
+    return Volume(
+        array=values,
+        affine=affine,
+        modality=(modality,) * count,
+        names=(modality,) * count,
+        native=native,
+        slope=(1.0,) * count,
+        intercept=(0.0,) * count,
+    )
+
+
+def read_label(path: str | Path, like: Volume) -> np.ndarray:
+    """Read a label map onto the canonical grid of its image: `[D, H, W]`, uint8 or uint16.
+
+    Raises:
+        Reject: the file is unreadable, lies on another grid than `like` (`label_geometry_mismatch`)
+            or holds values that are no class numbers (`label_values`).
+    """
+    image = _open(Path(path))
+    raw, slope, intercept = _values(image, Path(path))
+    array, affine, _ = _canonical(image, raw)
+    expected = like.array.shape[1:]
+    if array.shape != expected:
+        raise Reject(
+            "label_geometry_mismatch",
+            f"the label has {array.shape} voxels (d, h, w), its image {expected}",
+        )
+    shift = _largest_shift(affine, like.affine, expected)
+    if shift > 0.1 * min(like.spacing):
+        raise Reject(
+            "label_geometry_mismatch",
+            f"the label's grid lies up to {shift:.2f} mm from its image's",
+        )
+    values = array if (slope, intercept) == (1.0, 0.0) else array * slope + intercept
+    if values.dtype.kind == "f":
+        rounded = np.rint(values)
+        if np.abs(values - rounded).max(initial=0.0) > 1e-3:
+            raise Reject("label_values", "the label holds fractions, not class numbers")
+        values = rounded
+    low, high = values.min(), values.max()
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise Reject("label_values", f"the label holds values from {low} to {high}")
+    return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)
+
+
+def write_nifti(array: np.ndarray, native: NativeGrid, path: str | Path) -> None:
+    """Write an array `[D, H, W]` on canonical axes as NIfTI on its native grid, atomically."""
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8)
+    if array.dtype == np.int64:  # what argmax gives, and what few programs read
+        array = array.astype(np.int32)
+    image = nib.Nifti1Image(np.ascontiguousarray(native.to_native(array)), native.affine)
+    image.header.set_xyzt_units("mm")
+    # With both codes 0 readers fall back to the spacing alone, as they did for the input.
+    image.set_qform(native.affine, code=native.qform_code)
+    image.set_sform(native.affine, code=native.sform_code)
+    data = image.to_bytes()
+    target = Path(path)
+    if target.name.lower().endswith(".gz"):
+        data = gzip.compress(data, compresslevel=6, mtime=0)
+    write_bytes(target, data)
+
+
+def guess_modality(array: np.ndarray, slope: float, intercept: float) -> str:
+    """CT or MR by the smallest physical value: air on CT is -1000 HU."""
+    ends = (float(array.min()) * slope + intercept, float(array.max()) * slope + intercept)
+    return "CT" if min(ends) <= CT_MINIMUM_HU else "MR"
+
+
+def _open(path: Path) -> Any:
+    """The NIfTI image object, header read, voxels not yet."""
+    try:
+        size = path.stat().st_size
+        image = nib.load(path)
+    except ImageFileError as error:
+        raise Reject("not_an_image", "the file is not NIfTI") from error
+    except EOFError as error:
+        raise Reject("truncated", "the compressed stream ends too early") from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise Reject("unreadable", f"the compression is damaged ({error})") from error
+    except (OSError, ValueError, HeaderDataError) as error:
+        raise Reject("unreadable", _plain(error, path)) from error
+    if not isinstance(image, nib.Nifti1Pair):
+        raise Reject("not_an_image", f"{type(image).__name__} is not NIfTI")
+    dtype = image.get_data_dtype()
+    if dtype.fields is not None or dtype.kind == "c":
+        raise Reject("rgb_or_complex", f"voxels are {dtype}, one real number each is needed")
+    shape = tuple(int(n) for n in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise Reject("not_3d", f"the image has shape {shape}; one 3D volume is needed")
+    if min(shape) < MINIMUM_SLICES:
+        raise Reject("too_few_slices", f"shape {shape}; at least {MINIMUM_SLICES} an axis needed")
+    claimed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    ratio = GZIP_MAXIMUM_RATIO if path.name.lower().endswith((".gz", ".bz2", ".zst")) else 1
+    if isinstance(image, nib.Nifti1Image) and claimed > size * ratio:
+        raise Reject("truncated", f"the header claims {claimed} bytes, the file has {size}")
+    return image
+
+
+def _values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
+    """Stored voxels `[I, J, K]` with slope and intercept; float32 physical if not integers."""
+    try:
+        raw = np.asanyarray(image.dataobj.get_unscaled())
+    except EOFError as error:
+        raise Reject("truncated", "the compressed stream ends too early") from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise Reject("unreadable", f"the compression is damaged ({error})") from error
+    except (OSError, ValueError) as error:
+        # nibabel says "Expected N bytes, got M bytes" and "mmap length is greater than file size".
+        code = "truncated" if "xpected" in str(error) or "mmap" in str(error) else "unreadable"
+        raise Reject(code, _plain(error, path)) from error
+    raw = raw.reshape(raw.shape[:3])
+    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise Reject("nan_or_inf", f"the header's slope {slope} or intercept {intercept}")
+    if raw.dtype.kind in "iub":
+        return raw.astype(raw.dtype.newbyteorder("="), copy=False), slope, intercept
+    values = np.empty(raw.shape, dtype=np.float32, order="F")
+    bad = 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for k in range(raw.shape[2]):  # slab by slab: float64 copies of a scan are large
+            values[:, :, k] = raw[:, :, k].astype(np.float64) * slope + intercept
+            bad += int(np.count_nonzero(~np.isfinite(values[:, :, k])))
+    if bad:
+        raise Reject("nan_or_inf", f"{bad} voxels are not finite numbers")
+    return values, 1.0, 0.0
+
+
+def _canonical(image: Any, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, NativeGrid]:
+    """Array `[D, H, W]`, its affine, and the native grid it came from."""
+    affine = np.asarray(image.affine, dtype=np.float64)
+    columns = affine[:3, :3]
+    lengths = np.sqrt((columns**2).sum(axis=0))
+    if not np.isfinite(affine).all() or (lengths < 1e-6).any():
+        raise Reject("bad_geometry", "the affine is not invertible")
+    cosines = (columns / lengths).T @ (columns / lengths) - np.eye(3)
+    if np.abs(cosines).max() > SHEAR_TOLERANCE:
+        degrees = float(np.degrees(np.arcsin(min(1.0, np.abs(cosines).max()))))
+        raise Reject("sheared", f"the axes are {degrees:.1f} degrees away from right angles")
+    first, second, third = (int(n) for n in raw.shape)
+    matrix = canonical_transform(affine, raw.shape)
+    native = NativeGrid(
+        shape=(first, second, third),
+        affine=affine,
+        axcodes="".join(nib.aff2axcodes(affine)),
+        qform_code=int(image.header["qform_code"]),
+        sform_code=int(image.header["sform_code"]),
+        from_stored=matrix,
+    )
+    # Adding 0 turns -0.0 into 0.0, which reads better in KEY.json.
+    return canonical_array(raw, matrix), affine @ matrix + 0.0, native
+
+
+def _check_content(array: np.ndarray) -> None:
+    if array.min() == array.max():
+        raise Reject("constant", f"every voxel is {array.flat[0]}")
+
+
+def _largest_shift(one: FloatArray, other: FloatArray, shape: Sequence[int]) -> float:
+    """Largest distance in mm between the same corner of two grids of one shape."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(4, -1)
+    return float(np.sqrt((((one - other) @ corners)[:3] ** 2).sum(axis=0)).max())
+
+
+def _plain(error: Exception, path: Path) -> str:
+    """The message without the file's path, which a report names already."""
+    text = str(error).replace(str(path), path.name) or type(error).__name__
+    return text.replace(os.linesep, " ")

@@ -1,0 +1,1 @@
+"""Encoder to segmentation, scores and tables that can be believed."""

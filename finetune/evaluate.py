@@ -1,0 +1,210 @@
+"""Predictions against the truth of a labelled corpus: rows by case and class, in native space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.volume import Reject, read_label
+from finetune.metrics import METRIC_VERSION, Score, score_class
+from finetune.rows import Row, write_rows
+from finetune.settings import EvaluateSettings, TaskSettings
+
+Labels = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a corpus' split."""
+
+    name: str
+    hash: str
+    part: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where predictions come from; the fields of `Row` of the same names.
+
+    `seen` holds fingerprints of what the weights were pretrained on: None if that is not known.
+    """
+
+    arm: str
+    labels: str = ""
+    n_labels: int = -1
+    seed: int = -1
+    label_seed: int = -1
+    init_seed: int = -1
+    pretrain_seed: int = -1
+    steps: int = -1
+    checkpoint: str = ""
+    checkpoint_digest: str = ""
+    config_hash: str = ""
+    seen: frozenset[str] | None = None
+
+
+def evaluate(settings: EvaluateSettings) -> Path:
+    """Scores a folder of predictions, whoever made them; writes rows.csv into `output`.
+
+    Raises:
+        InputError: corpus and task do not fit, or predictions are missing or on another grid; all
+            of them are named.
+    """
+    corpus = Corpus.open(settings.corpus)
+    problems = task_problems(corpus, settings.task)
+    if problems:
+        raise InputError(problems)
+    split = choose_split(corpus, settings.split, settings.part)
+    if not settings.predictions.is_dir():
+        raise InputError(f"predictions={settings.predictions}: no such folder")
+    files = {key: _find(settings.predictions, key) for key in split.keys}
+    absent = [key for key, file in files.items() if file is None]
+    if absent:
+        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise InputError(
+            f"predictions={settings.predictions}: {len(absent)} of {len(files)} cases of the "
+            f"{split.part} part are missing ({shown}); expected KEY.nii.gz for each, a case "
+            "without a finding too (all zeros)"
+        )
+
+    def read(key: str) -> Labels:
+        file = files[key]
+        assert file is not None
+        try:
+            return read_label(file, corpus.volume(corpus.position(key)))
+        except Reject as reject:
+            raise InputError(f"{file}: {reject}") from reject
+
+    name = settings.name or settings.predictions.resolve().name
+    origin = Origin(arm="external", checkpoint=name, config_hash="external")
+    rows = score(corpus, split, settings.task, read, origin)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    path = settings.output / "rows.csv"
+    write_rows(rows, path)
+    return path
+
+
+def score(
+    corpus: Corpus,
+    split: Split,
+    task: TaskSettings,
+    read: Callable[[str], Labels],
+    origin: Origin,
+) -> list[Row]:
+    """Scores every case of a part.
+
+    Args:
+        corpus: labelled.
+        split: which cases.
+        task: the classes and their tolerances.
+        read: gives the label values [D, H, W] that were predicted for a key, on the stored grid.
+        origin: where they come from.
+    """
+    prints = corpus.fingerprints()
+    rows: list[Row] = []
+    for key in tqdm(split.keys, desc="score", unit="case", dynamic_ncols=True, mininterval=1.0):
+        i = corpus.position(key)
+        leakage = "unknown"
+        if origin.seen is not None:
+            leakage = "tainted" if prints[key] in origin.seen else "clean"
+        scores = score_case(corpus, i, task, read(key))
+        for index, (chosen, found) in enumerate(zip(task.classes, scores, strict=True), start=1):
+            rows.append(
+                Row(
+                    dataset=task.name,
+                    split=f"{split.name}/{split.part}",
+                    split_hash=split.hash,
+                    case=key,
+                    subject=str(corpus.subjects[i]),
+                    class_value=index,
+                    class_name=chosen.name,
+                    status=found.status,
+                    leakage=leakage,
+                    dsc=found.dsc,
+                    nsd=found.nsd,
+                    nsd_tolerance_mm=chosen.tolerance_mm,
+                    hd95=found.hd95,
+                    volume_pred_ml=found.volume_pred_ml,
+                    volume_true_ml=found.volume_true_ml,
+                    arm=origin.arm,
+                    labels=origin.labels,
+                    n_labels=origin.n_labels,
+                    seed=origin.seed,
+                    label_seed=origin.label_seed,
+                    init_seed=origin.init_seed,
+                    pretrain_seed=origin.pretrain_seed,
+                    steps=origin.steps,
+                    checkpoint=origin.checkpoint,
+                    checkpoint_digest=origin.checkpoint_digest,
+                    config_hash=origin.config_hash,
+                    metric_version=METRIC_VERSION,
+                )
+            )
+    return rows
+
+
+def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -> list[Score]:
+    """Scores each class of the task in one case; `prediction` holds label values [D, H, W]."""
+    truth = corpus.read(i, "seg")
+    meta = corpus.meta(i)
+    annotated = set(meta["annotated"])
+    counts = np.ones(truth.shape, bool) if task.ignore is None else truth != task.ignore
+    if corpus.sample_has(i, "mask"):
+        counts &= corpus.read(i, "mask") == 0
+    return [
+        score_class(
+            np.isin(prediction, chosen.values) & counts,
+            np.isin(truth, chosen.values) & counts,
+            meta["spacing"],
+            chosen.tolerance_mm,
+            annotated=annotated.issuperset(chosen.values),
+        )
+        for chosen in task.classes
+    ]
+
+
+def choose_split(corpus: Corpus, name: str, part: str) -> Split:
+    """A part of a split; `auto` is the official one where the corpus has it, else `default`.
+
+    Raises:
+        InputError: no such split, or the part is empty.
+    """
+    if name == "auto":
+        name = "official" if "official" in corpus.splits else "default"
+    data = corpus.split(name)
+    keys = tuple(data["parts"].get(part, ()))
+    if not keys:
+        filled = [p for p, members in data["parts"].items() if members]
+        raise InputError(
+            f"{corpus.path}: split {name!r} has no case in its {part} part; it has cases in "
+            f"{', '.join(filled)}"
+        )
+    return Split(name, str(data["hash"]), part, keys)
+
+
+def task_problems(corpus: Corpus, task: TaskSettings) -> list[str]:
+    """Why a task cannot be scored on a corpus; empty if it can."""
+    if not corpus.labelled:
+        return [f"corpus={corpus.path}: holds no labels; prep writes them where the input has them"]
+    known = {int(c["value"]): str(c["name"]) for c in corpus.classes}
+    table = ", ".join(f"{value} {name}" for value, name in sorted(known.items()))
+    return [
+        f"task {task.name}, class {c.name}: label values {missing} do not occur in "
+        f"{corpus.path}, which has {table}; choose the task that belongs to it"
+        for c in task.classes
+        if (missing := sorted(set(c.values) - known.keys()))
+    ]
+
+
+def _find(folder: Path, key: str) -> Path | None:
+    found: Sequence[Path] = [folder / f"{key}.nii.gz", folder / f"{key}.nii"]
+    return next((path for path in found if path.is_file()), None)

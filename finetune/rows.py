@@ -1,0 +1,115 @@
+"""The rows in which every score is kept: one per case and class, in `rows.csv` of a run folder.
+
+Tables are made from rows alone, so a row says where it comes from: data, split, arm, draws,
+recipe, checkpoint and the version of the metric.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.files import write_text
+
+ROW_FORMAT = 1
+ARMS = ("pretrained", "scratch", "external")
+LEAKAGE = ("clean", "tainted", "unknown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One case, one class.
+
+    `arm` is pretrained, scratch, or external for predictions that were made elsewhere. `leakage`
+    compares the case with what the checkpoint was pretrained on: tainted if it was seen, unknown
+    if the checkpoint does not say. `config_hash` covers all that twins must share: everything
+    but the arm, the checkpoint's weights and the draws.
+    """
+
+    dataset: str
+    split: str
+    split_hash: str
+    case: str
+    subject: str
+    class_value: int
+    class_name: str
+    status: str
+    leakage: str
+    dsc: float
+    nsd: float
+    nsd_tolerance_mm: float
+    hd95: float
+    volume_pred_ml: float
+    volume_true_ml: float
+    arm: str
+    labels: str
+    n_labels: int
+    seed: int
+    label_seed: int
+    init_seed: int
+    pretrain_seed: int
+    steps: int
+    checkpoint: str
+    checkpoint_digest: str
+    config_hash: str
+    format: int = ROW_FORMAT
+    metric_version: int = 1
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Writes rows as CSV; a score that is not defined stays empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in dataclasses.fields(Row)]
+    writer.writerow(names)
+    for row in rows:
+        values = [getattr(row, name) for name in names]
+        writer.writerow([_written(value) for value in values])
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a rows.csv.
+
+    Raises:
+        InputError: the file is missing, of another format, or holds a value that does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: not found; expected the rows.csv of a finished finetune run")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        fields = dataclasses.fields(Row)
+        missing = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
+        if missing:
+            raise InputError(
+                f"{path}: columns {', '.join(missing)} are missing; "
+                f"expected rows of format {ROW_FORMAT} as finetune and evaluate write them"
+            )
+        rows = []
+        for line, record in enumerate(reader, start=2):
+            try:
+                rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in fields}))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{path}, line {line}: {error}") from error
+    other = {row.format for row in rows} - {ROW_FORMAT}
+    if other:
+        raise InputError(f"{path}: row format {sorted(other)[0]}, expected {ROW_FORMAT}")
+    return rows
+
+
+def _written(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.8g}"
+    return str(value)
+
+
+def _parsed(text: str, kind: str) -> Any:
+    if kind == "float":
+        return float(text) if text else math.nan
+    return int(text) if kind == "int" else text

@@ -1,0 +1,98 @@
+"""Segmentation as an objective: an encoder, a decoder that fits it, Dice and cross-entropy.
+
+Soft Dice after Milletari et al. 2016, arXiv:1606.04797, in the form of nnU-Net (Isensee et al.
+2021): without background, summed over the batch before dividing, plus cross-entropy, 1 to 1.
+B batch, K classes with background, D, H, W voxels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.settings import TaskSettings
+from pretrain.decoders import UNetDecoder, UNETRDecoder
+from pretrain.objective import Batch, Losses, Objective
+
+IGNORE = -1
+
+
+class Segmentation(Objective):
+    """Labels every voxel with one of the task's classes, or background (0)."""
+
+    def __init__(self, *, encoder: nn.Module, task: TaskSettings) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = build_decoder(encoder, len(task.classes) + 1)
+        self.register_buffer("class_of", class_table(task), persistent=False)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Maps [B, C, D, H, W] to [B, K, D, H, W]."""
+        logits: Tensor = self.decoder(image, self.encoder(image))
+        return logits
+
+    def forward(self, batch: Batch, progress: float) -> Losses:
+        """Dice and cross-entropy over the voxels that are valid and not ignored."""
+        assert batch.label is not None
+        target = to_classes(batch.label, self.class_of)  # [B, D, H, W]
+        target = target.masked_fill(~batch.valid[:, 0], IGNORE)
+        logits = self.logits(batch.image).float()
+        dice, entropy = dice_loss(logits, target), cross_entropy(logits, target)
+        return Losses(dice + entropy, {"dice": dice, "cross_entropy": entropy})
+
+
+def build_decoder(encoder: Any, out_channels: int) -> nn.Module:
+    """UNETR-like for encoders that make tokens, U-Net for pyramids of feature maps."""
+    if hasattr(encoder, "tokens"):
+        return UNETRDecoder(
+            encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
+        )
+    return UNetDecoder(encoder.channels, encoder.strides, out_channels)
+
+
+def class_table(task: TaskSettings) -> Tensor:
+    """int64 [V]: class index of each label value; the last entry stands for all larger values."""
+    values = [value for c in task.classes for value in c.values]
+    table = torch.zeros(max(*values, task.ignore or 0) + 2, dtype=torch.int64)
+    for index, chosen in enumerate(task.classes, start=1):
+        table[list(chosen.values)] = index
+    if task.ignore is not None:
+        table[task.ignore] = IGNORE
+    return table
+
+
+def to_classes(label: Tensor, table: Tensor) -> Tensor:
+    """Label values of any shape to class indices; values that no class names are background."""
+    return table[label.clamp(max=len(table) - 1)]
+
+
+def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
+    """One minus the mean soft Dice over foreground classes, each summed over the whole batch.
+
+    Args:
+        logits: [B, K, D, H, W].
+        target: [B, D, H, W] class indices; -1 is left out.
+        smooth: keeps an absent class finite.
+    """
+    seen = target != IGNORE  # [B, D, H, W]
+    probability = logits.softmax(1)[:, 1:] * seen[:, None]  # [B, K-1, D, H, W]
+    truth = F.one_hot(target.clamp(min=0), logits.shape[1]).movedim(-1, 1)[:, 1:]
+    truth = truth.to(probability.dtype) * seen[:, None]
+    axes = (0, 2, 3, 4)
+    overlap = (probability * truth).sum(axes)  # [K-1]
+    total = probability.sum(axes) + truth.sum(axes)
+    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the voxels that count; zero, not NaN, if there are none.
+
+    Args:
+        logits: [B, K, D, H, W].
+        target: [B, D, H, W] class indices; -1 is left out.
+    """
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp(min=1)

@@ -1,0 +1,130 @@
+"""What `voxelith finetune` and `voxelith evaluate` can be told. No torch in here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pretrain.settings import LoopSettings, RunName, Side
+
+RECIPE_VERSION = 1
+"""Raised when the same settings no longer give the same training."""
+
+
+class TaskClass(BaseModel):
+    """One structure to segment: label values that belong to it, and how exact is exact enough."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    values: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(min_length=1)]
+    tolerance_mm: Annotated[float, Field(gt=0, le=50)]
+
+
+class TaskSettings(BaseModel):
+    """A file of conf/task: what is segmented in a data set.
+
+    `flip` names the axes (D, H, W) along which a mirrored crop is still a correct example;
+    `ignore` is a label value whose voxels count neither in training nor in scores.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    classes: Annotated[tuple[TaskClass, ...], Field(min_length=1, max_length=255)]
+    ignore: Annotated[int, Field(ge=1, le=65535)] | None = None
+    flip: tuple[bool, bool, bool] = (False, False, False)
+
+    @model_validator(mode="after")
+    def _values_are_distinct(self) -> Self:
+        values = [value for c in self.classes for value in c.values]
+        values += [] if self.ignore is None else [self.ignore]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(f"label values {twice} belong to more than one class")
+        names = [c.name for c in self.classes]
+        if len(set(names)) < len(names):
+            raise ValueError("two classes have the same name")
+        return self
+
+
+class FinetuneSettings(LoopSettings):
+    """The keys of conf/finetune.yaml.
+
+    `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
+    seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
+    `default`.
+    """
+
+    task: TaskSettings
+    corpus: Path
+    ckpt: Path
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    labels: Annotated[str, Field(pattern=r"^(all|[1-9][0-9]*|[0-9]+(\.[0-9]+)?%)$")] = "all"
+    label_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    split: str = "auto"
+    part: Literal["validation", "test"] = "test"
+    run: RunName | None = None
+    runs: Path = Path("runs")
+    spacing: Literal["checkpoint", "native"] = "checkpoint"
+    crop_size: tuple[Side, Side, Side] | None = None  # type: ignore[assignment]
+    foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_as_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("labels"), int):
+            return {**data, "labels": str(data["labels"])}
+        return data
+
+    @property
+    def run_name(self) -> str:
+        """The run's name: as given, or told from what is varied in a sweep."""
+        if self.run is not None:
+            return self.run
+        ckpt = re.sub(r"[^A-Za-z0-9._-]+", "-", self.ckpt.resolve().name)
+        labels = self.labels.replace("%", "pct")
+        name = f"{self.task.name}-{ckpt}-{self.init}-labels={labels}-seed={self.seed}"
+        return name[-100:].lstrip("._=-")
+
+    def recipe(self, **resolved: Any) -> dict[str, Any]:
+        """All that twins share: what is left when arm, weights and draws are taken away.
+
+        Args:
+            resolved: what the settings only point to (architecture, index and split hashes, ...).
+        """
+        free = {
+            "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
+            "log_every", "save_every", "preview_every", "loggers",
+        }  # fmt: skip
+        kept = {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
+        return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
+
+
+class EvaluateSettings(BaseModel):
+    """The keys of conf/evaluate.yaml: any predictions against a labelled corpus.
+
+    `predictions` holds KEY.nii.gz files with label values on the native grid of each case.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    predictions: Path
+    corpus: Path
+    task: TaskSettings
+    output: Path
+    split: str = "auto"
+    part: Literal["train", "validation", "test"] = "test"
+    name: str = ""
+
+
+def config_hash(recipe: dict[str, Any]) -> str:
+    """A short hash of a recipe; rows of twins carry the same one."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

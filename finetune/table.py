@@ -1,0 +1,467 @@
+"""The table: what pretraining was worth, from rows alone.
+
+Rows meet in a group when they share data set, split, labels and recipe (`config_hash`). In a
+group, each checkpoint's pretrained arm is compared with the scratch twin, case by case and draw
+by draw. Scores are averaged in this order: classes of a case, cases of a subject, subjects and
+draws. A class that is absent from truth and prediction has no score and is not averaged; cases
+that the checkpoint has seen in pretraining are left out and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import InputError
+from data_prep.files import write_json, write_text
+from finetune.intervals import Estimate, estimate
+from finetune.rows import Row, read_rows
+
+ALL_CLASSES = "mean"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a column of the rows is reported."""
+
+    name: str
+    title: str
+    scale: float
+    unit: str
+    higher_is_better: bool
+
+
+METRICS = (
+    Metric("dsc", "Dice", 100.0, "points", True),
+    Metric("nsd", "Surface Dice", 100.0, "points", True),
+    Metric("hd95", "HD95", 1.0, "mm", False),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison: a checkpoint against its scratch twin in one metric and class.
+
+    `class_name` is "mean" for the mean over classes. Estimates are in the metric's reported unit
+    (Dice points, mm); `difference` is pretrained minus scratch. What is missing is None.
+    """
+
+    dataset: str
+    labels: str
+    n_labels: int
+    steps: int
+    checkpoint: str
+    checkpoint_digest: str
+    metric: str
+    class_name: str
+    pretrained: Estimate | None
+    scratch: Estimate | None
+    difference: Estimate | None
+    improved: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """All lines of one checkpoint on one data set with one label count, and what to know of it."""
+
+    dataset: str
+    labels: str
+    n_labels: int
+    checkpoint: str
+    lines: tuple[Line, ...]
+    scores: dict[str, dict[tuple[str, int], float]] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> Line:
+        """Dice over all classes: what the verdict is about."""
+        return self.lines[0]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with its numbers."""
+        return _sentence(self)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Groups in the order of data set, labels, checkpoint."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def lines(self) -> list[Line]:
+        """The lines of all groups."""
+        return [line for group in self.groups for line in group.lines]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for each group."""
+        return " ".join(group.sentence for group in self.groups)
+
+    def markdown(self) -> str:
+        """The table as Markdown; every mean with its interval, cases, subjects and seeds."""
+        return _markdown(self)
+
+
+def make_table(runs: Sequence[Path], output: Path) -> Table:
+    """Makes table.md, table.csv and table.json in `output` from finished runs.
+
+    Args:
+        runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
+        output: a folder, made if missing.
+
+    Raises:
+        InputError: a folder has no rows, or two runs are the same arm and seed.
+    """
+    rows: list[Row] = []
+    for path in find_rows(runs):
+        rows += read_rows(path)
+    table = tabulate(rows)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "table.md", table.markdown())
+    write_text(output / "table.csv", _csv(table))
+    write_json(output / "table.json", _plain(table))
+    return table
+
+
+def find_rows(runs: Sequence[Path]) -> list[Path]:
+    """The rows.csv of each run.
+
+    Raises:
+        InputError: names every path that leads to none.
+    """
+    found: list[Path] = []
+    problems = []
+    for run in runs:
+        if run.is_file():
+            found.append(run)
+            continue
+        here = [run / "rows.csv"] if (run / "rows.csv").is_file() else []
+        here = here or sorted(run.glob("*/rows.csv"))
+        if not here:
+            problems.append(
+                f"{run}: no rows.csv in it or one level below; expected finetune runs that have "
+                "finished (an unfinished one goes on with the same command)"
+            )
+        found += here
+    if not runs:
+        problems.append("no run folder was given")
+    if problems:
+        raise InputError(problems)
+    return list(dict.fromkeys(path.resolve() for path in found))
+
+
+def tabulate(rows: Sequence[Row]) -> Table:
+    """Compares arms within each group of rows.
+
+    Raises:
+        InputError: an arm holds the same case, class and seed twice.
+    """
+    versions = sorted({row.metric_version for row in rows})
+    if len(versions) > 1:
+        raise InputError(
+            f"rows with metric versions {versions} cannot be compared; "
+            "score the kept predictions again with `voxelith evaluate`"
+        )
+    twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
+        arms.setdefault("" if row.arm == "scratch" else _name(row), []).append(row)
+    groups = []
+    for _, arms in sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0])):
+        scratch = arms.pop("", [])
+        for _, others in sorted(arms.items()):
+            groups.append(_group(others, scratch))
+        if not arms:
+            groups.append(_group([], scratch))
+    return Table(tuple(groups))
+
+
+def _labels(arms: dict[str, list[Row]]) -> int:
+    return next(iter(arms.values()))[0].n_labels
+
+
+def _name(row: Row) -> str:
+    return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
+
+
+def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
+    head = (pretrained or scratch)[0]
+    tainted = {row.case for row in pretrained if row.leakage == "tainted"}
+    notes = []
+    if tainted:
+        notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
+    if any(row.leakage == "unknown" for row in pretrained):
+        notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
+    pretrained = [row for row in pretrained if row.case not in tainted]
+    scratch = [row for row in scratch if row.case not in tainted]
+    classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch))
+    columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
+    for arm, rows in (("pretrained", pretrained), ("scratch", scratch)):
+        for status in ("missed", "false_positive"):
+            count = sum(row.status == status for row in rows)
+            if count:
+                words = {"missed": "missed a structure", "false_positive": "invented a structure"}
+                notes.append(f"{arm} {words[status]} {count} times (scored 0)")
+    scores: dict[str, dict[tuple[str, int], float]] = {}
+    lines = []
+    for metric in METRICS:
+        for name in columns:
+            a = _scores(pretrained, metric, name)
+            b = _scores(scratch, metric, name)
+            if metric.name == "dsc" and name == ALL_CLASSES:
+                scores = {"pretrained": a, "scratch": b}
+                notes += _gaps(a, b)
+            lines.append(_line(head, metric, name, a, b, _subjects(pretrained + scratch)))
+    return Group(
+        head.dataset,
+        head.labels,
+        head.n_labels,
+        head.checkpoint,
+        tuple(lines),
+        scores,
+        tuple(notes),
+    )
+
+
+def _subjects(rows: Iterable[Row]) -> dict[str, str]:
+    return {row.case: row.subject for row in rows}
+
+
+def _scores(rows: list[Row], metric: Metric, class_name: str) -> dict[tuple[str, int], float]:
+    """(case, seed) to the score, meaned over classes; cases without any score are absent."""
+    values: dict[tuple[str, int], list[float]] = {}
+    seen: set[tuple[str, int, int]] = set()
+    for row in rows:
+        cell = (row.case, row.seed, row.class_value)
+        if cell in seen:
+            raise InputError(
+                f"{row.arm} of {row.checkpoint or row.dataset}, labels={row.labels}, seed="
+                f"{row.seed}: case {row.case} occurs twice; two runs of the same settings were "
+                "given, leave one out"
+            )
+        seen.add(cell)
+        if class_name in (ALL_CLASSES, row.class_name):
+            value = getattr(row, metric.name)
+            if not math.isnan(value):
+                values.setdefault((row.case, row.seed), []).append(metric.scale * value)
+    return {cell: float(np.mean(found)) for cell, found in values.items()}
+
+
+def _line(
+    head: Row,
+    metric: Metric,
+    class_name: str,
+    a: dict[tuple[str, int], float],
+    b: dict[tuple[str, int], float],
+    subjects: dict[str, str],
+) -> Line:
+    both = {cell: a[cell] - b[cell] for cell in a.keys() & b.keys()}
+    difference = _estimate(both, subjects) if both else None
+    sign = 1 if metric.higher_is_better else -1
+    wins = [0.5 * (np.sign(sign * d) + 1) for d in both.values()]
+    return Line(
+        head.dataset,
+        head.labels,
+        head.n_labels,
+        head.steps,
+        head.checkpoint,
+        head.checkpoint_digest,
+        metric.name,
+        class_name,
+        _estimate(a, subjects) if a else None,
+        _estimate(b, subjects) if b else None,
+        difference,
+        float(np.mean(wins)) if wins else math.nan,
+        _verdict(difference, sign, has_scratch=bool(b), has_pretrained=bool(a)),
+    )
+
+
+def _estimate(scores: dict[tuple[str, int], float], subjects: dict[str, str]) -> Estimate:
+    matrix, cases = _matrix(scores, subjects)
+    return estimate(matrix, cases)
+
+
+def _matrix(
+    scores: dict[tuple[str, int], float], subjects: dict[str, str]
+) -> tuple[NDArray[np.float64], int]:
+    """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
+    draws = sorted({draw for _, draw in scores})
+    complete = [
+        case
+        for case in sorted({case for case, _ in scores})
+        if all((case, draw) in scores for draw in draws)
+    ]
+    by_subject: dict[str, list[list[float]]] = {}
+    for case in complete:
+        by_subject.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
+    if not by_subject:
+        return np.empty((0, len(draws))), 0
+    return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
+
+
+def _gaps(a: dict[tuple[str, int], float], b: dict[tuple[str, int], float]) -> list[str]:
+    """What could not be paired."""
+    if not a or not b:
+        return []
+    notes = []
+    draws_a, draws_b = {draw for _, draw in a}, {draw for _, draw in b}
+    alone = sorted(draws_a ^ draws_b)
+    if alone:
+        notes.append(f"seeds {', '.join(map(str, alone))} have one arm only: not in the difference")
+    common = draws_a & draws_b
+    unpaired = {case for case, draw in a.keys() ^ b.keys() if draw in common}
+    if unpaired:
+        notes.append(f"{len(unpaired)} cases lack a score in one arm: not in the difference")
+    return notes
+
+
+def _verdict(
+    difference: Estimate | None, sign: int, *, has_scratch: bool, has_pretrained: bool
+) -> str:
+    if not has_pretrained:
+        return "no pretrained arm"
+    if not has_scratch:
+        return "no scratch twin"
+    if difference is None:
+        return "nothing to pair"
+    if not difference.has_interval:
+        return "undecided"
+    if difference.low <= 0 <= difference.high:
+        return "no clear difference"
+    return "pretrained better" if sign * difference.mean > 0 else "scratch better"
+
+
+# Text
+
+
+def _sentence(group: Group) -> str:
+    line = group.main
+    what = f"{group.dataset}, {group.n_labels} labels"
+    if line.difference is None or line.pretrained is None or line.scratch is None:
+        missing = {
+            "no scratch twin": "no difference is shown without a scratch twin "
+            "(run the same with init=scratch).",
+            "no pretrained arm": "only the scratch arm is there.",
+        }.get(line.verdict, "the arms share no case and seed.")
+        return f"{what}: {missing}"
+    d = line.difference
+    arms = f"Dice {line.pretrained.mean:.1f} pretrained, {line.scratch.mean:.1f} scratch"
+    basis = _basis(d)
+    if not d.has_interval:
+        return f"{what}: undecided, {arms}, difference {d.mean:+.1f} ({basis}; {d.note})."
+    interval = f"difference {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}] points ({basis})"
+    return f"{what}: {line.verdict}, {arms}, {interval}."
+
+
+def _basis(value: Estimate) -> str:
+    subjects = f" of {value.units} subjects" if value.units != value.cases else ""
+    return f"{value.cases} cases{subjects}, {value.draws} seed{'s' if value.draws != 1 else ''}"
+
+
+def cell(value: Estimate | None, sign: bool = False) -> str:
+    """An estimate as text: mean and interval."""
+    if value is None or math.isnan(value.mean):
+        return "–"
+    form = "+.1f" if sign else ".1f"
+    if not value.has_interval:
+        return f"{value.mean:{form}} [no interval]"
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def _markdown(table: Table) -> str:
+    titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
+    out = [
+        "| data set | labels | checkpoint | metric | class | pretrained | scratch | difference "
+        "| cases | subjects | seeds | better in | verdict |",
+        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for line in table.lines:
+        basis = line.difference or line.pretrained or line.scratch
+        assert basis is not None
+        better = "–" if math.isnan(line.improved) else f"{line.improved:.0%}"
+        values = [
+            line.dataset,
+            str(line.n_labels),
+            line.checkpoint or "–",
+            titles[line.metric],
+            line.class_name,
+            cell(line.pretrained),
+            cell(line.scratch),
+            cell(line.difference, sign=True),
+            str(basis.cases),
+            str(basis.units),
+            str(basis.draws),
+            better,
+            line.verdict,
+        ]
+        out.append("| " + " | ".join(values) + " |")
+    notes = [
+        f"- {g.dataset}, {g.n_labels} labels, {g.checkpoint or 'scratch'}: {note}"
+        for g in table.groups
+        for note in g.notes
+    ]
+    explain = (
+        "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
+        "pretrained minus scratch on the same cases and seeds. Better in: share of case-seed "
+        "pairs. One checkpoint supports a claim about this checkpoint only."
+    )
+    return "\n".join([table.verdict, "", *out, "", explain, "", *notes]).rstrip() + "\n"
+
+
+def _csv(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
+    parts = ("mean", "low", "high", "cases", "units", "draws")
+    arms = ("pretrained", "scratch", "difference")
+    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), "improved", "verdict"]
+    writer.writerow(header)
+    for line in table.lines:
+        cells: list[object] = [getattr(line, name) for name in plain]
+        for arm in arms:
+            value = getattr(line, arm)
+            cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
+        writer.writerow([*cells, _number(line.improved), line.verdict])
+    return text.getvalue()
+
+
+def _number(value: float) -> str | int:
+    if isinstance(value, int):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _plain(table: Table) -> dict[str, object]:
+    groups = []
+    for group in table.groups:
+        groups.append(
+            {
+                "dataset": group.dataset,
+                "labels": group.labels,
+                "n_labels": group.n_labels,
+                "checkpoint": group.checkpoint,
+                "verdict": group.main.verdict,
+                "sentence": group.sentence,
+                "notes": list(group.notes),
+                "lines": [_without_nan(dataclasses.asdict(line)) for line in group.lines],
+            }
+        )
+    return {"format": 1, "verdict": table.verdict, "groups": groups}
+
+
+def _without_nan(value: object) -> object:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

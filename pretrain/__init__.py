@@ -1,0 +1,1 @@
+"""Corpus to encoder: backbones, objectives, the loader, the loop, checkpoints and releases."""

@@ -1,0 +1,157 @@
+"""Decoders from an encoder's feature maps back to the resolution of the image.
+
+Objectives rebuild images with them and finetune segments with them. Both are called as
+`decoder(image, features)` and return [B, out_channels, D, H, W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.backbones.resenc import ConvNorm, ConvStack, init_convolution
+from pretrain.masking import triple
+
+
+class UNetDecoder(nn.Module):
+    """The decoder of a U-Net: transposed convolution, concatenated skip, convolutions, per stage.
+
+    Ronneberger et al. 2015, arXiv:1505.04597, in the form of nnU-Net (Isensee et al. 2021), whose
+    parameter names it carries (`transpconvs.0`, `stages.0.convs.0.conv`), coarsest stage first.
+    It needs maps that grow coarser; if the finest is coarser than the image, the output is
+    interpolated.
+
+    Args:
+        channels: channels of the feature maps, finest first.
+        strides: their strides against the image, finest first.
+        out_channels: channels of the output.
+        convs_per_stage: 3x3x3 convolutions after each concatenation.
+
+    Raises:
+        ValueError: if a map is not a whole multiple coarser than the one before.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[tuple[int, int, int]],
+        out_channels: int,
+        convs_per_stage: int = 1,
+    ) -> None:
+        super().__init__()
+        self.transpconvs = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for i in range(len(channels) - 1, 0, -1):
+            fine, coarse = strides[i - 1], strides[i]
+            if fine == coarse or any(c % f for f, c in zip(fine, coarse, strict=True)):
+                raise ValueError(
+                    "a U-Net decoder needs feature maps that grow coarser by whole factors, found "
+                    f"strides {[list(s) for s in strides]}"
+                )
+            step = triple([c // f for f, c in zip(fine, coarse, strict=True)])
+            self.transpconvs.append(nn.ConvTranspose3d(channels[i], channels[i - 1], step, step))
+            self.stages.append(ConvStack(2 * channels[i - 1], channels[i - 1], convs_per_stage))
+        self.head = nn.Conv3d(channels[0], out_channels, 1)
+        self.full_resolution = tuple(strides[0]) == (1, 1, 1)
+        self.apply(init_convolution)
+
+    def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
+        """Decodes maps [B, C_i, D_i, H_i, W_i], finest first; the image only lends its size."""
+        x = features[-1]
+        levels = zip(self.transpconvs, self.stages, reversed(features[:-1]), strict=True)
+        for upsample, stage, skip in levels:
+            x = stage(torch.cat([upsample(x), skip], dim=1))
+        x = self.head(x)
+        return x if self.full_resolution else _resize(x, image.shape[2:])
+
+
+class UNETRDecoder(nn.Module):
+    """Decodes the maps of a ViT, all at the stride of its patch, with skips and the image.
+
+    In the manner of UNETR (Hatamizadeh et al. 2021, arXiv:2103.10504): the deepest map is doubled
+    step by step up to full resolution; shallower maps, doubled on their own, join on the way, and
+    a convolution of the image itself joins at full resolution, where a ViT has no detail.
+
+    A side that is no power of two (12) is doubled as often as fits and then interpolated; an
+    anisotropic patch doubles its long sides first. Level j is reached when j doublings remain and
+    has feature_size * 2^j channels.
+
+    Args:
+        in_channels: channels of the image.
+        embed_dim: width of the ViT.
+        patch_size: voxels of its patch, one number or (d, h, w); 2 or more along some axis.
+        out_channels: channels of the output.
+        feature_size: channels at full resolution.
+
+    Raises:
+        ValueError: if the patch is a single voxel.
+    """
+
+    TAPS = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dim: int,
+        patch_size: int | tuple[int, int, int],
+        out_channels: int,
+        feature_size: int = 16,
+    ) -> None:
+        super().__init__()
+        doublings = [p.bit_length() - 1 for p in triple(patch_size)]  # floor(log2)
+        top = max(doublings)
+        if top == 0:
+            raise ValueError("a patch of one voxel leaves nothing to decode")
+        # Step i leads from level i + 1 to level i; an axis joins once its doublings are left.
+        steps = [triple([2 if n > level else 1 for n in doublings]) for level in range(top)]
+        width = [feature_size * 2**level for level in range(top)]
+        # Taps 0..2 go to levels 1..top-1, shallow to fine; uneven numbers share or go without.
+        shared = np.array_split(np.arange(self.TAPS - 1), top - 1) if top > 1 else []
+        self.sources = [[int(tap) for tap in taps] for taps in shared]
+
+        self.image_skip = ConvNorm(in_channels, feature_size)
+        self.ups = nn.ModuleList()
+        self.lifts = nn.ModuleList()
+        self.merges = nn.ModuleList()
+        for level in range(top):
+            source = embed_dim if level == top - 1 else width[level + 1]
+            self.ups.append(nn.ConvTranspose3d(source, width[level], steps[level], steps[level]))
+            sources = self.sources[level - 1] if level else []
+            self.lifts.extend(_lift(embed_dim, width[level], steps[level:]) for _ in sources)
+            joined = width[level] * (1 + (len(sources) if level else 1))
+            self.merges.append(ConvStack(joined, width[level], 2 if level else 1))
+        self.head = nn.Conv3d(feature_size, out_channels, 1)
+        self.apply(init_convolution)
+
+    def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
+        """Decodes four maps [B, E, gd, gh, gw], shallow to deep, with the image [B, C, D, H, W]."""
+        if len(features) != self.TAPS:
+            raise ValueError(f"this decoder takes {self.TAPS} feature maps, found {len(features)}")
+        lifted = [lift(tap) for lift, tap in zip(self.lifts, features, strict=False)]
+        x = features[-1]
+        for level in range(len(self.ups) - 1, 0, -1):
+            skips = [lifted[tap] for tap in self.sources[level - 1]]
+            x = self.merges[level](torch.cat([self.ups[level](x), *skips], dim=1))
+        x = self.ups[0](x)
+        if x.shape[2:] != image.shape[2:]:
+            x = _resize(x, image.shape[2:])
+        return self.head(self.merges[0](torch.cat([x, self.image_skip(image)], dim=1)))
+
+
+def _lift(in_channels: int, out_channels: int, steps: list[tuple[int, int, int]]) -> nn.Sequential:
+    """Doubles a tapped map up to its level; `steps` runs from that level to the coarsest."""
+    layers: list[nn.Module] = []
+    for i, step in enumerate(reversed(steps)):
+        source = out_channels if i else in_channels
+        layers.append(nn.ConvTranspose3d(source, out_channels, step, step, bias=False))
+        layers.append(nn.InstanceNorm3d(out_channels, eps=1e-5, affine=True))
+        layers.append(nn.LeakyReLU(0.01, inplace=True))
+    return nn.Sequential(*layers)
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)

@@ -1,0 +1,180 @@
+"""Features of a scan in three lines, with the preprocessing that the weights were trained on.
+
+encoder = voxelith.load_encoder("release/")
+features = encoder.features("scan.nii.gz")
+features.map, features.affine, features.vector
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from data_prep.errors import InputError
+from data_prep.preprocess import Preprocess
+from data_prep.volume import Reject, Volume, read_nifti, volume_from_array
+from pretrain.release import LoadReport, load_release
+
+OVERLAP = 0.5
+"""Of neighbouring windows of a scan that is larger than the crop."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder sees in one scan.
+
+    Attributes:
+        map: float32 [E, d, h, w] on a grid of cells in S, P, L axes.
+        affine: maps (d, h, w) of a cell's centre to RAS millimetres.
+        spacing: of the cells in mm.
+        vector: float32 [E], the mean over the cells.
+    """
+
+    map: NDArray[np.float32]
+    affine: NDArray[np.float64]
+    spacing: tuple[float, float, float]
+    vector: NDArray[np.float32]
+
+
+class Encoder:
+    """Weights and what must be done to a scan before it reaches them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocess: Preprocess,
+        config: dict[str, Any],
+        report: LoadReport | None = None,
+    ) -> None:
+        self.module = module
+        self.preprocess = preprocess
+        self.config = config
+        self.report = report
+
+    @torch.inference_mode()
+    def features(
+        self,
+        scan: str | Path | NDArray[Any],
+        *,
+        spacing: Sequence[float] | None = None,
+        modality: str | None = None,
+    ) -> Features:
+        """Features of the deepest map.
+
+        A scan that is larger than the training crop is seen by windows of that size that overlap
+        by half and start on whole cells; a cell is the mean over the windows that see it.
+
+        Args:
+            scan: path of a NIfTI in any orientation, or an array [D, H, W] or [C, D, H, W] in
+                physical values (HU for CT) whose axes run to S, P, L.
+            spacing: in mm along D, H, W; needed for an array.
+            modality: CT or MR; guessed from the values if it is not given.
+
+        Raises:
+            InputError: unreadable scan, missing spacing, wrong channels or unknown modality.
+        """
+        try:
+            volume = self._volume(scan, spacing, modality)
+        except Reject as reason:
+            name = scan if isinstance(scan, str | Path) else "array"
+            raise InputError(f"{name}: {reason.detail} ({reason.code})") from reason
+        ready = self.preprocess.apply(volume)
+        device = next(self.module.parameters()).device
+        image = torch.from_numpy(np.ascontiguousarray(ready.array, dtype=np.float32))
+        grid = self._windows(image[None].to(device))
+        strides = np.array(self.module.strides[-1])
+        # A cell stands for the voxels [i s, (i + 1) s) of each axis.
+        cells = np.eye(4)
+        cells[:3, :3] = np.diag(strides)
+        cells[:3, 3] = (strides - 1) / 2
+        d, h, w = np.array(ready.spacing) * strides
+        found = grid.float().cpu().numpy()
+        vector = found.reshape(len(found), -1).mean(axis=1)
+        return Features(found, ready.affine @ cells, (float(d), float(h), float(w)), vector)
+
+    def _volume(
+        self, scan: str | Path | NDArray[Any], spacing: Sequence[float] | None, modality: str | None
+    ) -> Volume:
+        known = self.config["modalities"]
+        if modality is not None and modality not in known:
+            raise InputError(
+                f"modality={modality!r}: this encoder was trained on {' and '.join(known)}"
+            )
+        if isinstance(scan, str | Path):
+            volume = read_nifti(Path(scan), modality=modality)
+        else:
+            if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
+                raise InputError(
+                    f"spacing={spacing}: an array needs its spacing in mm along D, H, W, such as "
+                    "spacing=(3.0, 0.8, 0.8)"
+                )
+            volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
+        expected = self.module.in_channels
+        if len(volume.array) != expected:
+            raise InputError(
+                f"{len(volume.array)} channels found, this encoder takes {expected}; "
+                "give one channel at a time or a matching encoder"
+            )
+        return volume
+
+    def _windows(self, image: torch.Tensor) -> torch.Tensor:
+        """[1, C, D, H, W] to the deepest map [E, d, h, w] of its own cells."""
+        stride = self.module.strides[-1]
+        crop = self.config["crop_size"]
+        shape = image.shape[2:]
+        cells = [-(-n // s) for n, s in zip(shape, stride, strict=True)]
+        window = [c // s for c, s in zip(crop, stride, strict=True)]
+        padded = [max(n, k) * s for n, k, s in zip(cells, window, stride, strict=True)]
+        after = [p - n for p, n in zip(padded, shape, strict=True)]
+        # The lowest value is air, as in training's padding.
+        image = F.pad(image, (0, after[2], 0, after[1], 0, after[0]), value=float(image.min()))
+        grid = [p // s for p, s in zip(padded, stride, strict=True)]
+        starts = [
+            _starts(n, k, max(1, round(k * (1 - OVERLAP))))
+            for n, k in zip(grid, window, strict=True)
+        ]
+        total = torch.zeros((self.module.channels[-1], *grid), device=image.device)
+        seen = torch.zeros(grid, device=image.device)
+        was_training = self.module.training
+        self.module.eval()
+        for corner in itertools.product(*starts):
+            voxels = tuple(
+                slice(c * s, c * s + k * s) for c, k, s in zip(corner, window, stride, strict=True)
+            )
+            where = tuple(slice(c, c + k) for c, k in zip(corner, window, strict=True))
+            total[(slice(None), *where)] += self.module(image[(..., *voxels)])[-1][0].float()
+            seen[where] += 1
+        self.module.train(was_training)
+        inside = tuple(slice(0, n) for n in cells)
+        return (total / seen)[(slice(None), *inside)]
+
+
+def _starts(length: int, window: int, step: int) -> list[int]:
+    """Window starts that cover a length, the last one flush with its end."""
+    return sorted({*range(0, length - window, step), length - window})
+
+
+def load_encoder(ref: str | Path, *, device: str | torch.device = "cpu") -> Encoder:
+    """Loads a release's encoder with its preprocessing; every byte is verified.
+
+    Args:
+        ref: a release folder.
+        device: where the weights go.
+
+    Raises:
+        InputError: not a release, damaged, or naming what is not ours.
+    """
+    release = load_release(ref)
+    module = release.build_encoder()
+    report = release.load(module)
+    module.eval().requires_grad_(False).to(device)
+    return Encoder(module, release.preprocess, release.config, report)

@@ -1,0 +1,134 @@
+"""`voxelith export`: a run to a release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from pretrain.arguments import allowed_name, check_arguments, split_target
+from pretrain.release import FORMAT, Release, write_release
+from pretrain.run_folder import RunFolder, versions
+from pretrain.train import load_trained
+
+# From the strictest to the freest; what is not listed counts as strictest of all.
+_FREEDOM = ("nc-nd", "nc-sa", "nc", "nd", "sa", "by", "mpl", "apache", "bsd", "mit", "pddl", "cc0")
+
+
+def export(run_path: Path, output: Path) -> Release:
+    """Writes the encoder of a run with all that its user needs to know.
+
+    The release is read back and its golden scan checked before it appears at `output`.
+
+    Raises:
+        InputError: no such run, no checkpoint yet, or `output` exists.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output}: already exists; choose another folder or remove it")
+    run = RunFolder(run_path)
+    objective, facts, step = load_trained(run)
+    settings = run.config()
+    corpus = Corpus.open(Path(settings["corpus"]))
+    if corpus.index_hash != facts["corpus"]["index_hash"]:
+        raise InputError(
+            f"{corpus.path}: is not the corpus that {run_path} was trained on (index hash "
+            f"{corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
+            "its fingerprints are needed: restore it"
+        )
+    fingerprints = {"format": 1, "values": sorted(set(corpus.fingerprints().values()))}
+    config = {
+        "format": FORMAT,
+        "name": run.path.name,
+        "kind": "encoder",
+        "backbone": _described(objective.encoder, settings["backbone"], "pretrain.backbones"),
+        "objective": _described(objective, settings["objective"], "pretrain.objectives"),
+        "crop_size": settings["crop_size"],
+        "modalities": sorted(facts["data"]["modality"]),
+        "preprocess": facts["preprocess"],
+        "training": {
+            "steps": step,
+            "planned_steps": settings["steps"],
+            "batch_size": settings["batch_size"],
+            "samples_seen": step * settings["batch_size"],
+            "seed": settings["seed"],
+            "lr": settings["lr"],
+        },
+        "data": {**facts["corpus"], **facts["data"]},
+        "versions": versions(),
+    }
+    config["backbone"]["args"]["in_channels"] = facts["channels"]
+    return write_release(
+        output,
+        encoder=objective.encoder,
+        config=config,
+        fingerprints=fingerprints,
+        card=_card(config, facts),
+    )
+
+
+def _described(module: Any, config: dict[str, Any], package: str) -> dict[str, Any]:
+    _, arguments = split_target(config)
+    values, _ = check_arguments(type(module), arguments, package, ("encoder",))
+    return {"name": allowed_name(type(module), package), "args": values}
+
+
+def strictest_first(licences: dict[str, int]) -> list[str]:
+    """Orders licences by what they forbid; unknown ones come first."""
+
+    def freedom(licence: str) -> int:
+        words = licence.lower().replace(" ", "-")
+        return next((i for i, mark in enumerate(_FREEDOM) if mark in words), -1)
+
+    return sorted(licences, key=lambda licence: (freedom(licence), licence))
+
+
+def _card(config: dict[str, Any], facts: dict[str, Any]) -> str:
+    data, training = config["data"], config["training"]
+    licences = strictest_first(data["licence"])
+    sources = "\n".join(f"| {name} | {count} |" for name, count in sorted(data["source"].items()))
+    spacing = config["preprocess"]["operations"][1].get("spacing_mm")
+    grid = f"resampled to {spacing} mm" if spacing else "kept at its own spacing"
+    listed = "\n".join(f"- {name}: {data['licence'][name]} volumes" for name in licences)
+    return f"""# {config["name"]}
+
+A 3D encoder pretrained without labels by Voxelith.
+
+```python
+import voxelith
+
+encoder = voxelith.load_encoder("{config["name"]}")   # this folder
+features = encoder.features("scan.nii.gz")
+features.map, features.affine, features.vector
+```
+
+**Strictest licence of the training data: {licences[0] if licences else "not stated"}.**
+Whether weights inherit the licence of their data is for you to judge; all of them are below.
+
+| | |
+| --- | --- |
+| architecture | `{config["backbone"]["name"]}`, {facts["parameters"]:,} parameters |
+| objective | `{config["objective"]["name"]}` |
+| modalities | {", ".join(config["modalities"])} |
+| training | {training["steps"]} of {training["planned_steps"]} steps of {training["batch_size"]} \
+crops of {config["crop_size"]} voxels, seed {training["seed"]} |
+| volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |
+| a scan is | turned to S, P, L axes and {grid}; intensities as in config.json |
+
+## Data
+
+| source | volumes |
+| --- | --- |
+{sources}
+
+Licences, strictest first:
+
+{listed}
+
+`fingerprints.json` holds hashes of these volumes: finetuning compares its test scans with them.
+
+## Limits
+
+Trained for research. What it is worth on your task is not known before it is measured beside the
+same network from scratch (`voxelith finetune ckpt=... init=pretrained` and `init=scratch`).
+"""

@@ -1,0 +1,249 @@
+"""Crops from a corpus: workers read and verify, the device does the arithmetic.
+
+A worker returns int16 crops with the few numbers that make them physical; clipping, scaling, flips
+and intensity changes happen batched on the device. Each draw of a sample (where to crop, its seed)
+is a function of (seed, epoch, position in the epoch's order), never of the worker that makes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_prep.corpus import Corpus
+from data_prep.preprocess import Preprocess, intensity_coefficients
+from pretrain.draws import uniform
+from pretrain.objective import Batch
+from pretrain.schedule import Schedule, generator
+
+Size = tuple[int, int, int]
+
+_FLIP, _GAIN = 1, 2
+"""Streams of the augmentation's draws; objectives use streams from 100 on."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Changes made to a crop on the device.
+
+    Args:
+        flip: which of the axes D, H, W are mirrored, each with probability 1/2.
+        gain: the image becomes `x (1 + a) + b` with a and b uniform in [-gain, gain].
+    """
+
+    flip: tuple[bool, bool, bool] = (False, False, False)
+    gain: float = 0.0
+
+
+class CropDataset(Dataset[dict[str, Any]]):
+    """Positions of a schedule to raw crops.
+
+    Args:
+        corpus: where the volumes are.
+        samples: corpus positions that the schedule's sample ids stand for.
+        schedule: the order.
+        preprocess: whose intensity rule travels with each crop as four numbers per channel.
+        crop_size: (D, H, W) in voxels; volumes that are smaller are padded and marked invalid.
+        label: read the segmentation too.
+        foreground: chance that a labelled crop is centred on a voxel of a random class.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        samples: Sequence[int] | NDArray[np.int64],
+        schedule: Schedule,
+        preprocess: Preprocess,
+        crop_size: Size,
+        *,
+        label: bool = False,
+        foreground: float = 0.0,
+    ) -> None:
+        self.corpus = corpus
+        self.samples = np.asarray(samples, dtype=np.int64)
+        self.schedule = schedule
+        self.preprocess = preprocess
+        self.crop_size = crop_size
+        self.label = label
+        self.foreground = foreground
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, within, sample = self.schedule.sample(position)
+        rng = generator(self.schedule.seed, epoch, within, 0)
+        item = int(self.samples[sample])
+        meta = self.corpus.meta(item)
+        shape = np.array(self.corpus.shapes[item][1:])
+        crop = np.array(self.crop_size)
+        start = self._place(rng, meta, shape)
+        inside = np.maximum(start, 0)
+        stop = np.minimum(start + crop, shape)
+        size = tuple(int(n) for n in stop - inside)
+        where = tuple(int(n) for n in inside)
+        channels = meta["channels"]
+        lowest = [_code(c["statistics"]["min"], c) for c in channels]
+        pad = [(int(a), int(b)) for a, b in zip(inside - start, start + crop - stop, strict=True)]
+        image = _padded(self.corpus.read(item, "image", where, size), pad, lowest)
+        valid = _padded(np.ones((1, *size), dtype=bool), pad, [0])
+        if self.corpus.sample_has(item, "mask"):
+            hidden = self.corpus.read(item, "mask", where, size)
+            valid &= _padded((hidden == 0)[None], pad, [0])
+        out: dict[str, Any] = {
+            "key": str(self.corpus.keys[item]),
+            "image": torch.from_numpy(image),
+            "valid": torch.from_numpy(valid),
+            "value": torch.tensor([[c["slope"], c["intercept"]] for c in channels]),
+            "window": torch.tensor([self._window(c) for c in channels]),
+            "spacing": torch.tensor(meta["spacing"], dtype=torch.float32),
+            "seed": int(rng.integers(-(2**63), 2**63 - 1)),
+        }
+        if self.label:
+            label = self.corpus.read(item, "seg", where, size).astype(np.int32)
+            out["label"] = torch.from_numpy(_padded(label[None], pad, [0])[0])
+        return out
+
+    def _window(self, channel: dict[str, Any]) -> tuple[float, float, float, float]:
+        """(low, high, shift, scale) of a channel: the preprocessing's own numbers."""
+        rule = self.preprocess.intensity
+        if rule is None:
+            return -math.inf, math.inf, 0.0, 1.0
+        return intensity_coefficients(rule, channel["modality"], channel["statistics"])
+
+    def _place(
+        self, rng: np.random.Generator, meta: dict[str, Any], shape: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Where the crop starts; negative where the volume is thinner than the crop."""
+        crop = np.array(self.crop_size)
+        if self.label and rng.random() < self.foreground and any(meta["class_voxels"].values()):
+            voxels = [v for _, v in sorted(meta["class_voxels"].items()) if v]
+            chosen = voxels[rng.integers(len(voxels))]
+            centre = np.array(chosen[rng.integers(len(chosen))])
+            start = centre - crop // 2
+        else:
+            # The centre falls into the foreground's box: air at the border teaches nothing.
+            low, high = np.array(meta["foreground_box"]).T
+            centre = rng.integers(low, np.maximum(high, low + 1))
+            start = centre - crop // 2
+        room = shape - crop
+        return np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), room // 2)
+
+
+def _code(value: float, channel: dict[str, Any]) -> int:
+    """The stored int16 that stands for a physical value."""
+    code = round((value - channel["intercept"]) / channel["slope"])
+    return int(np.clip(code, -32768, 32767))
+
+
+def _padded(array: NDArray[Any], pad: list[tuple[int, int]], values: Sequence[int]) -> NDArray[Any]:
+    """Pads [C, d, h, w] with one value per channel."""
+    if not any(a or b for a, b in pad):
+        return np.ascontiguousarray(array)
+    shape = [n + a + b for n, (a, b) in zip(array.shape[1:], pad, strict=True)]
+    out = np.empty((len(array), *shape), dtype=array.dtype)
+    out[:] = np.array(values, dtype=array.dtype)[:, None, None, None]
+    inner = tuple(slice(a, n - b) for n, (a, b) in zip(shape, pad, strict=True))
+    out[(slice(None), *inner)] = array
+    return out
+
+
+class _Positions(Sampler[list[int]]):
+    def __init__(self, batches: list[range]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(batch) for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks crops into a raw batch; keys stay a list."""
+    batch: dict[str, Any] = {
+        name: torch.stack([item[name] for item in items])
+        for name in items[0]
+        if name not in ("key", "seed")
+    }
+    batch["seed"] = torch.tensor([item["seed"] for item in items], dtype=torch.int64)
+    batch["key"] = [item["key"] for item in items]
+    return batch
+
+
+def make_loader(
+    dataset: CropDataset,
+    *,
+    batch_size: int,
+    first_step: int,
+    last_step: int,
+    accumulate: int = 1,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    nodes: int = 1,
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+) -> DataLoader[dict[str, Any]]:
+    """Batches of one rank for the optimiser steps [first_step, last_step).
+
+    With `accumulate` micro-batches a step, a step's samples are those of that many consecutive
+    global micro-batches of `batch_size / accumulate`.
+    """
+    micro = batch_size // accumulate
+    batches = dataset.schedule.batches(
+        first_step * accumulate, last_step * accumulate, micro, rank, world, nodes
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=_Positions(batches),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=start_method if workers else None,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
+    """Raw crops to normalised float32, on whatever device they are.
+
+    The one interpolation-free form of the device transform: physical value, clip, scale, mirror,
+    gain. Equal to `Preprocess.apply` on the same voxels when `augment` is None.
+    """
+    channel = (slice(None), slice(None), None, None, None)
+    slope, intercept = raw["value"].unbind(-1)
+    low, high, shift, scale = raw["window"].unbind(-1)
+    image = raw["image"].float() * slope[channel] + intercept[channel]
+    image = torch.clamp(image, low[channel], high[channel])
+    image = (image - shift[channel]) * scale[channel]
+    valid: Tensor = raw["valid"]
+    label: Tensor | None = raw["label"].long() if "label" in raw else None
+    if augment is not None:
+        image, valid, label = _mirror(image, valid, label, raw["seed"], augment.flip)
+        if augment.gain:
+            draw = (uniform(raw["seed"], (2,), _GAIN) * 2 - 1) * augment.gain
+            a, b = (column[:, None, None, None, None] for column in draw.unbind(1))
+            image = image * (1 + a) + b
+    return Batch(image, valid, raw["spacing"], raw["seed"], raw["key"], label)
+
+
+def _mirror(
+    image: Tensor, valid: Tensor, label: Tensor | None, seeds: Tensor, axes: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    draw = uniform(seeds, (3,), _FLIP) < 0.5
+    for axis, wanted in enumerate(axes):
+        if wanted:
+            flip = draw[:, axis, None, None, None, None]
+            image = torch.where(flip, image.flip(axis + 2), image)
+            valid = torch.where(flip, valid.flip(axis + 2), valid)
+            if label is not None:
+                label = torch.where(flip[:, 0], label.flip(axis + 1), label)
+    return image, valid, label

@@ -1,0 +1,331 @@
+"""The one training loop: Lightning's trainer, with our order, our checkpoints and our log.
+
+A resumed run starts a fresh trainer on the steps that remain. Lightning's own resumption keeps
+the loader state of rank 0 alone and counts prefetched batches as used; here the position follows
+from the step, the weights and the optimiser come from our checkpoint, and everything random
+derives from (seed, step), so there is nothing else to restore.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from data_prep.errors import InputError
+from data_prep.progress import bar
+from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
+from pretrain.objective import Batch, Losses, Objective
+from pretrain.optim import make_optimizer, warmup_cosine
+from pretrain.run_folder import MetricsLog, RunFolder
+from pretrain.schedule import generator
+from pretrain.settings import LoopSettings
+
+CHECKPOINT_FORMAT = 1
+
+
+class Loop:
+    """Trains one objective on one dataset within one run folder."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        dataset: CropDataset,
+        run: RunFolder,
+        *,
+        augment: Augment | None = None,
+        draw_previews: Callable[[Objective, Batch, Path], None] | None = None,
+        loggers: list[Logger] | None = None,
+        label: str = "train",
+    ) -> None:
+        self.settings = settings
+        self.dataset = dataset
+        self.run = run
+        self.augment = augment
+        self.draw_previews = draw_previews
+        self.loggers = loggers or []
+        self.label = label
+        self.step = 0
+        self.norm: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    # What an objective asks of its loop.
+
+    @property
+    def progress(self) -> float:
+        """Share of the optimiser steps that are done."""
+        return self.step / self.settings.steps
+
+    def make_optimizer(self, objective: Objective) -> torch.optim.Optimizer:
+        """AdamW over the objective's parameter groups."""
+        chosen = self.settings
+        return make_optimizer(
+            objective, lr=chosen.lr, weight_decay=chosen.weight_decay, betas=chosen.betas
+        )
+
+    def to_batch(self, raw: dict[str, Any]) -> Batch:
+        """Raw crops on the device to a normalised, augmented batch."""
+        return to_batch(raw, self.augment)
+
+    def reseed(self, batch_idx: int) -> None:
+        """What still draws from torch's generator (drop path, dropout) follows the step alone."""
+        micro = batch_idx % self.settings.accumulate
+        rank = rank_zero_only.rank or 0
+        torch.manual_seed(
+            int(generator(self.settings.seed, self.step, micro, rank).integers(2**62))
+        )
+
+    def set_rate(self, objective: Objective) -> None:
+        """The learning rate is a function of the step, so it needs no state."""
+        chosen = self.settings
+        share = warmup_cosine(self.step, total=chosen.steps, warmup=chosen.warmup)
+        optimizer = objective.optimizers(use_pl_optimizer=False)
+        for group in optimizer.param_groups:
+            group["lr"] = chosen.lr * share * group.get("lr_scale", 1.0)
+
+    def clip(self, objective: Objective) -> None:
+        """Clips the gradient's norm and remembers it for the log."""
+        self.norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), self.settings.clip)
+
+    def observe(self, losses: Losses) -> None:
+        """Sums the losses on the device; they are fetched only when a row is logged."""
+        for name, value in {"loss": losses.loss, **losses.parts}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+        self._count += 1
+
+    def observed(self) -> dict[str, float]:
+        """Mean losses since the last call; the one place where the host waits for the device."""
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    # The run.
+
+    def fit(self, objective: Objective) -> None:
+        """Trains from the newest checkpoint of the run, or from the start, to the last step.
+
+        Raises:
+            InputError: the checkpoint belongs to another corpus, seed or batch size.
+            FloatingPointError: the loss is no longer finite.
+        """
+        objective.loop = self
+        state = self.run.checkpoints.load()
+        if state is not None:
+            self._check_state(state)
+            objective.load_state_dict(state["objective"])
+            self.step = int(state["step"])
+        if self.step >= self.settings.steps:
+            return
+        trainer = self._trainer(state["optimizer"] if state is not None else None)
+        trainer.fit(objective, datamodule=_Steps(self))
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        expected = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
+        found = {"format": state["format"], **state["schedule"]}
+        different = [
+            f"{name} is {found.get(name)!r} in the checkpoint and {value!r} now"
+            for name, value in expected.items()
+            if found.get(name) != value
+        ]
+        if different:
+            raise InputError(
+                f"{self.run.path} cannot be resumed: {'; '.join(different)}; "
+                "restore what was changed, or start another run=NAME"
+            )
+
+    def _schedule_state(self, step: int) -> dict[str, Any]:
+        position = step * self.settings.batch_size
+        return self.dataset.schedule.state(position, self.dataset.corpus.index_hash)
+
+    def state(self, objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """All that a run needs to go on: the same on every rank, plain types and tensors only."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "step": self.step,
+            "objective": objective.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": self._schedule_state(self.step),
+        }
+
+    def _trainer(self, optimizer_state: dict[str, Any] | None) -> L.Trainer:
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", module="lightning")
+        chosen = self.settings
+        machine = chosen.trainer
+        precision = machine.precision
+        if precision == "auto":
+            usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            precision = "bf16-mixed" if usable else "32-true"
+        # Lightning's own requeue saves inside the signal handler and is not safe; launch owns it.
+        slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+        return L.Trainer(
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            num_nodes=machine.nodes,
+            strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
+            precision=precision,
+            max_epochs=1,
+            accumulate_grad_batches=chosen.accumulate,
+            callbacks=[_Watch(self, optimizer_state)],
+            plugins=slurm,
+            use_distributed_sampler=False,
+            logger=self.loggers or False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=self.run.path,
+        )
+
+
+class _Steps(L.LightningDataModule):
+    """The steps that remain, as a loader for this rank."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def train_dataloader(self) -> Any:
+        trainer, chosen = self.trainer, self.loop.settings
+        assert trainer is not None
+        return make_loader(
+            self.loop.dataset,
+            batch_size=chosen.batch_size,
+            first_step=self.loop.step,
+            last_step=chosen.steps,
+            accumulate=chosen.accumulate,
+            workers=chosen.trainer.workers,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            nodes=trainer.num_nodes,
+        )
+
+
+class _Watch(L.Callback):
+    """After each optimiser step: log, picture, checkpoint, progress, as each is due."""
+
+    def __init__(self, loop: Loop, optimizer_state: dict[str, Any] | None) -> None:
+        self.loop = loop
+        self.optimizer_state = optimizer_state
+        self.waited = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.optimizer_state is not None:
+            trainer.optimizers[0].load_state_dict(self.optimizer_state)
+            self.optimizer_state = None
+        self.main = trainer.is_global_zero
+        self.began = self.rowed = self.ended = time.perf_counter()
+        self.logged = self.loop.step
+        if self.main:
+            self.log = MetricsLog(self.loop.run.path / "metrics.csv", self.loop.step)
+            self.bar = bar(
+                total=self.loop.settings.steps,
+                initial=self.loop.step,
+                desc=self.loop.label,
+                unit="step",
+            )
+            if self.loop.step == 0:
+                self._preview(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.waited += time.perf_counter() - self.ended
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        chosen, step = self.loop.settings, self.loop.step
+        if (batch_idx + 1) % chosen.accumulate == 0:
+            last = step == chosen.steps
+            logging_due = step % chosen.log_every == 0 or last or step == 1
+            saving_due = step % chosen.save_every == 0 or last
+            if logging_due or saving_due:
+                self._log(trainer)
+            if self.main and saving_due:
+                assert isinstance(pl_module, Objective)
+                state = self.loop.state(pl_module, trainer.optimizers[0])
+                self.loop.run.checkpoints.save(step, state)
+            if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
+                self._preview(pl_module)
+            if self.main:
+                self.bar.update()
+        self.ended = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.main:
+            self.bar.close()
+
+    def _log(self, trainer: L.Trainer) -> None:
+        loop, now = self.loop, time.perf_counter()
+        means = loop.observed()
+        if not means:
+            return
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} between steps {self.logged} and {loop.step} of "
+                f"{loop.run.path.name}; the last checkpoint is from before: try a lower lr, a "
+                "longer warmup or precision=32-true"
+            )
+        span = now - self.rowed
+        row: dict[str, float | int] = {
+            "step": loop.step,
+            "samples": loop.step * loop.settings.batch_size,
+            **means,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": float(loop.norm) if loop.norm is not None else math.nan,
+            "seconds_per_step": span / max(1, loop.step - self.logged),
+            "data_wait": self.waited / span if span else 0.0,
+        }
+        self.rowed, self.logged, self.waited = now, loop.step, 0.0
+        if self.main:
+            self.log.write(row)
+            self.bar.set_postfix_str(f"loss {means['loss']:.4f}, data-wait {row['data_wait']:.0%}")
+            for logger in loop.loggers:
+                logger.log_metrics({**row, "trainer/global_step": loop.step}, step=None)
+
+    def _preview(self, objective: L.LightningModule) -> None:
+        loop = self.loop
+        if loop.draw_previews is None or not loop.settings.preview_every:
+            return
+        assert isinstance(objective, Objective)
+        raw = collate([loop.dataset[i] for i in _preview_positions(loop.dataset)])
+        moved = {
+            name: value.to(objective.device) if isinstance(value, Tensor) else value
+            for name, value in raw.items()
+        }
+        folder = loop.run.path / "previews"
+        folder.mkdir(exist_ok=True)
+        objective.eval()
+        with torch.no_grad():
+            picture = folder / f"step-{loop.step:08d}.png"
+            loop.draw_previews(objective, to_batch(moved), picture)
+        objective.train()
+
+
+def _preview_positions(dataset: CropDataset, count: int = 3) -> list[int]:
+    """The first positions of the order, one for each modality before any comes twice."""
+    seen: dict[str, int] = {}
+    rank: list[tuple[int, int]] = []
+    for position in range(min(len(dataset), 256)):
+        sample = dataset.schedule.sample(position)[2]
+        modality = str(dataset.corpus.modalities[int(dataset.samples[sample])])
+        seen[modality] = seen.get(modality, 0) + 1
+        rank.append((seen[modality], position))
+    return [position for _, position in sorted(rank)[:count]]

@@ -1,0 +1,90 @@
+"""The contract between an objective and the loop that trains it.
+
+An objective owns its encoder, its heads and its loss; it knows nothing of paths, loggers or
+ranks. The loop moves crops to the device, calls `forward` on each batch and `after_step` once per
+optimiser step. A segmentation task is an objective too, so finetuning needs no second loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pretrain.loop import Loop
+
+
+@dataclass
+class Batch:
+    """Crops on the device, in normalised units.
+
+    Shapes: image [B, C, D, H, W] float32; valid [B, 1, D, H, W] bool, False where a voxel is
+    padding or anonymised and must carry no loss; spacing [B, 3] in mm; seeds [B] int64, from
+    which every random draw of the objective derives; label [B, D, H, W] int64 if there is one.
+    """
+
+    image: Tensor
+    valid: Tensor
+    spacing: Tensor
+    seeds: Tensor
+    keys: list[str] = field(default_factory=list)
+    label: Tensor | None = None
+
+
+class Losses(NamedTuple):
+    """The loss to minimise and its named parts, for the log."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(L.LightningModule):
+    """Base of every pretraining objective and of the segmentation task.
+
+    Subclasses set `encoder` and implement `forward`; the rest of this class is what Lightning
+    asks for, written once.
+    """
+
+    encoder: nn.Module
+    loop: Loop
+
+    def forward(self, batch: Batch, progress: float) -> Losses:
+        """Computes the loss of one batch; `progress` runs from 0 to 1 over the training."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Runs once after each optimiser step: teachers move here."""
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns named volumes [B, C, D, H, W] worth looking at; empty if there are none."""
+        return {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The loop's optimiser over this module's parameters."""
+        return self.loop.make_optimizer(self)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Raw crops to a batch, on the device."""
+        return self.loop.to_batch(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One micro-step; everything random in it derives from where it is in the run."""
+        self.loop.reseed(batch_idx)
+        losses = self(batch, self.loop.progress)
+        self.loop.observe(losses)
+        return losses.loss
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clips by norm and keeps the norm for the log."""
+        self.loop.clip(self)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, then lets teachers move: once per optimiser step, never per micro-batch."""
+        self.loop.set_rate(self)
+        super().optimizer_step(*args, **kwargs)
+        self.loop.step += 1
+        self.after_step(self.loop.progress)

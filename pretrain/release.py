@@ -1,0 +1,367 @@
+"""A released encoder: a directory that says what it is and proves that it is whole.
+
+    model.safetensors      weights of the encoder, no pickle
+    config.json            architecture, preprocessing, training, data: data only, nothing to run
+    fingerprints.json      hashes of the volumes it was trained on, for the leakage gate
+    golden_input.nii.gz    a small scan with odd spacing and orientation ...
+    golden_output.safetensors   ... and the features that it must give
+    README.md              the card
+    SHA256SUMS             of all of these
+
+A release names its architecture from our own packages, with arguments checked against bounds
+before anything is allocated. Sums prove integrity, not origin.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data_prep.errors import CorruptionError, InputError
+from data_prep.files import write_bytes, write_json, write_text
+from data_prep.preprocess import Preprocess
+from pretrain.arguments import build_allowed
+
+FORMAT = 1
+FILES = (
+    "model.safetensors",
+    "config.json",
+    "fingerprints.json",
+    "golden_input.nii.gz",
+    "golden_output.safetensors",
+    "README.md",
+)
+TOLERANCE = 1e-5
+"""Of the golden features, relative to their largest value, in float32 on a CPU."""
+_KEYS = {
+    "format", "name", "kind", "backbone", "objective", "crop_size", "modalities", "preprocess",
+    "training", "data", "versions",
+}  # fmt: skip
+
+
+@dataclass
+class LoadReport:
+    """What happened to each tensor of a load: every name stands in exactly one list."""
+
+    copied: list[str] = field(default_factory=list)
+    adapted: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    covered: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for load_report.json."""
+        return {
+            "covered": self.covered,
+            "copied": self.copied,
+            "adapted": self.adapted,
+            "skipped": self.skipped,
+            "new": self.new,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.copied)} tensors copied, {len(self.adapted)} adapted, "
+            f"{len(self.skipped)} skipped, {len(self.new)} new: "
+            f"{self.covered:.1%} of the encoder's parameters"
+        )
+
+
+@dataclass(frozen=True)
+class Release:
+    """A verified release on disk."""
+
+    path: Path
+    config: dict[str, Any]
+    preprocess: Preprocess
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """What the release calls itself."""
+        return str(self.config["name"])
+
+    @property
+    def crop_size(self) -> tuple[int, int, int]:
+        """(D, H, W) in voxels that it was trained on."""
+        d, h, w = self.config["crop_size"]
+        return int(d), int(h), int(w)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Of the channels' training data, such as CT and MR."""
+        return tuple(self.config["modalities"])
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """Hashes of the volumes that the encoder was trained on."""
+        return set(json.loads((self.path / "fingerprints.json").read_text())["values"])
+
+    def build_encoder(self) -> nn.Module:
+        """The encoder with fresh random weights."""
+        chosen = self.config["backbone"]
+        return build_allowed(
+            chosen["name"], chosen["args"], "pretrain.backbones", f"{self.path}: backbone"
+        )
+
+    def load(self, encoder: nn.Module) -> LoadReport:
+        """Copies the weights, strictly: all names and shapes must agree.
+
+        Raises:
+            InputError: they do not; the message lists every tensor that differs.
+        """
+        return load_strictly(encoder, self.path / "model.safetensors")
+
+    def equal_but_weights(self) -> str:
+        """Hash of architecture and preprocessing: releases that share it share a scratch twin."""
+        parts = {name: self.config[name] for name in ("backbone", "preprocess", "crop_size")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
+    """Copies a safetensors file into a module of exactly that shape."""
+    own = module.state_dict()
+    try:
+        with safe_open(weights, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+            problems = _differences(found, wanted)
+            if problems:
+                shown = problems[:10] + (["..."] if len(problems) > 10 else [])
+                raise InputError(
+                    f"{weights}: does not fit this network ({len(problems)} tensors differ): "
+                    + "; ".join(shown)
+                )
+            module.load_state_dict({name: file.get_tensor(name) for name in found})
+    except (SafetensorError, OSError) as error:
+        raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
+    return LoadReport(copied=sorted(found), covered=1.0)
+
+
+def _differences(
+    found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        *(f"{name} is missing" for name in sorted(wanted.keys() - found.keys())),
+        *(f"{name} is not part of it" for name in sorted(found.keys() - wanted.keys())),
+        *(
+            f"{name} has shape {list(found[name])}, expected {list(wanted[name])}"
+            for name in sorted(found.keys() & wanted.keys())
+            if found[name] != wanted[name]
+        ),
+    ]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_release(ref: str | Path) -> Release:
+    """Opens a release and verifies every byte of it.
+
+    Raises:
+        InputError: it is not there, or not a release of a format that we know.
+        CorruptionError: a file is missing or is not what SHA256SUMS says.
+    """
+    path = Path(ref)
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: no such release; give the folder that `voxelith export RUN OUT` wrote"
+        )
+    sums = path / "SHA256SUMS"
+    if not sums.exists():
+        hint = "it is a run: `voxelith export` makes a release of it; " * (
+            (path / "run.json").exists()
+        )
+        raise InputError(f"{path}: is not a release, it has no SHA256SUMS; {hint}check the path")
+    _verify(path, sums.read_text())
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}/config.json: is not JSON ({error}); export it again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise InputError(
+            f"{path}/config.json: format is {found!r}, this version reads {FORMAT}; "
+            "update voxelith or export again"
+        )
+    problems = _config_problems(config)
+    if problems:
+        raise InputError([f"{path}/config.json: {problem}" for problem in problems])
+    preprocess = Preprocess.from_dict(config["preprocess"])
+    digest = hashlib.sha256(sums.read_bytes()).hexdigest()
+    return Release(path, config, preprocess, digest)
+
+
+def _verify(path: Path, sums: str) -> None:
+    listed = dict(
+        reversed(line.split("  ", 1)) for line in sums.splitlines() if line.count("  ") == 1
+    )
+    problems = [
+        f"{path}/SHA256SUMS: does not list {name}; the release is incomplete"
+        for name in FILES
+        if name not in listed
+    ]
+    for name, expected in listed.items():
+        file = path / name
+        if name not in FILES:
+            problems.append(f"{path}/SHA256SUMS: lists {name!r}, which is no part of a release")
+        elif not file.is_file():
+            problems.append(f"{file}: is missing; copy or fetch the release again")
+        elif file_digest(file) != expected:
+            problems.append(
+                f"{file}: its bytes are not those that were released (sha256 differs from "
+                "SHA256SUMS); copy or fetch the release again"
+            )
+    if problems:
+        raise CorruptionError(problems)
+
+
+def _config_problems(config: dict[str, Any]) -> list[str]:
+    """Structure only; names and arguments are checked where they are used."""
+    problems = [f"{name}: missing" for name in sorted(_KEYS - config.keys())]
+    problems += [
+        f"{name}: unknown; this version does not know it" for name in sorted(config.keys() - _KEYS)
+    ]
+    problems += [
+        f"{where}: releases are data and name nothing to import"
+        for where in _find_key(config, "_target_")
+    ]
+    if problems:
+        return problems
+    backbone = config["backbone"]
+    if not isinstance(backbone, dict) or set(backbone) != {"name", "args"}:
+        problems.append("backbone: expected {name, args}")
+    size = config["crop_size"]
+    if not (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(isinstance(n, int) and 1 <= n <= 2048 for n in size)
+    ):
+        problems.append(f"crop_size={size!r}: expected three whole numbers from 1 to 2048")
+    return problems
+
+
+def _find_key(value: Any, key: str, where: str = "") -> list[str]:
+    if isinstance(value, dict):
+        here = [f"{where}{key}"] if key in value else []
+        return here + [f for k, v in value.items() for f in _find_key(v, key, f"{where}{k}.")]
+    if isinstance(value, list):
+        return [f for i, v in enumerate(value) for f in _find_key(v, key, f"{where}{i}.")]
+    return []
+
+
+# Writing.
+
+
+def golden_scan(seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """A small smooth scan in P, I, R axes with three different spacings, tilted a little."""
+    rng = np.random.default_rng(seed)
+    shape = (37, 29, 41)
+    grid = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij"))
+    values = sum(
+        rng.normal() * np.cos(np.pi * np.tensordot(rng.integers(0, 6, 3), grid, 1) + rng.uniform())
+        for _ in range(24)
+    )
+    turn = np.deg2rad(7.0)
+    tilt = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+    axes = np.array([[0, 0, 1.0], [-1.0, 0, 0], [0, -1.0, 0]])  # P, I, R
+    affine = np.eye(4)
+    affine[:3, :3] = tilt @ axes @ np.diag([1.3, 0.9, 2.1])
+    affine[:3, 3] = [-20.0, 35.0, 11.0]
+    return (100.0 * np.asarray(values)).astype(np.float32), affine
+
+
+def write_release(
+    output: Path,
+    *,
+    encoder: nn.Module,
+    config: dict[str, Any],
+    fingerprints: dict[str, Any],
+    card: str,
+) -> Release:
+    """Writes a release beside `output` and moves it there when it is whole and verified.
+
+    Raises:
+        InputError: `output` exists and is not empty.
+    """
+    from pretrain.encoder import Encoder
+
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output}: already exists; choose another folder or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        weights = {name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", config)
+        write_json(folder / "fingerprints.json", fingerprints)
+        write_text(folder / "README.md", card)
+        values, affine = golden_scan()
+        scan = nib.Nifti1Image(values, affine).to_bytes()
+        # Without the time in gzip's header: the same run gives the same release.
+        write_bytes(folder / "golden_input.nii.gz", gzip.compress(scan, mtime=0))
+        preprocess = Preprocess.from_dict(config["preprocess"])
+        probe = Encoder(encoder.cpu(), preprocess, config)
+        save_file(_golden_features(probe, folder), folder / "golden_output.safetensors")
+        sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in FILES)
+        write_text(folder / "SHA256SUMS", sums)
+        check_golden(folder)
+        folder.chmod(0o755)
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return load_release(output)
+
+
+def _golden_features(encoder: Any, folder: Path) -> dict[str, torch.Tensor]:
+    modality = "MR" if "MR" in encoder.config["modalities"] else encoder.config["modalities"][0]
+    features = encoder.features(folder / "golden_input.nii.gz", modality=modality)
+    return {"map": torch.from_numpy(features.map), "vector": torch.from_numpy(features.vector)}
+
+
+def check_golden(path: Path) -> float:
+    """Loads a release as a user would and compares the golden features.
+
+    Returns:
+        The largest error, relative to the largest feature.
+
+    Raises:
+        CorruptionError: it is above the tolerance.
+    """
+    from pretrain.encoder import load_encoder
+
+    found = _golden_features(load_encoder(path), path)
+    worst = 0.0
+    with safe_open(path / "golden_output.safetensors", framework="pt") as file:
+        for name, value in found.items():
+            expected = file.get_tensor(name)
+            error = float((value - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+            worst = max(worst, error)
+    if not worst <= TOLERANCE:
+        raise CorruptionError(
+            f"{path}: the golden scan gives features that differ by {worst:.1e} (relative), "
+            f"allowed {TOLERANCE:.0e}; weights or preprocessing are not what was released"
+        )
+    return worst

@@ -1,0 +1,211 @@
+"""A run's folder: one writer, atomic checkpoints, a log without gaps.
+
+runs/NAME/
+config.json            what was asked for, resolved
+run.json               command, versions, machine, corpus index hash
+lease.json             who writes here now, with a heartbeat
+metrics.csv            one row per logged step
+checkpoints/step-00000100.pt
+previews/              pictures
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import platform
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.errors import CorruptionError, InputError
+from data_prep.files import atomic, write_json, write_text
+
+HEARTBEAT_SECONDS = 30
+STALE_SECONDS = 300
+"""A lease whose heart has not beaten for this long belongs to a dead job."""
+
+
+class Checkpoints:
+    """Numbered training states in a folder, written whole and read without pickle."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Writes a state and deletes the oldest beyond `keep`, in this order."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        # Straight to the file: a second copy in memory would cost as much as model and optimiser.
+        with atomic(path) as file:
+            torch.save(state, file)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state, or None if there is none."""
+        paths = self.paths()
+        if not paths:
+            return None
+        try:
+            state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CorruptionError(
+                f"{paths[-1].name} in {self.folder} cannot be read ({type(error).__name__}); "
+                "delete it to go on from the checkpoint before it"
+            ) from error
+        return dict(state)
+
+
+class RunFolder:
+    """The folder of one run; use `open` to become its writer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints")
+
+    @property
+    def config_path(self) -> Path:
+        """Where the resolved configuration is."""
+        return self.path / "config.json"
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration that the run was started with."""
+        try:
+            return dict(json.loads(self.config_path.read_text()))
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path} is not a run folder: it has no config.json; "
+                "give the folder that `voxelith pretrain` or `voxelith finetune` made"
+            ) from None
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Holds the folder for this process; a second writer is refused."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / "lease.json"
+        _refuse_if_held(file)
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        stop = threading.Event()
+
+        def beat() -> None:
+            while True:
+                write_json(file, {**mine, "heartbeat": time.time()})
+                if stop.wait(HEARTBEAT_SECONDS):
+                    return
+
+        write_json(file, {**mine, "heartbeat": time.time()})
+        for rest in self.checkpoints.folder.glob(".step-*"):
+            rest.unlink()  # of a writer that was killed while it wrote
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            file.unlink(missing_ok=True)
+
+    def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
+        """Writes what was asked for and with what it runs."""
+        write_json(self.config_path, config)
+        write_json(self.path / "run.json", {"command": command, "versions": versions(), **facts})
+
+    def free_space(self) -> int:
+        """Bytes left where the run is written."""
+        return shutil.disk_usage(self.path).free
+
+
+def _refuse_if_held(file: Path) -> None:
+    try:
+        held = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return
+    age = time.time() - held["heartbeat"]
+    same_host = held["host"] == socket.gethostname()
+    if same_host and not _alive(held["pid"]):
+        return  # killed here: its lease died with it
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and held["job"] == job and held["pid"] != os.getpid():
+        return  # requeued: the same job under the same number
+    if age < STALE_SECONDS:
+        owner = f"process {held['pid']} on {held['host']}"
+        if held["job"]:
+            owner += f" (job {held['job']})"
+        raise InputError(
+            f"{file.parent} is being written by {owner}, heartbeat {age:.0f} s ago; wait for it, "
+            f"stop it, or choose another run=NAME (a dead job's lease ends after {STALE_SECONDS} s)"
+        )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def versions() -> dict[str, str]:
+    """What results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("voxelith", "torch", "lightning", "monai", "timm", "numpy", "blosc2"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+class MetricsLog:
+    """metrics.csv: a header that is fixed by the first row, then one row per logged step.
+
+    A resumed run drops the rows after its checkpoint first, so that no step is twice in the file
+    and none is missing.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        self.path = path
+        self._columns: list[str] | None = None
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+            if rows:
+                self._columns = list(rows[0])
+                lines = [",".join(self._columns), *(",".join(row.values()) for row in rows)]
+                write_text(path, "\n".join(lines) + "\n")
+            else:
+                path.unlink()
+
+    def write(self, row: dict[str, float | int]) -> None:
+        """Appends a row; a value that the header does not name is left out."""
+        text = ""
+        if self._columns is None:
+            self._columns = list(row)
+            text = ",".join(self._columns) + "\n"
+        cells = [_cell(row.get(name, "")) for name in self._columns]
+        with self.path.open("a") as file:
+            file.write(text + ",".join(cells) + "\n")
+
+
+def _cell(value: float | int | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

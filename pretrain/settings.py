@@ -1,0 +1,104 @@
+"""What a training loop and `voxelith pretrain` can be told. No torch in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data_prep.errors import InputError
+
+Side = Annotated[int, Field(ge=1, le=2048)]
+
+
+class TrainerSettings(BaseModel):
+    """The machine: what does not change the result, beyond rounding."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1)] = 1
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class LoopSettings(BaseModel):
+    """How long and how fast; shared by pretraining and finetuning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    crop_size: tuple[Side, Side, Side]
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    lr: Annotated[float, Field(gt=0, lt=10)]
+    weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.05
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
+    warmup: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    gain: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    log_every: Annotated[int, Field(ge=1)] = 10
+    save_every: Annotated[int, Field(ge=1)] = 500
+    preview_every: Annotated[int, Field(ge=0)] = 0
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trainer: TrainerSettings = TrainerSettings()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        parts = self.trainer.devices * self.trainer.nodes * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size={self.batch_size} is the global batch of one optimiser step and must "
+                f"be a multiple of devices x nodes x accumulate = {parts}"
+            )
+        return self
+
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
+
+
+class PretrainSettings(LoopSettings):
+    """The keys of conf/pretrain.yaml."""
+
+    corpus: Path
+    run: RunName
+    runs: Path = Path("runs")
+    resume: Literal["auto", "never"] = "auto"
+    backbone: dict[str, Any]
+    objective: dict[str, Any]
+    lanes: Annotated[int, Field(ge=1, le=4096)] = 8
+    flip: tuple[bool, bool, bool] = (True, True, True)
+
+    def changed(self, before: dict[str, Any]) -> list[str]:
+        """Settings that a resumed run must not change, and did.
+
+        Where it runs, how often it logs and where its folder lies may change; all else is part of
+        what the run is.
+        """
+        free = {
+            "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
+            "loggers",
+        }  # fmt: skip
+        now = self.model_dump(mode="json")
+        return [
+            f"{name} was {before.get(name)!r} and is {value!r} now"
+            for name, value in now.items()
+            if name not in free and before.get(name) != value
+        ]
+
+
+def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) -> None:
+    """Refuses to resume a run under other settings."""
+    changed = settings.changed(before)
+    if changed:
+        raise InputError(
+            [f"{run}: cannot be resumed, {item}" for item in changed]
+            + ["restore these settings, or start another run=NAME"]
+        )

@@ -1,0 +1,206 @@
+"""`voxelith pretrain`: a corpus to a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.files import write_text
+from data_prep.preprocess import Preprocess
+from pretrain.arguments import build, check_arguments, locate, split_target
+from pretrain.loader import Augment, CropDataset
+from pretrain.loop import Loop
+from pretrain.objective import Objective
+from pretrain.previews import draw_previews
+from pretrain.run_folder import RunFolder
+from pretrain.schedule import Schedule
+from pretrain.settings import LoopSettings, PretrainSettings, check_same
+
+
+def pretrain(settings: PretrainSettings) -> Path:
+    """Trains an objective on a corpus; started again, it goes on where its checkpoint left off.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: wrong settings, corpus or run folder; all problems that can be seen together.
+    """
+    run = RunFolder(settings.runs / settings.run)
+    corpus = Corpus.open(settings.corpus)
+    channels = corpus_channels(corpus)
+    objective = build_objective(settings, channels)
+    _check_crop(objective, settings)
+    if run.config_path.exists():
+        if settings.resume == "never":
+            raise InputError(
+                f"{run.path}: exists already; choose another run=NAME, remove it, or resume=auto"
+            )
+        check_same(settings, run.config(), run.path)
+    preprocess = Preprocess.default(corpus_spacing(corpus))
+    samples = np.arange(len(corpus))
+    dataset = CropDataset(
+        corpus,
+        samples,
+        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
+        # The corpus is at its spacing already; the release resamples new scans to it.
+        preprocess,
+        settings.crop_size,
+    )
+    with run.lease() if rank_zero_only.rank == 0 else contextlib.nullcontext():
+        if rank_zero_only.rank == 0:
+            run.describe(
+                settings.model_dump(mode="json"),
+                sys.argv,
+                channels=channels,
+                corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
+                preprocess=preprocess.to_dict(),
+                data=data_facts(corpus),
+                parameters=sum(p.numel() for p in objective.encoder.parameters()),
+            )
+        loop = Loop(
+            settings,
+            dataset,
+            run,
+            augment=Augment(settings.flip, settings.gain),
+            draw_previews=draw_previews,
+            loggers=make_loggers(settings, run),
+            label="pretrain",
+        )
+        loop.fit(objective)
+    return run.path
+
+
+def build_objective(settings: PretrainSettings, channels: int) -> Objective:
+    """Backbone and objective from their config groups; all wrong arguments are listed at once.
+
+    Weights depend on the seed alone.
+    """
+    if settings.trainer.threads:
+        torch.set_num_threads(settings.trainer.threads)
+    backbone = {**settings.backbone, "in_channels": channels}
+    problems = []
+    for where, config, given in (
+        ("backbone", backbone, ()),
+        ("objective", settings.objective, ("encoder",)),
+    ):
+        path, arguments = split_target(config)
+        problems += check_arguments(locate(path, where), arguments, where, given)[1]
+    if problems:
+        raise InputError(problems)
+    torch.manual_seed(settings.seed)
+    try:
+        encoder = build(backbone, "backbone")
+        objective = build(settings.objective, "objective", encoder=encoder)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"backbone and objective do not fit together: {error}; "
+            "choose another objective=... or backbone=..."
+        ) from error
+    assert isinstance(objective, Objective)
+    return objective
+
+
+def _check_crop(objective: Objective, settings: LoopSettings) -> None:
+    """Asks the encoder whether the crop fits, before anything is written or read."""
+    encoder: Any = objective.encoder
+    fits = getattr(encoder, "grids", None) or encoder.grid
+    try:
+        fits(settings.crop_size)
+    except ValueError as error:
+        raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
+
+
+def corpus_channels(corpus: Corpus) -> int:
+    """Channels of the corpus; all volumes must have the same number."""
+    counts = np.unique(corpus.shapes[:, 0])
+    if len(counts) != 1:
+        raise InputError(
+            f"{corpus.path}: volumes have {' and '.join(map(str, counts))} channels; "
+            "an encoder needs one number, so make a corpus of each"
+        )
+    return int(counts[0])
+
+
+def corpus_spacing(corpus: Corpus) -> tuple[float, float, float] | None:
+    """The spacing that prep resampled to, or None where volumes keep their own."""
+    spacing = corpus.info["options"].get("spacing")
+    return None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+
+
+def data_facts(corpus: Corpus) -> dict[str, Any]:
+    """Counts for the model card: what the encoder saw, and under which licences."""
+    return {name: corpus.info["counts"][name] for name in ("modality", "source", "licence")}
+
+
+def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
+    """TensorBoard and W&B where they are asked for; metrics.csv needs neither.
+
+    A run keeps one W&B id for life, so that a requeued job goes on in the same chart.
+
+    Raises:
+        InputError: a logger is wanted that is not installed.
+    """
+    made: list[Logger] = []
+    if "tensorboard" in settings.loggers:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        try:
+            made.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "loggers: tensorboard is not installed; pip install 'voxelith[tensorboard]'"
+            ) from error
+    if "wandb" in settings.loggers:
+        from lightning.pytorch.loggers import WandbLogger
+
+        offline = os.environ.get("WANDB_MODE", "") in ("offline", "dryrun")
+        made.append(
+            WandbLogger(
+                project="voxelith",
+                name=run.path.name,
+                id=_wandb_id(run),
+                resume="allow",
+                save_dir=run.path,
+                offline=offline,
+                settings={"disable_git": True, "console": "off"},
+            )
+        )
+    return made
+
+
+def _wandb_id(run: RunFolder) -> str:
+    file = run.path / "wandb_id"
+    if not file.exists():
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(file, secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+def load_trained(run: RunFolder) -> tuple[Objective, dict[str, Any], int]:
+    """The objective of a run with its newest weights, its facts and its step."""
+    config = run.config()
+    if "objective" not in config:
+        raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
+    facts = json.loads((run.path / "run.json").read_text())
+    settings = PretrainSettings.model_validate(config)
+    state = run.checkpoints.load()
+    if state is None:
+        raise InputError(
+            f"{run.path}: has no checkpoint yet; wait for the first (save_every) or lower it"
+        )
+    objective = build_objective(settings, int(facts["channels"]))
+    objective.load_state_dict(state["objective"])
+    return objective, facts, int(state["step"])

@@ -1,0 +1,1 @@
+"""Batch scripts for SLURM clusters, shipped as package data."""

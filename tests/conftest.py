@@ -1,0 +1,49 @@
+"""Fixtures that several rooms need: small real corpora made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Planted faults and generated cases come from this seed and must hold for others.
+SEED = int(os.environ.get("VOXELITH_TEST_SEED", "0"))
+
+SAMPLES = Path(__file__).parent.parent / "samples"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The embedded scans."""
+    return SAMPLES
+
+
+@pytest.fixture(scope="session")
+def pretrain_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CT and MRI of samples/pretrain.csv as an unlabelled corpus of several shards."""
+    return _prepare("pretrain.csv", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def labelled_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hippocampus MRI with labels and the official split."""
+    return _prepare("hippocampus.csv", tmp_path_factory)
+
+
+def _prepare(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from data_prep.build import prep
+    from data_prep.settings import PrepSettings
+
+    output = tmp_path_factory.mktemp("corpus") / name.removesuffix(".csv")
+    prep(
+        PrepSettings(
+            input=SAMPLES / name, output=output, keys="names", processes=1, shard_mib=1
+        )
+    )
+    return output

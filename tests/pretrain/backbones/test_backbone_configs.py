@@ -1,0 +1,63 @@
+"""Every preset of conf/backbone and conf/objective builds what it says, without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra.utils
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import conf
+from pretrain.backbones.backbone import Backbone
+from pretrain.objective import Batch, Objective
+
+CONF = Path(conf.__file__).parent
+MILLIONS = {"vit_s": 23, "vit_b": 88, "vit_l": 307, "resenc_small": 2.06, "resenc_l": 90.3}
+
+
+def build(group: str, name: str, **given: object) -> torch.nn.Module:
+    with torch.device("meta"):
+        return hydra.utils.instantiate(OmegaConf.load(CONF / group / f"{name}.yaml"), **given)
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("backbone"))
+def test_a_preset_has_the_surface_of_a_backbone(name: str) -> None:
+    encoder = build("backbone", name)
+    assert isinstance(encoder, Backbone)
+    shape = (64, 96, 32)
+    maps = encoder(torch.zeros(2, encoder.in_channels, *shape, device="meta"))
+    expected = zip(encoder.channels, encoder.grids(shape), strict=True)
+    assert [tuple(m.shape) for m in maps] == [(2, c, *grid) for c, grid in expected]
+    for grid, stride in zip(encoder.grids(shape), encoder.strides, strict=True):
+        assert all(g * s == n for g, s, n in zip(grid, stride, shape, strict=True))
+    if name in MILLIONS:
+        millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+        assert millions == pytest.approx(MILLIONS[name], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("objective", "backbone", "shape"),
+    [
+        ("mae", "vit_ti", (32, 48, 32)),
+        ("mae", "vit_s", (96, 96, 96)),
+        ("cnn_mae", "resenc_small", (32, 48, 32)),
+        ("cnn_mae", "resenc_l", (160, 160, 160)),
+    ],
+)
+def test_presets_fit_together(objective: str, backbone: str, shape: tuple[int, int, int]) -> None:
+    built = build("objective", objective, encoder=build("backbone", backbone))
+    assert isinstance(built, Objective)
+    with torch.device("meta"):
+        batch = Batch(
+            torch.zeros(2, 1, *shape),
+            torch.ones(2, 1, *shape, dtype=torch.bool),
+            torch.ones(2, 3),
+            torch.zeros(2, dtype=torch.int64),
+        )
+    assert built(batch, 0.0).loss.shape == ()

@@ -1,0 +1,97 @@
+"""One writer, whole files, a log without gaps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import CorruptionError, InputError
+from pretrain.run_folder import MetricsLog, RunFolder
+
+
+def test_checkpoints_are_pruned_and_read_back_without_pickle(tmp_path: Path) -> None:
+    checkpoints = RunFolder(tmp_path).checkpoints
+    assert checkpoints.load() is None
+    for step in (1, 5, 9):
+        checkpoints.save(step, {"step": step, "weights": torch.full((3,), float(step))})
+    assert [path.name for path in checkpoints.paths()] == ["step-00000005.pt", "step-00000009.pt"]
+    state = checkpoints.load()
+    assert state is not None and state["step"] == 9 and (state["weights"] == 9).all()
+    assert not list(checkpoints.folder.glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    checkpoints = RunFolder(tmp_path).checkpoints
+    path = checkpoints.save(3, {"step": 3})
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CorruptionError, match=r"step-00000003\.pt .* delete it"):
+        checkpoints.load()
+
+
+def test_a_write_that_fails_leaves_the_old_state_and_no_rest(tmp_path: Path) -> None:
+    checkpoints = RunFolder(tmp_path).checkpoints
+    checkpoints.save(3, {"step": 3})
+    with pytest.raises(Exception):  # noqa: B017 - whatever torch says of what it cannot save
+        checkpoints.save(4, {"step": 4, "bad": (x for x in "generator")})
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000003.pt"]
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from pretrain.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).lease(): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"process {holder.pid} on"), RunFolder(tmp_path).lease():
+        pass
+    holder.kill()
+    holder.wait()
+    with RunFolder(tmp_path).lease():  # the killed writer's lease died with it
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "lease.json").exists()
+
+
+def test_another_hosts_lease_ends_when_its_heart_stops(tmp_path: Path) -> None:
+    lease = {"host": "elsewhere", "pid": 1, "job": "77", "heartbeat": time.time()}
+    (tmp_path / "lease.json").write_text(json.dumps(lease))
+    with pytest.raises(InputError, match=r"on elsewhere \(job 77\)"), RunFolder(tmp_path).lease():
+        pass
+    lease["heartbeat"] -= 3600
+    (tmp_path / "lease.json").write_text(json.dumps(lease))
+    with RunFolder(tmp_path).lease():
+        pass
+
+
+def test_a_requeued_job_takes_its_own_lease_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = {"host": "elsewhere", "pid": 1, "job": "77", "heartbeat": time.time()}
+    (tmp_path / "lease.json").write_text(json.dumps(lease))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with RunFolder(tmp_path).lease():
+        pass
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    log = MetricsLog(path)
+    for step in (1, 10, 20, 30):
+        log.write({"step": step, "loss": 1 / step})
+    log = MetricsLog(path, resumed_step=20)  # the checkpoint is from step 20
+    for step in (30, 40):
+        log.write({"step": step, "loss": 2.0, "unknown": 1.0})
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "10", "20", "30", "40"]
+    assert [float(row["loss"]) for row in rows][-2:] == [2.0, 2.0]

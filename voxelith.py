@@ -1,0 +1,241 @@
+"""Voxelith: pretrained 3D encoders for CT and MRI, and what they are worth.
+
+Three lines from a scan to features:
+
+    import voxelith
+    encoder = voxelith.load_encoder("release/")
+    features = encoder.features("scan.nii.gz")
+
+This module is the public API and the `voxelith` command: a dispatcher, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pretrain.encoder import Encoder
+
+__all__ = ["load_encoder", "main"]
+
+
+def load_encoder(ref: str | Path, *, device: str = "cpu") -> Encoder:
+    """Loads a released encoder with its preprocessing; see `pretrain.encoder.load_encoder`."""
+    from pretrain.encoder import load_encoder as load
+
+    return load(ref, device=device)
+
+
+class Command(NamedTuple):
+    """A verb: what it says of itself, how it is called, and what it runs."""
+
+    summary: str
+    usage: str
+    run: Callable[[list[str]], Any]
+
+
+def _configured(name: str, words: list[str]) -> Any:
+    from conf.compose import settings_for
+
+    return settings_for(name, words)
+
+
+def _prep(words: list[str]) -> Any:
+    settings = _configured("prep", words)
+    from data_prep.build import prep
+
+    return prep(settings).to_dict()
+
+
+def _check(words: list[str]) -> Any:
+    from data_prep.check import check
+
+    from data_prep.errors import CorruptionError
+
+    (corpus,) = _positional("check", words, ["CORPUS"])
+    problems = check(Path(corpus))
+    if problems:
+        raise CorruptionError(problems)
+    print(f"{corpus}: whole, every byte is what was written")
+    return {"corpus": corpus, "problems": []}
+
+
+def _pretrain(words: list[str]) -> Any:
+    settings = _configured("pretrain", words)
+    from pretrain.train import pretrain
+
+    run = pretrain(settings)
+    print(f"{run}: done. Next: voxelith export {run} release/")
+    return {"run": str(run)}
+
+
+def _export(words: list[str]) -> Any:
+    run, output = _positional("export", words, ["RUN", "OUT"])
+    from pretrain.export import export
+
+    release = export(Path(run), Path(output))
+    print(f"{release.path}: verified, golden scan included, digest {release.digest[:12]}")
+    return {"release": str(release.path), "digest": release.digest}
+
+
+def _finetune(words: list[str]) -> Any:
+    settings = _configured("finetune", words)
+    from finetune.train import finetune
+
+    run = finetune(settings)
+    print(f"{run}: done. Next: voxelith table {run.parent}/* output=table/")
+    return {"run": str(run)}
+
+
+def _table(words: list[str]) -> Any:
+    output = [word.removeprefix("output=") for word in words if word.startswith("output=")]
+    runs = [Path(word) for word in words if not word.startswith("output=")]
+    from data_prep.errors import InputError
+
+    if not runs or len(output) > 1:
+        raise InputError("table: give finetuning run folders, and output=DIR at most once")
+    from finetune.table import make_table
+
+    return make_table(runs, Path(output[0]) if output else Path("table")).to_dict()
+
+
+def _demo(words: list[str]) -> Any:
+    settings = _configured("demo", words)
+    from finetune.demo import demo
+
+    return demo(settings)
+
+
+def _features(words: list[str]) -> Any:
+    release, scan, output = _positional("features", words, ["RELEASE", "SCAN", "OUT.npz"])
+    from data_prep.files import atomic
+
+    found = load_encoder(release).features(scan)
+    import numpy as np
+
+    with atomic(Path(output)) as file:
+        np.savez(file, map=found.map, affine=found.affine, vector=found.vector)
+    print(f"{output}: map {found.map.shape}, vector {found.vector.shape}")
+    return {"output": output, "shape": list(found.map.shape)}
+
+
+def _predict(words: list[str]) -> Any:
+    settings = _configured("predict", words)
+    from finetune.infer import predict
+
+    return predict(settings)
+
+
+COMMANDS = {
+    "demo": Command("the whole line on the sample scans", "demo [output=DIR]", _demo),
+    "prep": Command("raw scans to a corpus", "prep input=DIR output=DIR [key=value ...]", _prep),
+    "check": Command("verify every byte of a corpus", "check CORPUS", _check),
+    "pretrain": Command(
+        "a corpus to an encoder",
+        "pretrain corpus=DIR run=NAME [objective=mae] [backbone=vit_s] [key=value ...]",
+        _pretrain,
+    ),
+    "export": Command("a run to a release", "export RUN OUT", _export),
+    "features": Command("a scan to features", "features RELEASE SCAN OUT.npz", _features),
+    "finetune": Command(
+        "a release to a segmentation network and its scores",
+        "finetune task=NAME corpus=DIR ckpt=RELEASE run=NAME init=pretrained|scratch "
+        "[labels=16|10%|all] [seed=0] [key=value ...]",
+        _finetune,
+    ),
+    "predict": Command(
+        "segment a folder of scans", "predict ckpt=RUN input=DIR output=DIR", _predict
+    ),
+    "table": Command("finetuning runs to a table", "table RUN [RUN ...] [output=DIR]", _table),
+}
+
+
+def _positional(command: str, words: list[str], names: list[str]) -> list[str]:
+    from data_prep.errors import InputError
+
+    if len(words) != len(names):
+        raise InputError(
+            f"{command}: takes {' '.join(names)}, {len(words)} given; "
+            f"usage: voxelith {COMMANDS[command].usage}"
+        )
+    return words
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: voxelith COMMAND [argument ...] [--json] [--help]\n\n"
+        + "\n".join(lines)
+        + "\n\nvoxelith COMMAND --help shows the keys of a command."
+    )
+
+
+def _command_help(name: str) -> str:
+    text = f"voxelith {COMMANDS[name].usage}\n\n{COMMANDS[name].summary}"
+    from conf.compose import describe
+
+    keys = describe(name)
+    return f"{text}\n\n{keys}" if keys else text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0 (done), 1 (failed while running) or 2 (wrong input)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, words = words[0], words[1:]
+    from data_prep.errors import InputError
+
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        print(f"error: {name}: no such command; {hint}", file=sys.stderr)
+        return 2
+    if "-h" in words or "--help" in words:
+        print(_command_help(name))
+        return 0
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    try:
+        if as_json:
+            # The result alone goes to standard output, what is said on the way to standard error.
+            import contextlib
+
+            with contextlib.redirect_stdout(sys.stderr):
+                result = COMMANDS[name].run(words)
+            print(json.dumps(result))
+        else:
+            COMMANDS[name].run(words)
+    except InputError as error:
+        count = len(error.problems)
+        print(
+            f"error: {count} problem{'s' * (count > 1)}, nothing was started"
+            if count > 1
+            else f"error: {error.problems[0]}",
+            file=sys.stderr,
+        )
+        if count > 1:
+            for problem in error.problems:
+                print(f"  {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {name} failed while running: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
