@@ -92,6 +92,13 @@ def _finetune(words: list[str]) -> Any:
     return {"run": str(run)}
 
 
+def _evaluate(words: list[str]) -> Any:
+    settings = _configured("evaluate", words)
+    from finetune.evaluate import evaluate
+
+    return {"rows": str(evaluate(settings))}
+
+
 def _table(words: list[str]) -> Any:
     output = [word.removeprefix("output=") for word in words if word.startswith("output=")]
     runs = [Path(word) for word in words if not word.startswith("output=")]
@@ -150,6 +157,11 @@ COMMANDS = {
     ),
     "predict": Command(
         "segment a folder of scans", "predict ckpt=RUN input=DIR output=DIR", _predict
+    ),
+    "evaluate": Command(
+        "score any predictions",
+        "evaluate predictions=DIR corpus=DIR task=NAME output=DIR [part=test]",
+        _evaluate,
     ),
     "table": Command("finetuning runs to a table", "table RUN [RUN ...] [output=DIR]", _table),
 }

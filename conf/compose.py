@@ -25,6 +25,7 @@ SETTINGS = {
     "prep": "data_prep.settings:PrepSettings",
     "pretrain": "pretrain.settings:PretrainSettings",
     "finetune": "finetune.settings:FinetuneSettings",
+    "evaluate": "finetune.settings:EvaluateSettings",
     "predict": "finetune.settings:PredictSettings",
     "demo": "finetune.settings:DemoSettings",
 }
@@ -48,6 +49,13 @@ def settings_for(command: str, words: list[str]) -> Any:
     roots = [HERE, *([own] if own else [])]
     groups = _groups(command)
     chosen, values, problems = _sort_words(words, groups, roots)
+    for group in _required(command):
+        if not any(word.startswith(f"{group}=") for word in words):
+            options = sorted(_options(group, roots))
+            problems.append(f"{group}: missing; give {group}= one of {', '.join(options)}")
+        if not any(word.startswith(f"{group}=") for word in chosen):
+            # Any option will do to look for what else is wrong.
+            chosen.append(f"{group}={min(_options(group, roots))}")
     config = _compose(command, chosen, own)
     accepted, unknown = _known_only(values, config, _path_keys(model))
     problems += unknown
@@ -111,12 +119,20 @@ def _take_config_dir(words: list[str]) -> tuple[list[str], Path | None]:
     return rest, own
 
 
-def _groups(command: str) -> list[str]:
+def _defaults(command: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    root = OmegaConf.load(HERE / f"{command}.yaml")
-    entries = root.get("defaults", []) if isinstance(root, Mapping) else []
-    return [str(next(iter(entry))) for entry in entries if isinstance(entry, Mapping)]
+    root = OmegaConf.to_container(OmegaConf.load(HERE / f"{command}.yaml"))
+    entries = root.get("defaults", []) if isinstance(root, dict) else []
+    return {str(k): v for entry in entries if isinstance(entry, dict) for k, v in entry.items()}
+
+
+def _groups(command: str) -> list[str]:
+    return list(_defaults(command))
+
+
+def _required(command: str) -> list[str]:
+    return [group for group, option in _defaults(command).items() if option == "???"]
 
 
 def _options(group: str, roots: Iterable[Path]) -> set[str]:

@@ -7,6 +7,7 @@ the number of processes. Nothing appears at `output` until everything is there.
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -16,10 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, shard_name
 from data_prep.errors import InputError
@@ -47,9 +49,8 @@ from data_prep.write import WriteJob, assign_shards, write_fingerprints, write_i
 # Below this many cases starting processes costs more than it saves.
 CASES_PER_PROCESS = 4
 
-Job = TypeVar("Job")
-Done = TypeVar("Done")
 Say = Callable[[str], None]
+Mapper = Callable[..., Iterable[Any]]
 
 
 def prep(settings: PrepSettings, say: Say = print) -> PrepResult:
@@ -75,23 +76,18 @@ def prep(settings: PrepSettings, say: Say = print) -> PrepResult:
     excluded = excluded_names(settings.exclude)
     private = private_folder(settings.output)
     salt = choose_salt(settings, private)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(settings.output)
-    work = settings.output.parent / (
-        f".{settings.output.name}.prep-{socket.gethostname()}-{os.getpid()}"
-    )
-    work.mkdir(mode=0o700)
+    work = _work_folder(settings.output)
     try:
         spool = work / "spool"
         spool.mkdir()
         jobs = _jobs(settings, layout, labelled, classes, salt, spool)
-        processes = _processes(settings, len(jobs))
-        scanned = list(_each(scan, jobs, processes, "scan"))
-        kept, left_out = _survivors(jobs, scanned, excluded)
-        left_out = [*layout.left_out, *left_out]
-        if not kept:
-            raise InputError(nothing_left(settings, layout, left_out))
-        result = _write(settings, layout, jobs, kept, left_out, classes, work, processes)
+        with _workers(_processes(settings, len(jobs))) as each:
+            scanned = list(bar(iterable=each(scan, jobs), desc="scan", total=len(jobs)))
+            kept, left_out = _survivors(jobs, scanned, excluded)
+            left_out = [*layout.left_out, *left_out]
+            if not kept:
+                raise InputError(nothing_left(settings, layout, left_out))
+            result = _write(settings, layout, jobs, kept, left_out, classes, work, each)
         _publish(settings, private, work, jobs, kept, left_out, salt, request, result)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -99,12 +95,20 @@ def prep(settings: PrepSettings, say: Say = print) -> PrepResult:
     return result
 
 
-def _sweep(output: Path) -> None:
-    """Remove what a killed prep of the same output left on this machine."""
-    for path in output.parent.glob(f".{output.name}.prep-{socket.gethostname()}-*"):
-        pid = path.name.rsplit("-", 1)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+def _work_folder(output: Path) -> Path:
+    """A new hidden folder beside the output; removes what a killed prep left on this machine."""
+    mine = f".{output.name}.prep-{socket.gethostname()}-"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path in output.parent.glob(f"{glob.escape(mine)}*"):
+            pid = path.name.removeprefix(mine)
+            if pid.isdigit() and Path("/proc").is_dir() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(path, ignore_errors=True)
+        work = output.parent / f"{mine}{os.getpid()}"
+        work.mkdir(mode=0o700)
+    except OSError as error:
+        raise InputError(f"output={output}: cannot be written ({error.strerror})") from error
+    return work
 
 
 def _jobs(
@@ -148,25 +152,20 @@ def _processes(settings: PrepSettings, cases: int) -> int:
     return max(1, min(wanted, cases))
 
 
-def _each(
-    work: Callable[[Job], Done], jobs: Sequence[Job], processes: int, what: str
-) -> Iterator[Done]:
-    """The results of the jobs in order, with a progress bar."""
-
-    def shown(results: Iterable[Done]) -> Iterator[Done]:
-        return iter(bar(iterable=results, desc=what, total=len(jobs)))
-
+@contextmanager
+def _workers(processes: int) -> Iterator[Mapper]:
+    """A `map` over worker processes, in order; over this process if there is to be only one."""
     if processes == 1:
-        yield from shown(map(work, jobs))
+        yield map
         return
     # Spawned, not forked: whatever threads the parent runs cannot hang a child.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
-            yield from shown(pool.map(work, jobs))
+            yield pool.map
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"{what}: a worker process died, most likely for want of memory; try fewer "
-                f"(processes={max(1, processes // 2)})"
+                "a worker process died, most likely for want of memory; try fewer "
+                f"(processes={processes // 2})"
             ) from error
 
 
@@ -203,7 +202,7 @@ def _write(
     left_out: list[LeftOut],
     classes: list[dict[str, Any]] | None,
     work: Path,
-    processes: int,
+    each: Mapper,
 ) -> PrepResult:
     """Write all files of the corpus to `work/corpus`; adds labels without a sample to the books."""
     labelled = jobs[0].labelled
@@ -227,7 +226,7 @@ def _write(
         WriteJob(number, root / "shards", work / "spool", [samples[i] for i in members])
         for number, members in enumerate(plan)
     ]
-    written = list(_each(write_shard, write_jobs, min(processes, len(plan)), "write"))
+    written = list(bar(iterable=each(write_shard, write_jobs), desc="write", total=len(plan)))
 
     index_hash = write_index(root / INDEX_FILE, kept, written)
     prints_hash = write_fingerprints(root / FINGERPRINTS_FILE, kept)

@@ -84,7 +84,7 @@ class Corpus:
                 f"{info['index']['sha256'][:12]}...; the index is damaged or of another corpus"
             )
         try:
-            table = pq.read_table(pa.BufferReader(data), use_threads=False)
+            table = _read_parquet(data)
         except pa.ArrowException as error:
             raise CorruptionError(f"{index_path}: not a Parquet file ({error})") from error
         return cls(root, info, table)
@@ -273,7 +273,7 @@ class Corpus:
             raise InputError(f"{self.path}: {FINGERPRINTS_FILE} is missing") from None
         if hashlib.sha256(data).hexdigest() != self.info["fingerprints"]["sha256"]:
             raise CorruptionError(f"{path}: its sha256 is not the one in corpus.json")
-        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        table = _read_parquet(data)
         return {row["key"]: as_text(row) for row in table.to_pylist()}
 
     def _map(self, shard: int) -> mmap.mmap:
@@ -298,7 +298,8 @@ class Corpus:
             raise CorruptionError(f"{self.path}/{name} is missing; copy the shard again") from None
         self._maps[shard] = mapped
         if len(self._maps) > OPEN_SHARDS:
-            self._maps.popitem(last=False)[1].close()
+            # Not closed: another thread may be reading; it unmaps when the last reader lets go.
+            self._maps.popitem(last=False)
         return mapped
 
     def _bytes(self, i: int, payload: str, offset: int, size: int) -> bytes:
@@ -350,6 +351,16 @@ def split_hash(data: dict[str, Any]) -> str:
     """Sha256 over a split without its hash, in canonical JSON."""
     content = {name: value for name, value in data.items() if name != "hash"}
     return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def _read_parquet(data: bytes) -> pa.Table:
+    """All columns, by this thread alone.
+
+    `pq.read_table` starts Arrow's thread pool even for one thread; that now and then aborts the
+    interpreter at exit (apache/arrow#34314) and does not survive a fork.
+    """
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+        return file.read(use_threads=False)
 
 
 def _read_info(root: Path) -> dict[str, Any]:

@@ -258,7 +258,7 @@ def _from_pile(root: Path, files: list[Path]) -> Layout:
     layout = Layout("folder of scans without labels")
     for path in _sort_out(root, files, layout):
         name = path.relative_to(root).as_posix()
-        if LABEL_WORDS & set(words(path.name)):
+        if any(word in LABEL_WORDS or word.startswith("labels") for word in words(name)):
             layout.left_out.append(
                 LeftOut(
                     name,

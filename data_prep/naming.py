@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 from collections import Counter
@@ -29,7 +30,13 @@ def slug(text: str) -> str:
 def key_names(cases: Sequence[Case]) -> dict[str, str]:
     """Keys from file names; from whole paths where names repeat, with a hash where those do."""
     short = {case.name: slug(stem(Path(case.name))) for case in cases}
-    long = {case.name: slug(case.name.removesuffix(".gz").removesuffix(".nii")) for case in cases}
+    # A list may hold absolute paths; where all of them lead is nobody's business.
+    absolute = [case.name for case in cases if Path(case.name).is_absolute()]
+    base = os.path.commonpath([str(Path(name).parent) for name in absolute]) if absolute else ""
+    long = {
+        name: slug(name.removeprefix(base).removesuffix(".gz").removesuffix(".nii"))
+        for name in short
+    }
     repeated = Counter(short.values())
     keys = {n: short[n] if repeated[short[n]] == 1 else long[n] for n in short}
     again = Counter(keys.values())

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from data_prep.fingerprint import fingerprint
-from data_prep.intensity import Statistics, encode, volume_statistics
+from data_prep.intensity import Statistics, encode, ranks, volume_statistics
 from data_prep.layouts import Case, LeftOut
 from data_prep.preprocess import as_physical, resample
 from data_prep.shards import array_suffix, encode_array, table_suffix
 from data_prep.volume import Reject, Volume, read_label, read_nifti
 
 FORMAT = 1
+# A picture with fewer distinct values is a label map or a mask that goes by another name.
+MINIMUM_VALUES = 8
 # Voxels kept per class for drawing crops around it; more would only repeat each other.
 CLASS_VOXELS = 64
 # The body on CT, and the share of the robust range that counts as signal on MR.
@@ -62,6 +64,9 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
     except Reject as error:
         return LeftOut(job.case.name, error.code, error.detail)
     coded = encode(volume)
+    values = min(int(ranks(channel).max()) + 1 for channel in coded.array)
+    if values < MINIMUM_VALUES:
+        return LeftOut(job.case.name, "looks_like_a_label", f"it holds only {values} values")
     statistics = volume_statistics(coded)
     found = fingerprint(coded.array, coded.slope)
     if job.spacing is not None:

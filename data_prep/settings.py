@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml  # type: ignore[import-untyped]
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Millimetres = Annotated[float, Field(gt=0, le=100)]
 
@@ -45,6 +46,17 @@ class PrepSettings(BaseModel):
     exclude: Path | None = None
     modality: Literal["auto", "CT", "MR"] = "auto"
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _mapping_on_the_command_line(cls, value: Any) -> Any:
+        """`classes={1: anterior}` arrives as text there, since it could be a path."""
+        if not isinstance(value, str) or not value.strip().startswith("{"):
+            return value
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError("a mapping such as {1: anterior, 2: posterior} is needed") from error
 
     @model_validator(mode="after")
     def _labels_stay_native(self) -> PrepSettings:

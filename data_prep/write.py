@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,7 +136,9 @@ def write_fingerprints(path: Path, kept: Sequence[Scanned]) -> str:
 
 
 def _write_parquet(path: Path, columns: dict[str, pa.Array]) -> str:
-    buffer = io.BytesIO()
+    # A buffer of Arrow's own: writing to a Python file would take its thread pool.
+    buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
-    write_bytes(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    data = buffer.getvalue().to_pybytes()
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()

@@ -95,8 +95,8 @@ def finetune(settings: FinetuneSettings) -> Path:
         print(f"finetune: {run.path} is finished already, nothing to do")
         return run.path
     main = rank_zero_only.rank in (None, 0)
+    model, report = build_model(plan)
     with run.lease() if main else nullcontext():
-        model, report = build_model(plan)
         if main:
             _describe(run, plan, model, report)
         _train(plan, run, model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -105,11 +106,18 @@ class Loop:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         self._count += 1
 
-    def observed(self) -> dict[str, float]:
-        """Mean losses since the last call; the one place where the host waits for the device."""
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
+    def observed(self, trainer: L.Trainer) -> dict[str, float]:
+        """Mean losses since the last call, over all ranks.
+
+        The one place where the host waits for the device.
+        """
+        if not self._sums:
+            return {}
+        means = torch.stack([total.float() for total in self._sums.values()]) / self._count
+        means = trainer.strategy.reduce(means, reduce_op="mean")
+        found = dict(zip(self._sums, means.tolist(), strict=True))
         self._sums, self._count = {}, 0
-        return means
+        return found
 
     # The run.
 
@@ -129,7 +137,12 @@ class Loop:
         if self.step >= self.settings.steps:
             return
         trainer = self._trainer(state["optimizer"] if state is not None else None)
-        trainer.fit(objective, datamodule=_Steps(self))
+        try:
+            trainer.fit(objective, datamodule=_Steps(self))
+        except InputError as error:
+            # A worker's error arrives with the worker's traceback as its text; its last line says
+            # what the user needs.
+            raise type(error)([_last_error(problem) for problem in error.problems]) from error
 
     def _check_state(self, state: dict[str, Any]) -> None:
         expected = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
@@ -187,6 +200,11 @@ class Loop:
             enable_model_summary=False,
             default_root_dir=self.run.path,
         )
+
+
+def _last_error(text: str) -> str:
+    name = rf"{InputError.__module__}\.\w+Error: "
+    return re.split(name, text)[-1].strip()
 
 
 class _Steps(L.LightningDataModule):
@@ -274,7 +292,7 @@ class _Watch(L.Callback):
 
     def _log(self, trainer: L.Trainer) -> None:
         loop, now = self.loop, time.perf_counter()
-        means = loop.observed()
+        means = loop.observed(trainer)
         if not means:
             return
         if not math.isfinite(means["loss"]):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -33,17 +32,17 @@ def triple(value: int | Sequence[int]) -> tuple[int, int, int]:
 
 
 def kept(count: int, ratio: float) -> int:
-    """Returns how many of `count` parts stay visible: floor(count * (1 - ratio)), exactly.
+    """Returns how many of `count` parts stay visible: floor(count * (1 - ratio)).
 
-    In floating point 1000 * (1 - 0.9) is 99.99..., whose floor is 99; the ratio is therefore read
-    as the decimal that the user wrote.
+    In floating point 1000 * (1 - 0.9) is 99.99..., whose floor is 99, so a millionth is added
+    before rounding down. At least one part is hidden.
 
     Raises:
         ValueError: if the ratio is outside (0, 1) or leaves nothing visible.
     """
     if not 0 < ratio < 1:
         raise ValueError(f"the mask ratio must lie between 0 and 1 (both excluded), found {ratio}")
-    visible = math.floor(count * (1 - Fraction(str(float(ratio)))))
+    visible = min(math.floor(count * (1 - ratio) + 1e-6), count - 1)
     if visible == 0:
         raise ValueError(
             f"a mask ratio of {ratio} leaves none of {count} parts visible; "
@@ -74,6 +73,14 @@ def random_hidden(seeds: Tensor, grid: Sequence[int], ratio: float) -> Tensor:
 def visible_first(hidden: Tensor) -> Tensor:
     """Returns the indices [B, N] that put visible parts first, hidden ones last, both in order."""
     return hidden.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Picks rows of each sample: [B, N, P] at int64 [B, M] gives [B, M, P].
+
+    `take_along_dim` would do, but first reduces every index of the expanded [B, M, P] modulo N.
+    """
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
 def block_hidden(

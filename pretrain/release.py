@@ -112,11 +112,27 @@ class Release:
         return set(json.loads((self.path / "fingerprints.json").read_text())["values"])
 
     def build_encoder(self) -> nn.Module:
-        """The encoder with fresh random weights."""
+        """The encoder with fresh random weights.
+
+        Made without memory first: a config that describes another network than the weights, or an
+        absurd one, is refused before anything is allocated.
+
+        Raises:
+            InputError: the backbone is not ours, its arguments are out of bounds, or it is not
+                the network of the weights.
+        """
+        weights = self.path / "model.safetensors"
+        with torch.device("meta"):
+            _check_shapes(stored_shapes(weights), self._make(), weights)
+        return self._make()
+
+    def _make(self) -> nn.Module:
         chosen = self.config["backbone"]
-        return build_allowed(
-            chosen["name"], chosen["args"], "pretrain.backbones", f"{self.path}: backbone"
-        )
+        where = f"{self.path}: backbone"
+        try:
+            return build_allowed(chosen["name"], chosen["args"], "pretrain.backbones", where)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}; export the release again") from error
 
     def load(self, encoder: nn.Module) -> LoadReport:
         """Copies the weights, strictly: all names and shapes must agree.
@@ -134,22 +150,34 @@ class Release:
 
 def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     """Copies a safetensors file into a module of exactly that shape."""
-    own = module.state_dict()
+    found = stored_shapes(weights)
+    _check_shapes(found, module, weights)
+    with safe_open(weights, framework="pt") as file:
+        module.load_state_dict({name: file.get_tensor(name) for name in found})
+    return LoadReport(copied=sorted(found), covered=1.0)
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def stored_shapes(weights: Path) -> Shapes:
+    """Names and shapes of a safetensors file, from its header alone."""
     try:
         with safe_open(weights, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-            problems = _differences(found, wanted)
-            if problems:
-                shown = problems[:10] + (["..."] if len(problems) > 10 else [])
-                raise InputError(
-                    f"{weights}: does not fit this network ({len(problems)} tensors differ): "
-                    + "; ".join(shown)
-                )
-            module.load_state_dict({name: file.get_tensor(name) for name in found})
+            return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
-    return LoadReport(copied=sorted(found), covered=1.0)
+
+
+def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = _differences(found, wanted)
+    if problems:
+        shown = problems[:10] + (["..."] if len(problems) > 10 else [])
+        raise InputError(
+            f"{weights}: does not fit this network ({len(problems)} tensors differ): "
+            + "; ".join(shown)
+        )
 
 
 def _differences(

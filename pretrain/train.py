@@ -116,9 +116,8 @@ def build_objective(settings: PretrainSettings, channels: int) -> Objective:
 def _check_crop(objective: Objective, settings: LoopSettings) -> None:
     """Asks the encoder whether the crop fits, before anything is written or read."""
     encoder: Any = objective.encoder
-    fits = getattr(encoder, "grids", None) or encoder.grid
     try:
-        fits(settings.crop_size)
+        encoder.grids(settings.crop_size)
     except ValueError as error:
         raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
 

@@ -110,10 +110,10 @@ class ResEncUNetEncoder(Backbone):
     def __init__(
         self,
         *,
-        in_channels: Annotated[int, Field(ge=1)] = 1,
-        features: tuple[Annotated[int, Field(ge=1)], ...] = (32, 64, 128, 256, 320, 320),
+        in_channels: Annotated[int, Field(ge=1, le=1024)] = 1,
+        features: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (32, 64, 128, 256, 320, 320),
         strides: tuple[int | tuple[int, int, int], ...] = (1, 2, 2, 2, 2, 2),
-        blocks: tuple[Annotated[int, Field(ge=1)], ...] = (1, 3, 4, 6, 6, 6),
+        blocks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = (1, 3, 4, 6, 6, 6),
     ) -> None:
         super().__init__()
         if not len(features) == len(strides) == len(blocks) > 0:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.backbones.backbone import Backbone
-from pretrain.masking import patchify, triple, visible_first
+from pretrain.masking import patchify, take_rows, triple, visible_first
 
 
 def sincos_position(grid: Sequence[int], dim: int, device: torch.device | None = None) -> Tensor:
@@ -90,12 +90,12 @@ class ViT3D(Backbone):
     def __init__(
         self,
         *,
-        in_channels: Annotated[int, Field(ge=1)] = 1,
+        in_channels: Annotated[int, Field(ge=1, le=1024)] = 1,
         patch_size: int | tuple[int, int, int] = 16,
-        embed_dim: Annotated[int, Field(ge=6)] = 384,
-        depth: Annotated[int, Field(ge=1)] = 12,
-        num_heads: Annotated[int, Field(ge=1)] = 6,
-        mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
+        embed_dim: Annotated[int, Field(ge=6, le=8192)] = 384,
+        depth: Annotated[int, Field(ge=1, le=128)] = 12,
+        num_heads: Annotated[int, Field(ge=1, le=128)] = 6,
+        mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0,
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         cls_token: bool = False,
         taps: tuple[int, ...] | None = None,
@@ -183,7 +183,7 @@ class ViT3D(Backbone):
             if keep is None:
                 keep = int((~hidden[0]).sum())
             visible = visible_first(hidden)[:, :keep]  # [B, V]
-            patches = patches.take_along_dim(visible[:, :, None], dim=1)
+            patches = take_rows(patches, visible)
             position = position[visible]
         tokens = self.patch_embed(patches) + position
         if self.cls_token is not None:

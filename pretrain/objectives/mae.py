@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.vit import ViT3D, init_transformer, sincos_position
-from pretrain.masking import kept, patchify, random_hidden, unpatchify, visible_first
+from pretrain.masking import (
+    kept,
+    patchify,
+    random_hidden,
+    take_rows,
+    unpatchify,
+    visible_first,
+)
 from pretrain.objective import Batch, Losses, Objective
 
 # Below this variance a patch is constant for the log; of the same size as what norm_target adds.
@@ -128,9 +135,9 @@ class MAE(Objective):
     def forward(self, batch: Batch, progress: float) -> Losses:
         """Returns the mean squared error over hidden, valid voxels."""
         order, prediction = self.predict(batch)
-        hidden = order[:, order.shape[1] - prediction.shape[1] :, None]  # [B, M, 1]
+        hidden = order[:, order.shape[1] - prediction.shape[1] :]  # [B, M]
         target, valid = self._patches(batch)
-        target, valid = target.take_along_dim(hidden, 1), valid.take_along_dim(hidden, 1)
+        target, valid = take_rows(target, hidden), take_rows(valid, hidden)
         statistics = patch_statistics(target, valid)
         if self.norm_target:
             target = normalise(target, statistics)
@@ -176,11 +183,12 @@ class MAE(Objective):
         """
         patches, valid = self._patches(batch)
         order, prediction = self.predict(batch)
-        hidden = order[:, order.shape[1] - prediction.shape[1] :, None].expand_as(prediction)
+        hidden = order[:, order.shape[1] - prediction.shape[1] :]  # [B, M]
         prediction = prediction.float()
         if self.norm_target:
-            true, counted = patches.gather(1, hidden), valid.gather(1, hidden)
-            prediction = denormalise(prediction, patch_statistics(true, counted))
+            statistics = patch_statistics(take_rows(patches, hidden), take_rows(valid, hidden))
+            prediction = denormalise(prediction, statistics)
+        hidden = hidden[:, :, None].expand_as(prediction)
         grid, patch = self.encoder.grid(batch.image.shape), self.encoder.patch_size
         return {
             "input": batch.image,

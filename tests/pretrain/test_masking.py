@@ -32,7 +32,7 @@ SEEDS = torch.tensor([0, 1, -5, 2**40])
         (1, 1e-9, 0),
     ],
 )
-def test_kept_is_an_exact_floor(count: int, ratio: float, visible: int) -> None:
+def test_kept_is_a_floor_of_decimals(count: int, ratio: float, visible: int) -> None:
     if visible:
         assert kept(count, ratio) == visible
     else:

@@ -117,6 +117,16 @@ def test_the_step_never_waits_for_the_device(make_batch: MakeBatch) -> None:
     assert set(cnn.preview(meta)) == {"input", "hidden", "output"}
 
 
+def test_the_step_compiles_without_a_break(make_batch: MakeBatch) -> None:
+    batch, cnn = make_batch(SHAPE), objective()
+
+    def loss(image: Tensor, valid: Tensor, seeds: Tensor) -> Tensor:
+        return cnn.forward(Batch(image, valid, batch.spacing, seeds), 0.0).loss
+
+    traced = torch.compile(loss, backend="eager", fullgraph=True)
+    assert torch.equal(traced(batch.image, batch.valid, batch.seeds), cnn(batch, 0.0).loss)
+
+
 def test_preview_shows_what_the_network_sees_and_rebuilds(make_batch: MakeBatch) -> None:
     batch, cnn = make_batch(SHAPE), objective()
     cnn.decoder = Shown(torch.full_like(batch.image, 7))

@@ -229,6 +229,16 @@ def test_the_step_never_waits_for_the_device(make_batch: MakeBatch) -> None:
     assert set(mae.preview(meta)) == {"input", "hidden", "output"}
 
 
+def test_the_step_compiles_without_a_break(make_batch: MakeBatch) -> None:
+    batch, mae = make_batch(SHAPE), objective(cls_token=True)
+
+    def loss(image: Tensor, valid: Tensor, seeds: Tensor) -> Tensor:
+        return mae.forward(Batch(image, valid, batch.spacing, seeds), 0.0).loss
+
+    traced = torch.compile(loss, backend="eager", fullgraph=True)
+    assert torch.equal(traced(batch.image, batch.valid, batch.seeds), mae(batch, 0.0).loss)
+
+
 @pytest.mark.parametrize("norm_target", [False, True])
 def test_preview_is_in_units_of_the_input(make_batch: MakeBatch, norm_target: bool) -> None:
     batch = make_batch(SHAPE)

@@ -1,0 +1,304 @@
+"""The report's pictures: one style, one width, colours that also tell the colour-blind apart."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from finetune.intervals import Estimate
+from pretrain.previews import PLANES, planes
+
+WIDTH = 10.4
+"""Inches; the page shows every figure at its full width."""
+ARM_COLOURS = {"pretrained": "#1f5fa8", "scratch": "#d1711c"}
+CLASS_COLOURS = ("#ffb02e", "#35c9ff", "#ff5c8a", "#7dff6a", "#c79bff", "#fff56a", "#ff7b3a")
+INK, FAINT, GRID = "#1c2733", "#6b7785", "#e4e8ed"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.edgecolor": "#b8c0ca",
+    "axes.labelcolor": FAINT,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "voxelith",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss over steps."""
+
+    arm: str
+    seed: int
+    steps: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One case with what is drawn on it: all [D, H, W] on one grid, labels as class indices."""
+
+    title: str
+    image: NDArray[np.float32]
+    spacing: tuple[float, float, float]
+    truth: NDArray[Any]
+    predictions: dict[str, NDArray[Any]]
+    scores: dict[str, float]
+
+
+def svg(figure: Figure) -> str:
+    """A figure as a data URI: sharp at any size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return data_uri(buffer.getvalue(), "image/svg+xml")
+
+
+def png(figure: Figure, dpi: int = 190) -> str:
+    """A figure with pixels in it as a data URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    plt.close(figure)
+    return data_uri(buffer.getvalue(), "image/png")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes that a page carries in itself."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def draw_comparison(
+    rows: Sequence[tuple[str, Estimate]],
+    scores: dict[str, dict[tuple[str, int], float]],
+    unit: str,
+) -> str:
+    """Differences with intervals beside the scores they come from.
+
+    Args:
+        rows: name and difference (pretrained minus scratch), from top to bottom.
+        scores: per arm, (case, seed) to Dice points.
+        unit: of the differences.
+    """
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(WIDTH, 3.3), width_ratios=[1.55, 1], layout="constrained"
+        )
+        _forest(left, rows, unit)
+        _pairs(right, scores)
+        return svg(figure)
+
+
+def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]], unit: str) -> None:
+    axis.axvline(0, color=INK, linewidth=1)
+    for y, (_, value) in enumerate(reversed(rows)):
+        first = y == len(rows) - 1
+        if value.has_interval:
+            clear = value.low > 0 or value.high < 0
+            colour = ARM_COLOURS["pretrained" if value.mean > 0 else "scratch"] if clear else FAINT
+            axis.plot([value.low, value.high], [y, y], color=colour, linewidth=3.2 if first else 2)
+        else:
+            colour = FAINT
+        style = "D" if first else "o"
+        axis.plot(value.mean, y, style, color=colour, markersize=8 if first else 6)
+    axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    ends = [abs(v) for _, r in rows for v in (r.low, r.high, r.mean) if not math.isnan(v)]
+    reach = 1.15 * max([*ends, 1.0])
+    axis.set_xlim(-reach, reach)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(f"{unit}, 95 % interval      ← scratch better | pretrained better →")
+    axis.set_title("Difference in Dice: pretrained minus scratch")
+
+
+def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, int], float]]) -> None:
+    a, b = scores.get("pretrained", {}), scores.get("scratch", {})
+    cells = sorted(a.keys() & b.keys())
+    seeds = sorted({seed for _, seed in cells})
+    shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.8, max(len(seeds), 1)))
+    for seed, colour in zip(seeds, shades, strict=False):
+        chosen = [cell for cell in cells if cell[1] == seed]
+        x, y = [b[cell] for cell in chosen], [a[cell] for cell in chosen]
+        axis.scatter(x, y, s=20, color=colour, alpha=0.75, linewidths=0, label=f"seed {seed}")
+    values = [v for cell in cells for v in (a[cell], b[cell])] or [0.0, 100.0]
+    low, high = min(values) - 2, max(values) + 2
+    axis.plot([low, high], [low, high], color=INK, linewidth=1)
+    axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axis.set_xlabel("scratch, Dice")
+    axis.set_ylabel("pretrained, Dice")
+    axis.set_title("Each case and seed")
+    if 1 < len(seeds) <= 8:
+        axis.legend(loc="upper left", handletextpad=0.1, borderpad=0.2)
+
+
+def draw_losses(pretraining: Curve | None, finetuning: Sequence[Curve]) -> str:
+    """Loss against step, of pretraining and of each finetune run."""
+    panels = (pretraining is not None) + bool(finetuning)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1, panels, figsize=(WIDTH, 2.9), squeeze=False, layout="constrained"
+        )
+        position = 0
+        if pretraining is not None:
+            axis = axes[0, 0]
+            _loss(axis, pretraining, INK, "loss")
+            axis.set_title("Pretraining")
+            position = 1
+        if finetuning:
+            axis = axes[0, position]
+            named: set[str] = set()
+            for curve in finetuning:
+                colour = ARM_COLOURS.get(curve.arm, FAINT)
+                _loss(axis, curve, colour, None if curve.arm in named else curve.arm)
+                named.add(curve.arm)
+            axis.set_title("Finetuning, one line per seed")
+            axis.legend(loc="upper right")
+        for axis in axes.flat:
+            axis.set_xlabel("step")
+            axis.set_ylabel("training loss")
+        return svg(figure)
+
+
+def _loss(axis: Axes, curve: Curve, colour: str, label: str | None) -> None:
+    axis.plot(curve.steps, curve.loss, color=colour, linewidth=1.6, alpha=0.85, label=label)
+    axis.margins(x=0.02)
+
+
+def draw_cases(cases: Sequence[Overlay], classes: Sequence[str]) -> str:
+    """Truth and predictions as contours: a row per case, three planes per arm, one scale in mm."""
+    arms = list(cases[0].predictions)
+    boxes = [_box(case) for case in cases]
+    side = max(
+        (b.stop - b.start) * s
+        for case, box in zip(cases, boxes, strict=True)
+        for b, s in zip(box, case.spacing, strict=True)
+    )
+    columns = 3 * len(arms)
+    cell = WIDTH / columns
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            len(cases),
+            columns,
+            figsize=(WIDTH, len(cases) * (cell + 0.28) + 0.55),
+            squeeze=False,
+        )
+        head, foot = 0.32, 0.3
+        height = len(cases) * (cell + 0.28) + 0.55
+        figure.subplots_adjust(
+            left=0.004,
+            right=0.996,
+            bottom=foot / height,
+            top=1 - (head + 0.2) / height,
+            wspace=0.03,
+            hspace=0.2,
+        )
+        for row, (case, box) in enumerate(zip(cases, boxes, strict=True)):
+            for a, arm in enumerate(arms):
+                for p in range(3):
+                    axis = axes[row, 3 * a + p]
+                    _panel(axis, case, box, case.predictions[arm], p, side)
+                    if row == 0:
+                        axis.text(
+                            0.97, 0.96, PLANES[p], transform=axis.transAxes, ha="right", va="top",
+                            color="white", fontsize=7.5,
+                        )  # fmt: skip
+                text = f"{case.title}, {arm}: Dice {case.scores[arm]:.1f}"
+                axes[row, 3 * a].set_title(text, fontsize=9.5, color=ARM_COLOURS.get(arm, INK))
+        _scale_bar(axes[0, 0], side)
+        handles = [Line2D([], [], color="white", linewidth=2, label="truth")]
+        for name, colour in zip(classes, _colours(len(classes)), strict=True):
+            handles.append(Line2D([], [], color=colour, linewidth=2, label=f"{name}, predicted"))
+        figure.legend(
+            handles=handles, loc="lower center", ncols=min(len(handles), 8), fontsize=8.5,
+            frameon=True, facecolor="#202a36", edgecolor="none", labelcolor="white",
+        )  # fmt: skip
+        return png(figure)
+
+
+def _colours(count: int) -> list[str]:
+    return [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(count)]
+
+
+def _box(case: Overlay, margin_mm: float = 15.0) -> tuple[slice, ...]:
+    """What is worth looking at: all labels, with some room around them."""
+    used = case.truth > 0
+    for prediction in case.predictions.values():
+        used = used | (prediction > 0)
+    box = []
+    for axis, (n, s) in enumerate(zip(used.shape, case.spacing, strict=True)):
+        hit = np.flatnonzero(used.any(axis=tuple(i for i in range(3) if i != axis)))
+        room = round(margin_mm / s)
+        low, high = (int(hit[0]), int(hit[-1]) + 1) if len(hit) else (0, n)
+        box.append(slice(max(low - room, 0), min(high + room, n)))
+    return tuple(box)
+
+
+def _panel(
+    axis: Axes, case: Overlay, box: tuple[slice, ...], prediction: NDArray[Any], p: int, side: float
+) -> None:
+    """One plane through the middle of the truth, in mm, on a black square of the given side."""
+    image, truth, guess = (v[box] for v in (case.image, case.truth, prediction))
+    hits = np.argwhere(truth > 0)
+    middle = np.median(hits, axis=0) if len(hits) else np.array(truth.shape) // 2
+    centre = (int(middle[0]), int(middle[1]), int(middle[2]))
+    d, h, w = case.spacing
+    tall, wide = [(h, w), (d, w), (d, h)][p]
+    picture = planes(image, centre)[p]
+    height, width = picture.shape[0] * tall, picture.shape[1] * wide
+    extent = (-width / 2, width / 2, height / 2, -height / 2)
+    low, high = np.percentile(image, [0.5, 99.5])
+    axis.imshow(picture, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
+    x = (np.arange(picture.shape[1]) + 0.5) * wide - width / 2
+    y = (np.arange(picture.shape[0]) + 0.5) * tall - height / 2
+    colours = _colours(int(max(truth.max(), guess.max(), 1)))
+    for value, colour in enumerate(colours, start=1):
+        for mask, line, thick in ((truth == value, "white", 1.3), (guess == value, colour, 1.3)):
+            shown = planes(mask.astype(np.float32), centre)[p]
+            if shown.any() and min(shown.shape) > 1:
+                axis.contour(x, y, shown, [0.5], colors=[line], linewidths=thick)
+    axis.set(xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2), xticks=[], yticks=[])
+    axis.set_facecolor("black")
+    axis.grid(visible=False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _scale_bar(axis: Axes, side: float) -> None:
+    length = next(n for n in (100, 50, 20, 10, 5, 2, 1) if n <= side / 3 or n == 1)
+    x, y = -side / 2 + 0.05 * side, side / 2 - 0.06 * side
+    axis.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
+    label = axis.text(
+        x + length / 2, y - 0.03 * side, f"{length} mm", color="white", fontsize=7.5, ha="center"
+    )
+    label.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])

@@ -1,0 +1,390 @@
+"""report.html: what was done and what it showed, in one file that needs nothing else.
+
+Pictures travel inside the page; it asks no network for anything and opens from a disk in ten
+years' time.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.files import write_text
+from data_prep.volume import read_label
+from finetune.figures import Curve, Overlay, data_uri, draw_cases, draw_comparison, draw_losses
+from finetune.intervals import Estimate
+from finetune.rows import Row, read_rows
+from finetune.segmentation import class_table
+from finetune.settings import TaskSettings
+from finetune.table import ALL_CLASSES, METRICS, Group, Line, Table, cell, find_rows
+
+MAX_BYTES = 10_000_000
+_TEMPLATE = "report.html.j2"
+_TONES = {"pretrained better": "better", "scratch better": "worse"}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finetune run folder, read."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def arm(self) -> str:
+        return self.rows[0].arm
+
+    @property
+    def seed(self) -> int:
+        return self.rows[0].seed
+
+
+def make_report(
+    pretrain_run: Path | None,
+    finetune_runs: list[Path],
+    table: Table,
+    output: Path,
+    notice: str | None = None,
+) -> Path:
+    """Writes the report.
+
+    Args:
+        pretrain_run: the pretraining run behind the checkpoint, if it is at hand.
+        finetune_runs: the finished runs that the table was made from.
+        table: from `make_table`.
+        output: a .html file, or a folder that gets report.html.
+        notice: a sentence that stands above the verdict, such as a warning about a small budget.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: a run folder is missing or not finished.
+    """
+    runs = _read_runs(finetune_runs)
+    path = output if output.suffix == ".html" else output / "report.html"
+    page = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            notice=notice,
+            title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
+            groups=[_group(group) for group in table.groups],
+            losses=draw_losses(_pretraining_curve(pretrain_run), [_curve(run) for run in runs]),
+            previews=_previews(pretrain_run),
+            pretraining=_pretraining(pretrain_run),
+            cases=_cases(runs),
+            runs=[_run_line(run) for run in runs],
+            facts=_facts(runs),
+            commands=_commands(pretrain_run, runs),
+        )
+    )
+    if len(page.encode()) > MAX_BYTES:
+        raise RuntimeError(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def _read_runs(folders: Sequence[Path]) -> list[_Run]:
+    runs = []
+    for file in find_rows(folders):
+        folder = file.parent
+        facts, config = folder / "run.json", folder / "config.json"
+        if not facts.is_file() or not config.is_file():
+            raise InputError(
+                f"{folder}: has rows.csv but no run.json and config.json; the report needs the "
+                "run folders that `voxelith finetune` made"
+            )
+        rows = read_rows(file)
+        if not rows:
+            raise InputError(f"{file}: holds no row")
+        runs.append(
+            _Run(folder, json.loads(facts.read_text()), json.loads(config.read_text()), rows)
+        )
+    return sorted(runs, key=lambda run: (run.rows[0].n_labels, run.arm, run.seed))
+
+
+# The verdict and the table.
+
+
+def _group(group: Group) -> dict[str, Any]:
+    line = group.main
+    d = line.difference
+    headline = {
+        "pretrained better": "Pretraining helped",
+        "scratch better": "Scratch was better",
+        "no clear difference": "No clear difference",
+        "undecided": "Undecided",
+        "no scratch twin": "No scratch twin, no verdict",
+        "no pretrained arm": "Only the scratch arm",
+    }.get(line.verdict, line.verdict.capitalize())
+    comparison = None
+    if d is not None:
+        names = {ALL_CLASSES: "all classes"}
+        rows = [
+            (names.get(one.class_name, one.class_name), one.difference)
+            for one in group.lines
+            if one.metric == "dsc" and one.difference is not None
+        ]
+        comparison = draw_comparison(rows, group.scores, "Dice points")
+    return {
+        "dataset": group.dataset,
+        "n_labels": group.n_labels,
+        "checkpoint": group.checkpoint,
+        "headline": headline,
+        "tone": _TONES.get(line.verdict, "unclear"),
+        "why": _why(d),
+        "difference": _number(d, sign=True),
+        "pretrained": _number(line.pretrained),
+        "scratch": _number(line.scratch),
+        "basis": d or line.pretrained or line.scratch,
+        "comparison": comparison,
+        "lines": [_line(one) for one in group.lines],
+        "notes": group.notes,
+    }
+
+
+def _why(d: Estimate | None) -> str:
+    if d is None:
+        return "A difference is only shown where both arms have the same cases and seeds."
+    if not d.has_interval:
+        return f"There is no interval: {d.note}."
+    if d.low <= 0 <= d.high:
+        return "The 95 % interval holds zero: these runs cannot tell the arms apart."
+    return "The 95 % interval lies on one side of zero."
+
+
+def _number(value: Estimate | None, sign: bool = False) -> dict[str, str]:
+    if value is None or math.isnan(value.mean):
+        return {"mean": "–", "interval": ""}
+    form = "+.1f" if sign else ".1f"
+    interval = f"{value.low:{form}} to {value.high:{form}}" if value.has_interval else "no interval"
+    return {"mean": f"{value.mean:{form}}", "interval": interval}
+
+
+def _line(line: Line) -> dict[str, Any]:
+    metric = next(m for m in METRICS if m.name == line.metric)
+    basis = line.difference or line.pretrained or line.scratch
+    return {
+        "metric": metric.title,
+        "unit": metric.unit,
+        "class_name": "all classes" if line.class_name == ALL_CLASSES else line.class_name,
+        "overall": line.class_name == ALL_CLASSES,
+        "pretrained": cell(line.pretrained),
+        "scratch": cell(line.scratch),
+        "difference": cell(line.difference, sign=True),
+        "basis": basis,
+        "improved": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
+        "verdict": line.verdict,
+        "tone": _TONES.get(line.verdict, "unclear"),
+    }
+
+
+# Curves and pictures.
+
+
+def _metrics(folder: Path) -> dict[str, np.ndarray]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+
+
+def _curve(run: _Run) -> Curve:
+    log = _metrics(run.path)
+    return Curve(run.arm, run.seed, log["step"], log["loss"])
+
+
+def _pretraining_curve(run: Path | None) -> Curve | None:
+    if run is None:
+        return None
+    log = _metrics(run)
+    return Curve("pretraining", 0, log["step"], log["loss"])
+
+
+def _previews(run: Path | None) -> dict[str, str] | None:
+    """The last picture that the pretraining run drew of its fixed samples."""
+    pictures = sorted((run / "previews").glob("step-*.png")) if run is not None else []
+    if not pictures:
+        return None
+    step = int(pictures[-1].stem.removeprefix("step-"))
+    return {"step": str(step), "picture": data_uri(pictures[-1].read_bytes(), "image/png")}
+
+
+def _cases(runs: list[_Run]) -> dict[str, str] | None:
+    """Worst, median and best case of the pretrained arm, with the same seed of both arms."""
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ("pretrained", "scratch")}
+    lead = by_arm["pretrained"] or by_arm["scratch"]
+    if not lead or not Path(lead[0].facts["corpus"]["path"]).is_dir():
+        return None
+    first = lead[0]
+    chosen = {first.arm: first}
+    if first.arm == "pretrained":
+        twin = first.facts["identity"]["config_hash"]
+        for run in by_arm["scratch"]:
+            if run.seed == first.seed and run.facts["identity"]["config_hash"] == twin:
+                chosen["scratch"] = run
+    means = {arm: _case_means(run.rows) for arm, run in chosen.items()}
+    common = set.intersection(*(set(found) for found in means.values()))
+    ranked = sorted(common, key=lambda case: (means[first.arm][case], case))
+    if not ranked:
+        return None
+    picks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
+    task = TaskSettings.model_validate(first.config["task"])
+    corpus = Corpus.open(first.facts["corpus"]["path"])
+    overlays = [
+        _overlay(corpus, key, f"{name} case", chosen, means, task)
+        for name, key in list(picks.items())[::-1]
+        if list(picks.values()).index(key) == list(picks).index(name)
+    ]
+    return {
+        "seed": str(first.seed),
+        "labels": str(first.rows[0].n_labels),
+        "picture": draw_cases(overlays, [c.name for c in task.classes]),
+        "keys": ", ".join(f"{name} {key}" for name, key in list(picks.items())[::-1]),
+    }
+
+
+def _case_means(rows: list[Row]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if not math.isnan(row.dsc):
+            values.setdefault(row.case, []).append(100 * row.dsc)
+    return {case: float(np.mean(found)) for case, found in values.items()}
+
+
+def _overlay(
+    corpus: Corpus,
+    key: str,
+    title: str,
+    runs: dict[str, _Run],
+    means: dict[str, dict[str, float]],
+    task: TaskSettings,
+) -> Overlay:
+    i = corpus.position(key)
+    volume = corpus.volume(i)
+    table = class_table(task).numpy().clip(min=0)
+
+    def classes(labels: np.ndarray) -> np.ndarray:
+        return np.asarray(table[np.minimum(labels, len(table) - 1)])
+
+    predictions = {
+        arm: classes(read_label(run.path / "predictions" / f"{key}.nii.gz", volume))
+        for arm, run in runs.items()
+    }
+    return Overlay(
+        title,
+        volume.physical()[0],
+        volume.spacing,
+        classes(corpus.read(i, "seg")),
+        predictions,
+        {arm: means[arm][key] for arm in runs},
+    )
+
+
+# What was run.
+
+
+def _run_line(run: _Run) -> dict[str, Any]:
+    head = run.rows[0]
+    means = _case_means(run.rows)
+    report = run.path / "load_report.json"
+    covered = json.loads(report.read_text()).get("covered", 0.0) if report.exists() else 0.0
+    return {
+        "name": run.path.name,
+        "arm": head.arm,
+        "labels": head.n_labels,
+        "seed": head.seed,
+        "steps": head.steps,
+        "dice": f"{np.mean(list(means.values())):.1f}" if means else "–",
+        "cases": len(means),
+        "missed": sum(row.status == "missed" for row in run.rows),
+        "loaded": f"{covered:.0%}",
+    }
+
+
+def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
+    """What holds for all runs, or each value that occurs."""
+
+    def values(found: Sequence[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in found))
+
+    heads = [run.rows[0] for run in runs]
+    rows = [row for run in runs for row in run.rows]
+    leakage = {row.leakage for row in rows if row.arm == "pretrained"}
+    said = {
+        "clean": "no test case was in the pretraining data (exact voxel fingerprints)",
+        "tainted": "some test cases were in the pretraining data; they are left out of the table",
+        "unknown": "unknown for some cases: the checkpoint does not say what it was trained on",
+    }
+    checkpoints = [f"{r.checkpoint} ({r.checkpoint_digest[:12]})" for r in heads if r.checkpoint]
+    sizes = [f"{run.facts['parameters'] / 1e6:.2f} million parameters" for run in runs]
+    versions = [
+        ", ".join(f"{name} {version}" for name, version in run.facts["versions"].items())
+        for run in runs
+    ]
+    facts = [
+        ("Checkpoint", values(checkpoints)),
+        ("Leakage", "; ".join(said[kind] for kind in sorted(leakage))),
+        ("Split", values([f"{r.split} ({r.split_hash[:12]})" for r in heads])),
+        ("Corpus", values([str(run.facts["corpus"]["index_hash"])[:12] for run in runs])),
+        ("Recipe", values([r.config_hash for r in heads]) + " (the same hash in both arms)"),
+        ("Labelled cases", values([r.n_labels for r in heads]) + ", drawn anew for each seed"),
+        ("Network", values(sizes)),
+        ("Surface Dice at", values([f"{r.class_name} {r.nsd_tolerance_mm:g} mm" for r in rows])),
+        ("Versions", values(versions)),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _pretraining(run: Path | None) -> dict[str, str] | None:
+    if run is None:
+        return None
+    config = json.loads((run / "config.json").read_text())
+    facts = json.loads((run / "run.json").read_text())
+    log = _metrics(run)
+    seconds = float(np.nansum(log["seconds_per_step"] * np.diff(log["step"], prepend=0)))
+    size = " x ".join(str(n) for n in config["crop_size"])
+    return {
+        "name": run.name,
+        "objective": str(config["objective"]["_target_"]).rpartition(".")[2],
+        "backbone": str(config["backbone"]["_target_"]).rpartition(".")[2],
+        "steps": f"{int(log['step'][-1])}",
+        "crops": f"{int(log['samples'][-1])} crops of {size} voxels",
+        "volumes": str(facts["corpus"]["samples"]),
+        "time": f"{seconds / 60:.1f} minutes",
+        "loss": f"{log['loss'][0]:.3f} to {log['loss'][-1]:.3f}",
+    }
+
+
+def _commands(pretrain_run: Path | None, runs: list[_Run]) -> list[str]:
+    """How each run was started, pretraining first."""
+    folders = ([pretrain_run] if pretrain_run is not None else []) + [run.path for run in runs]
+    commands = []
+    for folder in folders:
+        command = json.loads((folder / "run.json").read_text())["command"]
+        commands.append(shlex.join([Path(command[0]).name, *command[1:]]))
+    return list(dict.fromkeys(commands))

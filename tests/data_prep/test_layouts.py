@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from phantoms import ras_array, save
+
+from data_prep.errors import InputError
+from data_prep.layouts import find_cases, modality_from_name, subject_from_name
+
+
+def test_images_beside_labels_are_paired(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / "images" / f"{name}.nii.gz", ras_array())
+    for name in ("a", "z"):
+        save(tmp_path / "labels" / f"{name}.nii.gz", ras_array())
+    (tmp_path / "README.md").write_text("hello")
+    (tmp_path / "images" / "notes.docx").write_text("?")
+    (tmp_path / ".hidden.nii").write_text("?")
+    layout = find_cases(tmp_path)
+    assert [case.name for case in layout.cases] == ["images/a.nii.gz", "images/b.nii.gz"]
+    assert layout.cases[0].label == tmp_path / "labels" / "a.nii.gz"
+    assert layout.cases[1].label is None
+    assert layout.ignored == ["README.md"]
+    assert [(row.name, row.code) for row in layout.left_out] == [
+        ("images/notes.docx", "not_an_image"),
+        ("labels/z.nii.gz", "label_without_image"),
+    ]
+
+
+def test_decathlon_task_is_recognised(tmp_path: Path) -> None:
+    for folder in ("imagesTr", "labelsTr"):
+        save(tmp_path / folder / "x_1.nii.gz", ras_array())
+    save(tmp_path / "imagesTs" / "x_2.nii.gz", ras_array())
+    save(tmp_path / "extra.nii.gz", ras_array())
+    (tmp_path / "dataset.json").write_text(
+        json.dumps(
+            {
+                "modality": {"0": "MRI"},
+                "labels": {"0": "background", "1": "Anterior"},
+                "training": [{"image": "./imagesTr/x_1.nii.gz", "label": "./labelsTr/x_1.nii.gz"}],
+                "test": ["./imagesTs/x_2.nii.gz"],
+            }
+        )
+    )
+    layout = find_cases(tmp_path)
+    assert "Decathlon" in layout.description
+    assert [(c.name, c.modality, c.label is not None) for c in layout.cases] == [
+        ("imagesTr/x_1.nii.gz", "MR", True),
+        ("imagesTs/x_2.nii.gz", "MR", False),
+    ]
+    assert layout.classes == {0: "background", 1: "Anterior"}
+    assert [(row.name, row.code) for row in layout.left_out] == [("extra.nii.gz", "not_listed")]
+    assert layout.ignored == ["dataset.json"]
+
+
+def test_decathlon_paths_cannot_leave_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"training": [{"image": "../../etc/x.nii.gz", "label": "l.nii.gz"}]})
+    )
+    with pytest.raises(InputError, match="outside"):
+        find_cases(tmp_path)
+
+
+def test_a_pile_skips_what_looks_like_a_label(tmp_path: Path) -> None:
+    save(tmp_path / "sub-07" / "anat" / "scan_T1w.nii.gz", ras_array())
+    save(tmp_path / "sub-07" / "anat" / "scan_seg.nii.gz", ras_array())
+    save(tmp_path / "labelsTr" / "a.nii", ras_array())
+    (tmp_path / "photo.png").write_bytes(b"?")
+    layout = find_cases(tmp_path)
+    assert [(c.subject, c.modality) for c in layout.cases] == [("07", "MR")]
+    assert sorted((row.code, row.name) for row in layout.left_out) == [
+        ("looks_like_a_label", "labelsTr/a.nii"),
+        ("looks_like_a_label", "sub-07/anat/scan_seg.nii.gz"),
+        ("not_an_image", "photo.png"),
+    ]
+
+
+def test_csv_gives_everything(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(
+        "\ufeffimage,label,subject,modality,sequence,source,licence,split\r\n"
+        '"a,1.nii.gz",l.nii.gz,p1,mri,T1w,here,CC0,val\r\n'
+        "\r\n"
+        "ct/b.nii.gz,,p2,,,,,\r\n",
+        encoding="utf-8",
+    )
+    one, two = find_cases(tmp_path / "list.csv").cases
+    assert (one.name, one.image) == ("a,1.nii.gz", tmp_path / "a,1.nii.gz")
+    assert (one.modality, one.sequence, one.split) == ("MR", "T1w", "validation")
+    assert (two.label, two.modality, two.split) == (None, "CT", "")
+
+
+def test_csv_mistakes_are_listed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(
+        "image,split\na.nii,exam\na.nii,train\n,test\nb.nii,test,more\n"
+    )
+    with pytest.raises(InputError) as caught:
+        find_cases(tmp_path / "list.csv")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    for part in ("line 2: split 'exam'", "line 3: a.nii is listed", "line 4: the image", "line 5"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda p: None, "no such"),
+        (lambda p: p.mkdir(), "empty"),
+        (lambda p: p.write_text("x"), "folder of scans or a .csv"),
+    ],
+)
+def test_missing_and_empty_inputs(make: object, match: str, tmp_path: Path) -> None:
+    assert callable(make)
+    make(tmp_path / "in")
+    with pytest.raises(InputError, match=match):
+        find_cases(tmp_path / "in")
+
+
+def test_csv_with_unknown_columns(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("img,lable\na,b\n")
+    with pytest.raises(InputError) as caught:
+        find_cases(tmp_path / "x.csv")
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [
+        ("CT/abc.nii.gz", "CT"),
+        ("study_ct/T1.nii.gz", "MR"),
+        ("x/chest-CT_0001.nii", "CT"),
+        ("PET/image.nii.gz", "PET"),
+        ("factory/object.nii", None),
+        ("IXI013-HH-1212_T1.nii.gz", "MR"),
+    ],
+)
+def test_modality_words(name: str, modality: str | None) -> None:
+    assert modality_from_name(name) == modality
+
+
+def test_bids_subject() -> None:
+    assert subject_from_name("data/sub-A1/ses-2/anat/sub-A1_T1w.nii.gz") == "A1"
+    assert subject_from_name("data/subject/x.nii") == ""

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from phantoms import ras_affine, ras_array, save
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.preprocess import Preprocess, intensity_coefficients, normalise, pad, resample
+from data_prep.volume import NativeGrid, Volume, read_nifti
+
+WINDOW = {
+    "op": "intensity",
+    "CT": {"rule": "window", "low": -1000, "high": 1000},
+    "MR": {"rule": "zscore"},
+}
+STATISTICS = {
+    "min": 0.0, "max": 9.0, "p0_5": 1.0, "p50": 4.0, "p99_5": 8.0,
+    "clipped_mean": 4.0, "clipped_std": 2.0,
+}  # fmt: skip
+
+
+def volume(array: np.ndarray, spacing: tuple[float, float, float] = (2.0, 1.0, 1.0)) -> Volume:
+    affine = np.zeros((4, 4))
+    affine[[2, 1, 0], [0, 1, 2]] = np.array(spacing) * [1, -1, -1]
+    affine[:, 3] = [10, 20, 30, 1]
+    d, h, w = array.shape
+    native = NativeGrid((d, h, w), affine, "SPL", 0, 1, np.eye(4))
+    return Volume(array[None].astype(np.float32), affine, ("MR",), ("MR",), native)
+
+
+def test_window_maps_its_ends_to_minus_one_and_one() -> None:
+    values = np.array([-3000, -1000, 0, 500, 1000, 3000], dtype=np.float32)
+    found = normalise(values, intensity_coefficients(WINDOW, "CT", STATISTICS))
+    np.testing.assert_allclose(found, [-1, -1, 0, 0.5, 1, 1])
+
+
+def test_zscore_clips_and_scales_with_the_given_statistics() -> None:
+    values = np.array([0, 1, 4, 6, 8, 100], dtype=np.float32)
+    found = normalise(values, intensity_coefficients(WINDOW, "MR", STATISTICS))
+    np.testing.assert_allclose(found, [-1.5, -1.5, 0, 1, 2, 2])
+
+
+def test_zscore_of_a_flat_scan_is_finite() -> None:
+    flat = {**STATISTICS, "p0_5": 3.0, "p99_5": 3.0, "clipped_mean": 3.0, "clipped_std": 0.0}
+    found = normalise(np.float32([1, 3, 5]), intensity_coefficients(WINDOW, "MR", flat))
+    np.testing.assert_array_equal(found, [0, 0, 0])
+
+
+def test_resampling_keeps_every_point_of_a_linear_ramp_in_place() -> None:
+    d, h, w = np.meshgrid(*(np.arange(n) for n in (8, 12, 10)), indexing="ij")
+    source = volume(d * 2.0 - 3.0 * h + 0.5 * w, spacing=(2.0, 1.0, 1.5))
+    result = resample(source, (1.0, 1.25, 1.5))
+    assert result.array.shape == (1, 16, 10, 10)
+    assert result.spacing == pytest.approx((1.0, 1.25, 1.5))
+    back = np.linalg.inv(source.affine) @ result.affine
+    for index in [(4, 4, 5), (8, 5, 2), (11, 3, 7)]:  # inside: at the faces the ramp is cut
+        i, j, k, _ = back @ [*index, 1]
+        assert result.array[0][index] == pytest.approx(2.0 * i - 3.0 * j + 0.5 * k, abs=0.02)
+
+
+def test_resampling_keeps_the_near_face_of_the_field_of_view() -> None:
+    source = volume(np.random.default_rng(0).random((8, 12, 10)))
+    result = resample(source, (4.0, 2.0, 0.5))
+    np.testing.assert_allclose(
+        source.affine @ [-0.5, -0.5, -0.5, 1], result.affine @ [-0.5, -0.5, -0.5, 1]
+    )
+    assert result.array.shape == (1, 4, 6, 20)
+    np.testing.assert_allclose(
+        result.native.affine @ result.native.from_stored @ [1, 2, 3, 1],
+        result.affine @ [1, 2, 3, 1],
+    )
+
+
+def test_resampling_to_the_same_spacing_changes_nothing() -> None:
+    source = volume(np.random.default_rng(0).random((8, 6, 5)))
+    assert resample(source, (2.01, 1.0, 0.995)) is source
+
+
+def test_shrinking_does_not_alias() -> None:
+    stripes = np.tile([0.0, 1.0], (8, 8, 16))  # alternates voxel by voxel along W
+    result = resample(volume(stripes), (2.0, 1.0, 3.0))
+    assert np.ptp(result.array[0, :, :, 1:-1]) < 0.2
+
+
+def test_padding_is_at_the_far_ends_with_the_minimum() -> None:
+    source = volume(np.random.default_rng(0).random((5, 8, 3)) + 1)
+    result = pad(source, (4, 4, 4))
+    assert result.array.shape == (1, 8, 8, 4)
+    np.testing.assert_array_equal(result.array[:, :5, :, :3], source.array)
+    assert (result.array[:, 5:] == source.array.min()).all()
+    np.testing.assert_array_equal(result.affine, source.affine)
+
+
+def test_statistics_are_of_the_native_volume_before_resampling(tmp_path: Path) -> None:
+    scan = read_nifti(save(tmp_path / "s.nii.gz", ras_array()))
+    plain = Preprocess.default().apply(scan).array
+    resampled = Preprocess.default(spacing_mm=(6.0, 0.75, 1.5)).apply(scan).array
+    values = ras_array().astype(np.float64)
+    low, high = np.percentile(values, [0.5, 99.5])
+    clipped = np.clip(values, low, high)
+    expected = (clipped - clipped.mean()) / clipped.std()
+    np.testing.assert_allclose(plain.max(), expected.max(), rtol=1e-5)
+    # Blurring narrows the values; statistics taken afterwards would stretch them again.
+    assert resampled.max() <= plain.max() + 1e-5
+    assert resampled.std() < plain.std()
+
+
+def test_a_corpus_and_its_nifti_give_the_same_numbers(labelled_corpus: Path, samples: Path) -> None:
+    corpus = Corpus.open(labelled_corpus)
+    recipe = Preprocess.default(spacing_mm=(1.5, 1.0, 1.0), multiple=(16, 16, 16))
+    for key in corpus.keys[:3]:
+        i = corpus.position(key)
+        statistics = [channel["statistics"] for channel in corpus.meta(i)["channels"]]
+        stored = recipe.apply(corpus.volume(i), statistics)
+        file = recipe.apply(read_nifti(samples / "hippocampus" / "images" / f"{key}.nii.gz"))
+        np.testing.assert_array_equal(stored.array, file.array)
+        np.testing.assert_array_equal(stored.affine, file.affine)
+        assert all(n % 16 == 0 for n in stored.array.shape[1:])
+
+
+def test_dictionary_round_trip_survives_json() -> None:
+    recipe = Preprocess.default(spacing_mm=(1, 1.5, 2), multiple=(16, 16, 16))
+    again = Preprocess.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+    assert again.spacing_mm == (1.0, 1.5, 2.0)
+    assert Preprocess.default().spacing_mm is None
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"version": 2, "operations": []}, "version 2"),
+        ({"version": 1, "operations": [], "extra": 1}, "extra"),
+        ({"version": 1, "operations": "x"}, "not a list"),
+        ({"version": 1, "operations": [{"op": "rotate"}]}, "rotate"),
+        ({"version": 1, "operations": [{"op": "reorient", "axcodes": "RAS"}]}, "RAS"),
+        ({"version": 1, "operations": [{"op": "resample", "spacing_mm": [1, 1, -1]}]}, "-1"),
+        ({"version": 1, "operations": [{"op": "resample", "spacing_mm": None, "k": 3}]}, "k"),
+        (
+            {"version": 1, "operations": [{**WINDOW, "CT": {"rule": "window", "low": 5}}]},
+            "low < high",
+        ),
+        ({"version": 1, "operations": [{**WINDOW, "_target_": "os.system"}]}, "_target_"),
+    ],
+)
+def test_unknown_or_wrong_operations_are_refused(data: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        Preprocess.from_dict(data)
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    operations = ({"op": "rotate"}, {"op": "resample", "spacing_mm": [0, 1, 1]})
+    with pytest.raises(InputError) as caught:
+        Preprocess(operations)
+    assert len(caught.value.problems) == 2
+
+
+def test_oblique_and_flipped_files_are_prepared_alike(tmp_path: Path) -> None:
+    flipped = ras_affine()
+    flipped[0, 0] *= -1
+    flipped[0, 3] += 6 * ras_affine()[0, 0]
+    recipe = Preprocess.default(spacing_mm=(2, 2, 2))
+    one = recipe.apply(read_nifti(save(tmp_path / "a.nii", ras_array())))
+    other = recipe.apply(read_nifti(save(tmp_path / "b.nii", ras_array()[::-1], flipped)))
+    np.testing.assert_array_equal(one.array, other.array)
+    np.testing.assert_allclose(one.affine, other.affine)

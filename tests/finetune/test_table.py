@@ -1,0 +1,189 @@
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import InputError
+from finetune.rows import Row, read_rows, write_rows
+from finetune.table import make_table, tabulate
+
+BASE = Row(
+    dataset="hippocampus",
+    split="official/test",
+    split_hash="abc",
+    case="c0",
+    subject="s0",
+    class_value=1,
+    class_name="anterior",
+    status="scored",
+    leakage="clean",
+    dsc=0.5,
+    nsd=0.6,
+    nsd_tolerance_mm=1.0,
+    hd95=3.0,
+    volume_pred_ml=1.0,
+    volume_true_ml=1.1,
+    arm="scratch",
+    labels="4",
+    n_labels=4,
+    seed=0,
+    label_seed=0,
+    init_seed=0,
+    pretrain_seed=-1,
+    steps=100,
+    checkpoint="",
+    checkpoint_digest="",
+    config_hash="recipe",
+)
+
+
+def make_rows(
+    arm: str, gain: float = 0.0, seeds: int = 3, cases: int = 12, noise: float = 0.01
+) -> list[Row]:
+    rng = np.random.default_rng(0 if arm == "scratch" else 1)
+    given = {"checkpoint": "mae", "checkpoint_digest": "d1", "pretrain_seed": 5}
+    out = []
+    for seed in range(seeds):
+        for case in range(cases):
+            for value, name in ((1, "anterior"), (2, "posterior")):
+                dsc = 0.6 + 0.01 * case + gain + noise * rng.normal()
+                row = dataclasses.replace(
+                    BASE,
+                    arm=arm,
+                    case=f"c{case}",
+                    subject=f"s{case // 2}",
+                    seed=seed,
+                    class_value=value,
+                    class_name=name,
+                    dsc=dsc,
+                )
+                out.append(row if arm == "scratch" else dataclasses.replace(row, **given))
+    return out
+
+
+def test_a_large_gain_is_seen_and_a_small_one_is_not() -> None:
+    clear = tabulate(make_rows("scratch") + make_rows("pretrained", 0.05)).groups[0]
+    assert clear.main.verdict == "pretrained better"
+    d = clear.main.difference
+    assert d is not None and d.low > 0
+    assert d.mean == pytest.approx(5, abs=0.5)
+    assert (d.cases, d.units, d.draws) == (12, 6, 3)
+    worse = tabulate(make_rows("scratch") + make_rows("pretrained", -0.05)).groups[0]
+    assert worse.main.verdict == "scratch better"
+    vague = tabulate(make_rows("scratch") + make_rows("pretrained", 0.001, noise=0.1)).groups[0]
+    assert vague.main.verdict == "no clear difference"
+    assert "no clear difference" in vague.sentence
+
+
+def test_no_delta_without_its_twin() -> None:
+    table = tabulate(make_rows("pretrained"))
+    assert all(line.difference is None for line in table.lines)
+    assert table.groups[0].main.verdict == "no scratch twin"
+    assert "init=scratch" in table.verdict
+    other = [dataclasses.replace(r, config_hash="other") for r in make_rows("scratch")]
+    table = tabulate(make_rows("pretrained") + other)
+    assert len(table.groups) == 2
+    assert all(line.difference is None for line in table.lines)
+
+
+def test_checkpoints_share_a_twin() -> None:
+    second = [
+        dataclasses.replace(r, checkpoint="vf", checkpoint_digest="d2")
+        for r in make_rows("pretrained", 0.1)
+    ]
+    table = tabulate(make_rows("scratch") + make_rows("pretrained") + second)
+    assert [g.checkpoint for g in table.groups] == ["mae", "vf"]
+    assert all(g.main.difference is not None for g in table.groups)
+
+
+def test_two_seeds_have_no_interval_and_no_verdict() -> None:
+    group = tabulate(make_rows("scratch", seeds=2) + make_rows("pretrained", 0.2, seeds=2)).groups[
+        0
+    ]
+    assert group.main.verdict == "undecided"
+    assert "an interval needs 3 seeds" in group.sentence
+
+
+def test_seen_cases_are_left_out_and_counted() -> None:
+    seen = [
+        dataclasses.replace(r, leakage="tainted", dsc=1.0) if r.case == "c0" else r
+        for r in make_rows("pretrained")
+    ]
+    group = tabulate(make_rows("scratch") + seen).groups[0]
+    assert group.main.difference is not None and group.main.difference.cases == 11
+    assert any("seen in pretraining" in note for note in group.notes)
+
+
+def test_missing_a_structure_costs_and_absence_does_not() -> None:
+    def changed(rows: list[Row], **what: object) -> list[Row]:
+        return [dataclasses.replace(r, **what) if r.case == "c0" else r for r in rows]  # type: ignore[arg-type]
+
+    missed = changed(make_rows("pretrained"), status="missed", dsc=0.0)
+    group = tabulate(make_rows("scratch") + missed).groups[0]
+    assert group.main.pretrained is not None and group.main.scratch is not None
+    assert group.main.pretrained.mean < group.main.scratch.mean - 3
+    assert "pretrained missed a structure 6 times (scored 0)" in group.notes
+    absent = changed(make_rows("pretrained"), status="true_negative", dsc=math.nan)
+    group = tabulate(make_rows("scratch") + absent).groups[0]
+    assert group.main.difference is not None and group.main.difference.cases == 11
+    assert any("lack a score" in note for note in group.notes)
+
+
+def test_the_same_run_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="occurs twice"):
+        tabulate(make_rows("scratch") + make_rows("scratch"))
+
+
+def test_metric_versions_do_not_mix() -> None:
+    newer = [dataclasses.replace(r, metric_version=2) for r in make_rows("pretrained")]
+    with pytest.raises(InputError, match="metric versions"):
+        tabulate(make_rows("scratch") + newer)
+
+
+def test_files_say_with_every_mean_what_it_rests_on(tmp_path: Path) -> None:
+    for arm in ("scratch", "pretrained"):
+        (tmp_path / arm).mkdir()
+        write_rows(make_rows(arm), tmp_path / arm / "rows.csv")
+    table = make_table([tmp_path], tmp_path / "table")
+    with (tmp_path / "table/table.csv").open() as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 9  # 3 metrics x (mean and 2 classes)
+    for record in records:
+        for arm in ("pretrained", "scratch", "difference"):
+            for part in ("mean", "low", "high", "cases", "units", "draws"):
+                assert record[f"{arm}_{part}"]
+    text = (tmp_path / "table/table.md").read_text()
+    assert table.groups[0].sentence in text
+    rows = [line for line in text.splitlines() if line.startswith("| hippo")]
+    assert all(" 12 | 6 | 3 |" in row for row in rows)
+    plain = json.loads((tmp_path / "table/table.json").read_text())
+    assert plain["format"] == 1 and plain["groups"][0]["verdict"]
+
+
+def test_missing_runs_are_all_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        make_table([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert len(error.value.problems) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    rows = [BASE, dataclasses.replace(BASE, dsc=math.nan, status="true_negative", labels="10%")]
+    write_rows(rows, tmp_path / "rows.csv")
+    found = read_rows(tmp_path / "rows.csv")
+    assert found[0] == rows[0]
+    assert math.isnan(found[1].dsc) and found[1].labels == "10%"
+
+
+def test_foreign_rows_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("case,dice\na,0.5\n")
+    with pytest.raises(InputError, match="columns"):
+        read_rows(path)
+    write_rows([dataclasses.replace(BASE, format=9)], path)
+    with pytest.raises(InputError, match="format 9"):
+        read_rows(path)

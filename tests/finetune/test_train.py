@@ -1,0 +1,266 @@
+"""The whole of finetune on real scans, with a network of a few thousand weights."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.preprocess import Preprocess
+from data_prep.splits import split_from, write_split
+from finetune.evaluate import evaluate
+from finetune.infer import predict
+from finetune.report import make_report
+from finetune.rows import read_rows
+from finetune.settings import EvaluateSettings, FinetuneSettings
+from finetune.table import make_table
+from finetune.train import finetune
+from pretrain.arguments import build_allowed
+from pretrain.release import write_release
+
+TASK = {
+    "name": "hippocampus",
+    "classes": [
+        {"name": "anterior", "values": [1], "tolerance_mm": 1.0},
+        {"name": "posterior", "values": [2], "tolerance_mm": 1.0},
+    ],
+    "flip": [False, False, True],
+}
+BACKBONE = {
+    "name": "resenc.ResEncUNetEncoder",
+    "args": {"in_channels": 1, "features": [4, 8], "strides": [1, 2], "blocks": [1, 1]},
+}
+
+
+@dataclasses.dataclass
+class Stage:
+    """What the tests share: a corpus with a small split, a release, and both arms of one seed."""
+
+    folder: Path
+    corpus: Path
+    release: Path
+    test_keys: list[str]
+
+    def settings(self, **changes: Any) -> FinetuneSettings:
+        return FinetuneSettings.model_validate(
+            {
+                "task": TASK,
+                "corpus": self.corpus,
+                "ckpt": self.release,
+                "labels": 2,
+                "split": "tiny",
+                "runs": self.folder / "runs",
+                "steps": 12,
+                "batch_size": 2,
+                "lr": 5e-3,
+                "warmup": 2,
+                "crop_size": [16, 24, 16],
+                "trainer": {"accelerator": "cpu", "precision": "32-true", "workers": 0},
+                **changes,
+            }
+        )
+
+    def run(self, init: str, seed: int = 0) -> Path:
+        return finetune(self.settings(init=init, seed=seed, run=f"{init}-{seed}"))
+
+
+@pytest.fixture(scope="module")
+def stage(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    folder = tmp_path_factory.mktemp("finetune")
+    corpus = Corpus.open(labelled_corpus)
+    official = corpus.split("official")["parts"]
+    part = {key: "train" for key in official["train"][:6]}
+    test = official["test"][:4]
+    part |= {key: "test" for key in test}
+    parts = [part.get(key, "") for key in corpus.keys]
+    write_split(split_from("tiny", corpus.keys, corpus.subjects, parts), labelled_corpus / "splits")
+    encoder = build_allowed(BACKBONE["name"], BACKBONE["args"], "pretrain.backbones", "test")
+    config = {
+        "format": 1,
+        "name": "tiny-mae",
+        "kind": "encoder",
+        "backbone": BACKBONE,
+        "objective": {"name": "cnn_mae.CnnMAE", "args": {}},
+        "crop_size": [16, 24, 16],
+        "modalities": ["CT", "MR"],
+        "preprocess": Preprocess.default().to_dict(),
+        "training": {"steps": 0, "seed": 5},
+        "data": {},
+        "versions": {},
+    }
+    seen = {"format": 1, "values": [corpus.fingerprints()[test[0]]]}
+    write_release(
+        folder / "release", encoder=encoder, config=config, fingerprints=seen, card="A test.\n"
+    )
+    return Stage(folder, labelled_corpus, folder / "release", test)
+
+
+@pytest.fixture(scope="module")
+def arms(stage: Stage) -> list[Path]:
+    return [stage.run(init, seed) for seed in (0, 1, 2) for init in ("pretrained", "scratch")]
+
+
+def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
+    run = arms[0]
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "config.json", "run.json", "metrics.csv", "load_report.json", "model.json",
+        "model.safetensors", "predictions", "rows.csv",
+    }  # fmt: skip
+    assert not names & {"lease.json", "checkpoints"}
+    rows = read_rows(run / "rows.csv")
+    assert [(r.case, r.class_name) for r in rows] == [
+        (key, name) for key in stage.test_keys for name in ("anterior", "posterior")
+    ]
+    assert {r.arm for r in rows} == {"pretrained"}
+    assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 12)}
+    corpus = Corpus.open(stage.corpus)
+    for key in stage.test_keys:
+        image = nib.load(run / "predictions" / f"{key}.nii.gz")
+        native = corpus.meta(corpus.position(key))["native"]
+        assert list(image.shape) == native["shape"]
+        assert np.allclose(image.affine, native["affine"])
+
+
+def test_twins_differ_in_the_encoder_alone(stage: Stage, arms: list[Path]) -> None:
+    rows = [read_rows(run / "rows.csv")[0] for run in arms[:2]]
+    assert rows[0].config_hash == rows[1].config_hash
+    facts = [json.loads((run / "run.json").read_text()) for run in arms[:2]]
+    assert facts[0]["label_keys"] == facts[1]["label_keys"]
+    reports = [json.loads((run / "load_report.json").read_text()) for run in arms[:2]]
+    assert reports[0]["covered"] == 1.0 and reports[1]["covered"] == 0.0
+    weights = set(load_file(arms[0] / "model.safetensors"))
+    for report in reports:
+        listed = [*report["copied"], *report["new"], *report["adapted"], *report["skipped"]]
+        assert sorted(listed) == sorted(weights)
+    assert all(name.startswith("decoder.") for name in reports[0]["new"])
+
+
+def test_the_same_seed_gives_the_same_weights(stage: Stage, arms: list[Path]) -> None:
+    again = finetune(stage.settings(seed=0, run="again"))
+    one, other = (load_file(run / "model.safetensors") for run in (arms[0], again))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert read_rows(again / "rows.csv") == read_rows(arms[0] / "rows.csv")
+
+
+def test_a_finished_run_is_left_alone_and_another_is_refused(
+    stage: Stage, arms: list[Path]
+) -> None:
+    before = (arms[0] / "rows.csv").stat().st_mtime_ns
+    stage.run("pretrained", 0)
+    assert (arms[0] / "rows.csv").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="holds another run"):
+        finetune(stage.settings(seed=0, run=arms[0].name, steps=13))
+
+
+def test_seen_cases_are_marked(stage: Stage, arms: list[Path]) -> None:
+    rows = read_rows(arms[0] / "rows.csv")
+    assert {r.case for r in rows if r.leakage == "tainted"} == {stage.test_keys[0]}
+    assert {r.leakage for r in rows if r.case != stage.test_keys[0]} == {"clean"}
+    assert {r.leakage for r in read_rows(arms[1] / "rows.csv")} == {"clean"}
+
+
+def test_predict_gives_what_the_run_scored(
+    stage: Stage, arms: list[Path], samples: Path, tmp_path: Path
+) -> None:
+    key = stage.test_keys[1]
+    source = samples / "hippocampus/images" / f"{key}.nii.gz"
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/deep/scan.nii.gz").write_bytes(source.read_bytes())
+    (tmp_path / "in/broken.nii.gz").write_bytes(b"no image")
+    done = predict(arms[0], tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in done.written] == ["scan.nii.gz"]
+    assert list(done.left_out) == ["broken.nii.gz"]
+    found = nib.load(tmp_path / "out/deep/scan.nii.gz")
+    expected = nib.load(arms[0] / "predictions" / f"{key}.nii.gz")
+    assert np.array_equal(found.get_fdata(), expected.get_fdata())
+    assert np.allclose(found.affine, nib.load(source).affine)
+
+
+def test_predict_refuses_what_it_cannot_do(stage: Stage, arms: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        predict(arms[0], tmp_path / "none", tmp_path / "out")
+    with pytest.raises(InputError, match="holds no"):
+        predict(arms[0], tmp_path, tmp_path / "out")
+    (tmp_path / "a.nii.gz").write_bytes(b"x")
+    with pytest.raises(InputError, match="is the input folder"):
+        predict(arms[0], tmp_path, tmp_path)
+    with pytest.raises(InputError, match="not a finished finetune run"):
+        predict(stage.release, tmp_path, tmp_path / "out")
+
+
+def test_evaluate_scores_kept_predictions_alike(
+    stage: Stage, arms: list[Path], tmp_path: Path
+) -> None:
+    settings = {
+        "predictions": arms[0] / "predictions",
+        "corpus": stage.corpus,
+        "task": TASK,
+        "split": "tiny",
+        "output": tmp_path / "scores",
+    }
+    path = evaluate(EvaluateSettings.model_validate(settings))
+    ours = read_rows(arms[0] / "rows.csv")
+    for one, other in zip(read_rows(path), ours, strict=True):
+        assert (one.case, one.class_name, one.status) == (
+            other.case,
+            other.class_name,
+            other.status,
+        )
+        assert np.allclose([one.dsc, one.nsd, one.hd95], [other.dsc, other.nsd, other.hd95])
+        assert (one.arm, one.leakage) == ("external", "unknown")
+    with pytest.raises(InputError, match="4 of 4 cases"):
+        evaluate(EvaluateSettings.model_validate({**settings, "predictions": tmp_path}))
+
+
+def test_truth_itself_scores_perfectly(stage: Stage, samples: Path, tmp_path: Path) -> None:
+    settings = {
+        "predictions": samples / "hippocampus/labels",
+        "corpus": stage.corpus,
+        "task": TASK,
+        "split": "tiny",
+        "output": tmp_path,
+    }
+    rows = read_rows(evaluate(EvaluateSettings.model_validate(settings)))
+    assert {(r.status, r.dsc, r.nsd, r.hd95) for r in rows} == {("scored", 1.0, 1.0, 0.0)}
+
+
+def test_what_does_not_fit_is_refused_together(stage: Stage, pretrain_corpus: Path) -> None:
+    wrong = {"name": "abdomen", "classes": [{"name": "liver", "values": [5], "tolerance_mm": 3}]}
+    with pytest.raises(InputError, match=r"liver.*\[5\].*1 .*2 "):
+        finetune(stage.settings(task=wrong))
+    with pytest.raises(InputError, match="no labels"):
+        finetune(stage.settings(corpus=pretrain_corpus))
+    with pytest.raises(InputError, match="holds 6 cases"):
+        finetune(stage.settings(labels="7"))
+    with pytest.raises(InputError, match="no case in its validation part"):
+        finetune(stage.settings(part="validation"))
+    with pytest.raises(InputError, match="crop_size"):
+        finetune(stage.settings(crop_size=[15, 24, 16], run="odd"))
+    assert not (stage.folder / "runs/odd").exists()
+
+
+def test_table_and_report_stand_on_their_own(
+    stage: Stage, arms: list[Path], tmp_path: Path
+) -> None:
+    table = make_table(arms, tmp_path)
+    group = table.groups[0]
+    assert group.main.difference is not None
+    assert (group.main.difference.cases, group.main.difference.draws) == (3, 3)
+    assert any("1 test cases were seen" in note for note in group.notes)
+    path = make_report(None, arms, table, tmp_path, "demo budget: <no> evidence")
+    page = path.read_text()
+    assert len(page) < 10_000_000
+    assert "demo budget: &lt;no&gt; evidence" in page
+    assert str(group.main.difference.cases) in page
+    # Nothing is fetched: every address is a data URI, and there is no script.
+    addresses = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]+)', page)
+    assert addresses and all(a.startswith("data:") for a in addresses)
+    assert not re.search(r"<script|<link|@import|url\(", page)

@@ -1,0 +1,161 @@
+"""Crops: right voxels, right values, the same whoever reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.corpus import Corpus
+from data_prep.preprocess import Preprocess
+from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
+from pretrain.schedule import Schedule
+
+CROP = (16, 24, 16)
+
+
+def dataset_of(path: Path, crop: tuple[int, int, int] = CROP, **options: object) -> CropDataset:
+    corpus = Corpus.open(path)
+    schedule = Schedule(corpus.shards, seed=3, lanes=4)
+    return CropDataset(
+        corpus, np.arange(len(corpus)), schedule, Preprocess.default(), crop, **options
+    )
+
+
+def test_a_whole_volume_crop_equals_the_numpy_reference(pretrain_corpus: Path) -> None:
+    """The device's arithmetic and `Preprocess.apply` agree on CT and on MRI, padding included."""
+    corpus = Corpus.open(pretrain_corpus)
+    for modality in ("CT", "MR"):
+        item = corpus.modalities.index(modality)
+        shape = tuple(int(n) for n in corpus.shapes[item][1:])
+        crop = (shape[0] + 3, shape[1], shape[2] + 2)
+        dataset = dataset_of(pretrain_corpus, crop)
+        position = next(p for p in range(len(corpus)) if dataset.schedule.sample(p)[2] == item)
+        batch = to_batch(collate([dataset[position]]))
+        inside = batch.valid[0, 0]
+        assert int(inside.sum()) == np.prod(shape)
+        expected = Preprocess.default().apply(corpus.volume(item)).array[0]
+        found = batch.image[0, 0].numpy()
+        np.testing.assert_allclose(found[inside.numpy()], expected.ravel(), rtol=1e-5, atol=1e-5)
+        # Padding is the darkest the volume has.
+        assert np.unique(found[~inside.numpy()]).size == 1
+        assert found[~inside.numpy()].max() <= expected.min() + 1e-6
+
+
+def test_crops_are_boxes_of_their_volume(pretrain_corpus: Path) -> None:
+    dataset = dataset_of(pretrain_corpus)
+    for position in range(6):
+        raw = dataset[position]
+        item = dataset.corpus.position(raw["key"])
+        whole = dataset.corpus.read(item)[0]
+        crop = raw["image"][0].numpy()
+        assert crop.shape == CROP
+        where = raw["valid"][0].numpy()
+        size = [int(where.any(axis=axes).sum()) for axes in ((1, 2), (0, 2), (0, 1))]
+        inner = crop[where].reshape(size)
+        corner = np.argwhere(whole == inner[0, 0, 0])
+        assert any(
+            (whole[tuple(slice(c, c + n) for c, n in zip(start, size, strict=True))]).shape
+            == inner.shape
+            and (
+                whole[tuple(slice(c, c + n) for c, n in zip(start, size, strict=True))] == inner
+            ).all()
+            for start in corner
+        )
+
+
+@pytest.mark.parametrize(("workers", "method"), [(1, "fork"), (2, "spawn"), (2, "forkserver")])
+def test_workers_and_start_methods_change_nothing(
+    pretrain_corpus: Path, workers: int, method: str
+) -> None:
+    dataset = dataset_of(pretrain_corpus)
+    alone = list(make_loader(dataset, batch_size=4, first_step=7, last_step=12))
+    helped = list(
+        make_loader(
+            dataset,
+            batch_size=4,
+            first_step=7,
+            last_step=12,
+            workers=workers,
+            start_method=method,  # type: ignore[arg-type]
+        )
+    )
+    assert len(alone) == len(helped) == 5
+    for one, other in zip(alone, helped, strict=True):
+        assert one["key"] == other["key"]
+        assert all(torch.equal(one[name], other[name]) for name in ("image", "seed", "valid"))
+
+
+def test_two_ranks_read_what_one_reads(pretrain_corpus: Path) -> None:
+    dataset = dataset_of(pretrain_corpus)
+    joint = [raw["key"] for raw in make_loader(dataset, batch_size=6, first_step=0, last_step=9)]
+    split = [
+        make_loader(dataset, batch_size=6, first_step=0, last_step=9, rank=rank, world=2)
+        for rank in range(2)
+    ]
+    for whole, parts in zip(joint, zip(*split, strict=True), strict=True):
+        assert sorted(whole) == sorted(key for part in parts for key in part["key"])
+
+
+def test_accumulation_keeps_the_samples_of_a_step(pretrain_corpus: Path) -> None:
+    dataset = dataset_of(pretrain_corpus)
+    plain = [raw["key"] for raw in make_loader(dataset, batch_size=6, first_step=2, last_step=5)]
+    micro = [
+        raw["key"]
+        for raw in make_loader(dataset, batch_size=6, first_step=2, last_step=5, accumulate=3)
+    ]
+    joined = [sum(micro[i : i + 3], []) for i in range(0, 9, 3)]
+    assert joined == plain
+
+
+def test_mirrored_images_labels_and_validity_stay_together(labelled_corpus: Path) -> None:
+    dataset = dataset_of(labelled_corpus, (40, 64, 48), label=True, foreground=1.0)
+    raw = collate([dataset[i] for i in range(16)])
+    plain = to_batch(raw)
+    flipped = to_batch(raw, Augment(flip=(True, True, True)))
+    assert plain.label is not None and flipped.label is not None
+    changed = 0
+    for b in range(16):
+        axes = [
+            axes
+            for axes in ([], [0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2])
+            if torch.equal(flipped.image[b, 0], plain.image[b, 0].flip(axes))
+        ]
+        assert len(axes) == 1
+        assert torch.equal(flipped.label[b], plain.label[b].flip(axes[0]))
+        assert torch.equal(flipped.valid[b, 0], plain.valid[b, 0].flip(axes[0]))
+        changed += bool(axes[0])
+    assert 8 < changed < 16  # 1 in 8 stays as it is
+
+
+def test_an_axis_that_may_not_flip_does_not(labelled_corpus: Path) -> None:
+    dataset = dataset_of(labelled_corpus)
+    raw = collate([dataset[i] for i in range(12)])
+    plain, flipped = to_batch(raw), to_batch(raw, Augment(flip=(False, False, False)))
+    assert torch.equal(plain.image, flipped.image)
+
+
+def test_foreground_crops_hold_their_class(labelled_corpus: Path) -> None:
+    """Every crop that is drawn for the foreground holds some; plain ones need not."""
+    dataset = dataset_of(labelled_corpus, (8, 8, 8), label=True, foreground=1.0)
+    drawn = [bool((dataset[i]["label"] > 0).any()) for i in range(40)]
+    plain = dataset_of(labelled_corpus, (8, 8, 8), label=True, foreground=0.0)
+    by_chance = [bool((plain[i]["label"] > 0).any()) for i in range(40)]
+    assert all(drawn) and not all(by_chance)
+
+
+def test_anonymised_voxels_are_not_valid(pretrain_corpus: Path) -> None:
+    """A volume without a mask is valid wherever it is not padding."""
+    raw = dataset_of(pretrain_corpus)[0]
+    assert raw["valid"].dtype == torch.bool and raw["image"].dtype == torch.int16
+
+
+def test_forked_workers_read_after_the_parent_decompressed(pretrain_corpus: Path) -> None:
+    dataset = dataset_of(pretrain_corpus)
+    dataset[0]  # the parent decompresses first: with blosc2's threads, children would hang here
+    loader = make_loader(
+        dataset, batch_size=4, first_step=0, last_step=6, workers=2, start_method="fork"
+    )
+    assert len(list(loader)) == 6

@@ -1,0 +1,273 @@
+"""A run that is killed and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import InputError
+from pretrain.settings import PretrainSettings
+from pretrain.train import pretrain
+
+RESENC = {
+    "_target_": "pretrain.backbones.resenc.ResEncUNetEncoder",
+    "features": [4, 8],
+    "strides": [1, 2],
+    "blocks": [1, 1],
+}
+CNN_MAE = {"_target_": "pretrain.objectives.cnn_mae.CnnMAE", "block": 4}
+VIT = {
+    "_target_": "pretrain.backbones.vit.ViT3D",
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 4,
+    "num_heads": 2,
+    "drop_path": 0.2,  # what draws from torch's generator must resume too
+}
+MAE = {
+    "_target_": "pretrain.objectives.mae.MAE",
+    "decoder_dim": 24,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
+
+
+def settings(corpus: Path, runs: Path, run: str, **changes: Any) -> PretrainSettings:
+    chosen: dict[str, Any] = {
+        "corpus": corpus,
+        "run": run,
+        "runs": runs,
+        "backbone": RESENC,
+        "objective": CNN_MAE,
+        "trainer": {"accelerator": "cpu", "workers": 0, "threads": 1},
+        "crop_size": (8, 12, 8),
+        "steps": 40,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "warmup": 4,
+        "log_every": 5,
+        "save_every": 6,
+    }
+    return PretrainSettings.model_validate(chosen | changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    paths = sorted((run / "checkpoints").glob("step-*.pt"))
+    state = torch.load(paths[-1], weights_only=True)
+    return {name: value for name, value in state["objective"].items()}
+
+
+def steps(run: Path) -> list[int]:
+    with (run / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def start(chosen: PretrainSettings, folder: Path) -> subprocess.Popen[bytes]:
+    """The same run in a process of its own, so that it can be killed."""
+    file = folder / f"{chosen.run}.json"
+    file.write_text(chosen.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from pretrain.settings import PretrainSettings; from pretrain.train import pretrain\n"
+        "pretrain(PretrainSettings.model_validate_json(Path(sys.argv[1]).read_text()))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(("backbone", "objective"), [(RESENC, CNN_MAE), (VIT, MAE)])
+def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(
+    pretrain_corpus: Path,
+    tmp_path: Path,
+    seed: int,
+    backbone: dict[str, Any],
+    objective: dict[str, Any],
+) -> None:
+    parts = {"backbone": backbone, "objective": objective}
+    pretrain(settings(pretrain_corpus, tmp_path, "whole", **parts))
+    killed = settings(pretrain_corpus, tmp_path, "killed", **parts)
+    run = tmp_path / "killed"
+    process = start(killed, tmp_path)
+    while process.poll() is None and not list((run / "checkpoints").glob("step-*.pt")):
+        time.sleep(0.002)
+    time.sleep(float(np.random.default_rng(seed).uniform(0, 0.1)))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert max(path.name for path in (run / "checkpoints").iterdir()) < "step-00000040.pt"
+    pretrain(killed)
+    one, other = weights(tmp_path / "whole"), weights(run)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert steps(run) == steps(tmp_path / "whole")
+
+
+def test_resumed_sample_ids_continue_exactly(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys that reach the objective, in order, are those of an uninterrupted run."""
+    from pretrain.objectives.cnn_mae import CnnMAE
+
+    seen: list[list[str]] = []
+    original = CnnMAE.forward
+
+    def recording(self: CnnMAE, batch: Any, progress: float) -> Any:
+        seen.append(list(batch.keys))
+        if self.loop.step == stop_at:
+            raise KeyboardInterrupt
+        return original(self, batch, progress)
+
+    monkeypatch.setattr(CnnMAE, "forward", recording)
+    stop_at = -1
+    pretrain(settings(pretrain_corpus, tmp_path, "whole"))
+    whole, seen = seen, []
+    stop_at = 15
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        pretrain(settings(pretrain_corpus, tmp_path, "stopped"))
+    stop_at = -1
+    before, seen = seen, []
+    pretrain(settings(pretrain_corpus, tmp_path, "stopped"))
+    assert before == whole[:16]
+    assert seen == whole[12:]  # the newest checkpoint is of step 12
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_two_ranks_stop_resume_and_match_one_rank(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """2-rank DDP over gloo: bitwise after a stop, and the losses of one process on the batch."""
+
+    def chosen(name: str, devices: int, steps: int) -> PretrainSettings:
+        return settings(
+            pretrain_corpus,
+            tmp_path,
+            name,
+            steps=steps,
+            warmup=2,
+            save_every=3,
+            log_every=1,
+            trainer={"accelerator": "cpu", "devices": devices, "workers": 0, "threads": 1},
+        )
+
+    two = chosen("two", 2, 6)
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import os, shutil; from pathlib import Path\n"
+        "from pretrain.settings import PretrainSettings\n"
+        "from pretrain.train import pretrain\n"
+        "if __name__ == '__main__':\n"
+        f"    pretrain(PretrainSettings.model_validate_json({two.model_dump_json()!r}))\n"
+    )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, str(script)]
+    run = tmp_path / "two"
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment, timeout=300)
+    uninterrupted = weights(run)
+    (run / "checkpoints" / "step-00000006.pt").unlink()  # as if killed between steps 3 and 6
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment, timeout=300)
+    resumed = weights(run)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    one = pretrain(chosen("one", 1, 6))
+    assert losses(run) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_finished_run_does_nothing_more(pretrain_corpus: Path, tmp_path: Path) -> None:
+    chosen = settings(pretrain_corpus, tmp_path, "done", steps=3)
+    run = pretrain(chosen)
+    before = (run / "metrics.csv").read_bytes()
+    pretrain(chosen)
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_other_settings_do_not_continue_a_run(pretrain_corpus: Path, tmp_path: Path) -> None:
+    pretrain(settings(pretrain_corpus, tmp_path, "mine", steps=3))
+    with pytest.raises(InputError) as caught:
+        pretrain(settings(pretrain_corpus, tmp_path, "mine", steps=5, lr=2e-3))
+    text = str(caught.value)
+    assert "lr was 0.001 and is 0.002" in text and "steps was 3 and is 5" in text
+
+
+def test_another_corpus_does_not_continue_a_run(
+    pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    chosen = settings(pretrain_corpus, tmp_path, "mine", steps=6)
+    pretrain(chosen)
+    run = tmp_path / "mine"
+    (run / "checkpoints" / "step-00000006.pt").rename(run / "kept.pt")
+    pretrain(chosen.model_copy(update={"steps": 6}))  # trains again: there is no checkpoint
+    with pytest.raises(InputError, match="index_hash"):
+        state = torch.load(run / "kept.pt", weights_only=True)
+        state["step"] = 3
+        torch.save(state, run / "checkpoints" / "step-00000009.pt")
+        pretrain(chosen.model_copy(update={"corpus": labelled_corpus}))
+
+
+def test_accumulated_steps_equal_whole_ones(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """Two micro-batches of two give the step of one batch of four (masked means weigh alike)."""
+    one = pretrain(settings(pretrain_corpus, tmp_path, "one", steps=2, gain=0))
+    two = pretrain(settings(pretrain_corpus, tmp_path, "two", steps=2, gain=0, accumulate=2))
+    expected, found = weights(one), weights(two)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain.objectives.cnn_mae import CnnMAE
+
+    original = CnnMAE.forward
+
+    def broken(self: CnnMAE, batch: Any, progress: float) -> Any:
+        losses = original(self, batch, progress)
+        return losses._replace(loss=losses.loss * float("nan"))
+
+    monkeypatch.setattr(CnnMAE, "forward", broken)
+    with pytest.raises(FloatingPointError, match="try a lower lr"):
+        pretrain(settings(pretrain_corpus, tmp_path, "nan", steps=3))
+    assert not list((tmp_path / "nan" / "checkpoints").glob("*"))
+
+
+def test_the_run_says_what_it_was(pretrain_corpus: Path, tmp_path: Path) -> None:
+    run = pretrain(settings(pretrain_corpus, tmp_path, "facts", steps=2, preview_every=2))
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["corpus"]["samples"] == 36 and set(facts["data"]["modality"]) == {"CT", "MR"}
+    assert {"torch", "lightning", "python"} <= facts["versions"].keys()
+    pictures = sorted(path.name for path in (run / "previews").iterdir())
+    assert pictures == ["step-00000000.png", "step-00000002.png"]
+    assert not (run / "lease.json").exists()
+
+
+def test_loggers_write_offline(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = pretrain(
+        settings(
+            pretrain_corpus, tmp_path, "logged", steps=2, loggers=("tensorboard", "wandb")
+        )
+    )
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((run / "wandb").glob("offline-run-*"))
+    assert len((run / "wandb_id").read_text()) == 8

@@ -1,0 +1,299 @@
+"""What is released loads as it was, or says why it does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import voxelith
+from data_prep.errors import CorruptionError, InputError
+from pretrain.export import export, strictest_first
+from pretrain.release import FILES, Release, check_golden, file_digest, load_release
+from pretrain.settings import PretrainSettings
+from pretrain.train import pretrain
+
+BACKBONES = {
+    "resenc": (
+        {
+            "_target_": "pretrain.backbones.resenc.ResEncUNetEncoder",
+            "features": [4, 8],
+            "strides": [1, 2],
+            "blocks": [1, 1],
+        },
+        {"_target_": "pretrain.objectives.cnn_mae.CnnMAE", "block": 4},
+    ),
+    "vit": (
+        {
+            "_target_": "pretrain.backbones.vit.ViT3D",
+            "patch_size": 4,
+            "embed_dim": 24,
+            "depth": 4,
+            "num_heads": 2,
+        },
+        {
+            "_target_": "pretrain.objectives.mae.MAE",
+            "decoder_dim": 24,
+            "decoder_depth": 1,
+            "decoder_heads": 2,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def run(
+    request: pytest.FixtureRequest, pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    backbone, objective = BACKBONES[request.param]
+    return pretrain(
+        PretrainSettings(
+            corpus=pretrain_corpus,
+            run=request.param,
+            runs=tmp_path_factory.mktemp("runs"),
+            backbone=backbone,
+            objective=objective,
+            trainer={"accelerator": "cpu", "workers": 0},
+            crop_size=(8, 16, 8),
+            steps=2,
+            batch_size=2,
+            lr=1e-3,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def release(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Release:
+    return export(run, tmp_path_factory.mktemp("releases") / "mine")
+
+
+@pytest.fixture
+def copy(release: Release, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(release.path, tmp_path / "copy"))
+
+
+def resign(path: Path) -> None:
+    """Makes the sums right again: whoever tampers with a config can do that too."""
+    lines = [f"{file_digest(path / name)}  {name}\n" for name in FILES]
+    (path / "SHA256SUMS").write_text("".join(lines))
+
+
+def change_config(path: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+    resign(path)
+
+
+def test_weights_are_those_of_the_last_checkpoint(run: Path, release: Release) -> None:
+    checkpoint = sorted((run / "checkpoints").glob("*.pt"))[-1]
+    state = torch.load(checkpoint, weights_only=True)["objective"]
+    stored = load_file(release.path / "model.safetensors")
+    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    assert stored.keys() == encoder.keys()
+    assert all(torch.equal(stored[name], encoder[name]) for name in stored)
+
+
+def test_every_file_is_there_and_golden_features_come_back(release: Release) -> None:
+    assert {path.name for path in release.path.iterdir()} == {*FILES, "SHA256SUMS"}
+    assert check_golden(release.path) <= 1e-5
+
+
+def test_the_same_run_gives_the_same_release(run: Path, release: Release, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "again").digest == release.digest
+
+
+def test_three_lines_from_a_scan_to_features(release: Release, samples: Path) -> None:
+    encoder = voxelith.load_encoder(release.path)
+    scan = sorted((samples / "ixi").rglob("*.nii.gz"))[0]
+    features = encoder.features(scan)
+    stride = encoder.module.strides[-1]
+    image = nib.load(scan)
+    shape = nib.as_closest_canonical(image).shape[::-1]  # I S P order reversed to D, H, W sizes
+    cells = tuple(-(-n // s) for n, s in zip(shape, stride, strict=True))
+    assert features.map.shape == (encoder.module.channels[-1], *cells)
+    np.testing.assert_allclose(features.vector, features.map.mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
+    # The middle of the feature grid lies within a cell of the middle of the scan, in millimetres.
+    middle = features.affine @ [*((np.array(cells) - 1) / 2), 1]
+    expected = image.affine @ [*((np.array(image.shape) - 1) / 2), 1]
+    assert np.abs(middle - expected).max() <= 0.5 * max(features.spacing) + 1e-6
+    assert encoder.report is not None and encoder.report.covered == 1.0
+    assert not any(p.requires_grad for p in encoder.module.parameters())
+
+
+def test_orientation_of_the_file_does_not_matter(release: Release, tmp_path: Path) -> None:
+    """The same head stored in other axes gives the same features."""
+    encoder = voxelith.load_encoder(release.path)
+    golden = nib.load(release.path / "golden_input.nii.gz")
+    expected = encoder.features(release.path / "golden_input.nii.gz")
+    turned = golden.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+    nib.save(turned, tmp_path / "turned.nii.gz")
+    found = encoder.features(tmp_path / "turned.nii.gz")
+    np.testing.assert_allclose(found.map, expected.map, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+
+
+def test_an_array_needs_its_spacing_and_agrees_with_the_file(release: Release) -> None:
+    from data_prep.volume import read_nifti
+
+    encoder = voxelith.load_encoder(release.path)
+    path = release.path / "golden_input.nii.gz"
+    volume = read_nifti(path)
+    with pytest.raises(InputError, match="spacing=None"):
+        encoder.features(volume.physical()[0])
+    found = encoder.features(volume.physical()[0], spacing=volume.spacing)
+    np.testing.assert_allclose(found.map, encoder.features(path).map, rtol=1e-4, atol=1e-4)
+
+
+def test_unreadable_scans_say_why(release: Release, tmp_path: Path) -> None:
+    encoder = voxelith.load_encoder(release.path)
+    (tmp_path / "text.nii.gz").write_text("no image")
+    with pytest.raises(InputError, match=r"text\.nii\.gz: "):
+        encoder.features(tmp_path / "text.nii.gz")
+    with pytest.raises(InputError, match="2 channels found, this encoder takes 1"):
+        encoder.features(np.zeros((2, 8, 8, 8)), spacing=(1, 1, 1))
+    with pytest.raises(InputError, match="modality='PT'"):
+        encoder.features(np.zeros((8, 8, 8)), spacing=(1, 1, 1), modality="PT")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_refused(copy: Path, name: str, seed: int) -> None:
+    file = copy / name
+    data = bytearray(file.read_bytes())
+    place = int(np.random.default_rng((seed, len(name))).integers(len(data)))
+    data[place] ^= 1 << 3
+    file.write_bytes(data)
+    with pytest.raises(CorruptionError, match=f"{name}: its bytes are not those"):
+        voxelith.load_encoder(copy)
+
+
+@pytest.mark.parametrize("name", [*FILES, "SHA256SUMS"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=name):
+        voxelith.load_encoder(copy)
+
+
+def test_a_config_that_names_a_target_is_refused(copy: Path) -> None:
+    marker = copy / "ran"
+    change_config(
+        copy,
+        lambda c: c["backbone"]["args"].update(
+            {"_target_": "os.system", "command": f"touch {marker}"}
+        ),
+    )
+    with pytest.raises(InputError, match="name nothing to import"):
+        voxelith.load_encoder(copy)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "vit.torch",
+        "vit.Block",  # imported by that module, not its own
+        "..objectives.mae.MAE",
+        "vit.__dict__",
+        "nowhere.Net",
+        "vit",
+        5,
+        None,
+    ],
+)
+def test_only_our_own_backbones_can_be_named(copy: Path, name: object) -> None:
+    change_config(copy, lambda c: c["backbone"].update(name=name))
+    with pytest.raises(InputError, match="is not one of pretrain.backbones's own classes"):
+        voxelith.load_encoder(copy)
+
+
+def test_arguments_are_checked_before_anything_is_made(copy: Path) -> None:
+    change_config(copy, lambda c: c["backbone"]["args"].update(in_channels=-1, depths=3))
+    with pytest.raises(InputError) as caught:
+        voxelith.load_encoder(copy)
+    assert "in_channels=-1: must be greater" in str(caught.value)
+    assert "depths: unknown" in str(caught.value)
+
+
+def test_absurd_sizes_are_refused_before_allocation(copy: Path) -> None:
+    key = "embed_dim" if "vit" in json.loads((copy / "config.json").read_text())["name"] else None
+    big = {key: 24 * 10**8} if key else {"features": [10**8, 10**8]}
+    change_config(copy, lambda c: c["backbone"]["args"].update(big))
+    with pytest.raises(InputError, match="must be less"):
+        voxelith.load_encoder(copy)
+
+
+def test_a_network_of_allowed_but_other_sizes_is_refused_before_allocation(copy: Path) -> None:
+    """Each size is within its bounds; together they would take terabytes."""
+    vit = "vit" in json.loads((copy / "config.json").read_text())["name"]
+    big = {"embed_dim": 8190, "depth": 128, "num_heads": 1} if vit else {
+        "features": [4096] * 8, "strides": [1] * 8, "blocks": [100] * 8
+    }  # fmt: skip
+    change_config(copy, lambda c: c["backbone"]["args"].update(big))
+    with pytest.raises(InputError, match="does not fit this network"):
+        voxelith.load_encoder(copy)
+
+
+def test_unknown_or_missing_keys_and_formats_are_refused(copy: Path) -> None:
+    change_config(copy, lambda c: (c.pop("preprocess"), c.update(extra=1)))
+    with pytest.raises(InputError, match=r"preprocess: missing(.|\n)*extra: unknown"):
+        load_release(copy)
+    change_config(copy, lambda c: c.update(format=99))
+    with pytest.raises(InputError, match="format is 99, this version reads 1"):
+        load_release(copy)
+
+
+def test_weights_of_another_network_are_listed(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    name = sorted(weights)[0]
+    weights["renamed"] = weights.pop(name)
+    save_file(weights, copy / "model.safetensors")
+    resign(copy)
+    with pytest.raises(InputError, match=rf"2 tensors differ.*{name} is missing; renamed is not"):
+        voxelith.load_encoder(copy)
+
+
+def test_what_is_no_release_is_told_apart(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such release"):
+        load_release(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="it is a run: `voxelith export` makes a release"):
+        load_release(run)
+
+
+def test_export_overwrites_nothing_and_leaves_no_rest(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="already exists"):
+        export(run, tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_paths_and_names_of_the_run_stay_out(release: Release, run: Path) -> None:
+    text = "".join(
+        (release.path / name).read_text() for name in ("config.json", "README.md")
+    )
+    assert str(run.parent) not in text and "corpus" not in json.loads(
+        (release.path / "config.json").read_text()
+    )
+
+
+def test_licences_are_ordered_by_what_they_forbid() -> None:
+    found = strictest_first({"MIT": 1, "CC BY-NC-SA 4.0": 1, "CC BY 4.0": 2, "odd": 1})
+    assert found == ["odd", "CC BY-NC-SA 4.0", "CC BY 4.0", "MIT"]
+
+
+def test_the_golden_check_notices_changed_preprocessing(copy: Path) -> None:
+    """Sums that are right do not help: the features are not what was released."""
+    change_config(
+        copy, lambda c: c["preprocess"]["operations"][1].update(spacing_mm=[2.0, 2.0, 2.0])
+    )
+    with pytest.raises((CorruptionError, RuntimeError)):
+        check_golden(copy)
