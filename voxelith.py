@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -135,7 +136,8 @@ def _predict(words: list[str]) -> Any:
     settings = _configured("predict", words)
     from finetune.infer import predict
 
-    return predict(settings)
+    found = predict(settings.ckpt, settings.input, settings.output)
+    return {"output": str(settings.output), "written": len(found.written)}
 
 
 COMMANDS = {
@@ -215,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "-h" in words or "--help" in words:
         print(_command_help(name))
         return 0
+    # torchvision, which timm imports, uses what torch deprecates; no user can act on it.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
     as_json = "--json" in words
     words = [word for word in words if word != "--json"]
     try:

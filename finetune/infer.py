@@ -42,7 +42,7 @@ class Segmenter:
     model: Segmentation
     preprocess: Preprocess
     task: TaskSettings
-    crop_size: Size
+    window: Size
     overlap: float
     modalities: tuple[str, ...]
 
@@ -54,7 +54,7 @@ class Segmenter:
                 self.model.logits,
                 volume,
                 self.preprocess,
-                self.crop_size,
+                self.window,
                 self.overlap,
                 next(self.model.parameters()).device,
             )
@@ -139,7 +139,7 @@ def load_segmenter(run: Path, device: str | torch.device | None = None) -> Segme
     model = Segmentation(encoder=encoder, task=task)
     load_strictly(model, run / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    d, h, w = config["crop_size"]
+    d, h, w = config["window"]
     return Segmenter(
         model.to(device).eval(),
         Preprocess.from_dict(config["preprocess"]),

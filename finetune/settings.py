@@ -56,9 +56,10 @@ class TaskSettings(BaseModel):
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
-    `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
-    seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
-    `default`.
+    `crop_size` null takes the checkpoint's; `window`, what the network sees at once in a whole
+    case, is the crop unless a larger one is given; `run` null names the run after its arm, labels
+    and seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it,
+    else `default`.
     """
 
     task: TaskSettings
@@ -74,6 +75,7 @@ class FinetuneSettings(LoopSettings):
     spacing: Literal["checkpoint", "native"] = "checkpoint"
     crop_size: tuple[Side, Side, Side] | None = None  # type: ignore[assignment]
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
+    window: tuple[Side, Side, Side] | None = None
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     @model_validator(mode="before")
@@ -122,6 +124,28 @@ class EvaluateSettings(BaseModel):
     split: str = "auto"
     part: Literal["train", "validation", "test"] = "test"
     name: str = ""
+
+
+class PredictSettings(BaseModel):
+    """The keys of conf/predict.yaml: a finetuned run over a folder of NIfTI scans."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ckpt: Path
+    input: Path
+    output: Path
+
+
+class DemoSettings(BaseModel):
+    """The keys of conf/demo.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Path = Path("voxelith-demo")
+    pretrain_steps: Annotated[int, Field(ge=1)] = 240
+    finetune_steps: Annotated[int, Field(ge=1)] = 150
+    labels: Annotated[int, Field(ge=1)] = 8
+    seeds: Annotated[int, Field(ge=1, le=100)] = 3
 
 
 def config_hash(recipe: dict[str, Any]) -> str:

@@ -122,7 +122,8 @@ def make_plan(settings: FinetuneSettings) -> Plan:
     """
     release = load_release(settings.ckpt)
     corpus = Corpus.open(settings.corpus)
-    settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
+    crop = settings.crop_size or release.crop_size
+    settings = settings.model_copy(update={"crop_size": crop, "window": settings.window or crop})
     problems = task_problems(corpus, settings.task)
     preprocess, more = _preprocess(settings, release, corpus)
     problems += more
@@ -197,10 +198,15 @@ def _preprocess(
 def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
     encoder: Any = model.encoder
     fits = getattr(encoder, "grids", None) or encoder.grid
-    try:
-        fits(settings.crop_size)
-    except ValueError as error:
-        raise InputError(f"crop_size={list(settings.crop_size or ())}: {error}") from error
+    problems = []
+    for name in ("crop_size", "window"):
+        size = getattr(settings, name)
+        try:
+            fits(size)
+        except ValueError as error:
+            problems.append(f"{name}={list(size)}: {error}")
+    if problems:
+        raise InputError(problems)
 
 
 def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
@@ -284,12 +290,12 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
 def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
     """Writes the network and the predictions of the test cases; returns their rows."""
     settings, corpus = plan.settings, plan.corpus
-    assert settings.crop_size is not None
+    assert settings.window is not None
     segmenter = Segmenter(
         model,
         plan.preprocess,
         settings.task,
-        settings.crop_size,
+        settings.window,
         settings.overlap,
         plan.release.modalities,
     )
@@ -301,7 +307,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
             "format": MODEL_FORMAT,
             "backbone": plan.release.config["backbone"],
             "preprocess": plan.preprocess.to_dict(),
-            "crop_size": list(settings.crop_size),
+            "window": list(settings.window),
             "overlap": settings.overlap,
             "modalities": list(plan.release.modalities),
             "task": settings.task.model_dump(mode="json"),

@@ -62,6 +62,7 @@ class Stage:
                 "lr": 5e-3,
                 "warmup": 2,
                 "crop_size": [16, 24, 16],
+                "window": [48, 64, 48],
                 "trainer": {"accelerator": "cpu", "precision": "32-true", "workers": 0},
                 **changes,
             }
