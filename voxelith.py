@@ -55,7 +55,6 @@ def _prep(words: list[str]) -> Any:
 
 def _check(words: list[str]) -> Any:
     from data_prep.check import check
-
     from data_prep.errors import CorruptionError
 
     (corpus,) = _positional("check", words, ["CORPUS"])

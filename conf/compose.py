@@ -88,7 +88,8 @@ def describe(command: str) -> str:
 
 
 def _after_defaults(lines: list[str]) -> list[str]:
-    kept, skipping = [], False
+    kept: list[str] = []
+    skipping = False
     for line in lines:
         if line.startswith("defaults:"):
             skipping = True

@@ -8,10 +8,21 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(**options: Any) -> Any:
-    """A tqdm bar on standard error with rate and ETA.
+class _Log:
+    """A log file has no carriage to return: each state of the bar is a line of its own."""
 
-    In a log file a bar that redraws itself is noise: there it says a line every half a minute.
-    """
-    terminal = sys.stderr.isatty()
-    return tqdm(dynamic_ncols=terminal, mininterval=0.5 if terminal else 30, **options)
+    def write(self, text: str) -> None:
+        """Writes the state of the bar, without the blanks that overwrite the one before."""
+        if text.strip():
+            sys.stderr.write(text.replace("\r", "").rstrip() + "\n")
+
+    def flush(self) -> None:
+        """Passes on."""
+        sys.stderr.flush()
+
+
+def bar(**options: Any) -> Any:
+    """A tqdm bar on standard error with rate and ETA; in a log, a line every half a minute."""
+    if sys.stderr.isatty():
+        return tqdm(dynamic_ncols=True, mininterval=0.5, **options)
+    return tqdm(file=_Log(), ncols=100, mininterval=30, **options)

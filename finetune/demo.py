@@ -115,7 +115,9 @@ def _finetune_words(settings: DemoSettings, release: Path, init: str, seed: int)
 @contextlib.contextmanager
 def _step(command: str, words: list[str], more: str = "") -> Iterator[list[str]]:
     """Says what is typed, and how long it took."""
-    print(f"\n$ voxelith {command} {shlex.join(words)}" + (f"\n  {more}" if more else ""), flush=True)
+    print(
+        f"\n$ voxelith {command} {shlex.join(words)}" + (f"\n  {more}" if more else ""), flush=True
+    )
     began = time.perf_counter()
     yield words
     print(f"  {command}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.progress import bar
 from data_prep.volume import Reject, read_label
 from finetune.metrics import METRIC_VERSION, Score, score_class
 from finetune.rows import Row, write_rows
@@ -111,7 +111,7 @@ def score(
     """
     prints = corpus.fingerprints()
     rows: list[Row] = []
-    for key in tqdm(split.keys, desc="score", unit="case", dynamic_ncols=True, mininterval=1.0):
+    for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
         leakage = "unknown"
         if origin.seen is not None:

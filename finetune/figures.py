@@ -28,6 +28,7 @@ WIDTH = 10.4
 """Inches; the page shows every figure at its full width."""
 ARM_COLOURS = {"pretrained": "#1f5fa8", "scratch": "#d1711c"}
 CLASS_COLOURS = ("#ffb02e", "#35c9ff", "#ff5c8a", "#7dff6a", "#c79bff", "#fff56a", "#ff7b3a")
+_OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
 INK, FAINT, GRID = "#1c2733", "#6b7785", "#e4e8ed"
 
 _STYLE = {
@@ -199,49 +200,55 @@ def draw_cases(cases: Sequence[Overlay], classes: Sequence[str]) -> str:
     """Truth and predictions as contours: a row per case, three planes per arm, one scale in mm."""
     arms = list(cases[0].predictions)
     boxes = [_box(case) for case in cases]
-    side = max(
-        (b.stop - b.start) * s
-        for case, box in zip(cases, boxes, strict=True)
-        for b, s in zip(box, case.spacing, strict=True)
+    paired = list(zip(cases, boxes, strict=True))
+    depth, height, width = (
+        max((box[i].stop - box[i].start) * case.spacing[i] for case, box in paired)
+        for i in range(3)
     )
-    columns = 3 * len(arms)
-    cell = WIDTH / columns
+    # (width, height) in mm of the axial, coronal and sagittal panels; rows share one height.
+    wide, tall = [width, width, height], max(depth, height)
+    gap = 0.06 * sum(wide)
+    ratios = [r for arm in arms for r in (([gap] if arm != arms[0] else []) + wide)]
+    inches_per_mm = (WIDTH - 0.1) / (sum(ratios) * 1.015)
+    row_inches = tall * inches_per_mm
+    title, foot = 0.3, 0.36
+    total = len(cases) * (row_inches + title) + foot
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             len(cases),
-            columns,
-            figsize=(WIDTH, len(cases) * (cell + 0.28) + 0.55),
+            len(ratios),
+            figsize=(WIDTH, total),
             squeeze=False,
+            width_ratios=ratios,
         )
-        head, foot = 0.32, 0.3
-        height = len(cases) * (cell + 0.28) + 0.55
         figure.subplots_adjust(
-            left=0.004,
-            right=0.996,
-            bottom=foot / height,
-            top=1 - (head + 0.2) / height,
-            wspace=0.03,
-            hspace=0.2,
+            left=0.003,
+            right=0.997,
+            bottom=foot / total,
+            top=1 - title / total,
+            wspace=0.02,
+            hspace=title / row_inches,
         )
-        for row, (case, box) in enumerate(zip(cases, boxes, strict=True)):
+        for row, (case, box) in enumerate(paired):
+            for spacer in axes[row, 3::4]:
+                spacer.set_visible(False)
             for a, arm in enumerate(arms):
                 for p in range(3):
-                    axis = axes[row, 3 * a + p]
-                    _panel(axis, case, box, case.predictions[arm], p, side)
-                    if row == 0:
-                        axis.text(
-                            0.97, 0.96, PLANES[p], transform=axis.transAxes, ha="right", va="top",
-                            color="white", fontsize=7.5,
-                        )  # fmt: skip
+                    axis = axes[row, 4 * a + p]
+                    _panel(axis, case, box, case.predictions[arm], p, (wide[p], tall))
+                    axis.text(
+                        0.97, 0.97, PLANES[p], transform=axis.transAxes, ha="right", va="top",
+                        color="white", fontsize=7.5, path_effects=_OUTLINE,
+                    )  # fmt: skip
                 text = f"{case.title}, {arm}: Dice {case.scores[arm]:.1f}"
-                axes[row, 3 * a].set_title(text, fontsize=9.5, color=ARM_COLOURS.get(arm, INK))
-        _scale_bar(axes[0, 0], side)
+                axes[row, 4 * a].set_title(text, fontsize=9.5, color=ARM_COLOURS.get(arm, INK))
+        _scale_bar(axes[0, 0], wide[0], tall)
         handles = [Line2D([], [], color="white", linewidth=2, label="truth")]
         for name, colour in zip(classes, _colours(len(classes)), strict=True):
             handles.append(Line2D([], [], color=colour, linewidth=2, label=f"{name}, predicted"))
         figure.legend(
             handles=handles, loc="lower center", ncols=min(len(handles), 8), fontsize=8.5,
-            frameon=True, facecolor="#202a36", edgecolor="none", labelcolor="white",
+            frameon=True, facecolor="#202a36", framealpha=1, edgecolor="none", labelcolor="white",
         )  # fmt: skip
         return png(figure)
 
@@ -250,7 +257,7 @@ def _colours(count: int) -> list[str]:
     return [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(count)]
 
 
-def _box(case: Overlay, margin_mm: float = 15.0) -> tuple[slice, ...]:
+def _box(case: Overlay, margin_mm: float = 10.0) -> tuple[slice, ...]:
     """What is worth looking at: all labels, with some room around them."""
     used = case.truth > 0
     for prediction in case.predictions.values():
@@ -265,9 +272,14 @@ def _box(case: Overlay, margin_mm: float = 15.0) -> tuple[slice, ...]:
 
 
 def _panel(
-    axis: Axes, case: Overlay, box: tuple[slice, ...], prediction: NDArray[Any], p: int, side: float
+    axis: Axes,
+    case: Overlay,
+    box: tuple[slice, ...],
+    prediction: NDArray[Any],
+    p: int,
+    size: tuple[float, float],
 ) -> None:
-    """One plane through the middle of the truth, in mm, on a black square of the given side."""
+    """One plane through the middle of the truth on black, `size` (width, height) in mm."""
     image, truth, guess = (v[box] for v in (case.image, case.truth, prediction))
     hits = np.argwhere(truth > 0)
     middle = np.median(hits, axis=0) if len(hits) else np.array(truth.shape) // 2
@@ -287,18 +299,19 @@ def _panel(
             shown = planes(mask.astype(np.float32), centre)[p]
             if shown.any() and min(shown.shape) > 1:
                 axis.contour(x, y, shown, [0.5], colors=[line], linewidths=thick)
-    axis.set(xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2), xticks=[], yticks=[])
+    axis.set(xlim=(-size[0] / 2, size[0] / 2), ylim=(size[1] / 2, -size[1] / 2))
+    axis.set(xticks=[], yticks=[], aspect="equal")
     axis.set_facecolor("black")
     axis.grid(visible=False)
     for spine in axis.spines.values():
         spine.set_visible(False)
 
 
-def _scale_bar(axis: Axes, side: float) -> None:
-    length = next(n for n in (100, 50, 20, 10, 5, 2, 1) if n <= side / 3 or n == 1)
-    x, y = -side / 2 + 0.05 * side, side / 2 - 0.06 * side
+def _scale_bar(axis: Axes, wide: float, tall: float) -> None:
+    length = next(n for n in (100, 50, 20, 10, 5, 2, 1) if n <= wide / 2.5 or n == 1)
+    x, y = -wide / 2 + 0.06 * wide, tall / 2 - 0.04 * tall
     axis.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    label = axis.text(
-        x + length / 2, y - 0.03 * side, f"{length} mm", color="white", fontsize=7.5, ha="center"
-    )
-    label.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])
+    axis.text(
+        x + length / 2, y - 0.02 * tall, f"{length} mm", color="white", fontsize=7.5, ha="center",
+        path_effects=_OUTLINE,
+    )  # fmt: skip

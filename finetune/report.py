@@ -27,7 +27,7 @@ from finetune.intervals import Estimate
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings
-from finetune.table import ALL_CLASSES, METRICS, Group, Line, Table, cell, find_rows
+from finetune.table import ALL_CLASSES, METRICS, Group, Line, Table, find_rows
 
 MAX_BYTES = 10_000_000
 _TEMPLATE = "report.html.j2"
@@ -183,7 +183,8 @@ def _number(value: Estimate | None, sign: bool = False) -> dict[str, str]:
         return {"mean": "–", "interval": ""}
     form = "+.1f" if sign else ".1f"
     interval = f"{value.low:{form}} to {value.high:{form}}" if value.has_interval else "no interval"
-    return {"mean": f"{value.mean:{form}}", "interval": interval}
+    minus = str.maketrans("-", "−")
+    return {"mean": f"{value.mean:{form}}".translate(minus), "interval": interval.translate(minus)}
 
 
 def _line(line: Line) -> dict[str, Any]:
@@ -194,9 +195,9 @@ def _line(line: Line) -> dict[str, Any]:
         "unit": metric.unit,
         "class_name": "all classes" if line.class_name == ALL_CLASSES else line.class_name,
         "overall": line.class_name == ALL_CLASSES,
-        "pretrained": cell(line.pretrained),
-        "scratch": cell(line.scratch),
-        "difference": cell(line.difference, sign=True),
+        "pretrained": _number(line.pretrained),
+        "scratch": _number(line.scratch),
+        "difference": _number(line.difference, sign=True),
         "basis": basis,
         "improved": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
         "verdict": line.verdict,
@@ -264,7 +265,7 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
         "seed": str(first.seed),
         "labels": str(first.rows[0].n_labels),
         "picture": draw_cases(overlays, [c.name for c in task.classes]),
-        "keys": ", ".join(f"{name} {key}" for name, key in list(picks.items())[::-1]),
+        "names": ", ".join(f"{name} {key}" for name, key in list(picks.items())[::-1]),
     }
 
 

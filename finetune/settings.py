@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pretrain.settings import LoopSettings, RunName, Side
 
@@ -56,17 +56,16 @@ class TaskSettings(BaseModel):
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
-    `crop_size` null takes the checkpoint's; `window`, what the network sees at once in a whole
-    case, is the crop unless a larger one is given; `run` null names the run after its arm, labels
-    and seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it,
-    else `default`.
+    `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
+    seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
+    `default`.
     """
 
     task: TaskSettings
     corpus: Path
     ckpt: Path
     init: Literal["pretrained", "scratch"] = "pretrained"
-    labels: Annotated[str, Field(pattern=r"^(all|[1-9][0-9]*|[0-9]+(\.[0-9]+)?%)$")] = "all"
+    labels: str = "all"
     label_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     split: str = "auto"
     part: Literal["validation", "test"] = "test"
@@ -75,7 +74,6 @@ class FinetuneSettings(LoopSettings):
     spacing: Literal["checkpoint", "native"] = "checkpoint"
     crop_size: tuple[Side, Side, Side] | None = None  # type: ignore[assignment]
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
-    window: tuple[Side, Side, Side] | None = None
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     @model_validator(mode="before")
@@ -84,6 +82,15 @@ class FinetuneSettings(LoopSettings):
         if isinstance(data, dict) and isinstance(data.get("labels"), int):
             return {**data, "labels": str(data["labels"])}
         return data
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_make_sense(cls, labels: str) -> str:
+        share = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", labels)
+        sensible = 0 < float(share[1]) <= 100 if share else re.fullmatch("all|[1-9][0-9]*", labels)
+        if not sensible:
+            raise ValueError('expected "all", a number of cases such as 16, or a share such as 10%')
+        return labels
 
     @property
     def run_name(self) -> str:
@@ -142,8 +149,8 @@ class DemoSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     output: Path = Path("voxelith-demo")
-    pretrain_steps: Annotated[int, Field(ge=1)] = 240
-    finetune_steps: Annotated[int, Field(ge=1)] = 150
+    pretrain_steps: Annotated[int, Field(ge=1)] = 160
+    finetune_steps: Annotated[int, Field(ge=1)] = 80
     labels: Annotated[int, Field(ge=1)] = 8
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
 

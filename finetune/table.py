@@ -26,6 +26,7 @@ from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
 
 ALL_CLASSES = "mean"
+ELSEWHERE = "predicted elsewhere"
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Metric:
     scale: float
     unit: str
     higher_is_better: bool
+    best: float
+    """The end of the scale that no interval of a mean goes beyond."""
 
 
 METRICS = (
-    Metric("dsc", "Dice", 100.0, "points", True),
-    Metric("nsd", "Surface Dice", 100.0, "points", True),
-    Metric("hd95", "HD95", 1.0, "mm", False),
+    Metric("dsc", "Dice", 100.0, "points", True, 100.0),
+    Metric("nsd", "Surface Dice", 100.0, "points", True, 100.0),
+    Metric("hd95", "HD95", 1.0, "mm", False, 0.0),
 )
 
 
@@ -112,6 +115,10 @@ class Table:
         """The table as Markdown; every mean with its interval, cases, subjects and seeds."""
         return _markdown(self)
 
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, as table.json holds it."""
+        return _plain(self)
+
 
 def make_table(runs: Sequence[Path], output: Path) -> Table:
     """Makes table.md, table.csv and table.json in `output` from finished runs.
@@ -130,7 +137,7 @@ def make_table(runs: Sequence[Path], output: Path) -> Table:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "table.md", table.markdown())
     write_text(output / "table.csv", _csv(table))
-    write_json(output / "table.json", _plain(table))
+    write_json(output / "table.json", table.to_dict())
     return table
 
 
@@ -201,13 +208,13 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    if any(row.leakage == "unknown" for row in pretrained):
+    if any(row.leakage == "unknown" for row in pretrained if row.arm == "pretrained"):
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
     pretrained = [row for row in pretrained if row.case not in tainted]
     scratch = [row for row in scratch if row.case not in tainted]
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch))
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
-    for arm, rows in (("pretrained", pretrained), ("scratch", scratch)):
+    for arm, rows in ((head.arm, pretrained), ("scratch", scratch)):
         for status in ("missed", "false_positive"):
             count = sum(row.status == status for row in rows)
             if count:
@@ -279,17 +286,25 @@ def _line(
         head.checkpoint_digest,
         metric.name,
         class_name,
-        _estimate(a, subjects) if a else None,
-        _estimate(b, subjects) if b else None,
+        _bounded(_estimate(a, subjects), metric) if a else None,
+        _bounded(_estimate(b, subjects), metric) if b else None,
         difference,
         float(np.mean(wins)) if wins else math.nan,
-        _verdict(difference, sign, has_scratch=bool(b), has_pretrained=bool(a)),
+        ELSEWHERE
+        if head.arm == "external"
+        else _verdict(difference, sign, has_scratch=bool(b), has_pretrained=bool(a)),
     )
 
 
 def _estimate(scores: dict[tuple[str, int], float], subjects: dict[str, str]) -> Estimate:
     matrix, cases = _matrix(scores, subjects)
     return estimate(matrix, cases)
+
+
+def _bounded(value: Estimate, metric: Metric) -> Estimate:
+    """With an interval that ends where the scale does; Student's knows no end."""
+    high = min(value.high, metric.best) if metric.higher_is_better else value.high
+    return dataclasses.replace(value, low=max(value.low, 0.0), high=high)
 
 
 def _matrix(
@@ -348,6 +363,9 @@ def _verdict(
 def _sentence(group: Group) -> str:
     line = group.main
     what = f"{group.dataset}, {group.n_labels} labels"
+    if line.verdict == ELSEWHERE and line.pretrained is not None:
+        given = line.pretrained
+        return f"{group.dataset}, {group.checkpoint}: Dice {given.mean:.1f} ({_basis(given)})."
     if line.difference is None or line.pretrained is None or line.scratch is None:
         missing = {
             "no scratch twin": "no difference is shown without a scratch twin "
@@ -392,7 +410,7 @@ def _markdown(table: Table) -> str:
         better = "–" if math.isnan(line.improved) else f"{line.improved:.0%}"
         values = [
             line.dataset,
-            str(line.n_labels),
+            str(line.n_labels) if line.n_labels >= 0 else "–",
             line.checkpoint or "–",
             titles[line.metric],
             line.class_name,

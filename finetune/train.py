@@ -122,8 +122,7 @@ def make_plan(settings: FinetuneSettings) -> Plan:
     """
     release = load_release(settings.ckpt)
     corpus = Corpus.open(settings.corpus)
-    crop = settings.crop_size or release.crop_size
-    settings = settings.model_copy(update={"crop_size": crop, "window": settings.window or crop})
+    settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
     problems = task_problems(corpus, settings.task)
     preprocess, more = _preprocess(settings, release, corpus)
     problems += more
@@ -198,15 +197,10 @@ def _preprocess(
 def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
     encoder: Any = model.encoder
     fits = getattr(encoder, "grids", None) or encoder.grid
-    problems = []
-    for name in ("crop_size", "window"):
-        size = getattr(settings, name)
-        try:
-            fits(size)
-        except ValueError as error:
-            problems.append(f"{name}={list(size)}: {error}")
-    if problems:
-        raise InputError(problems)
+    try:
+        fits(settings.crop_size)
+    except ValueError as error:
+        raise InputError(f"crop_size={list(settings.crop_size or ())}: {error}") from error
 
 
 def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
@@ -290,14 +284,14 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
 def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
     """Writes the network and the predictions of the test cases; returns their rows."""
     settings, corpus = plan.settings, plan.corpus
-    assert settings.window is not None
+    assert settings.crop_size is not None
     segmenter = Segmenter(
         model,
         plan.preprocess,
         settings.task,
-        settings.window,
+        settings.crop_size,
         settings.overlap,
-        plan.release.modalities,
+        tuple(sorted(set(corpus.modalities))),
     )
     weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     write_bytes(run.path / "model.safetensors", save(weights, {"format": "pt"}))
@@ -307,9 +301,9 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
             "format": MODEL_FORMAT,
             "backbone": plan.release.config["backbone"],
             "preprocess": plan.preprocess.to_dict(),
-            "window": list(settings.window),
+            "window": list(settings.crop_size),
             "overlap": settings.overlap,
-            "modalities": list(plan.release.modalities),
+            "modalities": sorted(set(corpus.modalities)),
             "task": settings.task.model_dump(mode="json"),
         },
     )

@@ -50,7 +50,7 @@ def check_arguments(
         The arguments in the types of the signature, and the problems.
     """
     signature = inspect.signature(target)
-    hints = typing.get_type_hints(target.__init__, include_extras=True)
+    hints = typing.get_type_hints(inspect.unwrap(vars(target)["__init__"]), include_extras=True)
     known = [name for name in signature.parameters if name not in given]
     values: dict[str, Any] = {}
     problems = []

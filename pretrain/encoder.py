@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn import functional as F
 
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from data_prep.volume import Reject, Volume, read_nifti, volume_from_array
+from pretrain.backbones.backbone import Backbone
 from pretrain.release import LoadReport, load_release
 
 OVERLAP = 0.5
@@ -50,7 +50,7 @@ class Encoder:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Backbone,
         preprocess: Preprocess,
         config: dict[str, Any],
         report: LoadReport | None = None,
@@ -97,7 +97,7 @@ class Encoder:
         cells[:3, :3] = np.diag(strides)
         cells[:3, 3] = (strides - 1) / 2
         d, h, w = np.array(ready.spacing) * strides
-        found = grid.float().cpu().numpy()
+        found = grid.float().contiguous().cpu().numpy()
         vector = found.reshape(len(found), -1).mean(axis=1)
         return Features(found, ready.affine @ cells, (float(d), float(h), float(w)), vector)
 
@@ -129,10 +129,10 @@ class Encoder:
     def _windows(self, image: torch.Tensor) -> torch.Tensor:
         """[1, C, D, H, W] to the deepest map [E, d, h, w] of its own cells."""
         stride = self.module.strides[-1]
-        crop = self.config["crop_size"]
+        size = self.config["crop_size"]
         shape = image.shape[2:]
         cells = [-(-n // s) for n, s in zip(shape, stride, strict=True)]
-        window = [c // s for c, s in zip(crop, stride, strict=True)]
+        window = [c // s for c, s in zip(size, stride, strict=True)]
         padded = [max(n, k) * s for n, k, s in zip(cells, window, stride, strict=True)]
         after = [p - n for p, n in zip(padded, shape, strict=True)]
         # The lowest value is air, as in training's padding.
@@ -151,7 +151,8 @@ class Encoder:
                 slice(c * s, c * s + k * s) for c, k, s in zip(corner, window, stride, strict=True)
             )
             where = tuple(slice(c, c + k) for c, k in zip(corner, window, strict=True))
-            total[(slice(None), *where)] += self.module(image[(..., *voxels)])[-1][0].float()
+            crop = image[(slice(None), slice(None), *voxels)]
+            total[(slice(None), *where)] += self.module(crop)[-1][0].float()
             seen[where] += 1
         self.module.train(was_training)
         inside = tuple(slice(0, n) for n in cells)

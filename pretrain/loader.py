@@ -88,8 +88,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         start = self._place(rng, meta, shape)
         inside = np.maximum(start, 0)
         stop = np.minimum(start + crop, shape)
-        size = tuple(int(n) for n in stop - inside)
-        where = tuple(int(n) for n in inside)
+        size, where = _triple(stop - inside), _triple(inside)
         channels = meta["channels"]
         lowest = [_code(c["statistics"]["min"], c) for c in channels]
         pad = [(int(a), int(b)) for a, b in zip(inside - start, start + crop - stop, strict=True)]
@@ -136,6 +135,11 @@ class CropDataset(Dataset[dict[str, Any]]):
             start = centre - crop // 2
         room = shape - crop
         return np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), room // 2)
+
+
+def _triple(values: NDArray[np.int64]) -> Size:
+    d, h, w = (int(n) for n in values)
+    return d, h, w
 
 
 def _code(value: float, channel: dict[str, Any]) -> int:

@@ -314,7 +314,8 @@ class _Watch(L.Callback):
         self.rowed, self.logged, self.waited = now, loop.step, 0.0
         if self.main:
             self.log.write(row)
-            self.bar.set_postfix_str(f"loss {means['loss']:.4f}, data-wait {row['data_wait']:.0%}")
+            said = f"loss {means['loss']:.4f}, data-wait {row['data_wait']:.0%}"
+            self.bar.set_postfix_str(said, refresh=False)
             for logger in loop.loggers:
                 logger.log_metrics({**row, "trainer/global_step": loop.step}, step=None)
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pretrain.backbones.backbone import Backbone
 
 if TYPE_CHECKING:
     from pretrain.loop import Loop
@@ -49,7 +51,7 @@ class Objective(L.LightningModule):
     asks for, written once.
     """
 
-    encoder: nn.Module
+    encoder: Backbone
     loop: Loop
 
     def forward(self, batch: Batch, progress: float) -> Losses:

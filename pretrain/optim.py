@@ -23,7 +23,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         listed = getattr(part, "no_weight_decay", None)
         if callable(listed):
             exempt |= {f"{prefix}.{name}" if prefix else name for name in listed()}
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (spared if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)

@@ -35,6 +35,7 @@ from data_prep.errors import CorruptionError, InputError
 from data_prep.files import write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build_allowed
+from pretrain.backbones.backbone import Backbone
 
 FORMAT = 1
 FILES = (
@@ -111,7 +112,7 @@ class Release:
         """Hashes of the volumes that the encoder was trained on."""
         return set(json.loads((self.path / "fingerprints.json").read_text())["values"])
 
-    def build_encoder(self) -> nn.Module:
+    def build_encoder(self) -> Backbone:
         """The encoder with fresh random weights.
 
         Made without memory first: a config that describes another network than the weights, or an
@@ -126,13 +127,16 @@ class Release:
             _check_shapes(stored_shapes(weights), self._make(), weights)
         return self._make()
 
-    def _make(self) -> nn.Module:
+    def _make(self) -> Backbone:
         chosen = self.config["backbone"]
         where = f"{self.path}: backbone"
         try:
-            return build_allowed(chosen["name"], chosen["args"], "pretrain.backbones", where)
+            made = build_allowed(chosen["name"], chosen["args"], "pretrain.backbones", where)
         except ValueError as error:
             raise InputError(f"{where}: {error}; export the release again") from error
+        if not isinstance(made, Backbone):
+            raise InputError(f"{where}={chosen['name']!r}: is a part of a backbone, not one")
+        return made
 
     def load(self, encoder: nn.Module) -> LoadReport:
         """Copies the weights, strictly: all names and shapes must agree.
@@ -238,9 +242,10 @@ def load_release(ref: str | Path) -> Release:
 
 
 def _verify(path: Path, sums: str) -> None:
-    listed = dict(
-        reversed(line.split("  ", 1)) for line in sums.splitlines() if line.count("  ") == 1
-    )
+    listed: dict[str, str] = {}
+    for line in sums.splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
     problems = [
         f"{path}/SHA256SUMS: does not list {name}; the release is incomplete"
         for name in FILES
@@ -319,7 +324,7 @@ def golden_scan(seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float64]
 def write_release(
     output: Path,
     *,
-    encoder: nn.Module,
+    encoder: Backbone,
     config: dict[str, Any],
     fingerprints: dict[str, Any],
     card: str,

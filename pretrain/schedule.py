@@ -64,7 +64,7 @@ class Schedule:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Sample ids of one epoch, each once, in the order of their use [n]."""
-        return self._order(epoch)  # type: ignore[attr-defined, no-any-return]
+        return self._order(epoch)  # type: ignore[attr-defined]
 
     def _make_order(self, epoch: int) -> NDArray[np.int64]:
         rng = generator(self.seed, epoch)

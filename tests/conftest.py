@@ -41,9 +41,5 @@ def _prepare(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_prep.settings import PrepSettings
 
     output = tmp_path_factory.mktemp("corpus") / name.removesuffix(".csv")
-    prep(
-        PrepSettings(
-            input=SAMPLES / name, output=output, keys="names", processes=1, shard_mib=1
-        )
-    )
+    prep(PrepSettings(input=SAMPLES / name, output=output, keys="names", processes=1, shard_mib=1))
     return output

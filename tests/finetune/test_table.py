@@ -187,3 +187,24 @@ def test_foreign_rows_are_refused(tmp_path: Path) -> None:
     write_rows([dataclasses.replace(BASE, format=9)], path)
     with pytest.raises(InputError, match="format 9"):
         read_rows(path)
+
+
+def test_predictions_from_elsewhere_are_shown_without_a_verdict() -> None:
+    given = {"arm": "external", "checkpoint": "theirs", "config_hash": "external", "n_labels": -1}
+    rows = [dataclasses.replace(r, seed=-1, **given) for r in make_rows("scratch", seeds=1)]
+    group = tabulate([*rows, *make_rows("scratch"), *make_rows("pretrained")]).groups
+    assert [g.main.verdict for g in group if g.checkpoint == "theirs"] == ["predicted elsewhere"]
+    assert "init=scratch" not in next(g.sentence for g in group if g.checkpoint == "theirs")
+
+
+def test_intervals_of_means_end_where_the_scale_does() -> None:
+    rng = np.random.default_rng(4)
+    shift = {seed: float(rng.normal(0.3, 0.2)) for seed in range(3)}
+    rows = [
+        dataclasses.replace(r, dsc=min(max(r.dsc + shift[r.seed], 0), 1), hd95=5 * shift[r.seed])
+        for r in make_rows("scratch")
+    ]
+    for line in tabulate([*rows, *make_rows("pretrained")]).lines:
+        assert line.scratch is not None
+        assert line.scratch.low >= 0
+        assert line.metric == "hd95" or line.scratch.high <= 100

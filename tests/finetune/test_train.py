@@ -57,12 +57,11 @@ class Stage:
                 "labels": 2,
                 "split": "tiny",
                 "runs": self.folder / "runs",
-                "steps": 12,
+                "steps": 8,
                 "batch_size": 2,
                 "lr": 5e-3,
                 "warmup": 2,
-                "crop_size": [16, 24, 16],
-                "window": [48, 64, 48],
+                "crop_size": [32, 48, 32],
                 "trainer": {"accelerator": "cpu", "precision": "32-true", "workers": 0},
                 **changes,
             }
@@ -121,7 +120,7 @@ def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
         (key, name) for key in stage.test_keys for name in ("anterior", "posterior")
     ]
     assert {r.arm for r in rows} == {"pretrained"}
-    assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 12)}
+    assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 8)}
     corpus = Corpus.open(stage.corpus)
     for key in stage.test_keys:
         image = nib.load(run / "predictions" / f"{key}.nii.gz")
@@ -158,7 +157,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
     stage.run("pretrained", 0)
     assert (arms[0] / "rows.csv").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="holds another run"):
-        finetune(stage.settings(seed=0, run=arms[0].name, steps=13))
+        finetune(stage.settings(seed=0, run=arms[0].name, steps=9))
 
 
 def test_seen_cases_are_marked(stage: Stage, arms: list[Path]) -> None:

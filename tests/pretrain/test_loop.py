@@ -264,9 +264,7 @@ def test_loggers_write_offline(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = pretrain(
-        settings(
-            pretrain_corpus, tmp_path, "logged", steps=2, loggers=("tensorboard", "wandb")
-        )
+        settings(pretrain_corpus, tmp_path, "logged", steps=2, loggers=("tensorboard", "wandb"))
     )
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert list((run / "wandb").glob("offline-run-*"))

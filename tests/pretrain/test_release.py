@@ -277,9 +277,7 @@ def test_export_overwrites_nothing_and_leaves_no_rest(run: Path, tmp_path: Path)
 
 
 def test_paths_and_names_of_the_run_stay_out(release: Release, run: Path) -> None:
-    text = "".join(
-        (release.path / name).read_text() for name in ("config.json", "README.md")
-    )
+    text = "".join((release.path / name).read_text() for name in ("config.json", "README.md"))
     assert str(run.parent) not in text and "corpus" not in json.loads(
         (release.path / "config.json").read_text()
     )

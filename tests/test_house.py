@@ -1,0 +1,96 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["data_prep", "pretrain", "finetune"]
+# What finetune may use of pretrain.
+DOORS = {
+    "arguments",
+    "backbones",
+    "decoders",
+    "encoder",
+    "export",
+    "loader",
+    "loop",
+    "objective",
+    "previews",
+    "release",
+    "run_folder",
+    "schedule",
+    "settings",
+    "train",
+}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_go_one_way(package: str) -> None:
+    later = ORDER[ORDER.index(package) + 1 :]
+    for file in (ROOT / package).rglob("*.py"):
+        wrong = {name for name in imports(file) if name.split(".")[0] in later}
+        assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
+
+
+def test_data_prep_knows_no_torch() -> None:
+    for file in (ROOT / "data_prep").rglob("*.py"):
+        assert not {n for n in imports(file) if n.split(".")[0] in ("torch", "lightning", "monai")}
+
+
+def test_finetune_uses_the_doors_of_pretrain() -> None:
+    for file in (ROOT / "finetune").rglob("*.py"):
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("pretrain.")}
+        assert used <= DOORS, f"{file.name} opens {used - DOORS}"
+
+
+def test_objectives_know_nothing_of_the_loop() -> None:
+    allowed = {"backbones", "decoders", "draws", "masking", "objective", "objectives"}
+    for file in (ROOT / "pretrain" / "objectives").glob("*.py"):
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("pretrain.")}
+        assert used <= allowed, f"{file.name} imports {used - allowed}"
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    for package in [*ORDER, "conf"]:
+        for file in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            assert not imports(file) & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call):
+                    called = ast.unparse(node.func)
+                    assert called not in ("eval", "exec"), file
+                    if called == "torch.load":
+                        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                        assert keywords.get("weights_only") == "True", file
+
+
+def test_importing_voxelith_stays_light() -> None:
+    code = "import sys, voxelith; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_features_need_no_trainer() -> None:
+    """Whoever only wants features does not wait for Lightning, Hydra or MONAI."""
+    code = (
+        "import sys, pretrain.encoder\n"
+        "print([m for m in ('lightning', 'hydra', 'monai', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
