@@ -70,7 +70,6 @@ def _pretrain(words: list[str]) -> Any:
     from pretrain.train import pretrain
 
     run = pretrain(settings)
-    print(f"{run}: done. Next: voxelith export {run} release/")
     return {"run": str(run)}
 
 

@@ -28,6 +28,7 @@ from data_prep.volume import Reject, Volume, read_nifti, write_nifti
 from finetune.segmentation import Segmentation
 from finetune.settings import TaskSettings
 from pretrain.arguments import build_allowed
+from pretrain.backbones.backbone import Backbone
 from pretrain.release import load_strictly
 
 Size = tuple[int, int, int]
@@ -149,6 +150,8 @@ def load_segmenter(run: Path, device: str | torch.device | None = None) -> Segme
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is damaged ({error}); run `voxelith finetune` again") from error
     encoder = build_allowed(name, arguments, "pretrain.backbones", f"{path}: backbone")
+    if not isinstance(encoder, Backbone):
+        raise InputError(f"{path}: backbone={name!r}: is no encoder; run `voxelith finetune` again")
     model = Segmentation(encoder=encoder, task=task)
     load_strictly(model, run / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -262,6 +262,8 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
         if list(picks.values()).index(key) == list(picks).index(name)
     ]
     return {
+        "arm": first.arm,
+        "arms": str(len(chosen)),
         "seed": str(first.seed),
         "labels": str(first.rows[0].n_labels),
         "picture": draw_cases(overlays, [c.name for c in task.classes]),

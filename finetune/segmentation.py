@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.settings import TaskSettings
+from pretrain.backbones.backbone import Backbone
 from pretrain.decoders import UNetDecoder, UNETRDecoder
 from pretrain.objective import Batch, Losses, Objective
 
@@ -23,7 +24,7 @@ IGNORE = -1
 class Segmentation(Objective):
     """Labels every voxel with one of the task's classes, or background (0)."""
 
-    def __init__(self, *, encoder: nn.Module, task: TaskSettings) -> None:
+    def __init__(self, *, encoder: Backbone, task: TaskSettings) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = build_decoder(encoder, len(task.classes) + 1)

@@ -80,6 +80,8 @@ def pretrain(settings: PretrainSettings) -> Path:
             label="pretrain",
         )
         loop.fit(objective)
+    if rank_zero_only.rank == 0:
+        print(f"{run.path}: trained. Next: voxelith export {run.path} release/")
     return run.path
 
 

@@ -13,6 +13,7 @@ from finetune.segmentation import (
     to_classes,
 )
 from finetune.settings import TaskSettings
+from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D
 from pretrain.objective import Batch
@@ -95,7 +96,7 @@ def test_everything_ignored_is_finite() -> None:
 @pytest.mark.parametrize("kind", ["resenc", "vit"])
 def test_one_batch_can_be_learnt(kind: str) -> None:
     torch.manual_seed(0)
-    encoder: torch.nn.Module
+    encoder: Backbone
     if kind == "resenc":
         encoder = ResEncUNetEncoder(
             in_channels=1, features=(8, 16, 32), strides=(1, 2, 2), blocks=(1, 1, 1)

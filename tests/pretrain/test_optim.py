@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -36,7 +38,7 @@ def test_warmup_rises_linearly_then_falls_as_half_a_cosine() -> None:
     assert rate[10] == 1.0
     assert rate[60] == pytest.approx(0.55)  # half way: the mean of peak and floor
     assert rate[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rate[10:], rate[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
 
 
 def test_no_warmup_starts_at_the_peak() -> None:

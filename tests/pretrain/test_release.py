@@ -211,7 +211,7 @@ def test_a_config_that_names_a_target_is_refused(copy: Path) -> None:
 )
 def test_only_our_own_backbones_can_be_named(copy: Path, name: object) -> None:
     change_config(copy, lambda c: c["backbone"].update(name=name))
-    with pytest.raises(InputError, match="is not one of pretrain.backbones's own classes"):
+    with pytest.raises(InputError, match=r"is not one of pretrain\.backbones's own classes"):
         voxelith.load_encoder(copy)
 
 
@@ -288,10 +288,20 @@ def test_licences_are_ordered_by_what_they_forbid() -> None:
     assert found == ["odd", "CC BY-NC-SA 4.0", "CC BY 4.0", "MIT"]
 
 
+@pytest.mark.parametrize("name", ["map", "vector"])
+def test_the_golden_check_notices_other_features(copy: Path, name: str) -> None:
+    """Sums that are right do not help: these are not the features that were released."""
+    golden = load_file(copy / "golden_output.safetensors")
+    golden[name] = golden[name] + 1e-3 * golden[name].abs().max()
+    save_file(golden, copy / "golden_output.safetensors")
+    resign(copy)
+    with pytest.raises(CorruptionError, match="the golden scan gives features that differ"):
+        check_golden(copy)
+
+
 def test_the_golden_check_notices_changed_preprocessing(copy: Path) -> None:
-    """Sums that are right do not help: the features are not what was released."""
     change_config(
         copy, lambda c: c["preprocess"]["operations"][1].update(spacing_mm=[2.0, 2.0, 2.0])
     )
-    with pytest.raises((CorruptionError, RuntimeError)):
+    with pytest.raises(CorruptionError, match="the golden scan gives features that differ"):
         check_golden(copy)
