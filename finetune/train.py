@@ -195,12 +195,11 @@ def _preprocess(
 
 
 def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
-    encoder: Any = model.encoder
-    fits = getattr(encoder, "grids", None) or encoder.grid
+    assert settings.crop_size is not None
     try:
-        fits(settings.crop_size)
+        model.encoder.grids(settings.crop_size)
     except ValueError as error:
-        raise InputError(f"crop_size={list(settings.crop_size or ())}: {error}") from error
+        raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
 
 
 def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
