@@ -98,16 +98,44 @@ def _evaluate(words: list[str]) -> Any:
     return {"rows": str(evaluate(settings))}
 
 
-def _table(words: list[str]) -> Any:
-    output = [word.removeprefix("output=") for word in words if word.startswith("output=")]
-    runs = [Path(word) for word in words if not word.startswith("output=")]
+def _runs(command: str, words: list[str], options: dict[str, str]) -> list[Path]:
+    """Run folders; `key=value` words go to the options that the command has."""
     from data_prep.errors import InputError
 
-    if not runs or len(output) > 1:
-        raise InputError("table: give finetuning run folders, and output=DIR at most once")
+    runs = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        else:
+            runs.append(Path(word))
+    if not runs:
+        raise InputError(f"{command}: no run given; usage: voxelith {COMMANDS[command].usage}")
+    return runs
+
+
+def _table(words: list[str]) -> Any:
+    options = {"output": "table"}
+    runs = _runs("table", words, options)
     from finetune.table import make_table
 
-    return make_table(runs, Path(output[0]) if output else Path("table")).to_dict()
+    table = make_table(runs, Path(options["output"]))
+    print(f"{table.markdown()}\n{options['output']}: table.md, table.csv, table.json")
+    return table.to_dict()
+
+
+def _report(words: list[str]) -> Any:
+    options = {"output": "report.html", "pretrain": ""}
+    runs = _runs("report", words, options)
+    from finetune.report import make_report
+    from finetune.table import make_table
+
+    output = Path(options["output"])
+    pretrained = Path(options["pretrain"]) if options["pretrain"] else None
+    table = make_table(runs, output.parent / "table")
+    path = make_report(pretrained, runs, table, output)
+    print(f"Open {path}")
+    return {"report": str(path)}
 
 
 def _demo(words: list[str]) -> Any:
@@ -135,7 +163,11 @@ def _predict(words: list[str]) -> Any:
     from finetune.infer import predict
 
     found = predict(settings.ckpt, settings.input, settings.output)
-    return {"output": str(settings.output), "written": len(found.written)}
+    return {
+        "output": str(settings.output),
+        "written": len(found.written),
+        "left_out": found.left_out,
+    }
 
 
 COMMANDS = {
@@ -164,6 +196,11 @@ COMMANDS = {
         _evaluate,
     ),
     "table": Command("finetuning runs to a table", "table RUN [RUN ...] [output=DIR]", _table),
+    "report": Command(
+        "runs to one self-contained page",
+        "report RUN [RUN ...] [pretrain=RUN] [output=report.html]",
+        _report,
+    ),
 }
 
 

@@ -113,9 +113,7 @@ def score(
     rows: list[Row] = []
     for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
-        leakage = "unknown"
-        if origin.seen is not None:
-            leakage = "tainted" if prints[key] in origin.seen else "clean"
+        doubt = "unknown" if origin.seen is None else "tainted" * (prints[key] in origin.seen)
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.classes, scores, strict=True), start=1):
             rows.append(
@@ -127,8 +125,8 @@ def score(
                     subject=str(corpus.subjects[i]),
                     class_value=index,
                     class_name=chosen.name,
-                    status=found.status,
-                    leakage=leakage,
+                    status=doubt or found.status,
+                    outcome=found.status,
                     dsc=found.dsc,
                     nsd=found.nsd,
                     nsd_tolerance_mm=chosen.tolerance_mm,

@@ -324,7 +324,7 @@ def _run_line(run: _Run) -> dict[str, Any]:
         "steps": head.steps,
         "dice": f"{np.mean(list(means.values())):.1f}" if means else "–",
         "cases": len(means),
-        "missed": sum(row.status == "missed" for row in run.rows),
+        "missed": sum(row.outcome == "missed" for row in run.rows),
         "loaded": f"{covered:.0%}",
     }
 
@@ -337,7 +337,8 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
 
     heads = [run.rows[0] for run in runs]
     rows = [row for run in runs for row in run.rows]
-    leakage = {row.leakage for row in rows if row.arm == "pretrained"}
+    statuses = {row.status for row in rows if row.arm == "pretrained"}
+    leakage = statuses & {"tainted", "unknown"} or {"clean"}
     said = {
         "clean": "no test case was in the pretraining data (exact voxel fingerprints)",
         "tainted": "some test cases were in the pretraining data; they are left out of the table",

@@ -19,17 +19,17 @@ from data_prep.files import write_text
 
 ROW_FORMAT = 1
 ARMS = ("pretrained", "scratch", "external")
-LEAKAGE = ("clean", "tainted", "unknown")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One case, one class.
 
-    `arm` is pretrained, scratch, or external for predictions that were made elsewhere. `leakage`
-    compares the case with what the checkpoint was pretrained on: tainted if it was seen, unknown
-    if the checkpoint does not say. `config_hash` covers all that twins must share: everything
-    but the arm, the checkpoint's weights and the draws.
+    `outcome` is scored, true_negative, missed, false_positive or not_annotated. `status` is the
+    same where the case can be believed: it is tainted if the checkpoint has seen the case in
+    pretraining, and unknown if the checkpoint does not say what it has seen. `arm` is pretrained,
+    scratch, or external for predictions that were made elsewhere. `config_hash` covers all that
+    twins must share: everything but the arm, the checkpoint's weights and the draws.
     """
 
     dataset: str
@@ -40,7 +40,7 @@ class Row:
     class_value: int
     class_name: str
     status: str
-    leakage: str
+    outcome: str
     dsc: float
     nsd: float
     nsd_tolerance_mm: float

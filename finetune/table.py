@@ -49,6 +49,13 @@ METRICS = (
 )
 
 
+SEEN = "tainted"
+"""The verdict where pretraining has seen every test case."""
+
+NOTHING = estimate(np.empty((0, 0)), 0)
+"""What is known where every case had to be left out."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One comparison: a checkpoint against its scratch twin in one metric and class.
@@ -204,22 +211,23 @@ def _name(row: Row) -> str:
 
 def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
     head = (pretrained or scratch)[0]
-    tainted = {row.case for row in pretrained if row.leakage == "tainted"}
+    tainted = {row.case for row in pretrained if row.status == "tainted"}
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    if any(row.leakage == "unknown" for row in pretrained if row.arm == "pretrained"):
+    if any(row.status == "unknown" for row in pretrained if row.arm == "pretrained"):
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
+    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
     pretrained = [row for row in pretrained if row.case not in tainted]
     scratch = [row for row in scratch if row.case not in tainted]
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch))
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     for arm, rows in ((head.arm, pretrained), ("scratch", scratch)):
-        for status in ("missed", "false_positive"):
-            count = sum(row.status == status for row in rows)
+        for outcome in ("missed", "false_positive"):
+            count = sum(row.outcome == outcome for row in rows)
             if count:
                 words = {"missed": "missed a structure", "false_positive": "invented a structure"}
-                notes.append(f"{arm} {words[status]} {count} times (scored 0)")
+                notes.append(f"{arm} {words[outcome]} {count} times (scored 0)")
     scores: dict[str, dict[tuple[str, int], float]] = {}
     lines = []
     for metric in METRICS:
@@ -229,7 +237,8 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b)
-            lines.append(_line(head, metric, name, a, b, _subjects(pretrained + scratch)))
+            line = _line(head, metric, name, a, b, _subjects(pretrained + scratch))
+            lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
     return Group(
         head.dataset,
         head.labels,
@@ -368,6 +377,7 @@ def _sentence(group: Group) -> str:
         return f"{group.dataset}, {group.checkpoint}: Dice {given.mean:.1f} ({_basis(given)})."
     if line.difference is None or line.pretrained is None or line.scratch is None:
         missing = {
+            SEEN: "every test case was seen in pretraining, so there is nothing to believe.",
             "no scratch twin": "no difference is shown without a scratch twin "
             "(run the same with init=scratch).",
             "no pretrained arm": "only the scratch arm is there.",
@@ -405,8 +415,7 @@ def _markdown(table: Table) -> str:
         "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for line in table.lines:
-        basis = line.difference or line.pretrained or line.scratch
-        assert basis is not None
+        basis = line.difference or line.pretrained or line.scratch or NOTHING
         better = "–" if math.isnan(line.improved) else f"{line.improved:.0%}"
         values = [
             line.dataset,

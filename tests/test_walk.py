@@ -69,6 +69,9 @@ def test_from_scan_to_dice_table(network: list[str], samples: Path, tmp_path: Pa
             )  # fmt: skip
             finetuned.append(runs / name)
     run("table", *finetuned, f"output={tmp_path / 'table'}")
+    run("report", runs, f"pretrain={runs / 'walk'}", f"output={tmp_path / 'report.html'}")
+    page = (tmp_path / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and len(page) < 10_000_000
 
     with (runs / "pretrained-0" / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))

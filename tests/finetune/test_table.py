@@ -20,7 +20,7 @@ BASE = Row(
     class_value=1,
     class_name="anterior",
     status="scored",
-    leakage="clean",
+    outcome="scored",
     dsc=0.5,
     nsd=0.6,
     nsd_tolerance_mm=1.0,
@@ -110,7 +110,7 @@ def test_two_seeds_have_no_interval_and_no_verdict() -> None:
 
 def test_seen_cases_are_left_out_and_counted() -> None:
     seen = [
-        dataclasses.replace(r, leakage="tainted", dsc=1.0) if r.case == "c0" else r
+        dataclasses.replace(r, status="tainted", dsc=1.0) if r.case == "c0" else r
         for r in make_rows("pretrained")
     ]
     group = tabulate(make_rows("scratch") + seen).groups[0]
@@ -118,16 +118,28 @@ def test_seen_cases_are_left_out_and_counted() -> None:
     assert any("seen in pretraining" in note for note in group.notes)
 
 
+def test_a_checkpoint_that_has_seen_every_case_gets_no_score() -> None:
+    seen = [dataclasses.replace(r, status="tainted") for r in make_rows("pretrained")]
+    table = tabulate(make_rows("scratch") + seen)
+    assert table.groups[0].main.pretrained is None
+    assert "12 test cases were seen in pretraining and are left out" in table.groups[0].notes
+    assert {line.verdict for line in table.lines} == {"tainted"}
+    assert "every test case was seen in pretraining" in table.verdict
+    assert "tainted" in table.markdown()
+
+
 def test_missing_a_structure_costs_and_absence_does_not() -> None:
     def changed(rows: list[Row], **what: object) -> list[Row]:
         return [dataclasses.replace(r, **what) if r.case == "c0" else r for r in rows]  # type: ignore[arg-type]
 
-    missed = changed(make_rows("pretrained"), status="missed", dsc=0.0)
+    missed = changed(make_rows("pretrained"), status="missed", outcome="missed", dsc=0.0)
     group = tabulate(make_rows("scratch") + missed).groups[0]
     assert group.main.pretrained is not None and group.main.scratch is not None
     assert group.main.pretrained.mean < group.main.scratch.mean - 3
     assert "pretrained missed a structure 6 times (scored 0)" in group.notes
-    absent = changed(make_rows("pretrained"), status="true_negative", dsc=math.nan)
+    absent = changed(
+        make_rows("pretrained"), status="true_negative", outcome="true_negative", dsc=math.nan
+    )
     group = tabulate(make_rows("scratch") + absent).groups[0]
     assert group.main.difference is not None and group.main.difference.cases == 11
     assert any("lack a score" in note for note in group.notes)

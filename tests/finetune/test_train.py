@@ -162,9 +162,9 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
 
 def test_seen_cases_are_marked(stage: Stage, arms: list[Path]) -> None:
     rows = read_rows(arms[0] / "rows.csv")
-    assert {r.case for r in rows if r.leakage == "tainted"} == {stage.test_keys[0]}
-    assert {r.leakage for r in rows if r.case != stage.test_keys[0]} == {"clean"}
-    assert {r.leakage for r in read_rows(arms[1] / "rows.csv")} == {"clean"}
+    assert {r.case for r in rows if r.status == "tainted"} == {stage.test_keys[0]}
+    assert all(r.status == r.outcome for r in rows if r.case != stage.test_keys[0])
+    assert all(r.status == r.outcome for r in read_rows(arms[1] / "rows.csv"))
 
 
 def test_predict_gives_what_the_run_scored(
@@ -209,13 +209,13 @@ def test_evaluate_scores_kept_predictions_alike(
     path = evaluate(EvaluateSettings.model_validate(settings))
     ours = read_rows(arms[0] / "rows.csv")
     for one, other in zip(read_rows(path), ours, strict=True):
-        assert (one.case, one.class_name, one.status) == (
+        assert (one.case, one.class_name, one.outcome) == (
             other.case,
             other.class_name,
-            other.status,
+            other.outcome,
         )
         assert np.allclose([one.dsc, one.nsd, one.hd95], [other.dsc, other.nsd, other.hd95])
-        assert (one.arm, one.leakage) == ("external", "unknown")
+        assert (one.arm, one.status) == ("external", "unknown")
     with pytest.raises(InputError, match="4 of 4 cases"):
         evaluate(EvaluateSettings.model_validate({**settings, "predictions": tmp_path}))
 
@@ -229,7 +229,7 @@ def test_truth_itself_scores_perfectly(stage: Stage, samples: Path, tmp_path: Pa
         "output": tmp_path,
     }
     rows = read_rows(evaluate(EvaluateSettings.model_validate(settings)))
-    assert {(r.status, r.dsc, r.nsd, r.hd95) for r in rows} == {("scored", 1.0, 1.0, 0.0)}
+    assert {(r.outcome, r.dsc, r.nsd, r.hd95) for r in rows} == {("scored", 1.0, 1.0, 0.0)}
 
 
 def test_what_does_not_fit_is_refused_together(stage: Stage, pretrain_corpus: Path) -> None:
