@@ -90,6 +90,9 @@ def _half_width(scores: NDArray[np.float64], level: float = 0.95) -> float:
     if total == 0:
         return 0.0
     df = total**2 / (ms_draw**2 / df_draw + (ms_unit**2 / df_unit if extra else 0.0))
+    # A sum of variances knows no less than its poorest part; the difference in `extra` can make
+    # the formula say so, and an interval of a hundred metres.
+    df = max(df, min(df_draw, df_unit))
     tail = 0.5 + level / 2
     satterthwaite = stdtrit(df, tail)
     cochran = (ms_draw * stdtrit(df_draw, tail) + extra * stdtrit(df_unit, tail)) / total

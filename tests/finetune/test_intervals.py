@@ -51,3 +51,16 @@ def test_a_true_zero_is_missed_as_often_as_promised(draws: int, draw_sd: float) 
         missed += not found.low <= 0 <= found.high
     # Two binomial standard errors (0.55 %) around 3.0 to 6.5 %.
     assert 0.02 < missed / studies < 0.076
+
+
+def test_intervals_never_explode(seed: int) -> None:
+    """Where subjects vary hardly more than the rest, the interval is still Student's at worst."""
+    rng = np.random.default_rng(seed)
+    for _ in range(400):
+        scores = rng.normal(size=(15, 3))
+        found = estimate(scores)
+        units, draws = scores.shape
+        ms_unit = draws * scores.mean(1).var(ddof=1)
+        ms_draw = units * scores.mean(0).var(ddof=1)
+        largest = 4.303 * np.sqrt((ms_unit + ms_draw) / (units * draws))  # t at 2 df
+        assert found.high - found.mean <= largest + 1e-9
