@@ -16,6 +16,8 @@ from data_prep.files import atomic
 from pretrain.objective import Batch, Objective
 
 PLANES = ("axial", "coronal", "sagittal")
+HIDDEN = "#2f5d8a"
+"""Of voxels that are NaN: no shade of grey can be taken for it."""
 
 
 def planes(volume: NDArray[Any], centre: tuple[int, int, int] | None = None) -> list[NDArray[Any]]:
@@ -44,19 +46,21 @@ def draw_previews(objective: Objective, batch: Batch, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     kinds = {name: value.float().cpu().numpy() for name, value in shown.items()}
-    count = len(batch.image)
     spacing = batch.spacing.cpu().numpy()
-    size = batch.image.shape[2:]
-    # Column widths follow the planes, so that nothing is squeezed.
-    widths = [size[2] * spacing[0][2], size[2] * spacing[0][2], size[1] * spacing[0][1]]
+    size = np.array(batch.image.shape[2:])
+    count, wide = len(batch.image), len(kinds)
+    # Widths and heights in millimetres of the first sample: nothing is squeezed, titles line up.
+    d, h, w = size * spacing[0]
     figure, axes = plt.subplots(
         count,
-        3 * len(kinds),
-        figsize=(1.5 * 3 * len(kinds), 1.75 * count + 0.5),
+        3 * wide,
+        figsize=(12, 12 * count * max(h, d) / (wide * (2 * w + h)) + 0.5),
         squeeze=False,
-        width_ratios=[w for w in widths for _ in kinds],
+        width_ratios=[*[w] * wide, *[w] * wide, *[h] * wide],
         layout="constrained",
     )
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.01, hspace=0.01)
+    shades = plt.get_cmap("gray").with_extremes(bad=HIDDEN)
     for row in range(count):
         low, high = np.percentile(batch.image[row, 0].float().cpu().numpy(), [0.5, 99.5])
         for column, name in enumerate(kinds):
@@ -64,11 +68,12 @@ def draw_previews(objective: Objective, batch: Batch, path: Path) -> None:
             for plane, (picture, aspect) in enumerate(
                 zip(slices, aspects(spacing[row]), strict=True)
             ):
-                axis = axes[row, plane * len(kinds) + column]
-                axis.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect)
+                axis = axes[row, plane * wide + column]
+                axis.imshow(picture, cmap=shades, vmin=low, vmax=high, aspect=aspect)
                 axis.set_axis_off()
+                axis.set_anchor("N")
                 if row == 0:
-                    axis.set_title(f"{PLANES[plane]}\n{name}" if column == 0 else name, fontsize=8)
+                    axis.set_title(f"{PLANES[plane]}, {name}", fontsize=9)
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

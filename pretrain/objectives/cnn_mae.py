@@ -85,13 +85,13 @@ class CnnMAE(Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns "input", "hidden" (what the network sees) and "output", in units of the input.
+        """Returns "input", "visible" (hidden voxels NaN) and "output", in units of the input.
 
         The output shows the prediction in hidden blocks and the input elsewhere.
         """
         hidden, output = self.predict(batch)
         return {
             "input": batch.image,
-            "hidden": batch.image.masked_fill(hidden, 0.0),
+            "visible": batch.image.masked_fill(hidden, torch.nan),
             "output": torch.where(hidden, output.float(), batch.image),
         }

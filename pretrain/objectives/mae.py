@@ -176,7 +176,7 @@ class MAE(Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns "input", "hidden" (hidden voxels at 0) and "output", all in units of the input.
+        """Returns "input", "visible" (hidden voxels NaN) and "output", all in units of the input.
 
         The output shows the prediction in hidden patches and the input in visible ones, which the
         loss never trained. A normalised prediction gets the mean and the spread of the true patch.
@@ -192,7 +192,7 @@ class MAE(Objective):
         grid, patch = self.encoder.grid(batch.image.shape), self.encoder.patch_size
         return {
             "input": batch.image,
-            "hidden": unpatchify(patches.scatter(1, hidden, 0.0), grid, patch),
+            "visible": unpatchify(patches.scatter(1, hidden, torch.nan), grid, patch),
             "output": unpatchify(patches.scatter(1, hidden, prediction), grid, patch),
         }
 

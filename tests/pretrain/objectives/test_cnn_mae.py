@@ -114,7 +114,7 @@ def test_the_step_never_waits_for_the_device(make_batch: MakeBatch) -> None:
     batch, cnn = make_batch(SHAPE), objective().to("meta")
     meta = Batch(*(t.to("meta") for t in (batch.image, batch.valid, batch.spacing, batch.seeds)))
     cnn(meta, 0.0).loss.backward()
-    assert set(cnn.preview(meta)) == {"input", "hidden", "output"}
+    assert set(cnn.preview(meta)) == {"input", "visible", "output"}
 
 
 def test_the_step_compiles_without_a_break(make_batch: MakeBatch) -> None:
@@ -132,7 +132,8 @@ def test_preview_shows_what_the_network_sees_and_rebuilds(make_batch: MakeBatch)
     cnn.decoder = Shown(torch.full_like(batch.image, 7))
     preview, hidden = cnn.preview(batch), mask(batch)
     assert torch.equal(preview["input"], batch.image)
-    assert torch.equal(preview["hidden"], batch.image * ~hidden)
+    assert torch.equal(preview["visible"].isnan(), hidden.expand_as(batch.image))
+    assert torch.equal(preview["visible"].nan_to_num(0.0), batch.image * ~hidden)
     assert torch.equal(preview["output"], torch.where(hidden, 7.0, batch.image))
 
 

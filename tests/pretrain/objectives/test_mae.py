@@ -226,7 +226,7 @@ def test_the_step_never_waits_for_the_device(make_batch: MakeBatch) -> None:
     batch, mae = make_batch(SHAPE), objective(cls_token=True).to("meta")
     meta = Batch(*(t.to("meta") for t in (batch.image, batch.valid, batch.spacing, batch.seeds)))
     mae(meta, 0.0).loss.backward()
-    assert set(mae.preview(meta)) == {"input", "hidden", "output"}
+    assert set(mae.preview(meta)) == {"input", "visible", "output"}
 
 
 def test_the_step_compiles_without_a_break(make_batch: MakeBatch) -> None:
@@ -259,8 +259,8 @@ def test_preview_is_in_units_of_the_input(make_batch: MakeBatch, norm_target: bo
     mae.__class__ = Oracle
     preview, hidden = mae.preview(batch), hidden_voxels(batch)
     assert torch.equal(preview["input"], batch.image)
-    assert (preview["hidden"][hidden] == 0).all()
-    assert torch.equal(preview["hidden"][~hidden], batch.image[~hidden])
+    assert preview["visible"][hidden].isnan().all()
+    assert torch.equal(preview["visible"][~hidden], batch.image[~hidden])
     assert torch.allclose(preview["output"], batch.image, rtol=1e-4)
 
 
