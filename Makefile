@@ -24,7 +24,9 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 		|| { echo "error: this Python cannot make environments; on Debian: apt-get install python3-venv"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,tensorboard]"
+	# compat puts this folder on the path: any folder named `pretrain` would shadow a lazy finder.
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		--config-settings editable_mode=compat --editable ".[dev,tensorboard]"
 	@touch $@
 
 lint: setup
