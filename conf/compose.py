@@ -56,8 +56,11 @@ def settings_for(command: str, words: list[str]) -> Any:
         if not any(word.startswith(f"{group}=") for word in chosen):
             # Any option will do to look for what else is wrong.
             chosen.append(f"{group}={min(_options(group, roots))}")
-    config = _compose(command, chosen, own)
-    accepted, unknown = _known_only(values, config, _path_keys(model))
+    try:
+        config = _compose(command, chosen, own)
+    except Exception as error:  # a YAML of the user's own that cannot be read
+        raise InputError([*problems, f"{' '.join(chosen)}: {_first_line(error)}"]) from error
+    accepted, unknown = _known_only(values, config, _text_keys(model))
     problems += unknown
     try:
         config = _compose(command, chosen + accepted, own)
@@ -164,7 +167,7 @@ def _compose(command: str, overrides: list[str], own: Path | None) -> dict[str, 
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    search = [f"hydra.searchpath=[{_quoted(own.as_uri())}]"] if own else []
+    search = [f"hydra.searchpath=[{_quoted(f'file://{own}')}]"] if own else []
     with initialize_config_dir(version_base="1.3", config_dir=str(HERE)):
         config = compose(config_name=command, overrides=search + overrides)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -173,7 +176,7 @@ def _compose(command: str, overrides: list[str], own: Path | None) -> dict[str, 
 
 
 def _known_only(
-    values: dict[str, str], config: dict[str, Any], paths: set[str]
+    values: dict[str, str], config: dict[str, Any], texts: set[str]
 ) -> tuple[list[str], list[str]]:
     """Overrides of keys that exist, and a problem for each that does not."""
     names = list(_flat(config))
@@ -186,7 +189,9 @@ def _known_only(
             parent = child if isinstance(child, dict) else {}
         # Arguments of a class are checked against its signature, which knows more than the YAML.
         if last in parent or "_target_" in parent:
-            quoted = _quoted(value) if key in paths else value
+            # null stays null where the default is; else it is a name like any other.
+            literal = key in texts and not (value == "null" and parent.get(last) is None)
+            quoted = _quoted(value) if literal else value
             accepted.append(f"++{key}={quoted}")
         else:
             problems.append(f"{key}={value}: no such key; {_near(key, names)}")
@@ -208,19 +213,20 @@ def _quoted(value: str) -> str:
         value = value[1:-1]
     escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return "'" + escaped.replace("${", r"\${") + "'"
+    # OmegaConf reads the result once more and would fill in ${...}.
+    return "'" + re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped) + "'"
 
 
-def _path_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Names of the settings that are paths."""
+def _text_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    """Names of the settings that are paths or free text, which Hydra must not parse."""
     found = set()
     for name, field in model.model_fields.items():
         kinds = _kinds(field.annotation)
-        if Path in kinds:
+        if Path in kinds or str in kinds:
             found.add(prefix + name)
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _path_keys(kind, f"{prefix}{name}.")
+                found |= _text_keys(kind, f"{prefix}{name}.")
     return found
 
 
@@ -254,7 +260,9 @@ def _settings_problem(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"{where}: missing; give {where}=..."
-    said = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    from pretrain.arguments import plain_message
+
+    said = plain_message(item)
     return f"{where}={item['input']}: {said}" if where else said
 
 

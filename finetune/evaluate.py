@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.progress import bar
 from data_prep.volume import Reject, read_label
 from finetune.metrics import METRIC_VERSION, Score, score_class
@@ -148,6 +149,18 @@ def score(
                 )
             )
     return rows
+
+
+def comparable(fingerprints: Collection[str]) -> frozenset[str] | None:
+    """The fingerprints of a release, if all of them are of the kind that corpora have.
+
+    None means that it is not known what the checkpoint has seen: no fingerprints, or some that
+    cannot be compared with ours. It is never taken for "nothing".
+    """
+    own = f"{ALGORITHM}-{VERSION}:"
+    if not fingerprints or not all(value.startswith(own) for value in fingerprints):
+        return None
+    return frozenset(fingerprints)
 
 
 def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -> list[Score]:

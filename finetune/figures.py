@@ -101,7 +101,7 @@ def data_uri(data: bytes, kind: str) -> str:
 
 def draw_comparison(
     rows: Sequence[tuple[str, Estimate]],
-    scores: dict[str, dict[tuple[str, int], float]],
+    scores: dict[str, dict[tuple[str, str], float]],
     unit: str,
 ) -> str:
     """Differences with intervals beside the scores they come from.
@@ -143,7 +143,7 @@ def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]], unit: str) -> None
     axis.set_title("Difference in Dice: pretrained minus scratch")
 
 
-def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, int], float]]) -> None:
+def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, str], float]]) -> None:
     a, b = scores.get("pretrained", {}), scores.get("scratch", {})
     cells = sorted(a.keys() & b.keys())
     seeds = sorted({seed for _, seed in cells})

@@ -61,6 +61,12 @@ class Row:
     format: int = ROW_FORMAT
     metric_version: int = 1
 
+    @property
+    def draw(self) -> str:
+        """What was drawn: rows of two arms are a pair only if all of it is the same."""
+        drawn = (self.seed, self.label_seed, self.init_seed)
+        return str(self.seed) if len(set(drawn)) == 1 else "/".join(map(str, drawn))
+
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
     """Writes rows as CSV; a score that is not defined stays empty."""

@@ -88,7 +88,7 @@ class Group:
     n_labels: int
     checkpoint: str
     lines: tuple[Line, ...]
-    scores: dict[str, dict[tuple[str, int], float]] = field(repr=False)
+    scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -228,12 +228,17 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
             if count:
                 words = {"missed": "missed a structure", "false_positive": "invented a structure"}
                 notes.append(f"{arm} {words[outcome]} {count} times (scored 0)")
-    scores: dict[str, dict[tuple[str, int], float]] = {}
+    invented = {
+        (row.case, row.class_value)
+        for row in pretrained + scratch
+        if row.outcome == "false_positive"
+    }
+    scores: dict[str, dict[tuple[str, str], float]] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a = _scores(pretrained, metric, name)
-            b = _scores(scratch, metric, name)
+            a = _scores(pretrained, metric, name, invented)
+            b = _scores(scratch, metric, name, invented)
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b)
@@ -254,23 +259,36 @@ def _subjects(rows: Iterable[Row]) -> dict[str, str]:
     return {row.case: row.subject for row in rows}
 
 
-def _scores(rows: list[Row], metric: Metric, class_name: str) -> dict[tuple[str, int], float]:
-    """(case, seed) to the score, meaned over classes; cases without any score are absent."""
-    values: dict[tuple[str, int], list[float]] = {}
-    seen: set[tuple[str, int, int]] = set()
+def _scores(
+    rows: list[Row], metric: Metric, class_name: str, invented: set[tuple[str, int]]
+) -> dict[tuple[str, str], float]:
+    """(case, draw) to the score, meaned over classes; cases without any score are absent.
+
+    Args:
+        rows: of one arm.
+        metric: the column.
+        class_name: a class, or all of them.
+        invented: (case, class) pairs without such a structure in which some run of either arm
+            found one. There, finding nothing is the best score: otherwise an arm would be
+            compared over other classes than its twin, or a case with inventions would drop out.
+    """
+    values: dict[tuple[str, str], list[float]] = {}
+    seen: set[tuple[str, str, int]] = set()
     for row in rows:
-        cell = (row.case, row.seed, row.class_value)
+        cell = (row.case, row.draw, row.class_value)
         if cell in seen:
             raise InputError(
                 f"{row.arm} of {row.checkpoint or row.dataset}, labels={row.labels}, seed="
-                f"{row.seed}: case {row.case} occurs twice; two runs of the same settings were "
+                f"{row.draw}: case {row.case} occurs twice; two runs of the same settings were "
                 "given, leave one out"
             )
         seen.add(cell)
         if class_name in (ALL_CLASSES, row.class_name):
-            value = getattr(row, metric.name)
+            value = metric.scale * getattr(row, metric.name)
+            if row.outcome == "true_negative" and (row.case, row.class_value) in invented:
+                value = metric.best
             if not math.isnan(value):
-                values.setdefault((row.case, row.seed), []).append(metric.scale * value)
+                values.setdefault((row.case, row.draw), []).append(value)
     return {cell: float(np.mean(found)) for cell, found in values.items()}
 
 
@@ -278,8 +296,8 @@ def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    a: dict[tuple[str, int], float],
-    b: dict[tuple[str, int], float],
+    a: dict[tuple[str, str], float],
+    b: dict[tuple[str, str], float],
     subjects: dict[str, str],
 ) -> Line:
     both = {cell: a[cell] - b[cell] for cell in a.keys() & b.keys()}
@@ -305,7 +323,7 @@ def _line(
     )
 
 
-def _estimate(scores: dict[tuple[str, int], float], subjects: dict[str, str]) -> Estimate:
+def _estimate(scores: dict[tuple[str, str], float], subjects: dict[str, str]) -> Estimate:
     matrix, cases = _matrix(scores, subjects)
     return estimate(matrix, cases)
 
@@ -317,7 +335,7 @@ def _bounded(value: Estimate, metric: Metric) -> Estimate:
 
 
 def _matrix(
-    scores: dict[tuple[str, int], float], subjects: dict[str, str]
+    scores: dict[tuple[str, str], float], subjects: dict[str, str]
 ) -> tuple[NDArray[np.float64], int]:
     """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
     draws = sorted({draw for _, draw in scores})
@@ -334,7 +352,7 @@ def _matrix(
     return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
 
 
-def _gaps(a: dict[tuple[str, int], float], b: dict[tuple[str, int], float]) -> list[str]:
+def _gaps(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:
     """What could not be paired."""
     if not a or not b:
         return []

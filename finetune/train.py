@@ -30,7 +30,15 @@ from data_prep.errors import InputError
 from data_prep.files import write_bytes, write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
-from finetune.evaluate import Labels, Origin, Split, choose_split, score, task_problems
+from finetune.evaluate import (
+    Labels,
+    Origin,
+    Split,
+    choose_split,
+    comparable,
+    score,
+    task_problems,
+)
 from finetune.infer import MODEL_FORMAT, Segmenter
 from finetune.labels import choose_labels
 from finetune.rows import write_rows
@@ -269,13 +277,14 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         settings.crop_size,
         label=True,
         foreground=settings.foreground,
+        classes=[value for c in settings.task.classes for value in c.values],
     )
     Loop(
         settings,
         dataset,
         run,
         augment=Augment(settings.task.flip, settings.gain),
-        loggers=make_loggers(settings, run),
+        loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
         label=f"finetune {settings.init} seed {settings.seed}",
     ).fit(model)
 
@@ -318,7 +327,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         return labels
 
     release, pretrained = plan.release, settings.init == "pretrained"
-    seen = frozenset(release.fingerprints) or None
+    seen = comparable(release.fingerprints)
     origin = Origin(
         arm=settings.init,
         labels=settings.labels,

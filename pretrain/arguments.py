@@ -31,8 +31,13 @@ def near(name: str, known: Collection[str]) -> str:
 
 def plain_error(error: ValidationError) -> str:
     """One line of what pydantic found."""
-    first = error.errors(include_url=False)[0]
-    return str(first["msg"]).replace("Input should be", "must be")
+    return plain_message(error.errors(include_url=False)[0])
+
+
+def plain_message(item: Mapping[str, Any]) -> str:
+    """What is wrong, without the library's way of saying it."""
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return message.replace("Input should be", "must be")
 
 
 def check_arguments(

@@ -77,7 +77,8 @@ class Encoder:
             scan: path of a NIfTI in any orientation, or an array [D, H, W] or [C, D, H, W] in
                 physical values (HU for CT) whose axes run to S, P, L.
             spacing: in mm along D, H, W; needed for an array.
-            modality: CT or MR; guessed from the values if it is not given.
+            modality: CT or MR; by default what the encoder knows, or, if it knows both, told
+                from the values (a minimum of -500 or less is CT).
 
         Raises:
             InputError: unreadable scan, missing spacing, wrong channels or unknown modality.
@@ -109,19 +110,21 @@ class Encoder:
             raise InputError(
                 f"modality={modality!r}: this encoder was trained on {' and '.join(known)}"
             )
+        # An encoder that knows one modality takes a scan for it; else the values tell.
+        expected = modality or (known[0] if len(known) == 1 else None)
         if isinstance(scan, str | Path):
-            volume = read_nifti(Path(scan), modality=modality)
+            volume = read_nifti(Path(scan), modality=expected)
         else:
             if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
                 raise InputError(
                     f"spacing={spacing}: an array needs its spacing in mm along D, H, W, such as "
                     "spacing=(3.0, 0.8, 0.8)"
                 )
-            volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
-        expected = self.module.in_channels
-        if len(volume.array) != expected:
+            volume = volume_from_array(np.asarray(scan), spacing, modality=expected)
+        channels = self.module.in_channels
+        if len(volume.array) != channels:
             raise InputError(
-                f"{len(volume.array)} channels found, this encoder takes {expected}; "
+                f"{len(volume.array)} channels found, this encoder takes {channels}; "
                 "give one channel at a time or a matching encoder"
             )
         return volume
@@ -135,8 +138,10 @@ class Encoder:
         window = [c // s for c, s in zip(size, stride, strict=True)]
         padded = [max(n, k) * s for n, k, s in zip(cells, window, stride, strict=True)]
         after = [p - n for p, n in zip(padded, shape, strict=True)]
-        # The lowest value is air, as in training's padding.
-        image = F.pad(image, (0, after[2], 0, after[1], 0, after[0]), value=float(image.min()))
+        # Each channel's lowest value is air, as in training's padding.
+        lowest = image.amin((2, 3, 4), keepdim=True)
+        ends = (0, after[2], 0, after[1], 0, after[0])
+        image = torch.where(F.pad(torch.ones_like(image), ends) > 0, F.pad(image, ends), lowest)
         grid = [p // s for p, s in zip(padded, stride, strict=True)]
         starts = [
             _starts(n, k, max(1, round(k * (1 - OVERLAP))))

@@ -27,13 +27,14 @@ def export(run_path: Path, output: Path) -> Release:
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: already exists; choose another folder or remove it")
     run = RunFolder(run_path)
-    objective, facts, step = load_trained(run)
+    objective, facts, state = load_trained(run)
+    step, trained_on = int(state["step"]), str(state["schedule"]["index_hash"])
     settings = run.config()
     corpus = Corpus.open(Path(settings["corpus"]))
-    if corpus.index_hash != facts["corpus"]["index_hash"]:
+    if corpus.index_hash != trained_on:
         raise InputError(
             f"{corpus.path}: is not the corpus that {run_path} was trained on (index hash "
-            f"{corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
+            f"{corpus.index_hash[:12]}, its checkpoint says {trained_on[:12]}); "
             "its fingerprints are needed: restore it"
         )
     fingerprints = {"format": 1, "values": sorted(set(corpus.fingerprints().values()))}

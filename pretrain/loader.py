@@ -8,7 +8,7 @@ is a function of (seed, epoch, position in the epoch's order), never of the work
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from pretrain.schedule import Schedule, generator
 Size = tuple[int, int, int]
 
 _FLIP, _GAIN = 1, 2
-"""Streams of the augmentation's draws; objectives use streams from 100 on."""
+"""Streams of the augmentation's draws; masks use another (`masking.MASK_STREAM`)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         crop_size: (D, H, W) in voxels; volumes that are smaller are padded and marked invalid.
         label: read the segmentation too.
         foreground: chance that a labelled crop is centred on a voxel of a random class.
+        classes: label values that count as foreground; all of them by default.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         *,
         label: bool = False,
         foreground: float = 0.0,
+        classes: Collection[int] | None = None,
     ) -> None:
         self.corpus = corpus
         self.samples = np.asarray(samples, dtype=np.int64)
@@ -74,13 +76,14 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.crop_size = crop_size
         self.label = label
         self.foreground = foreground
+        self.classes = None if classes is None else {str(value) for value in classes}
 
     def __len__(self) -> int:
         return len(self.schedule)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         epoch, within, sample = self.schedule.sample(position)
-        rng = generator(self.schedule.seed, epoch, within, 0)
+        rng = generator("crop", self.schedule.seed, epoch, within, 0)
         item = int(self.samples[sample])
         meta = self.corpus.meta(item)
         shape = np.array(self.corpus.shapes[item][1:])
@@ -123,8 +126,14 @@ class CropDataset(Dataset[dict[str, Any]]):
     ) -> NDArray[np.int64]:
         """Where the crop starts; negative where the volume is thinner than the crop."""
         crop = np.array(self.crop_size)
-        if self.label and rng.random() < self.foreground and any(meta["class_voxels"].values()):
-            voxels = [v for _, v in sorted(meta["class_voxels"].items()) if v]
+        voxels = []
+        if self.label and rng.random() < self.foreground:
+            voxels = [
+                found
+                for value, found in sorted(meta["class_voxels"].items())
+                if found and (self.classes is None or value in self.classes)
+            ]
+        if voxels:
             chosen = voxels[rng.integers(len(voxels))]
             centre = np.array(chosen[rng.integers(len(chosen))])
             start = centre - crop // 2
@@ -134,7 +143,8 @@ class CropDataset(Dataset[dict[str, Any]]):
             centre = rng.integers(low, np.maximum(high, low + 1))
             start = centre - crop // 2
         room = shape - crop
-        return np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), room // 2)
+        # A gap is shared between both ends, the far end getting the odd voxel, as inference does.
+        return np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), -(-room // 2))
 
 
 def _triple(values: NDArray[np.int64]) -> Size:

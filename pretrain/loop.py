@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from data_prep.errors import InputError
@@ -84,9 +86,8 @@ class Loop:
         """What still draws from torch's generator (drop path, dropout) follows the step alone."""
         micro = batch_idx % self.settings.accumulate
         rank = rank_zero_only.rank or 0
-        torch.manual_seed(
-            int(generator(self.settings.seed, self.step, micro, rank).integers(2**62))
-        )
+        key = ("step", self.settings.seed, self.step, micro, rank)
+        torch.manual_seed(int(generator(*key).integers(2**62)))
 
     def set_rate(self, objective: Objective) -> None:
         """The learning rate is a function of the step, so it needs no state."""
@@ -129,20 +130,36 @@ class Loop:
             FloatingPointError: the loss is no longer finite.
         """
         objective.loop = self
-        state = self.run.checkpoints.load()
+        state = self.restore()
+        optimizer = None
         if state is not None:
-            self._check_state(state)
             objective.load_state_dict(state["objective"])
             self.step = int(state["step"])
+            optimizer = state["optimizer"]
+            del state  # or each rank keeps a copy of the model for as long as it trains
         if self.step >= self.settings.steps:
             return
-        trainer = self._trainer(state["optimizer"] if state is not None else None)
+        trainer = self._trainer(optimizer)
         try:
             trainer.fit(objective, datamodule=_Steps(self))
+        except SIGTERMException:
+            # Lightning would exit with 0; `sbatch --dependency=afterok` and `&&` would go on.
+            raise SystemExit(128 + signal.SIGTERM) from None
         except InputError as error:
             # A worker's error arrives with the worker's traceback as its text; its last line says
             # what the user needs.
             raise type(error)([_last_error(problem) for problem in error.problems]) from error
+
+    def restore(self) -> dict[str, Any] | None:
+        """The newest checkpoint, or None; nothing is written.
+
+        Raises:
+            InputError: it belongs to another corpus, seed or batch size, or is damaged.
+        """
+        state = self.run.checkpoints.load()
+        if state is not None:
+            self._check_state(state)
+        return state
 
     def _check_state(self, state: dict[str, Any]) -> None:
         expected = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
@@ -194,7 +211,7 @@ class Loop:
             callbacks=[_Watch(self, optimizer_state)],
             plugins=slurm,
             use_distributed_sampler=False,
-            logger=self.loggers or False,
+            logger=False,  # ours log from rank 0, where a row is written
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -239,6 +256,12 @@ class _Watch(L.Callback):
         self.waited = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first = trainer.strategy.broadcast(self.loop.step)
+        if first != self.loop.step:
+            raise RuntimeError(
+                f"rank 0 resumes at step {first}, rank {trainer.global_rank} at {self.loop.step}: "
+                "the run folder does not look the same from every node; start again"
+            )
         if self.optimizer_state is not None:
             trainer.optimizers[0].load_state_dict(self.optimizer_state)
             self.optimizer_state = None
@@ -277,9 +300,7 @@ class _Watch(L.Callback):
             if logging_due or saving_due:
                 self._log(trainer)
             if self.main and saving_due:
-                assert isinstance(pl_module, Objective)
-                state = self.loop.state(pl_module, trainer.optimizers[0])
-                self.loop.run.checkpoints.save(step, state)
+                self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
                 self._preview(pl_module)
             if self.main:
@@ -289,17 +310,32 @@ class _Watch(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.main:
             self.bar.close()
+            for logger in self.loop.loggers:
+                logger.finalize("success")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Preempted: Lightning has come to a batch's end, where weights and step agree."""
+        if isinstance(exception, SIGTERMException) and self.main and self.loop.step > 0:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
+        assert isinstance(objective, Objective)
+        state = self.loop.state(objective, trainer.optimizers[0])
+        self.loop.run.checkpoints.save(self.loop.step, state)
 
     def _log(self, trainer: L.Trainer) -> None:
         loop, now = self.loop, time.perf_counter()
         means = loop.observed(trainer)
         if not means:
             return
-        if not math.isfinite(means["loss"]):
+        norm = float(loop.norm) if loop.norm is not None else math.nan
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"the loss is {means['loss']} between steps {self.logged} and {loop.step} of "
-                f"{loop.run.path.name}; the last checkpoint is from before: try a lower lr, a "
-                "longer warmup or precision=32-true"
+                f"the loss is {means['loss']} and the gradient's norm {norm} between steps "
+                f"{self.logged} and {loop.step} of {loop.run.path.name}; the last checkpoint is "
+                "from before: try a lower lr, a longer warmup or precision=32-true"
             )
         span = now - self.rowed
         row: dict[str, float | int] = {
@@ -307,7 +343,7 @@ class _Watch(L.Callback):
             "samples": loop.step * loop.settings.batch_size,
             **means,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": float(loop.norm) if loop.norm is not None else math.nan,
+            "grad_norm": norm,
             "seconds_per_step": span / max(1, loop.step - self.logged),
             "data_wait": self.waited / span if span else 0.0,
         }
@@ -317,7 +353,7 @@ class _Watch(L.Callback):
             said = f"loss {means['loss']:.4f}, data-wait {row['data_wait']:.0%}"
             self.bar.set_postfix_str(said, refresh=False)
             for logger in loop.loggers:
-                logger.log_metrics({**row, "trainer/global_step": loop.step}, step=None)
+                logger.log_metrics(row, step=loop.step)
 
     def _preview(self, objective: L.LightningModule) -> None:
         loop = self.loop

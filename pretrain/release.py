@@ -22,12 +22,13 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -35,7 +36,7 @@ from torch import nn
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
-from pretrain.arguments import build_allowed
+from pretrain.arguments import build_allowed, plain_message
 from pretrain.backbones.backbone import Backbone
 
 FORMAT = 1
@@ -49,10 +50,55 @@ FILES = (
 )
 TOLERANCE = 1e-5
 """Of the golden features, relative to their largest value, in float32 on a CPU."""
-_KEYS = {
-    "format", "name", "kind", "backbone", "objective", "crop_size", "modalities", "preprocess",
-    "training", "data", "versions",
-}  # fmt: skip
+MAX_TEXT = 2**20
+"""Bytes of config.json and SHA256SUMS; a larger one is no config."""
+MAX_PRINTS = 2**30
+MAX_CROP = 2**27
+"""Voxels of a crop: 512 cubed."""
+
+
+class Part(BaseModel):
+    """A class of ours and its arguments, which are checked against its signature where used."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    args: dict[str, Any]
+
+
+class ReleaseConfig(BaseModel):
+    """The keys of config.json, format 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    kind: Literal["encoder"]
+    backbone: Part
+    objective: Part
+    crop_size: Annotated[
+        list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=3, max_length=3)
+    ]
+    modalities: Annotated[list[Literal["CT", "MR"]], Field(min_length=1, max_length=2)]
+    preprocess: dict[str, Any]
+    training: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _crop_is_sane(self) -> Self:
+        if math.prod(self.crop_size) > MAX_CROP:
+            raise ValueError(f"crop_size={self.crop_size} has more than {MAX_CROP} voxels")
+        return self
+
+
+class Fingerprints(BaseModel):
+    """fingerprints.json, format 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    values: list[Annotated[str, Field(max_length=200)]]
 
 
 @dataclass
@@ -111,7 +157,8 @@ class Release:
     @property
     def fingerprints(self) -> set[str]:
         """Hashes of the volumes that the encoder was trained on."""
-        return set(json.loads((self.path / "fingerprints.json").read_text())["values"])
+        file = self.path / "fingerprints.json"
+        return set(_checked(Fingerprints, _read_json(file, MAX_PRINTS), file).values)
 
     def build_encoder(self) -> Backbone:
         """The encoder with fresh random weights.
@@ -125,7 +172,12 @@ class Release:
         """
         weights = self.path / "model.safetensors"
         with torch.device("meta"):
-            _check_shapes(stored_shapes(weights), self._make(), weights)
+            light = self._make()
+            _check_shapes(stored_shapes(weights), light, weights)
+        try:
+            light.grids(self.crop_size)
+        except ValueError as error:
+            raise InputError(f"{self.path}/config.json: crop_size: {error}") from error
         return self._make()
 
     def _make(self) -> Backbone:
@@ -133,7 +185,7 @@ class Release:
         where = f"{self.path}: backbone"
         try:
             made = build_allowed(chosen["name"], chosen["args"], "pretrain.backbones", where)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise InputError(f"{where}: {error}; export the release again") from error
         if not isinstance(made, Backbone):
             raise InputError(f"{where}={chosen['name']!r}: is a part of a backbone, not one")
@@ -223,20 +275,21 @@ def load_release(ref: str | Path) -> Release:
             (path / "run.json").exists()
         )
         raise InputError(f"{path}: is not a release, it has no SHA256SUMS; {hint}check the path")
-    _verify(path, sums.read_text())
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}/config.json: is not JSON ({error}); export it again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+    _verify(path, _read_text(sums))
+    file = path / "config.json"
+    raw = _read_json(file, MAX_TEXT)
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
         raise InputError(
-            f"{path}/config.json: format is {found!r}, this version reads {FORMAT}; "
+            f"{file}: format is {raw.get('format')!r}, this version reads {FORMAT}; "
             "update voxelith or export again"
         )
-    problems = _config_problems(config)
+    problems = [
+        f"{file}: {where}: releases are data and name nothing to import"
+        for where in _find_key(raw, "_target_")
+    ]
     if problems:
-        raise InputError([f"{path}/config.json: {problem}" for problem in problems])
+        raise InputError(problems)
+    config = _checked(ReleaseConfig, raw, file).model_dump(mode="json")
     preprocess = Preprocess.from_dict(config["preprocess"])
     digest = hashlib.sha256(sums.read_bytes()).hexdigest()
     return Release(path, config, preprocess, digest)
@@ -267,32 +320,44 @@ def _verify(path: Path, sums: str) -> None:
         raise CorruptionError(problems)
 
 
-def _config_problems(config: dict[str, Any]) -> list[str]:
-    """Structure only; names and arguments are checked where they are used."""
-    problems = [f"{name}: missing" for name in sorted(_KEYS - config.keys())]
-    problems += [
-        f"{name}: unknown; this version does not know it" for name in sorted(config.keys() - _KEYS)
-    ]
-    problems += [
-        f"{where}: releases are data and name nothing to import"
-        for where in _find_key(config, "_target_")
-    ]
-    if problems:
-        return problems
-    backbone = config["backbone"]
-    if not isinstance(backbone, dict) or set(backbone) != {"name", "args"}:
-        problems.append("backbone: expected {name, args}")
-    size = config["crop_size"]
-    if not (
-        isinstance(size, list)
-        and len(size) == 3
-        and all(isinstance(n, int) and 1 <= n <= 2048 for n in size)
-    ):
-        problems.append(f"crop_size={size!r}: expected three whole numbers from 1 to 2048")
-    return problems
+def _read_text(file: Path, limit: int = MAX_TEXT) -> str:
+    if file.stat().st_size > limit:
+        raise InputError(f"{file}: has {file.stat().st_size} bytes, more than {limit}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise CorruptionError(f"{file}: is not text ({error}); fetch the release again") from error
+
+
+def _read_json(file: Path, limit: int) -> Any:
+    try:
+        return json.loads(_read_text(file, limit))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not JSON that can be read ({error})") from error
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _checked(model: type[Model], raw: Any, file: Path) -> Model:
+    """Raw JSON as the model that it should be; every problem is listed."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            where = ".".join(str(part) for part in item["loc"]) or "content"
+            if item["type"] == "missing":
+                problems.append(f"{file}: {where}: missing; export the release again")
+            elif item["type"] == "extra_forbidden":
+                problems.append(f"{file}: {where}: unknown; this version does not know it")
+            else:
+                problems.append(f"{file}: {where}: {plain_message(item)}")
+        raise InputError(problems) from error
 
 
 def _find_key(value: Any, key: str, where: str = "") -> list[str]:
+    """Where a key occurs; JSON's own parser has bounded the depth."""
     if isinstance(value, dict):
         here = [f"{where}{key}"] if key in value else []
         return here + [f for k, v in value.items() for f in _find_key(v, key, f"{where}{k}.")]

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
 import platform
-import shutil
+import secrets
 import socket
 import threading
 import time
@@ -96,26 +97,32 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
-        """Holds the folder for this process; a second writer is refused."""
+        """Holds the folder for this process; a second writer is refused.
+
+        Raises:
+            InputError: another process holds it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "lease.json"
-        _refuse_if_held(file)
         mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "token": secrets.token_hex(8),
         }
+        _take(file, mine)
+        for rest in self.checkpoints.folder.glob(".step-*"):
+            rest.unlink()  # of a writer that was killed while it wrote
         stop = threading.Event()
 
         def beat() -> None:
-            while True:
-                write_json(file, {**mine, "heartbeat": time.time()})
-                if stop.wait(HEARTBEAT_SECONDS):
-                    return
+            while not stop.wait(HEARTBEAT_SECONDS):
+                # A file system that hiccups must not end the heartbeat, nor a lost lease steal.
+                with contextlib.suppress(OSError):
+                    if _owner(file).get("token") == mine["token"]:
+                        write_json(file, {**mine, "heartbeat": time.time()})
 
-        write_json(file, {**mine, "heartbeat": time.time()})
-        for rest in self.checkpoints.folder.glob(".step-*"):
-            rest.unlink()  # of a writer that was killed while it wrote
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
@@ -123,33 +130,53 @@ class RunFolder:
         finally:
             stop.set()
             thread.join()
-            file.unlink(missing_ok=True)
+            if _owner(file).get("token") == mine["token"]:
+                file.unlink(missing_ok=True)
 
     def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
         """Writes what was asked for and with what it runs."""
         write_json(self.config_path, config)
         write_json(self.path / "run.json", {"command": command, "versions": versions(), **facts})
 
-    def free_space(self) -> int:
-        """Bytes left where the run is written."""
-        return shutil.disk_usage(self.path).free
+
+def _owner(file: Path) -> dict[str, Any]:
+    """Who holds a lease; nobody, if the file is gone or no lease."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _take(file: Path, mine: dict[str, Any]) -> None:
+    """Writes the lease if nobody holds it; of several takers one gets it."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        # Exact on one machine. Where the file system knows no locks, takers on several machines
+        # that find the same dead lease within the same instant are left to the scheduler.
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        _refuse_if_held(file)
+        write_json(file, {**mine, "heartbeat": time.time()})
+    finally:
+        os.close(folder)
 
 
 def _refuse_if_held(file: Path) -> None:
-    try:
-        held = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return
-    age = time.time() - held["heartbeat"]
+    held = _owner(file)
+    if not {"host", "pid", "heartbeat"} <= held.keys():
+        return  # no lease: leases are written whole
     same_host = held["host"] == socket.gethostname()
     if same_host and not _alive(held["pid"]):
         return  # killed here: its lease died with it
     job = os.environ.get("SLURM_JOB_ID")
-    if job and held["job"] == job and held["pid"] != os.getpid():
-        return  # requeued: the same job under the same number
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if job and held.get("job") == job and restart > int(held.get("restart", 0)):
+        return  # requeued: a later start of the same job
+    age = time.time() - held["heartbeat"]
     if age < STALE_SECONDS:
         owner = f"process {held['pid']} on {held['host']}"
-        if held["job"]:
+        if held.get("job"):
             owner += f" (job {held['job']})"
         raise InputError(
             f"{file.parent} is being written by {owner}, heartbeat {age:.0f} s ago; wait for it, "
@@ -188,7 +215,14 @@ class MetricsLog:
         self._columns: list[str] | None = None
         if path.exists():
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resumed_step]
+                # A killed run may have left half a row at the end.
+                rows = [
+                    row
+                    for row in csv.DictReader(file)
+                    if None not in row
+                    and None not in row.values()
+                    and int(row["step"]) <= resumed_step
+                ]
             if rows:
                 self._columns = list(rows[0])
                 lines = [",".join(self._columns), *(",".join(row.values()) for row in rows)]

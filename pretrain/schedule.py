@@ -24,9 +24,14 @@ WINDOW = 4
 """Shards of a lane that are mixed: wide enough to shuffle, narrow enough to cache."""
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A fresh generator whose numbers depend on nothing but the key (Philox, counter-based)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+def generator(use: str, *key: int) -> np.random.Generator:
+    """A fresh generator whose numbers depend on nothing but the key (Philox, counter-based).
+
+    Args:
+        use: what it is for, so that equal numbers mean different draws elsewhere.
+        key: seed, epoch, position, ...
+    """
+    digest = hashlib.blake2b(repr((use, *key)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -67,7 +72,7 @@ class Schedule:
         return self._order(epoch)  # type: ignore[attr-defined]
 
     def _make_order(self, epoch: int) -> NDArray[np.int64]:
-        rng = generator(self.seed, epoch)
+        rng = generator("order", self.seed, epoch)
         lanes = [self._shuffle_lane(rng, lane) for lane in self._deal_shards(rng)]
         # Lanes take turns; when the shortest is used up, the others go on taking turns.
         turn = np.concatenate([np.arange(len(lane)) for lane in lanes])

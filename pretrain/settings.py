@@ -84,7 +84,7 @@ class PretrainSettings(LoopSettings):
         """
         free = {
             "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
-            "loggers",
+            "loggers", "accumulate",
         }  # fmt: skip
         now = self.model_dump(mode="json")
         return [

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.loader import Augment, CropDataset
 from pretrain.loop import Loop
-from pretrain.objective import Objective
+from pretrain.objective import Batch, Objective
 from pretrain.previews import draw_previews
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
@@ -42,8 +43,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     corpus = Corpus.open(settings.corpus)
     channels = corpus_channels(corpus)
     objective = build_objective(settings, channels)
-    _check_crop(objective, settings)
-    if run.config_path.exists():
+    main = rank_zero_only.rank == 0
+    if main and run.config_path.exists():
         if settings.resume == "never":
             raise InputError(
                 f"{run.path}: exists already; choose another run=NAME, remove it, or resume=auto"
@@ -59,8 +60,18 @@ def pretrain(settings: PretrainSettings) -> Path:
         preprocess,
         settings.crop_size,
     )
-    with run.lease() if rank_zero_only.rank == 0 else contextlib.nullcontext():
-        if rank_zero_only.rank == 0:
+    loop = Loop(
+        settings,
+        dataset,
+        run,
+        augment=Augment(settings.flip, settings.gain),
+        draw_previews=draw_previews,
+        loggers=make_loggers(settings, run) if main else [],
+        label="pretrain",
+    )
+    with run.lease() if main else contextlib.nullcontext():
+        if main:
+            loop.restore()  # a run that cannot go on is refused before its facts are written anew
             run.describe(
                 settings.model_dump(mode="json"),
                 sys.argv,
@@ -70,17 +81,8 @@ def pretrain(settings: PretrainSettings) -> Path:
                 data=data_facts(corpus),
                 parameters=sum(p.numel() for p in objective.encoder.parameters()),
             )
-        loop = Loop(
-            settings,
-            dataset,
-            run,
-            augment=Augment(settings.flip, settings.gain),
-            draw_previews=draw_previews,
-            loggers=make_loggers(settings, run),
-            label="pretrain",
-        )
         loop.fit(objective)
-    if rank_zero_only.rank == 0:
+    if main:
         print(f"{run.path}: trained. Next: voxelith export {run.path} release/")
     return run.path
 
@@ -102,26 +104,47 @@ def build_objective(settings: PretrainSettings, channels: int) -> Objective:
         problems += check_arguments(locate(path, where), arguments, where, given)[1]
     if problems:
         raise InputError(problems)
+
+    def make() -> Objective:
+        made = build(settings.objective, "objective", encoder=build(backbone, "backbone"))
+        if not isinstance(made, Objective):
+            raise InputError(
+                f"objective._target_={settings.objective['_target_']}: is no "
+                "pretrain.objective.Objective; derive it from that class"
+            )
+        return made
+
+    _try_step(make, channels, settings.crop_size)
     torch.manual_seed(settings.seed)
+    return make()
+
+
+def _try_step(
+    make: Callable[[], Objective], channels: int, crop_size: tuple[int, int, int]
+) -> None:
+    """One forward step without memory or arithmetic: what does not fit is found before a start.
+
+    Raises:
+        InputError: backbone, objective and crop do not fit together.
+    """
     try:
-        encoder = build(backbone, "backbone")
-        objective = build(settings.objective, "objective", encoder=encoder)
-    except (ValueError, TypeError, AttributeError) as error:
+        with torch.device("meta"):
+            objective = make()
+            batch = Batch(
+                torch.empty(2, channels, *crop_size),
+                torch.empty(2, 1, *crop_size, dtype=torch.bool),
+                torch.empty(2, 3),
+                torch.empty(2, dtype=torch.int64),
+            )
+            fits: Any = objective.encoder
+            fits.grids(crop_size)
+            objective(batch, 0.0)
+    except NotImplementedError:
+        return  # an objective that reads values (torch has none here) is tried by its first batch
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
-            f"backbone and objective do not fit together: {error}; "
-            "choose another objective=... or backbone=..."
+            f"backbone, objective and crop_size={list(crop_size)} do not fit together: {error}"
         ) from error
-    assert isinstance(objective, Objective)
-    return objective
-
-
-def _check_crop(objective: Objective, settings: LoopSettings) -> None:
-    """Asks the encoder whether the crop fits, before anything is written or read."""
-    encoder: Any = objective.encoder
-    try:
-        encoder.grids(settings.crop_size)
-    except ValueError as error:
-        raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
 
 
 def corpus_channels(corpus: Corpus) -> int:
@@ -176,7 +199,16 @@ def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
                 resume="allow",
                 save_dir=run.path,
                 offline=offline,
-                settings={"disable_git": True, "console": "off"},
+                # Hosts, paths and command lines stay here.
+                settings={
+                    "disable_git": True,
+                    "disable_code": True,
+                    "console": "off",
+                    "host": "",
+                    "program": "voxelith",
+                    "x_disable_meta": True,
+                    "x_disable_machine_info": True,
+                },
             )
         )
     return made
@@ -190,8 +222,8 @@ def _wandb_id(run: RunFolder) -> str:
     return file.read_text().strip()
 
 
-def load_trained(run: RunFolder) -> tuple[Objective, dict[str, Any], int]:
-    """The objective of a run with its newest weights, its facts and its step."""
+def load_trained(run: RunFolder) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
+    """The objective of a run with its newest weights, the run's facts and its checkpoint."""
     config = run.config()
     if "objective" not in config:
         raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
@@ -204,4 +236,4 @@ def load_trained(run: RunFolder) -> tuple[Objective, dict[str, Any], int]:
         )
     objective = build_objective(settings, int(facts["channels"]))
     objective.load_state_dict(state["objective"])
-    return objective, facts, int(state["step"])
+    return objective, facts, state

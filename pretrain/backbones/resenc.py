@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.backbones.backbone import Backbone
 from pretrain.masking import triple
+
+_Each = TypeVar("_Each")
+Stages = Annotated[tuple[_Each, ...], Field(min_length=1, max_length=12)]
+Stride = Annotated[int, Field(ge=1, le=16)]
 
 
 class ConvNorm(nn.Module):
@@ -111,9 +115,9 @@ class ResEncUNetEncoder(Backbone):
         self,
         *,
         in_channels: Annotated[int, Field(ge=1, le=1024)] = 1,
-        features: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = (32, 64, 128, 256, 320, 320),
-        strides: tuple[int | tuple[int, int, int], ...] = (1, 2, 2, 2, 2, 2),
-        blocks: tuple[Annotated[int, Field(ge=1, le=100)], ...] = (1, 3, 4, 6, 6, 6),
+        features: Stages[Annotated[int, Field(ge=1, le=4096)]] = (32, 64, 128, 256, 320, 320),
+        strides: Stages[Stride | tuple[Stride, Stride, Stride]] = (1, 2, 2, 2, 2, 2),
+        blocks: Stages[Annotated[int, Field(ge=1, le=100)]] = (1, 3, 4, 6, 6, 6),
     ) -> None:
         super().__init__()
         if not len(features) == len(strides) == len(blocks) > 0:

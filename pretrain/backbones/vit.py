@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from pretrain.backbones.backbone import Backbone
 from pretrain.masking import patchify, take_rows, triple, visible_first
 
+Side = Annotated[int, Field(ge=1, le=64)]
+"""Voxels of a patch along an axis."""
+
 
 def sincos_position(grid: Sequence[int], dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed position of every cell of a (d, h, w) grid, in cells, by sines and cosines.
@@ -91,14 +94,14 @@ class ViT3D(Backbone):
         self,
         *,
         in_channels: Annotated[int, Field(ge=1, le=1024)] = 1,
-        patch_size: int | tuple[int, int, int] = 16,
+        patch_size: Side | tuple[Side, Side, Side] = 16,
         embed_dim: Annotated[int, Field(ge=6, le=8192)] = 384,
         depth: Annotated[int, Field(ge=1, le=128)] = 12,
         num_heads: Annotated[int, Field(ge=1, le=128)] = 6,
         mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0,
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         cls_token: bool = False,
-        taps: tuple[int, ...] | None = None,
+        taps: Annotated[tuple[int, ...], Field(min_length=1, max_length=32)] | None = None,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:

@@ -76,6 +76,8 @@ PATHS = [
     "100%",
     "#1",
     "a;b|c&d",
+    r"a\${x}",
+    r"\\${x}b",
 ]
 
 
@@ -83,6 +85,17 @@ PATHS = [
 def test_paths_are_taken_as_they_are(path: str) -> None:
     settings = settings_for("prep", [f"input={path}", f"output={path}"])
     assert settings.input == Path(path) and settings.output == Path(path)
+
+
+def test_an_optional_path_can_be_null() -> None:
+    settings = settings_for("prep", ["input=a", "output=null", "salt=null", "name=Scan (1)"])
+    assert settings.salt is None and settings.output == Path("null") and settings.name == "Scan (1)"
+
+
+def test_names_may_hold_what_hydra_would_parse() -> None:
+    assert settings_for("pretrain", ["corpus=c", "run=a=b"]).run == "a=b"
+    settings = settings_for("finetune", ["corpus=c", "ckpt=r", "task=hippocampus", "labels=16"])
+    assert settings.labels == "16"
 
 
 def test_quoted_paths_lose_their_quotes() -> None:
@@ -133,10 +146,11 @@ def test_a_users_own_objective_comes_by_config_dir(
         "    def __init__(self, *, encoder: nn.Module, share: Annotated[float, Field(le=1)]):\n"
         "        super().__init__()\n"
     )
-    (tmp_path / "groups" / "objective").mkdir(parents=True)
-    (tmp_path / "groups" / "objective" / "mine.yaml").write_text("_target_: mine.Mine\nshare: 0.5")
+    groups = tmp_path / "my grüps 100%"
+    (groups / "objective").mkdir(parents=True)
+    (groups / "objective" / "mine.yaml").write_text("_target_: mine.Mine\nshare: 0.5")
     monkeypatch.syspath_prepend(str(tmp_path))
-    own = ["--config-dir", str(tmp_path / "groups"), "objective=mine"]
+    own = ["--config-dir", str(groups), "objective=mine"]
     assert settings_for("pretrain", [*NEEDED, *own]).objective["share"] == 0.5
     assert problems("pretrain", *NEEDED, *own, "objective.share=3") == [
         "objective.share=3: must be less than or equal to 1"

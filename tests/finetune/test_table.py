@@ -57,6 +57,8 @@ def make_rows(
                     case=f"c{case}",
                     subject=f"s{case // 2}",
                     seed=seed,
+                    label_seed=seed,
+                    init_seed=seed,
                     class_value=value,
                     class_name=name,
                     dsc=dsc,
@@ -220,3 +222,53 @@ def test_intervals_of_means_end_where_the_scale_does() -> None:
         assert line.scratch is not None
         assert line.scratch.low >= 0
         assert line.metric == "hd95" or line.scratch.high <= 100
+
+
+def test_other_label_draws_are_no_pairs() -> None:
+    """Equal seeds do not make twins of runs that saw other labels."""
+    scratch = [dataclasses.replace(r, label_seed=r.seed + 100) for r in make_rows("scratch")]
+    group = tabulate(scratch + make_rows("pretrained", 0.3)).groups[0]
+    assert group.main.difference is None and group.main.verdict == "nothing to pair"
+
+
+def test_label_draws_alone_may_vary() -> None:
+    """One seed with several label draws is a design of its own, not the same run twice."""
+
+    def drawn(rows: list[Row]) -> list[Row]:
+        return [dataclasses.replace(r, seed=0, init_seed=0, label_seed=r.seed) for r in rows]
+
+    group = tabulate(drawn(make_rows("scratch")) + drawn(make_rows("pretrained", 0.05))).groups[0]
+    assert group.main.difference is not None and group.main.difference.draws == 3
+
+
+def test_inventing_a_structure_costs_where_its_twin_rightly_finds_none() -> None:
+    """c0 has no anterior part: scratch says so, pretrained invents one with one of the seeds."""
+
+    def absent(rows: list[Row], invented: int | None) -> list[Row]:
+        out = []
+        for r in rows:
+            if r.case == "c0" and r.class_value == 1:
+                wrong = r.seed == invented
+                outcome = "false_positive" if wrong else "true_negative"
+                dsc = 0.0 if wrong else math.nan
+                r = dataclasses.replace(r, status=outcome, outcome=outcome, dsc=dsc)
+            out.append(r)
+        return out
+
+    twin = absent(make_rows("scratch"), None)
+    group = tabulate(twin + absent(make_rows("pretrained"), 0)).groups[0]
+    anterior = next(
+        line for line in group.lines if line.class_name == "anterior" and line.metric == "dsc"
+    )
+    assert anterior.difference is not None and anterior.difference.cases == 12
+    # One of 12 x 3 pairs is 0 against 100; subjects hold two cases each, so they weigh alike.
+    plain = tabulate(make_rows("scratch") + make_rows("pretrained")).groups[0]
+    before = next(
+        line for line in plain.lines if line.class_name == "anterior" and line.metric == "dsc"
+    )
+    assert before.difference is not None
+    assert anterior.difference.mean == pytest.approx(before.difference.mean - 100 / 36, abs=0.2)
+    # Where nobody invents anything, rightly finding nothing is left out of both arms.
+    clean = tabulate(twin + absent(make_rows("pretrained"), None)).groups[0]
+    line = next(x for x in clean.lines if x.class_name == "anterior" and x.metric == "dsc")
+    assert line.difference is not None and line.difference.cases == 11

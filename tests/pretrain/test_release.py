@@ -205,14 +205,60 @@ def test_a_config_that_names_a_target_is_refused(copy: Path) -> None:
         "vit.__dict__",
         "nowhere.Net",
         "vit",
-        5,
-        None,
     ],
 )
 def test_only_our_own_backbones_can_be_named(copy: Path, name: object) -> None:
     change_config(copy, lambda c: c["backbone"].update(name=name))
     with pytest.raises(InputError, match=r"is not one of pretrain\.backbones's own classes"):
         voxelith.load_encoder(copy)
+
+
+def hostile(copy: Path) -> list[tuple[str, Callable[[], object]]]:
+    """Releases with right sums and wrong contents."""
+    config = copy / "config.json"
+    return [
+        ("name is a number", lambda: change_config(copy, lambda c: c["backbone"].update(name=5))),
+        ("args are a list", lambda: change_config(copy, lambda c: c["backbone"].update(args=[]))),
+        ("deep", lambda: config.write_text("[" * 100_000)),
+        ("a long number", lambda: config.write_text('{"format": ' + "9" * 5000 + "}")),
+        ("no text", lambda: config.write_bytes(b"\xff\xfe\x00")),
+        ("a list", lambda: config.write_text("[]")),
+        ("huge", lambda: config.write_text('"' + "a" * 2**21 + '"')),
+        ("prints are a list", lambda: (copy / "fingerprints.json").write_text("[]")),
+        ("modality", lambda: change_config(copy, lambda c: c.update(modalities=5))),
+        ("training", lambda: change_config(copy, lambda c: c.update(training="x"))),
+        ("crop", lambda: change_config(copy, lambda c: c.update(crop_size=[2048] * 3))),
+        ("small crop", lambda: change_config(copy, lambda c: c.update(crop_size=[1, 1, 1]))),
+        (
+            "stride",
+            lambda: change_config(
+                copy,
+                lambda c: c["backbone"]["args"].update(strides=[1, -1], patch_size=10**9),
+            ),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("case", range(13))
+def test_hostile_contents_are_refused_with_a_message(copy: Path, case: int) -> None:
+    name, plant = hostile(copy)[case]
+    plant()
+    resign(copy)
+    with pytest.raises(InputError) as caught:
+        load_release(copy).fingerprints  # noqa: B018
+        voxelith.load_encoder(copy)
+    assert str(copy) in str(caught.value), name
+
+
+def test_sums_that_are_no_text_or_name_other_files_are_refused(copy: Path) -> None:
+    (copy / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    with pytest.raises(CorruptionError, match="is not text"):
+        load_release(copy)
+    resign(copy)
+    with (copy / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  ../../etc/passwd\n")
+    with pytest.raises(CorruptionError, match="which is no part of a release"):
+        load_release(copy)
 
 
 def test_arguments_are_checked_before_anything_is_made(copy: Path) -> None:

@@ -79,6 +79,38 @@ def test_a_requeued_job_takes_its_own_lease_over(
     lease = {"host": "elsewhere", "pid": 1, "job": "77", "heartbeat": time.time()}
     (tmp_path / "lease.json").write_text(json.dumps(lease))
     monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with pytest.raises(InputError), RunFolder(tmp_path).lease():
+        pass  # another step of the same start of the job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with RunFolder(tmp_path).lease():
+        pass
+
+
+def test_of_many_takers_one_gets_the_lease(tmp_path: Path) -> None:
+    """Also when all of them find a dead writer's lease."""
+    dead = {"host": "elsewhere", "pid": 1, "job": None, "heartbeat": time.time() - 3600}
+    (tmp_path / "lease.json").write_text(json.dumps(dead))
+    code = (
+        "import sys, time; from pathlib import Path; from pretrain.run_folder import RunFolder\n"
+        "from data_prep.errors import InputError\n"
+        "while time.time() < float(sys.argv[2]): pass\n"
+        "try:\n"
+        "    with RunFolder(Path(sys.argv[1])).lease(): print('held', flush=True); time.sleep(3)\n"
+        "except InputError: print('refused')"
+    )
+    start = str(time.time() + 12)
+    takers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), start], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    said = sorted(taker.communicate()[0].strip() for taker in takers)
+    assert said == ["held", "refused", "refused", "refused"]
+
+
+def test_a_lease_that_is_none_is_not_honoured(tmp_path: Path) -> None:
+    (tmp_path / "lease.json").write_text("[]")
     with RunFolder(tmp_path).lease():
         pass
 
@@ -88,6 +120,8 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     log = MetricsLog(path)
     for step in (1, 10, 20, 30):
         log.write({"step": step, "loss": 1 / step})
+    with path.open("a") as file:
+        file.write("2")  # killed while it wrote a row
     log = MetricsLog(path, resumed_step=20)  # the checkpoint is from step 20
     for step in (30, 40):
         log.write({"step": step, "loss": 2.0, "unknown": 1.0})
