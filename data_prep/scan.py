@@ -6,7 +6,7 @@ comes back as a small record.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,13 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
     statistics = volume_statistics(coded)
     found = fingerprint(coded.array, coded.slope)
     if job.spacing is not None:
+        if mask is not None:
+            # A new voxel that any masked one reaches is masked: nothing anonymised slips through.
+            hidden = replace(
+                as_physical(coded),
+                array=np.repeat(mask[None].astype(np.float32), len(coded.array), axis=0),
+            )
+            mask = (resample(hidden, job.spacing).array[0] > 0).astype(np.uint8)
         coded = encode(resample(as_physical(coded), job.spacing))
     meta = {
         "format": FORMAT,

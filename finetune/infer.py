@@ -110,6 +110,10 @@ def predict(ckpt_run: Path, input_dir: Path, output_dir: Path) -> Predicted:
         except Reject as reject:
             left_out[str(name)] = str(reject)
             continue
+        except Exception as error:
+            # A header that no reader foresaw must not stop the folder.
+            left_out[str(name)] = f"unreadable: {type(error).__name__}: {error}"
+            continue
         target = output_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
         labels = segmenter.label_values(segmenter.segment(volume))

@@ -338,10 +338,11 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
     heads = [run.rows[0] for run in runs]
     rows = [row for run in runs for row in run.rows]
     statuses = {row.status for row in rows if row.arm == "pretrained"}
-    leakage = statuses & {"tainted", "unknown"} or {"clean"}
+    leakage = statuses & {"tainted", "unknown"} or ({"clean"} if statuses else {"no arm"})
     said = {
-        "clean": "no test case was in the pretraining data (exact voxel fingerprints)",
+        "clean": "no exact copy of a test case was in the pretraining data",
         "tainted": "some test cases were in the pretraining data; they are left out of the table",
+        "no arm": "no pretrained arm here",
         "unknown": "unknown for some cases: the checkpoint does not say what it was trained on",
     }
     checkpoints = [f"{r.checkpoint} ({r.checkpoint_digest[:12]})" for r in heads if r.checkpoint]
@@ -355,8 +356,9 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
         ("Leakage", "; ".join(said[kind] for kind in sorted(leakage))),
         ("Split", values([f"{r.split} ({r.split_hash[:12]})" for r in heads])),
         ("Corpus", values([str(run.facts["corpus"]["index_hash"])[:12] for run in runs])),
-        ("Recipe", values([r.config_hash for r in heads]) + " (the same hash in both arms)"),
-        ("Labelled cases", values([r.n_labels for r in heads]) + ", drawn anew for each seed"),
+        ("Recipe", values([r.config_hash for r in heads])),
+        ("Labelled cases", values([r.n_labels for r in heads])),
+        ("Label draws (seeds)", values(sorted({r.label_seed for r in heads}))),
         ("Network", values(sizes)),
         ("Surface Dice at", values([f"{r.class_name} {r.nsd_tolerance_mm:g} mm" for r in rows])),
         ("Versions", values(versions)),

@@ -133,8 +133,11 @@ def test_mirrored_images_labels_and_validity_stay_together(labelled_corpus: Path
 def test_an_axis_that_may_not_flip_does_not(labelled_corpus: Path) -> None:
     dataset = dataset_of(labelled_corpus)
     raw = collate([dataset[i] for i in range(12)])
-    plain, flipped = to_batch(raw), to_batch(raw, Augment(flip=(False, False, False)))
-    assert torch.equal(plain.image, flipped.image)
+    plain, flipped = to_batch(raw), to_batch(raw, Augment(flip=(False, False, True)))
+    turned = [not torch.equal(a, b) for a, b in zip(plain.image, flipped.image, strict=True)]
+    assert any(turned) and not all(turned)
+    for before, after, changed in zip(plain.image, flipped.image, turned, strict=True):
+        assert torch.equal(after, before.flip(3) if changed else before)
 
 
 def test_foreground_crops_hold_their_class(labelled_corpus: Path) -> None:
@@ -146,10 +149,53 @@ def test_foreground_crops_hold_their_class(labelled_corpus: Path) -> None:
     assert all(drawn) and not all(by_chance)
 
 
-def test_anonymised_voxels_are_not_valid(pretrain_corpus: Path) -> None:
-    """A volume without a mask is valid wherever it is not padding."""
-    raw = dataset_of(pretrain_corpus)[0]
-    assert raw["valid"].dtype == torch.bool and raw["image"].dtype == torch.int16
+@pytest.mark.parametrize("spacing", [None, (2.0, 2.0, 2.0)])
+def test_anonymised_voxels_are_not_valid(
+    samples: Path, tmp_path: Path, spacing: tuple[float, float, float] | None
+) -> None:
+    """A mask beside a scan reaches the batch voxel by voxel, also where prep resampled both."""
+    import nibabel as nib
+
+    from data_prep.build import prep
+    from data_prep.settings import PrepSettings
+
+    scan = sorted((samples / "hippocampus" / "images").iterdir())[0]
+    image = nib.load(scan)
+    face = np.zeros(image.shape, np.uint8)
+    face[:, -12:, :] = 1  # RAS: the anterior 12 voxels, the first along H
+    nib.save(nib.Nifti1Image(face, image.affine), tmp_path / "face.nii.gz")
+    (tmp_path / "list.csv").write_text(f"image,mask\n{scan},face.nii.gz\n")
+    prep(
+        PrepSettings(
+            input=tmp_path / "list.csv",
+            output=tmp_path / "corpus",
+            keys="names",
+            processes=1,
+            spacing=spacing,
+        )
+    )
+    corpus = Corpus.open(tmp_path / "corpus")
+    d, h, w = (int(n) for n in corpus.shapes[0][1:])
+    batch = to_batch(collate([dataset_of(tmp_path / "corpus", (d, h, w))[0]]))
+    hidden = ~batch.valid[0, 0]
+    share = 12 if spacing is None else 6
+    assert hidden[:, :share].all()
+    assert not hidden[:, share + (spacing is not None) :].any()
+
+
+def test_only_the_tasks_classes_draw_crops(labelled_corpus: Path) -> None:
+    corpus = Corpus.open(labelled_corpus)
+    dataset = CropDataset(
+        corpus,
+        np.arange(len(corpus)),
+        Schedule(corpus.shards, seed=3, lanes=4),
+        Preprocess.default(),
+        (8, 8, 8),
+        label=True,
+        foreground=1.0,
+        classes=[2],
+    )
+    assert all((dataset[i]["label"] == 2).any() for i in range(40))
 
 
 def test_forked_workers_read_after_the_parent_decompressed(pretrain_corpus: Path) -> None:
