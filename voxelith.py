@@ -12,6 +12,7 @@ This module is the public API and the `voxelith` command: a dispatcher, nothing 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 import warnings
@@ -87,7 +88,7 @@ def _finetune(words: list[str]) -> Any:
     from finetune.train import finetune
 
     run = finetune(settings)
-    print(f"{run}: done. Next: voxelith table {run.parent}/* output=table/")
+    print(f"Next: voxelith table {shlex.quote(str(run.parent))} output=table/")
     return {"run": str(run)}
 
 
@@ -95,7 +96,9 @@ def _evaluate(words: list[str]) -> Any:
     settings = _configured("evaluate", words)
     from finetune.evaluate import evaluate
 
-    return {"rows": str(evaluate(settings))}
+    path = evaluate(settings)
+    print(f"{path}: one row per case and class. Next: voxelith table {path} output=table/")
+    return {"rows": str(path)}
 
 
 def _runs(command: str, words: list[str], options: dict[str, str]) -> list[Path]:
@@ -127,13 +130,14 @@ def _table(words: list[str]) -> Any:
 def _report(words: list[str]) -> Any:
     options = {"output": "report.html", "pretrain": ""}
     runs = _runs("report", words, options)
+    from data_prep.files import make_folder
     from finetune.report import make_report
-    from finetune.table import make_table
+    from finetune.table import read_table
 
     output = Path(options["output"])
     pretrained = Path(options["pretrain"]) if options["pretrain"] else None
-    table = make_table(runs, output.parent / "table")
-    path = make_report(pretrained, runs, table, output)
+    make_folder(output.parent, "output")
+    path = make_report(pretrained, runs, read_table(runs), output)
     print(f"Open {path}")
     return {"report": str(path)}
 
@@ -147,8 +151,9 @@ def _demo(words: list[str]) -> Any:
 
 def _features(words: list[str]) -> Any:
     release, scan, output = _positional("features", words, ["RELEASE", "SCAN", "OUT.npz"])
-    from data_prep.files import atomic
+    from data_prep.files import atomic, make_folder
 
+    make_folder(Path(output).parent, "OUT.npz")
     found = load_encoder(release).features(scan)
     import numpy as np
 
@@ -163,6 +168,7 @@ def _predict(words: list[str]) -> Any:
     from finetune.infer import predict
 
     found = predict(settings.ckpt, settings.input, settings.output)
+    print(f"{settings.output}: {len(found.written)} written, {len(found.left_out)} left out")
     return {
         "output": str(settings.output),
         "written": len(found.written),
@@ -239,8 +245,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"voxelith {version('voxelith')}")
+        return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import InputError
+    from data_prep.errors import CorruptionError, InputError
 
     if name not in COMMANDS:
         import difflib
@@ -268,15 +279,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             COMMANDS[name].run(words)
     except InputError as error:
         count = len(error.problems)
-        print(
-            f"error: {count} problem{'s' * (count > 1)}, nothing was started"
-            if count > 1
-            else f"error: {error.problems[0]}",
-            file=sys.stderr,
-        )
-        if count > 1:
-            for problem in error.problems:
-                print(f"  {problem}", file=sys.stderr)
+        if count == 1:
+            print(f"error: {error.problems[0]}", file=sys.stderr)
+        else:
+            # Damage is found while reading; all other wrong input before anything starts.
+            end = "" if isinstance(error, CorruptionError) else ", nothing was started"
+            lines = [f"error: {count} problems{end}", *error.problems]
+            print("\n  ".join(lines), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

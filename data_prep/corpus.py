@@ -153,6 +153,24 @@ class Corpus:
             self._columns[name] = self._table.column(name).to_numpy()
         return self._columns[name]
 
+    def require_shards(self) -> None:
+        """Looks whether every shard is there and has its size, before long work starts.
+
+        Raises:
+            CorruptionError: naming each shard that is not.
+        """
+        problems = []
+        for shard in self.info["shards"]:
+            path = self.path / shard["name"]
+            found = path.stat().st_size if path.is_file() else None
+            if found != shard["bytes"]:
+                what = "is missing" if found is None else f"has {found} bytes"
+                problems.append(
+                    f"{path}: {what}, corpus.json says {shard['bytes']} bytes; copy it again"
+                )
+        if problems:
+            raise CorruptionError(problems)
+
     def position(self, key: str) -> int:
         """The number of the sample with this key; InputError if there is none."""
         try:

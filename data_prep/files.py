@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from data_prep.errors import InputError
+
 
 @contextmanager
 def atomic(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
@@ -35,6 +37,22 @@ def atomic(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Makes a folder that results will go to, and tries whether it can be written.
+
+    Raises:
+        InputError: it cannot; found now rather than after the work.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{key}={path}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:

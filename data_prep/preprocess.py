@@ -25,7 +25,7 @@ SPACING_TOLERANCE = 0.01
 # Floor of the standard deviation, in physical units, for scans that are constant after clipping.
 EPSILON = 1e-8
 
-Millimetres = Annotated[float, Field(gt=0, le=100)]
+Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
 
 class _Operation(BaseModel):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Millimetres = Annotated[float, Field(gt=0, le=100)]
+Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
 
 class PrepSettings(BaseModel):

@@ -11,7 +11,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,35 @@ def read_nifti(path: str | Path, modality: str | None = None, name: str | None =
         slope=(slope,),
         intercept=(intercept,),
     )
+
+
+def read_as(path: str | Path, known: Sequence[str]) -> Volume:
+    """Reads a scan for a network that knows these modalities.
+
+    Raises:
+        Reject: as `read_nifti`, or the values are those of a modality that it does not know.
+    """
+    return as_known(read_nifti(path), known)
+
+
+def as_known(volume: Volume, known: Sequence[str]) -> Volume:
+    """The volume under a modality that the network knows.
+
+    Values down to -500 are CT and nothing else; all others may be either, so a network that knows
+    one modality takes them for it.
+
+    Raises:
+        Reject: CT for a network that knows MR only.
+    """
+    if volume.modality[0] in known:
+        return volume
+    if "CT" in volume.modality:
+        raise Reject(
+            "unsupported_modality",
+            f"its values are those of CT, and this network knows {' and '.join(known)} only",
+        )
+    names = tuple(known[0] for _ in volume.modality)
+    return replace(volume, modality=names, names=names)
 
 
 def volume_from_array(

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.errors import InputError
+from data_prep.files import make_folder
 from data_prep.preprocess import Preprocess
 from data_prep.progress import bar
-from data_prep.volume import Reject, Volume, read_nifti, write_nifti
+from data_prep.volume import Reject, Volume, read_as, write_nifti
 from finetune.segmentation import Segmentation
 from finetune.settings import TaskSettings
 from pretrain.arguments import build_allowed
@@ -95,18 +96,18 @@ def predict(ckpt_run: Path, input_dir: Path, output_dir: Path) -> Predicted:
     scans = sorted(path for path in input_dir.rglob("*") if path.name.endswith((".nii", ".nii.gz")))
     if not scans:
         raise InputError(f"input={input_dir}: holds no .nii or .nii.gz file")
-    if output_dir.resolve() == input_dir.resolve():
+    if output_dir.resolve().is_relative_to(input_dir.resolve()):
         raise InputError(
-            f"output={output_dir}: is the input folder, and predictions would replace the scans; "
-            "choose another"
+            f"output={output_dir}: lies in the input folder, and predictions would be taken for "
+            "scans; choose another"
         )
+    make_folder(output_dir, "output")
     segmenter = load_segmenter(ckpt_run)
-    only = segmenter.modalities[0] if len(segmenter.modalities) == 1 else None
     written, left_out = [], {}
     for scan in bar(iterable=scans, desc="predict", unit="scan"):
         name = scan.relative_to(input_dir)
         try:
-            volume = read_nifti(scan, modality=only)
+            volume = read_as(scan, segmenter.modalities)
         except Reject as reject:
             left_out[str(name)] = str(reject)
             continue

@@ -27,7 +27,16 @@ from finetune.intervals import Estimate
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings
-from finetune.table import ALL_CLASSES, METRICS, Group, Line, Table, find_rows
+from finetune.table import (
+    ALL_CLASSES,
+    METRICS,
+    NOTHING,
+    SEEN,
+    Group,
+    Line,
+    Table,
+    find_rows,
+)
 
 MAX_BYTES = 10_000_000
 _TEMPLATE = "report.html.j2"
@@ -74,6 +83,11 @@ def make_report(
     Raises:
         InputError: a run folder is missing or not finished.
     """
+    if pretrain_run is not None and not (pretrain_run / "metrics.csv").is_file():
+        raise InputError(
+            f"pretrain={pretrain_run}: is no pretraining run, it has no metrics.csv; "
+            "give the folder that `voxelith pretrain` made"
+        )
     runs = _read_runs(finetune_runs)
     path = output if output.suffix == ".html" else output / "report.html"
     page = (
@@ -139,6 +153,7 @@ def _group(group: Group) -> dict[str, Any]:
         "scratch better": "Scratch was better",
         "no clear difference": "No clear difference",
         "undecided": "Undecided",
+        SEEN: "Every test case was seen in pretraining",
         "no scratch twin": "No scratch twin, no verdict",
         "no pretrained arm": "Only the scratch arm",
     }.get(line.verdict, line.verdict.capitalize())
@@ -161,7 +176,7 @@ def _group(group: Group) -> dict[str, Any]:
         "difference": _number(d, sign=True),
         "pretrained": _number(line.pretrained),
         "scratch": _number(line.scratch),
-        "basis": d or line.pretrained or line.scratch,
+        "basis": d or line.pretrained or line.scratch or NOTHING,
         "comparison": comparison,
         "lines": [_line(one) for one in group.lines],
         "notes": group.notes,
@@ -189,7 +204,7 @@ def _number(value: Estimate | None, sign: bool = False) -> dict[str, str]:
 
 def _line(line: Line) -> dict[str, Any]:
     metric = next(m for m in METRICS if m.name == line.metric)
-    basis = line.difference or line.pretrained or line.scratch
+    basis = line.difference or line.pretrained or line.scratch or NOTHING
     return {
         "metric": metric.title,
         "unit": metric.unit,

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from data_prep.files import write_json, write_text
+from data_prep.files import make_folder, write_json, write_text
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
 
@@ -137,15 +137,20 @@ def make_table(runs: Sequence[Path], output: Path) -> Table:
     Raises:
         InputError: a folder has no rows, or two runs are the same arm and seed.
     """
-    rows: list[Row] = []
-    for path in find_rows(runs):
-        rows += read_rows(path)
-    table = tabulate(rows)
-    output.mkdir(parents=True, exist_ok=True)
+    table = read_table(runs)
+    make_folder(output, "output")
     write_text(output / "table.md", table.markdown())
     write_text(output / "table.csv", _csv(table))
     write_json(output / "table.json", table.to_dict())
     return table
+
+
+def read_table(runs: Sequence[Path]) -> Table:
+    """The table of finished runs, written nowhere."""
+    rows: list[Row] = []
+    for path in find_rows(runs):
+        rows += read_rows(path)
+    return tabulate(rows)
 
 
 def find_rows(runs: Sequence[Path]) -> list[Path]:
@@ -159,6 +164,9 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
     for run in runs:
         if run.is_file():
             found.append(run)
+            continue
+        if not run.is_dir():
+            problems.append(f"{run}: no such folder; give finetuning runs, or a folder of them")
             continue
         here = [run / "rows.csv"] if (run / "rows.csv").is_file() else []
         here = here or sorted(run.glob("*/rows.csv"))

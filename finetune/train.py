@@ -130,6 +130,7 @@ def make_plan(settings: FinetuneSettings) -> Plan:
     """
     release = load_release(settings.ckpt)
     corpus = Corpus.open(settings.corpus)
+    corpus.require_shards()
     settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
     problems = task_problems(corpus, settings.task)
     preprocess, more = _preprocess(settings, release, corpus)

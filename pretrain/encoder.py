@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
-from data_prep.volume import Reject, Volume, read_nifti, volume_from_array
+from data_prep.volume import Reject, Volume, as_known, read_nifti, volume_from_array
 from pretrain.backbones.backbone import Backbone
 from pretrain.release import LoadReport, load_release
 
@@ -110,17 +110,16 @@ class Encoder:
             raise InputError(
                 f"modality={modality!r}: this encoder was trained on {' and '.join(known)}"
             )
-        # An encoder that knows one modality takes a scan for it; else the values tell.
-        expected = modality or (known[0] if len(known) == 1 else None)
         if isinstance(scan, str | Path):
-            volume = read_nifti(Path(scan), modality=expected)
+            volume = read_nifti(Path(scan), modality=modality)
         else:
             if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
                 raise InputError(
                     f"spacing={spacing}: an array needs its spacing in mm along D, H, W, such as "
                     "spacing=(3.0, 0.8, 0.8)"
                 )
-            volume = volume_from_array(np.asarray(scan), spacing, modality=expected)
+            volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
+        volume = as_known(volume, known)
         channels = self.module.in_channels
         if len(volume.array) != channels:
             raise InputError(

@@ -98,7 +98,7 @@ A 3D encoder pretrained without labels by Voxelith.
 ```python
 import voxelith
 
-encoder = voxelith.load_encoder("{config["name"]}")   # this folder
+encoder = voxelith.load_encoder("path/to/this/folder")
 features = encoder.features("scan.nii.gz")
 features.map, features.affine, features.vector
 ```

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import write_bytes, write_json, write_text
+from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build_allowed, plain_message
 from pretrain.backbones.backbone import Backbone
@@ -404,7 +404,7 @@ def write_release(
 
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: already exists; choose another folder or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent, "OUT")
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         weights = {name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}

@@ -99,6 +99,6 @@ def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) ->
     changed = settings.changed(before)
     if changed:
         raise InputError(
-            [f"{run}: cannot be resumed, {item}" for item in changed]
-            + ["restore these settings, or start another run=NAME"]
+            f"{run}: cannot be resumed, since {'; '.join(changed)}; restore what was changed, or "
+            "start another run=NAME"
         )

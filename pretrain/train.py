@@ -41,6 +41,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     """
     run = RunFolder(settings.runs / settings.run)
     corpus = Corpus.open(settings.corpus)
+    corpus.require_shards()
     channels = corpus_channels(corpus)
     objective = build_objective(settings, channels)
     main = rank_zero_only.rank == 0
@@ -49,7 +50,8 @@ def pretrain(settings: PretrainSettings) -> Path:
             raise InputError(
                 f"{run.path}: exists already; choose another run=NAME, remove it, or resume=auto"
             )
-        check_same(settings, run.config(), run.path)
+        if run.checkpoints.paths():  # else nothing has been trained that could differ
+            check_same(settings, run.config(), run.path)
     preprocess = Preprocess.default(corpus_spacing(corpus))
     samples = np.arange(len(corpus))
     dataset = CropDataset(
@@ -83,7 +85,8 @@ def pretrain(settings: PretrainSettings) -> Path:
             )
         loop.fit(objective)
     if main:
-        print(f"{run.path}: trained. Next: voxelith export {run.path} release/")
+        done = f"step {loop.step} of {settings.steps}"
+        print(f"{run.path}: {done}. Next: voxelith export {run.path} release/")
     return run.path
 
 
@@ -190,7 +193,14 @@ def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
     if "wandb" in settings.loggers:
         from lightning.pytorch.loggers import WandbLogger
 
-        offline = os.environ.get("WANDB_MODE", "") in ("offline", "dryrun")
+        offline = os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled")
+        import wandb
+
+        if not offline and not wandb.api.api_key:
+            raise InputError(
+                "loggers: wandb has no login on this machine; run `wandb login`, set "
+                "WANDB_API_KEY, or WANDB_MODE=offline and sync later"
+            )
         made.append(
             WandbLogger(
                 project="voxelith",

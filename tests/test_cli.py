@@ -103,3 +103,59 @@ def test_a_corrupted_shard_is_named_before_its_values_are_used(
 def test_results_can_be_json(pretrain_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(pretrain_corpus), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"corpus": str(pretrain_corpus), "problems": []}
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("voxelith 0.")
+
+
+def test_a_missing_shard_is_found_before_a_folder_is_made(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(pretrain_corpus, tmp_path / "corpus")
+    (tmp_path / "corpus" / "shards" / "000001.tar").unlink()
+    words = [f"corpus={tmp_path}/corpus", "run=x", f"runs={tmp_path}/runs", "crop_size=[96,96,96]"]
+    assert main(["pretrain", *words]) == 2
+    assert "000001.tar: is missing" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["table", "{runs}", "output=/proc/x"],
+        ["report", "{runs}", "output=/proc/x/report.html"],
+        ["features", "{runs}", "scan.nii.gz", "/proc/x/out.npz"],
+    ],
+)
+def test_folders_that_cannot_be_written_are_found_before_the_work(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests_rows import write_two_arms
+
+    write_two_arms(tmp_path)
+    assert main([word.format(runs=tmp_path) for word in words]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_w_and_b_without_a_login_is_refused_up_front(
+    pretrain_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    words = [
+        f"corpus={pretrain_corpus}", "run=x", f"runs={tmp_path}/runs", "trainer=cpu",
+        "backbone=resenc_small", "objective=cnn_mae", "crop_size=[16,16,16]",
+        "objective.block=8", "batch_size=2", "steps=1", "loggers=[wandb]",
+    ]  # fmt: skip
+    assert main(["pretrain", *words]) == 2
+    assert "WANDB_MODE=offline" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

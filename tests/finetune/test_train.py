@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from data_prep.splits import split_from, write_split
 from finetune.evaluate import evaluate
 from finetune.infer import predict
 from finetune.report import make_report
-from finetune.rows import read_rows
+from finetune.rows import read_rows, write_rows
 from finetune.settings import EvaluateSettings, FinetuneSettings
-from finetune.table import make_table
+from finetune.table import make_table, read_table
 from finetune.train import finetune
 from pretrain.arguments import build_allowed
 from pretrain.release import write_release
@@ -190,7 +191,7 @@ def test_predict_refuses_what_it_cannot_do(stage: Stage, arms: list[Path], tmp_p
     with pytest.raises(InputError, match="holds no"):
         predict(arms[0], tmp_path, tmp_path / "out")
     (tmp_path / "a.nii.gz").write_bytes(b"x")
-    with pytest.raises(InputError, match="is the input folder"):
+    with pytest.raises(InputError, match="lies in the input folder"):
         predict(arms[0], tmp_path, tmp_path)
     with pytest.raises(InputError, match="not a finished finetune run"):
         predict(stage.release, tmp_path, tmp_path / "out")
@@ -264,3 +265,19 @@ def test_table_and_report_stand_on_their_own(
     addresses = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]+)', page)
     assert addresses and all(a.startswith("data:") for a in addresses)
     assert not re.search(r"<script|<link|@import|url\(", page)
+
+
+def test_a_report_of_runs_whose_cases_were_all_seen_says_so(
+    arms: list[Path], tmp_path: Path
+) -> None:
+    copies = []
+    for run in arms:
+        copy = tmp_path / run.name
+        shutil.copytree(run, copy)
+        rows = [dataclasses.replace(row, status="tainted") for row in read_rows(copy / "rows.csv")]
+        write_rows(rows, copy / "rows.csv")
+        copies.append(copy)
+    page = make_report(None, copies, read_table(copies), tmp_path / "report.html").read_text()
+    assert "Every test case was seen in pretraining" in page
+    with pytest.raises(InputError, match="is no pretraining run"):
+        make_report(tmp_path, copies, read_table(copies), tmp_path / "report.html")
