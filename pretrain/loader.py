@@ -86,9 +86,21 @@ class CropDataset(Dataset[dict[str, Any]]):
         rng = generator("crop", self.schedule.seed, epoch, within, 0)
         item = int(self.samples[sample])
         meta = self.corpus.meta(item)
+        start = self._place(rng, meta, np.array(self.corpus.shapes[item][1:]))
+        return self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
+
+    def middle(self, item: int) -> dict[str, Any]:
+        """The crop in the middle of a volume's foreground: the same in every run, for pictures."""
+        meta = self.corpus.meta(item)
+        centre = np.array(meta["foreground_box"]).sum(1) // 2
+        start = self._inside(centre, np.array(self.corpus.shapes[item][1:]))
+        return self._crop(item, meta, start, seed=item)
+
+    def _crop(
+        self, item: int, meta: dict[str, Any], start: NDArray[np.int64], seed: int
+    ) -> dict[str, Any]:
         shape = np.array(self.corpus.shapes[item][1:])
         crop = np.array(self.crop_size)
-        start = self._place(rng, meta, shape)
         inside = np.maximum(start, 0)
         stop = np.minimum(start + crop, shape)
         size, where = _triple(stop - inside), _triple(inside)
@@ -107,7 +119,7 @@ class CropDataset(Dataset[dict[str, Any]]):
             "value": torch.tensor([[c["slope"], c["intercept"]] for c in channels]),
             "window": torch.tensor([self._window(c) for c in channels]),
             "spacing": torch.tensor(meta["spacing"], dtype=torch.float32),
-            "seed": int(rng.integers(-(2**63), 2**63 - 1)),
+            "seed": seed,
         }
         if self.label:
             label = self.corpus.read(item, "seg", where, size).astype(np.int32)
@@ -125,7 +137,6 @@ class CropDataset(Dataset[dict[str, Any]]):
         self, rng: np.random.Generator, meta: dict[str, Any], shape: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Where the crop starts; negative where the volume is thinner than the crop."""
-        crop = np.array(self.crop_size)
         voxels = []
         if self.label and rng.random() < self.foreground:
             voxels = [
@@ -136,12 +147,16 @@ class CropDataset(Dataset[dict[str, Any]]):
         if voxels:
             chosen = voxels[rng.integers(len(voxels))]
             centre = np.array(chosen[rng.integers(len(chosen))])
-            start = centre - crop // 2
         else:
             # The centre falls into the foreground's box: air at the border teaches nothing.
             low, high = np.array(meta["foreground_box"]).T
             centre = rng.integers(low, np.maximum(high, low + 1))
-            start = centre - crop // 2
+        return self._inside(centre, shape)
+
+    def _inside(self, centre: NDArray[np.int64], shape: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Start of the crop around a voxel, moved so that it leaves the volume nowhere."""
+        crop = np.array(self.crop_size)
+        start = centre - crop // 2
         room = shape - crop
         # A gap is shared between both ends, the far end getting the odd voxel, as inference does.
         return np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), -(-room // 2))

@@ -360,7 +360,7 @@ class _Watch(L.Callback):
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
-        raw = collate([loop.dataset[i] for i in _preview_positions(loop.dataset)])
+        raw = collate([loop.dataset.middle(item) for item in _preview_items(loop.dataset)])
         moved = {
             name: value.to(objective.device) if isinstance(value, Tensor) else value
             for name, value in raw.items()
@@ -374,13 +374,14 @@ class _Watch(L.Callback):
         objective.train()
 
 
-def _preview_positions(dataset: CropDataset, count: int = 3) -> list[int]:
-    """The first positions of the order, one for each modality before any comes twice."""
+def _preview_items(dataset: CropDataset, count: int = 3) -> list[int]:
+    """Volumes that are shown: one of each modality before any comes twice, the largest first."""
+    items = [int(item) for item in dataset.samples[:4096]]
+    volume = dataset.corpus.shapes.prod(axis=1)
     seen: dict[str, int] = {}
-    rank: list[tuple[int, int]] = []
-    for position in range(min(len(dataset), 256)):
-        sample = dataset.schedule.sample(position)[2]
-        modality = str(dataset.corpus.modalities[int(dataset.samples[sample])])
+    order: list[tuple[int, int]] = []
+    for item in sorted(items, key=lambda item: (-volume[item], item)):
+        modality = str(dataset.corpus.modalities[item])
         seen[modality] = seen.get(modality, 0) + 1
-        rank.append((seen[modality], position))
-    return [position for _, position in sorted(rank)[:count]]
+        order.append((seen[modality], item))
+    return [item for _, item in sorted(order)[:count]]
