@@ -33,6 +33,7 @@ def main() -> None:
     chosen = parser.parse_args()
 
     corpus = Corpus.open(chosen.corpus)
+    size = tuple(chosen.size)
     rng = np.random.default_rng(0)
     large = [i for i in range(len(corpus)) if (corpus.shapes[i, 1:] >= chosen.size).all()]
     if not large:
@@ -40,11 +41,12 @@ def main() -> None:
     boxes = []
     for _ in range(chosen.count):
         i = large[rng.integers(len(large))]
-        start = [int(rng.integers(n - s + 1)) for n, s in zip(corpus.shapes[i, 1:], chosen.size)]
+        start = [
+            int(rng.integers(n - s + 1)) for n, s in zip(corpus.shapes[i, 1:], size, strict=True)
+        ]
         boxes.append((i, tuple(start)))
 
     def ours() -> int:
-        size = tuple(chosen.size)
         return sum(int(corpus.read(i, "image", start, size)[0, 0, 0, 0]) for i, start in boxes)
 
     def bare() -> int:
@@ -57,7 +59,7 @@ def main() -> None:
                 mmap_mode="r",
                 dparams=blosc2.DParams(nthreads=1),
             )
-            where = tuple(slice(a, a + s) for a, s in zip(start, chosen.size))
+            where = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
             total += int(np.asarray(frame[(slice(None), *where)])[0, 0, 0, 0])
         return total
 
