@@ -194,7 +194,7 @@ def test_predict_refuses_what_it_cannot_do(stage: Stage, arms: list[Path], tmp_p
     with pytest.raises(InputError, match="lies in the input folder"):
         predict(arms[0], tmp_path, tmp_path)
     with pytest.raises(InputError, match="not a finished finetune run"):
-        predict(stage.release, tmp_path, tmp_path / "out")
+        predict(stage.release, tmp_path, tmp_path.parent / "out")
 
 
 def test_evaluate_scores_kept_predictions_alike(
