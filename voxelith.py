@@ -251,14 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voxelith {version('voxelith')}")
         return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import CorruptionError, InputError
+    from data_prep.errors import CorruptionError, InputError, near
 
     if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
-        print(f"error: {name}: no such command; {hint}", file=sys.stderr)
+        print(f"error: {name}: no such command; {near(name, COMMANDS)}", file=sys.stderr)
         return 2
     if "-h" in words or "--help" in words:
         print(_command_help(name))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, near, plain_message
 
 HERE = Path(__file__).parent
 
@@ -157,7 +157,7 @@ def _sort_words(
             if value in options:
                 chosen.append(f"{key}={value}")
             else:
-                problems.append(f"{key}={value}: no such {key}; {_near(value, options)}")
+                problems.append(f"{key}={value}: no such {key}; {near(value, options)}")
         else:
             values[key] = value
     return chosen, values, problems
@@ -194,7 +194,7 @@ def _known_only(
             quoted = _quoted(value) if literal else value
             accepted.append(f"++{key}={quoted}")
         else:
-            problems.append(f"{key}={value}: no such key; {_near(key, names)}")
+            problems.append(f"{key}={value}: no such key; {near(key, names)}")
     return accepted, problems
 
 
@@ -237,18 +237,20 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _target_problems(config: dict[str, Any]) -> list[str]:
+    named = {k: v for k, v in config.items() if isinstance(v, dict) and "_target_" in v}
+    if not named:
+        return []  # prep and predict do not wait for torch here
     from pretrain.arguments import check_arguments, locate, split_target
 
     problems = []
-    for where, node in config.items():
-        if isinstance(node, dict) and "_target_" in node:
-            path, arguments = split_target(node)
-            try:
-                target = locate(path, where)
-            except InputError as error:
-                problems += error.problems
-                continue
-            problems += check_arguments(target, arguments, where, GIVEN.get(where, ()))[1]
+    for where, node in named.items():
+        path, arguments = split_target(node)
+        try:
+            target = locate(path, where)
+        except InputError as error:
+            problems += error.problems
+            continue
+        problems += check_arguments(target, arguments, where, GIVEN.get(where, ()))[1]
     return problems
 
 
@@ -260,20 +262,8 @@ def _settings_problem(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
         return f"{where}: missing; give {where}=..."
-    from pretrain.arguments import plain_message
-
     said = plain_message(item)
     return f"{where}={item['input']}: {said}" if where else said
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    options = sorted(known)
-    match = get_close_matches(name, options, n=1) or [
-        option for option in options if option.rpartition(".")[2] == name
-    ]
-    return f"did you mean {match[0]}?" if match else f"known: {', '.join(options)}"
 
 
 def _first_line(error: Exception) -> str:

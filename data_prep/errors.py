@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class InputError(Exception):
@@ -22,3 +24,18 @@ class InputError(Exception):
 
 class CorruptionError(InputError):
     """Stored bytes are not the bytes that were written: a damaged shard, index or release."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint at what was probably meant; a dotted key is also found by its last part."""
+    options = sorted(known)
+    match = difflib.get_close_matches(name, options, n=1) or [
+        option for option in options if option.rpartition(".")[2] == name
+    ]
+    return f"did you mean {match[0]}?" if match else f"known: {', '.join(options)}"
+
+
+def plain_message(item: Mapping[str, Any]) -> str:
+    """One entry of pydantic's errors, without the library's way of saying it."""
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return message.replace("Input should be", "must be")

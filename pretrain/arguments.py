@@ -7,7 +7,6 @@ downloaded release, so a new objective brings its own and needs no entry anywher
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -18,26 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from data_prep.errors import InputError
-
-
-def near(name: str, known: Collection[str]) -> str:
-    """A hint at what was probably meant."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    if match:
-        return f"did you mean {match[0]}?"
-    return f"known: {', '.join(sorted(known))}"
-
-
-def plain_error(error: ValidationError) -> str:
-    """One line of what pydantic found."""
-    return plain_message(error.errors(include_url=False)[0])
-
-
-def plain_message(item: Mapping[str, Any]) -> str:
-    """What is wrong, without the library's way of saying it."""
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return message.replace("Input should be", "must be")
+from data_prep.errors import InputError, near, plain_message
 
 
 def check_arguments(
@@ -61,13 +41,14 @@ def check_arguments(
     problems = []
     for name, value in arguments.items():
         if name not in known:
-            problems.append(f"{where}.{name}: unknown; {near(f'{name}', known)}")
+            problems.append(f"{where}.{name}: unknown; {near(name, known)}")
             continue
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(hints.get(name, Any))
             values[name] = adapter.validate_python(value)
         except ValidationError as error:
-            problems.append(f"{where}.{name}={value}: {plain_error(error)}")
+            first = error.errors(include_url=False)[0]
+            problems.append(f"{where}.{name}={value}: {plain_message(first)}")
     for name in known:
         if signature.parameters[name].default is inspect.Parameter.empty and name not in arguments:
             problems.append(f"{where}.{name}: missing; {target.__name__} needs it")

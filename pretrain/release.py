@@ -33,10 +33,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, plain_message
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
-from pretrain.arguments import build_allowed, plain_message
+from pretrain.arguments import build_allowed
 from pretrain.backbones.backbone import Backbone
 
 FORMAT = 1

@@ -94,3 +94,14 @@ def test_features_need_no_trainer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_prep_starts_without_torch() -> None:
+    """Settings that name no class are checked without importing what could be named."""
+    code = (
+        "import sys; from conf.compose import settings_for\n"
+        "settings_for('prep', ['input=a', 'output=b'])\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
