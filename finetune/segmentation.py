@@ -7,15 +7,13 @@ B batch, K classes with background, D, H, W voxels.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.settings import TaskSettings
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import UNetDecoder, UNETRDecoder
+from pretrain.decoders import build_decoder
 from pretrain.objective import Batch, Losses, Objective
 
 IGNORE = -1
@@ -43,15 +41,6 @@ class Segmentation(Objective):
         logits = self.logits(batch.image).float()
         dice, entropy = dice_loss(logits, target), cross_entropy(logits, target)
         return Losses(dice + entropy, {"dice": dice, "cross_entropy": entropy})
-
-
-def build_decoder(encoder: Any, out_channels: int) -> nn.Module:
-    """UNETR-like for encoders that make tokens, U-Net for pyramids of feature maps."""
-    if hasattr(encoder, "tokens"):
-        return UNETRDecoder(
-            encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
-        )
-    return UNetDecoder(encoder.channels, encoder.strides, out_channels)
 
 
 def class_table(task: TaskSettings) -> Tensor:

@@ -1,7 +1,8 @@
 """Decoders from an encoder's feature maps back to the resolution of the image.
 
-Objectives rebuild images with them and finetune segments with them. Both are called as
-`decoder(image, features)` and return [B, out_channels, D, H, W].
+Objectives rebuild images with them and finetune segments with them, so a decoder that was
+pretrained can be transferred. All are called as `decoder(image, features)` and return
+[B, out_channels, D, H, W]; parameters whose names begin with `head` belong to the task.
 """
 
 from __future__ import annotations
@@ -13,8 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.resenc import ConvNorm, ConvStack, init_convolution
+from pretrain.backbones.vit import ViT3D
 from pretrain.masking import triple
+
+
+def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
+    """The decoder that fits: the encoder's own, UNETR-like on tokens, U-Net on a pyramid."""
+    own = encoder.own_decoder(out_channels)
+    if own is not None:
+        return own
+    if isinstance(encoder, ViT3D):
+        return UNETRDecoder(
+            encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
+        )
+    return UNetDecoder(encoder.channels, encoder.strides, out_channels)
 
 
 class UNetDecoder(nn.Module):

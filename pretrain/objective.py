@@ -8,7 +8,7 @@ optimiser step. A segmentation task is an objective too, so finetuning needs no 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class Batch:
     """Crops on the device, in normalised units.
 
-    Shapes: image [B, C, D, H, W] float32; valid [B, 1, D, H, W] bool, False where a voxel is
-    padding or anonymised and must carry no loss; spacing [B, 3] in mm; seeds [B] int64, from
-    which every random draw of the objective derives; label [B, D, H, W] int64 if there is one.
+    B is samples x the objective's `crops`, sample by sample. Shapes: image [B, C, D, H, W]
+    float32; valid [B, 1, D, H, W] bool, False where a voxel is padding or anonymised and must
+    carry no loss; spacing [B, 3] in mm; seeds [B] int64, from which every random draw of the
+    objective derives; label [B, D, H, W] int64 if there is one.
     """
 
     image: Tensor
@@ -53,6 +54,12 @@ class Objective(L.LightningModule):
 
     encoder: Backbone
     loop: Loop
+
+    crops: int = 1
+    """Crops of one volume that make a sample; a batch holds them one after the other."""
+
+    transfers: Literal["encoder", "network"] = "encoder"
+    """What finetuning takes over: the encoder, or the decoder but for its head as well."""
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """Computes the loss of one batch; `progress` runs from 0 to 1 over the training."""

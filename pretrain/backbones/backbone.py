@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Backbone(nn.Module):
@@ -21,6 +24,34 @@ class Backbone(nn.Module):
 
     strides: tuple[tuple[int, int, int], ...]
     """Voxels of the image along (d, h, w) for one cell of each feature map."""
+
+    grad_checkpointing: bool = False
+    """Whether the parts that `run` calls are computed again in the backward pass."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: only the inputs of blocks or stages are kept (timm's name)."""
+        self.grad_checkpointing = enable
+
+    def run(self, part: Callable[..., Any], *args: Any) -> Any:
+        """Calls a block or stage, checkpointed where that is switched on and a gradient follows.
+
+        Masks are arguments like any other, so that what is computed again sees the same ones.
+        """
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
+
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns the modules to compile one by one: those whose calls do all the work."""
+        return [self]
+
+    def own_decoder(self, out_channels: int) -> nn.Module | None:
+        """Returns the decoder that was published with this encoder, if it needs one of its own.
+
+        It is called as `decoder(image, features)` and gives [B, out_channels, D, H, W]. Parameters
+        whose names begin with `head` belong to the task and do not transfer to another one.
+        """
+        return None
 
     def grids(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """Returns the (d, h, w) size of each feature map for an image whose last axes are `shape`.

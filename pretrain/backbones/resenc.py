@@ -169,7 +169,7 @@ class ResEncUNetEncoder(Backbone):
         x = self.stem(x)
         maps = []
         for stage in self.stages:
-            x = stage(x)
+            x = self.run(stage, x)
             maps.append(x)
         return maps
 

@@ -161,7 +161,7 @@ class ViT3D(Backbone):
         """
         tokens = self._embed(x, hidden, keep)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self.run(block, tokens)
         return self.norm(tokens)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -170,13 +170,17 @@ class ViT3D(Backbone):
         tokens = self._embed(x, None, None)
         maps: list[Tensor] = []
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
+            tokens = self.run(block, tokens)
             for _ in range(self.taps.count(number)):
                 maps.append(tokens)
         maps[-1] = self.norm(maps[-1])
         return [
             tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid) for tokens in maps
         ]
+
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns the blocks: alike, so that one compilation serves all of them."""
+        return list(self.blocks)
 
     def _embed(self, x: Tensor, hidden: Tensor | None, keep: int | None) -> Tensor:
         grid = self.grid(x.shape)
