@@ -60,10 +60,30 @@ def test_finetune_uses_the_doors_of_pretrain() -> None:
 
 
 def test_objectives_know_nothing_of_the_loop() -> None:
-    allowed = {"backbones", "decoders", "draws", "masking", "objective", "objectives"}
+    allowed = {
+        "backbones",
+        "collectives",
+        "decoders",
+        "draws",
+        "losses",
+        "masking",
+        "objective",
+        "objectives",
+    }
     for file in (ROOT / "pretrain" / "objectives").glob("*.py"):
         used = {name.split(".")[1] for name in imports(file) if name.startswith("pretrain.")}
         assert used <= allowed, f"{file.name} imports {used - allowed}"
+
+
+def test_collectives_go_through_one_module() -> None:
+    """Lightning's own aside: where ranks wait for each other is seen in one file."""
+    speaking = {
+        str(file.relative_to(ROOT))
+        for package in ORDER
+        for file in (ROOT / package).rglob("*.py")
+        if any(name.startswith("torch.distributed") for name in imports(file))
+    }
+    assert speaking == {"pretrain/collectives.py"}
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.vit import ViT3D, init_transformer, sincos_position
+from pretrain.collectives import global_mean
 from pretrain.masking import (
     kept,
     patchify,
@@ -66,11 +67,11 @@ def denormalise(patches: Tensor, statistics: PatchStatistics) -> Tensor:
 def masked_mse(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Mean squared error over the voxels where `counted` is True, in float32; 0 if there is none.
 
-    Selected by `where`, not by a product, so that an uncounted voxel has no gradient even where
-    its prediction is not finite.
+    The mean is over the batch of all ranks. Voxels are selected by `where`, not by a product, so
+    that an uncounted one has no gradient even where its prediction is not finite.
     """
     error = torch.where(counted, prediction.float() - target.float(), 0.0)
-    return error.square().sum() / counted.sum().clamp(min=1)
+    return global_mean(error.square().sum(), counted.sum())
 
 
 class MAE(Objective):
