@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.backbones.backbone import Backbone
 
@@ -67,6 +67,18 @@ class Objective(L.LightningModule):
 
     def after_step(self, progress: float) -> None:
         """Runs once after each optimiser step: teachers move here."""
+
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns the modules that are compiled one by one: the encoder's and the decoder's."""
+        parts: list[nn.Module] = []
+        for child in self.children():
+            if isinstance(child, Backbone):
+                parts += child.compile_parts()
+            elif isinstance(child, nn.ModuleList):
+                parts += list(child)
+            elif any(True for _ in child.children()):
+                parts.append(child)
+        return parts
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Returns named volumes [B, C, D, H, W] worth looking at; empty if there are none."""

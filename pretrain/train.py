@@ -52,7 +52,9 @@ def pretrain(settings: PretrainSettings) -> Path:
             )
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
-    preprocess = Preprocess.default(corpus_spacing(corpus))
+    preprocess = Preprocess.default(
+        corpus_spacing(corpus), intensity=settings.intensity.model_dump(exclude_none=True)
+    )
     samples = np.arange(len(corpus))
     dataset = CropDataset(
         corpus,
