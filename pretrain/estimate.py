@@ -192,9 +192,18 @@ def _flops(settings: PretrainSettings, objective: Objective, channels: int, samp
     """Of the forward and backward pass of one micro-batch, nothing computed twice."""
     loop = bare_loop(settings, objective)
     raw = raw_batch(settings, channels, samples * objective.crops)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-        objective(loop.to_batch(raw), 0.5).loss.backward()
+    found = counted_flops(lambda: objective(loop.to_batch(raw), 0.5).loss.backward())
     objective.zero_grad()
+    return found
+
+
+def counted_flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention in `work`.
+
+    The backward pass of fused attention computes its scores again, which is counted.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        work()
     return counter.get_total_flops()
 
 
