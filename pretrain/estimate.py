@@ -11,8 +11,8 @@ convolution can be as large as its input), the allocator's fragmentation and rou
 context (about 0.5 GB) and NCCL's buffers. See docs/gpu.md for how far this is from a real device.
 
 There need be no GPU to ask about one. Fake tensors are on the CPU, whose fused attention keeps
-what flash and memory-efficient attention keep; where CUDA's rules differ (the optimiser works on
-lists, autocast runs norms, softmax and losses in float32) they are followed by `device="cuda"`.
+what flash and memory-efficient attention keep; where CUDA's rules differ (autocast runs norms,
+softmax and losses in float32) they are followed by `device="cuda"`.
 """
 
 from __future__ import annotations
@@ -238,8 +238,6 @@ def _memory(
         weights = storages.live
 
         optimizer = loop.make_optimizer(objective)
-        for group in optimizer.param_groups:
-            group["foreach"] = device == "cuda"  # torch's choice there, but not for fake tensors
         _make_gradients(trained)
         optimizer.step()
         optimizer.zero_grad()
