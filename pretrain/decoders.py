@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.resenc import ConvNorm, ConvStack, init_convolution
+from pretrain.backbones.convolution import ConvNorm, ConvStack, init_convolution
 from pretrain.backbones.vit import ViT3D
 from pretrain.masking import triple
 
