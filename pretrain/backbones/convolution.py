@@ -179,10 +179,11 @@ class Pyramid(Backbone):
                 masks.append(None)
                 continue
             if any(b % s for s, b in zip(stride, block, strict=True)):
+                near = [max(round(b / s), 1) * s for s, b in zip(stride, block, strict=True)]
                 raise ValueError(
-                    f"blocks of {list(block)} voxels do not fit this encoder, which has cells of "
-                    f"{list(stride)} voxels; each side must be a multiple of the cells that are no "
-                    f"larger: its strides are {[list(s) for s in self.strides]}"
+                    f"blocks of {list(block)} voxels do not fit this encoder, whose strides are "
+                    f"{[list(s) for s in self.strides]}: they hold no whole number of cells of "
+                    f"{list(stride)} voxels; take for example blocks of {near}"
                 )
             cells = triple([b // s for s, b in zip(stride, block, strict=True)])
             masks.append(~enlarge(hidden, cells))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conf.compose import settings_for
 from data_prep.errors import InputError
 from pretrain.arguments import check_arguments
 from pretrain.backbones.resenc import ResEncUNetEncoder
@@ -17,6 +18,7 @@ from pretrain.backbones.vit import ViT3D
 from pretrain.masking import block_hidden, enlarge, patchify
 from pretrain.objective import Batch
 from pretrain.objectives.s3d import S3D, Densification, Densify
+from pretrain.train import build_objective
 
 SHAPE = (8, 12, 16)  # 2x3x4 blocks of 4
 MakeBatch = Callable[..., Batch]
@@ -224,6 +226,18 @@ def test_blocks_that_do_not_fit_are_explained(block: object, make_batch: MakeBat
     s3d = objective(block=block)
     with pytest.raises(ValueError, match=r"blocks of .* voxels do not"):
         s3d((make_batch((16, 24, 24)) if block == 16 else make_batch((8, 12, 12))), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [(12, r"cells of \[8, 8, 8\].*blocks of \[16, 16, 16\]"), (32, "do not divide")],
+)
+def test_blocks_that_do_not_fit_are_wrong_input(block: int, said: str) -> None:
+    """Found before a run starts."""
+    words = ["corpus=x", "run=x", "objective=s3d", "backbone=unet_small", "crop_size=[48,48,48]"]
+    settings = settings_for("pretrain", [*words, f"objective.block={block}"])
+    with pytest.raises(InputError, match=said):
+        build_objective(settings, channels=1)
 
 
 def test_blocks_may_be_anisotropic(make_batch: MakeBatch) -> None:
