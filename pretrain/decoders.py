@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.resenc import ConvNorm, ConvStack, init_convolution
+from pretrain.backbones.convolution import ConvNorm, ConvStack, init_convolution
+from pretrain.backbones.unet import UNetEncoder
 from pretrain.backbones.vit import ViT3D
 from pretrain.masking import triple
 
@@ -29,7 +30,9 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
         return UNETRDecoder(
             encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
         )
-    return UNetDecoder(encoder.channels, encoder.strides, out_channels)
+    # nnU-Net decodes with two convolutions per stage in its plain U-Net, with one in its ResEnc.
+    convs = 2 if isinstance(encoder, UNetEncoder) else 1
+    return UNetDecoder(encoder.channels, encoder.strides, out_channels, convs)
 
 
 class UNetDecoder(nn.Module):

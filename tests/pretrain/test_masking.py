@@ -7,6 +7,7 @@ import torch
 
 from pretrain.masking import (
     block_hidden,
+    enlarge,
     kept,
     patchify,
     random_hidden,
@@ -110,8 +111,17 @@ def test_block_mask_hides_whole_blocks() -> None:
 
 
 def test_750_of_1000_blocks() -> None:
-    blocks = patchify(block_hidden(SEEDS[:1], (160, 160, 160), 16, 0.75), (16, 16, 16))
-    assert blocks.all(-1).sum() == 750
+    blocks = patchify(block_hidden(SEEDS[:2], (160, 160, 160), 16, 0.75), (16, 16, 16))
+    assert blocks.all(-1).sum(1).tolist() == [750, 750]
+    assert torch.equal(blocks.all(-1), blocks.any(-1))
+
+
+def test_enlarge_repeats_cells() -> None:
+    cells = torch.arange(2 * 2 * 3 * 4).view(2, 1, 2, 3, 4)
+    found = enlarge(cells, (2, 1, 3))
+    assert found.shape == (2, 1, 4, 3, 12)
+    for d, h, w in itertools.product(range(4), range(3), range(12)):
+        assert torch.equal(found[..., d, h, w], cells[..., d // 2, h, w // 3])
 
 
 def test_blocks_that_do_not_fit_are_cut_at_the_far_end() -> None:

@@ -14,7 +14,15 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.objective import Batch, Objective
 
 CONF = Path(conf.__file__).parent
-MILLIONS = {"vit_s": 23, "vit_b": 88, "vit_l": 307, "resenc_small": 2.06, "resenc_l": 90.3}
+MILLIONS = {
+    "vit_s": 23,
+    "vit_b": 88,
+    "vit_l": 307,
+    "resenc_small": 2.06,
+    "resenc_l": 90.3,
+    "unet_small": 0.88,
+    "unet_b": 14.0,
+}
 
 
 def build(group: str, name: str, **given: object) -> torch.nn.Module:
@@ -48,6 +56,10 @@ def test_a_preset_has_the_surface_of_a_backbone(name: str) -> None:
         ("mae", "vit_s", (96, 96, 96)),
         ("cnn_mae", "resenc_small", (32, 48, 32)),
         ("cnn_mae", "resenc_l", (160, 160, 160)),
+        ("cnn_mae", "unet_b", (128, 128, 128)),
+        ("s3d", "resenc_small", (32, 48, 32)),
+        ("s3d", "resenc_l", (160, 160, 160)),
+        ("s3d", "unet_b", (128, 128, 128)),
     ],
 )
 def test_presets_fit_together(objective: str, backbone: str, shape: tuple[int, int, int]) -> None:
