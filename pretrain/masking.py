@@ -100,10 +100,24 @@ def block_hidden(
     d, h, w = shape
     bd, bh, bw = triple(block)
     grid = -(-d // bd), -(-h // bh), -(-w // bw)
-    hidden = random_hidden(seeds, grid, ratio).view(-1, 1, grid[0], 1, grid[1], 1, grid[2], 1)
-    voxels = hidden.expand(-1, 1, grid[0], bd, grid[1], bh, grid[2], bw)
-    voxels = voxels.reshape(-1, 1, grid[0] * bd, grid[1] * bh, grid[2] * bw)
+    voxels = spread(random_hidden(seeds, grid, ratio), grid, (bd, bh, bw))
     return voxels[:, :, :d, :h, :w]
+
+
+def spread(hidden: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Gives every voxel the mark of the part that it lies in.
+
+    Args:
+        hidden: [B, N], in C order of the grid.
+        grid: parts along (d, h, w).
+        block: voxels of a part along (d, h, w).
+
+    Returns:
+        [B, 1, D, H, W].
+    """
+    (gd, gh, gw), (bd, bh, bw) = grid, block
+    parts = hidden.view(-1, 1, gd, 1, gh, 1, gw, 1)
+    return parts.expand(-1, 1, gd, bd, gh, bh, gw, bw).reshape(-1, 1, gd * bd, gh * bh, gw * bw)
 
 
 def patchify(volume: Tensor, patch: Sequence[int]) -> Tensor:
