@@ -87,20 +87,39 @@ def rotary_table(grid: Sequence[int], head_dim: int, device: torch.device | None
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class LearnedPosition(nn.Module):
-    """One learned vector per cell of a reference grid; other grids interpolate between them."""
+class Position(nn.Module):
+    """What is added to a patch's embedding to tell where the patch lies.
 
-    def __init__(self, grid: Sequence[int], dim: int) -> None:
+    Args:
+        kind: sincos is `sincos_position`, learned a vector per cell of a reference grid, none zero.
+        dim: width E.
+        grid: the reference grid (d, h, w) of a learned position; other grids interpolate in it.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["sincos", "learned", "none"],
+        dim: int,
+        grid: tuple[int, int, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*triple(grid), dim))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.kind = kind
+        self.dim = dim
+        self.grid = grid
+        self.weight = None if grid is None else nn.Parameter(torch.empty(*grid, dim))
+        if self.weight is not None:
+            nn.init.trunc_normal_(self.weight, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
         """Positions do not decay."""
-        return {"weight"}
+        return set() if self.weight is None else {"weight"}
 
-    def forward(self, grid: Sequence[int]) -> Tensor:
-        """Returns [N, E] for a grid of any size, trilinear between the centres of the cells."""
+    def forward(self, grid: Sequence[int], device: torch.device) -> Tensor:
+        """Returns [N, E] for a grid of any size; a learned one trilinear between cell centres."""
+        if self.kind == "sincos":
+            return sincos_position(grid, self.dim, device)
+        if self.weight is None:
+            return torch.zeros(math.prod(grid), self.dim, device=device)
         maps = self.weight.permute(3, 0, 1, 2)[None]  # [1, E, gd, gh, gw]
         if tuple(maps.shape[2:]) != tuple(grid):
             maps = F.interpolate(maps, size=tuple(grid), mode="trilinear", align_corners=False)
@@ -327,7 +346,6 @@ class ViT3D(Backbone):
         self.prefix_tokens = int(cls_token) + register_tokens
         self.channels = (embed_dim,) * len(self.taps)
         self.strides = (self.patch_size,) * len(self.taps)
-        self.position = position
         self.decoder = decoder
         self.kind = BlockKind(
             num_heads, mlp_ratio, mlp, rope, inner_norm, layer_scale, qkv_bias, norm_eps
@@ -339,7 +357,7 @@ class ViT3D(Backbone):
         self.register_tokens = (
             nn.Parameter(torch.empty(register_tokens, embed_dim)) if register_tokens else None
         )
-        self.pos_embed = LearnedPosition(position_grid, embed_dim) if position_grid else None
+        self.pos_embed = Position(position, embed_dim, position_grid)
         linear = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         rates = linear if drop_path_rule == "linear" else [drop_path] * depth
         self.blocks = self.kind.blocks(embed_dim, rates, self.prefix_tokens)
@@ -462,13 +480,8 @@ class ViT3D(Backbone):
         rotary = self.kind.rotary(grid, self.embed_dim, x.device)
         if visible is not None:
             rotary = tuple(table[visible][:, None] for table in rotary)  # [B, 1, V, 2 A]
-        if self.position != "none":
-            position = (
-                sincos_position(grid, self.embed_dim, x.device)
-                if self.pos_embed is None
-                else self.pos_embed(grid)
-            )  # [N, E]
-            tokens = tokens + (position if visible is None else position[visible])
+        position = self.pos_embed(grid, x.device)  # [N, E]
+        tokens = tokens + (position if visible is None else position[visible])
         prefix = [
             token.to(tokens.dtype).view(1, -1, self.embed_dim).expand(len(x), -1, -1)
             for token in (self.cls_token, self.register_tokens)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,11 @@ from torch import Tensor
 from data_prep.errors import InputError
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D, sincos_position
+from pretrain.losses import masked_mse
 from pretrain.masking import kept, patchify, random_hidden, unpatchify
 from pretrain.objective import Batch
-from pretrain.objectives.mae import (
-    MAE,
-    denormalise,
-    masked_mse,
-    normalise,
-    patch_statistics,
-)
+from pretrain.objectives.mae import MAE
+from pretrain.objectives.masked_patches import denormalise, normalise, patch_statistics
 
 PATCH, GRID, SHAPE = (2, 4, 3), (2, 3, 4), (4, 12, 12)
 MakeBatch = Callable[..., Batch]
@@ -29,8 +26,8 @@ class FixedSight(ViT3D):
 
     image: Tensor
 
-    def tokens(self, x: Tensor, hidden: Tensor | None = None, keep: int | None = None) -> Tensor:
-        return super().tokens(self.image, hidden, keep)
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        return super().encode(self.image, *args, **kwargs)
 
 
 def objective(
