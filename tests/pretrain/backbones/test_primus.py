@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import conf
+from pretrain.arguments import build_allowed
 from pretrain.backbones.vit import ViT3D
 from pretrain.decoders import PatchDecoder, build_decoder
 
@@ -104,6 +106,17 @@ def test_their_order_of_axes_is_ours(theirs: nn.Module) -> None:
         swapped = encoder(image)[-1]
         encoder.pos_embed.weight.copy_(right)
         assert (encoder(image)[-1] - swapped).abs().max() > 1e-2
+
+
+def test_a_release_may_name_a_primus() -> None:
+    """Its arguments are plain data and within the bounds of the signature."""
+    args = OmegaConf.to_container(OmegaConf.load(CONF / "primus_s.yaml"))
+    assert isinstance(args, dict)
+    del args["_target_"]
+    args = json.loads(json.dumps(args | {"position_grid": [1, 2, 3], "depth": 2}))
+    made = build_allowed("vit.ViT3D", args, "pretrain.backbones", "backbone")
+    assert isinstance(made, ViT3D)
+    assert made.pos_embed.grid == (1, 2, 3)
 
 
 @pytest.mark.parametrize("size", ["s", "b", "m", "l"])
