@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import ConvNorm, ConvStack, init_convolution
 from pretrain.backbones.unet import UNetEncoder
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.vit import ChannelNorm, ViT3D
 from pretrain.masking import triple
 
 
@@ -27,6 +27,8 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     if own is not None:
         return own
     if isinstance(encoder, ViT3D):
+        if encoder.decoder == "patch":
+            return PatchDecoder(encoder.embed_dim, encoder.patch_size, out_channels)
         return UNETRDecoder(
             encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
         )
@@ -158,6 +160,57 @@ class UNETRDecoder(nn.Module):
         if x.shape[2:] != image.shape[2:]:
             x = _resize(x, image.shape[2:])
         return self.head(self.merges[0](torch.cat([x, self.image_skip(image)], dim=1)))
+
+
+class PatchDecoder(nn.Module):
+    """Decodes the deepest map of a ViT alone, by transposed convolutions of stride 2.
+
+    Published with Primus (Wald et al. 2025, arXiv:2503.01835). Kernels are as large as strides and
+    norms are over channels, so each token becomes its own patch of voxels and sees no other. The
+    widths fall geometrically towards twice the output's, in multiples of 8, and so depend on
+    `out_channels`: only decoders of equal output have equal shapes.
+
+    Args:
+        embed_dim: width of the ViT.
+        patch_size: voxels of its patch, one number or (d, h, w): powers of two. A shorter side is
+            doubled last.
+        out_channels: channels of the output.
+
+    Raises:
+        ValueError: if a side of the patch is no power of two, or all are 1.
+    """
+
+    def __init__(
+        self, embed_dim: int, patch_size: int | tuple[int, int, int], out_channels: int
+    ) -> None:
+        super().__init__()
+        sides = triple(patch_size)
+        count = max(sides).bit_length() - 1
+        if count == 0 or any(side & (side - 1) for side in sides):
+            raise ValueError(
+                "the patch decoder doubles its way up and needs a patch whose sides are powers of "
+                f"two, one of them 2 or more, found {list(sides)}"
+            )
+        steps = [triple([2 if side >> n > 1 else 1 for side in sides]) for n in range(count)][::-1]
+        shrink = (embed_dim / (2 * out_channels)) ** (1 / count)
+        inner = [embed_dim / shrink ** (i + 1) for i in range(count - 1)]
+        width = [embed_dim, *(max(8, 8 * round((w + 1e-6) / 8)) for w in inner)]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.ConvTranspose3d(width[i], width[i + 1], steps[i], steps[i]),
+                    ChannelNorm(width[i + 1]),
+                    nn.GELU(),
+                )
+                for i in range(count - 1)
+            )
+        )
+        self.head = nn.ConvTranspose3d(width[-1], out_channels, steps[-1], steps[-1])
+        self.apply(init_convolution)
+
+    def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
+        """Decodes the last map [B, E, gd, gh, gw] to [B, out_channels, D, H, W]."""
+        return self.head(self.stages(features[-1]))
 
 
 def _lift(in_channels: int, out_channels: int, steps: list[tuple[int, int, int]]) -> nn.Sequential:

@@ -100,8 +100,13 @@ def block_hidden(
     d, h, w = shape
     bd, bh, bw = triple(block)
     grid = -(-d // bd), -(-h // bh), -(-w // bw)
-    voxels = enlarge(random_hidden(seeds, grid, ratio).view(-1, 1, *grid), (bd, bh, bw))
+    voxels = spread(random_hidden(seeds, grid, ratio), grid, (bd, bh, bw))
     return voxels[:, :, :d, :h, :w]
+
+
+def spread(hidden: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Gives every voxel the mark of its part: [B, N] in C order of the grid to [B, 1, D, H, W]."""
+    return enlarge(hidden.view(-1, 1, *grid), block)
 
 
 def enlarge(cells: Tensor, factor: int | Sequence[int]) -> Tensor:

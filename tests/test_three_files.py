@@ -40,7 +40,7 @@ class Mean(Objective):
         return Losses(self.weight * error, {"mean_error": error.detach()})
 '''
 CONFIG = "_target_: mine.Mean\nweight: 2.0\n"
-TEST = '''
+TEST = """
 import torch
 
 from mine import Mean
@@ -54,7 +54,7 @@ def test_weight_scales_the_loss():
     batch = Batch(image, torch.ones_like(image, dtype=torch.bool), torch.ones(2, 3), seeds)
     loss, parts = Mean(encoder=encoder, weight=3.0)(batch, 0.0)
     assert torch.isclose(loss, 3 * parts["mean_error"])
-'''
+"""
 
 
 @pytest.fixture

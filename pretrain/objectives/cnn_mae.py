@@ -25,9 +25,9 @@ from torch import Tensor
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.decoders import UNetDecoder
+from pretrain.losses import masked_mse
 from pretrain.masking import block_hidden
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.objectives.mae import masked_mse
 
 
 class CnnMAE(Objective):

@@ -33,12 +33,12 @@ from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import InstanceNorm, Pyramid
 from pretrain.decoders import UNetDecoder
+from pretrain.losses import masked_mse
 from pretrain.masking import enlarge, patchify, random_hidden, triple, unpatchify
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.objectives.mae import (
+from pretrain.objectives.masked_patches import (
     PatchStatistics,
     denormalise,
-    masked_mse,
     normalise,
     patch_statistics,
 )

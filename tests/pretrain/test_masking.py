@@ -11,6 +11,7 @@ from pretrain.masking import (
     kept,
     patchify,
     random_hidden,
+    spread,
     triple,
     unpatchify,
     visible_first,
@@ -108,6 +109,14 @@ def test_block_mask_hides_whole_blocks() -> None:
     blocks = patchify(hidden, (16, 16, 16))
     assert torch.equal(blocks.all(-1), blocks.any(-1))
     assert torch.equal(blocks.all(-1), random_hidden(SEEDS, (2, 3, 4), 0.75))
+
+
+def test_spread_inverts_looking_at_whole_patches() -> None:
+    hidden = random_hidden(SEEDS, (2, 3, 4), 0.6)
+    voxels = spread(hidden, (2, 3, 4), (3, 1, 2))
+    assert voxels.shape == (4, 1, 6, 3, 8)
+    for d, h, w in itertools.product(range(6), range(3), range(8)):
+        assert torch.equal(voxels[:, 0, d, h, w], hidden[:, d // 3 * 12 + h * 4 + w // 2])
 
 
 def test_750_of_1000_blocks() -> None:
