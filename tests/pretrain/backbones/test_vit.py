@@ -188,7 +188,12 @@ def test_hidden_voxels_are_never_read(kind: str, masked: str) -> None:
 
     rows = patchify(IMAGE, vit.patch_size).masked_fill(HIDDEN[:, :, None], float("nan"))
     ruined = unpatchify(rows, (2, 3, 4), vit.patch_size)
-    assert torch.equal(vit.tokens(ruined, HIDDEN, **given), vit.tokens(IMAGE, HIDDEN, **given))
+    expected = vit.tokens(IMAGE, HIDDEN, **given)
+    vit.zero_grad()
+    found = vit.tokens(ruined, HIDDEN, **given)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in vit.parameters() if p.grad is not None)
 
 
 @kinds
