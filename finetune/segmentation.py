@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from finetune.settings import TaskSettings
 from pretrain.backbones.backbone import Backbone
 from pretrain.decoders import build_decoder
+from pretrain.losses import IGNORE, cross_entropy, dice_loss
 from pretrain.objective import Batch, Losses, Objective
-
-IGNORE = -1
 
 
 class Segmentation(Objective):
@@ -57,32 +55,3 @@ def class_table(task: TaskSettings) -> Tensor:
 def to_classes(label: Tensor, table: Tensor) -> Tensor:
     """Label values of any shape to class indices; values that no class names are background."""
     return table[label.clamp(max=len(table) - 1)]
-
-
-def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
-    """One minus the mean soft Dice over foreground classes, each summed over the whole batch.
-
-    Args:
-        logits: [B, K, D, H, W].
-        target: [B, D, H, W] class indices; -1 is left out.
-        smooth: keeps an absent class finite.
-    """
-    seen = target != IGNORE  # [B, D, H, W]
-    probability = logits.softmax(1)[:, 1:] * seen[:, None]  # [B, K-1, D, H, W]
-    truth = F.one_hot(target.clamp(min=0), logits.shape[1]).movedim(-1, 1)[:, 1:]
-    truth = truth.to(probability.dtype) * seen[:, None]
-    axes = (0, 2, 3, 4)
-    overlap = (probability * truth).sum(axes)  # [K-1]
-    total = probability.sum(axes) + truth.sum(axes)
-    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the voxels that count; zero, not NaN, if there are none.
-
-    Args:
-        logits: [B, K, D, H, W].
-        target: [B, D, H, W] class indices; -1 is left out.
-    """
-    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp(min=1)
