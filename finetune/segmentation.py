@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.settings import TaskSettings
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import build_decoder
+from pretrain.decoders import build_decoder, full_outputs
 from pretrain.losses import IGNORE, cross_entropy, dice_loss
 from pretrain.objective import Batch, Losses, Objective
 
@@ -32,12 +32,17 @@ class Segmentation(Objective):
         return logits
 
     def forward(self, batch: Batch, progress: float) -> Losses:
-        """Dice and cross-entropy over the voxels that are valid and not ignored."""
+        """Dice and cross-entropy over the voxels that are valid and not ignored.
+
+        A decoder with outputs at several scales learns at all of them, as in its publication;
+        `logits` gives the finest.
+        """
         assert batch.label is not None
         target = to_classes(batch.label, self.class_of)  # [B, D, H, W]
         target = target.masked_fill(~batch.valid[:, 0], IGNORE)
-        logits = self.logits(batch.image).float()
-        dice, entropy = dice_loss(logits, target), cross_entropy(logits, target)
+        outputs = full_outputs(self.decoder, batch.image, self.encoder(batch.image))
+        dice = torch.stack([dice_loss(x.float(), target) for x in outputs]).mean()
+        entropy = torch.stack([cross_entropy(x.float(), target) for x in outputs]).mean()
         return Losses(dice + entropy, {"dice": dice, "cross_entropy": entropy})
 
 

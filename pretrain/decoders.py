@@ -32,6 +32,19 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     return UNetDecoder(encoder.channels, encoder.strides, out_channels)
 
 
+def full_outputs(decoder: nn.Module, image: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """All that a decoder has to say at the resolution of the image, for deep supervision.
+
+    One output for most. A decoder with a method `outputs` gives several, finest first; coarser
+    ones are interpolated.
+    """
+    scales = getattr(decoder, "outputs", None)
+    if scales is None:
+        return [decoder(image, features)]
+    size = image.shape[2:]
+    return [x if x.shape[2:] == size else _resize(x, size) for x in scales(image, features)]
+
+
 class UNetDecoder(nn.Module):
     """The decoder of a U-Net: transposed convolution, concatenated skip, convolutions, per stage.
 
