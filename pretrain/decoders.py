@@ -1,8 +1,9 @@
 """Decoders from an encoder's feature maps back to the resolution of the image.
 
 Objectives rebuild images with them and finetune segments with them, so a decoder that was
-pretrained can be transferred. All are called as `decoder(image, features)` and return
-[B, out_channels, D, H, W]; parameters whose names begin with `head` belong to the task.
+pretrained can be transferred. All are called as `decoder(image, features)`, return
+[B, out_channels, D, H, W] and say `out_channels`; parameters whose names begin with `head` belong
+to the task and stay behind.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.resenc import ConvNorm, ConvStack, init_convolution
 from pretrain.backbones.vit import ViT3D
 from pretrain.masking import triple
+
+HEAD = "head"
+"""How the names of those parameters begin that do not transfer to another task."""
 
 
 def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
@@ -71,6 +75,7 @@ class UNetDecoder(nn.Module):
         convs_per_stage: int = 1,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.transpconvs = nn.ModuleList()
         self.stages = nn.ModuleList()
         for i in range(len(channels) - 1, 0, -1):
@@ -130,6 +135,7 @@ class UNETRDecoder(nn.Module):
         feature_size: int = 16,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         doublings = [p.bit_length() - 1 for p in triple(patch_size)]  # floor(log2)
         top = max(doublings)
         if top == 0:
