@@ -1,8 +1,9 @@
 """Decoders from an encoder's feature maps back to the resolution of the image.
 
 Objectives rebuild images with them and finetune segments with them, so a decoder that was
-pretrained can be transferred. All are called as `decoder(image, features)` and return
-[B, out_channels, D, H, W]; parameters whose names begin with `head` belong to the task.
+pretrained can be transferred. All are called as `decoder(image, features)`, return
+[B, out_channels, D, H, W] and say `out_channels`; parameters whose names begin with `head` belong
+to the task and stay behind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pretrain.backbones.unet import UNetEncoder
 from pretrain.backbones.vit import ChannelNorm, ViT3D
 from pretrain.masking import triple
 
+HEAD = "head"
+"""How the names of those parameters begin that do not transfer to another task."""
+
 
 def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     """The decoder that fits: the encoder's own, UNETR-like on tokens, U-Net on a pyramid."""
@@ -35,6 +39,19 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     # nnU-Net decodes with two convolutions per stage in its plain U-Net, with one in its ResEnc.
     convs = 2 if isinstance(encoder, UNetEncoder) else 1
     return UNetDecoder(encoder.channels, encoder.strides, out_channels, convs)
+
+
+def full_outputs(decoder: nn.Module, image: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """All that a decoder has to say at the resolution of the image, for deep supervision.
+
+    One output for most. A decoder with a method `outputs` gives several, finest first; coarser
+    ones are interpolated.
+    """
+    scales = getattr(decoder, "outputs", None)
+    if scales is None:
+        return [decoder(image, features)]
+    size = image.shape[2:]
+    return [x if x.shape[2:] == size else _resize(x, size) for x in scales(image, features)]
 
 
 class UNetDecoder(nn.Module):
@@ -63,6 +80,7 @@ class UNetDecoder(nn.Module):
         convs_per_stage: int = 1,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.transpconvs = nn.ModuleList()
         self.stages = nn.ModuleList()
         for i in range(len(channels) - 1, 0, -1):
@@ -122,6 +140,7 @@ class UNETRDecoder(nn.Module):
         feature_size: int = 16,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         doublings = [p.bit_length() - 1 for p in triple(patch_size)]  # floor(log2)
         top = max(doublings)
         if top == 0:

@@ -20,6 +20,7 @@ DOORS = {
     "export",
     "loader",
     "loop",
+    "losses",
     "objective",
     "previews",
     "release",
