@@ -379,7 +379,8 @@ class _Watch(L.Callback):
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
-        raw = collate([loop.dataset.middle(item) for item in _preview_items(loop.dataset)])
+        items, crops = _preview_items(loop.dataset), range(loop.dataset.crops)
+        raw = collate([loop.dataset.middle(item, number) for item in items for number in crops])
         moved = {
             name: value.to(objective.device) if isinstance(value, Tensor) else value
             for name, value in raw.items()

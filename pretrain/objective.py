@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Batch:
     """Crops on the device, in normalised units.
 
-    B is samples x the objective's `crops`, sample by sample. Shapes: image [B, C, D, H, W]
+    B is samples x the objective's `crops`, sample by sample; each crop has its own seed, and a
+    sample's key stands once for each of its crops. Shapes: image [B, C, D, H, W]
     float32; valid [B, 1, D, H, W] bool, False where a voxel is padding or anonymised and must
     carry no loss; spacing [B, 3] in mm; seeds [B] int64, from which every random draw of the
     objective derives; label [B, D, H, W] int64 if there is one.
@@ -57,6 +58,9 @@ class Objective(L.LightningModule):
 
     crops: int = 1
     """Crops of one volume that make a sample; a batch holds them one after the other."""
+
+    batch_multiple: int = 1
+    """Samples of a rank's micro-batch come in multiples of this: 2 if they are taken in pairs."""
 
     transfers: Literal["encoder", "network"] = "encoder"
     """What finetuning takes over: the encoder, or the decoder but for its head as well."""

@@ -63,6 +63,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         # The corpus is at its spacing already; the release resamples new scans to it.
         preprocess,
         settings.crop_size,
+        crops=objective.crops,
     )
     loop = Loop(
         settings,
@@ -117,6 +118,7 @@ def build_objective(settings: PretrainSettings, channels: int) -> Objective:
                 f"objective._target_={settings.objective['_target_']}: is no "
                 "pretrain.objective.Objective; derive it from that class"
             )
+        _check_batch(made, settings)
         return made
 
     _try_step(make, channels, settings.crop_size)
@@ -135,11 +137,12 @@ def _try_step(
     try:
         with torch.device("meta"):
             objective = make()
+            count = 2 * objective.crops * objective.batch_multiple
             batch = Batch(
-                torch.empty(2, channels, *crop_size),
-                torch.empty(2, 1, *crop_size, dtype=torch.bool),
-                torch.empty(2, 3),
-                torch.empty(2, dtype=torch.int64),
+                torch.empty(count, channels, *crop_size),
+                torch.empty(count, 1, *crop_size, dtype=torch.bool),
+                torch.empty(count, 3),
+                torch.empty(count, dtype=torch.int64),
             )
             fits: Any = objective.encoder
             fits.grids(crop_size)
@@ -150,6 +153,18 @@ def _try_step(
         raise InputError(
             f"backbone, objective and crop_size={list(crop_size)} do not fit together: {error}"
         ) from error
+
+
+def _check_batch(objective: Objective, settings: PretrainSettings) -> None:
+    parts = settings.trainer.devices * settings.trainer.nodes * settings.accumulate
+    micro, multiple = settings.batch_size // parts, objective.batch_multiple
+    if micro % multiple:
+        raise InputError(
+            f"batch_size={settings.batch_size}: leaves {micro} samples to each of devices x nodes "
+            f"x accumulate = {parts} micro-batches, and {type(objective).__name__} needs a "
+            f"multiple of {multiple} there: take a batch_size that is a multiple of "
+            f"{parts * multiple}"
+        )
 
 
 def corpus_channels(corpus: Corpus) -> int:
