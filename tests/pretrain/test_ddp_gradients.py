@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_pairs import build, one_each
+from tiny_pairs import build, names, refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,7 +37,7 @@ class Loss(nn.Module):
 
 
 def prepared(objective: str, backbone: str) -> tuple[Objective, Batch]:
-    """Float64, four samples; rank 0's two have a single valid plane each."""
+    """In float64, so that rounding hides nothing; rank 0's samples are padding but for a plane."""
     torch.manual_seed(0)
     chosen, built = build(objective, backbone)
     crops = built.crops
@@ -45,7 +45,16 @@ def prepared(objective: str, backbone: str) -> tuple[Objective, Batch]:
     batch = bare_loop(chosen, built).to_batch(raw_batch(chosen, 1, 4 * crops))
     for sample in range(0, 4, WORLD):
         batch.valid[sample * crops : (sample + 1) * crops, :, 1:] = False
-    return built.double(), replace(batch, image=batch.image.double())
+    built.double()
+    for module in built.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(widened)
+    return built, replace(batch, image=batch.image.double())
+
+
+def widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Objectives compute targets in float32; what reaches weights in float64 must be that too."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def part(batch: Batch, rank: int, crops: int) -> Batch:
@@ -78,8 +87,23 @@ def worker(rank: int, folder: str, cases: list[tuple[str, str]]) -> None:
     dist.destroy_process_group()
 
 
+def cases_without_batch_norm() -> list[tuple[str, str]]:
+    """Batch norm (PCT-Net's, as published) takes each rank's own statistics, by design."""
+    found = []
+    for objective in names("objective"):
+        for backbone in names("backbone"):
+            if refused(objective, backbone):
+                continue
+            modules = build(objective, backbone)[1].modules()
+            if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+                found.append((objective, backbone))
+                break
+    assert len(found) == len(names("objective"))
+    return found
+
+
 def test_two_ranks_have_the_gradient_of_the_joint_batch(tmp_path: Path) -> None:
-    cases = one_each()
+    cases = cases_without_batch_norm()
     mp.spawn(worker, (str(tmp_path), cases), nprocs=WORLD)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for name, backbone in cases:

@@ -15,7 +15,7 @@ from typing import Any
 import conf
 from conf.compose import settings_for
 from data_prep.errors import InputError
-from pretrain.arguments import locate
+from pretrain.arguments import check_arguments, locate
 from pretrain.objective import Objective
 from pretrain.settings import PretrainSettings
 from pretrain.train import build_objective
@@ -39,49 +39,52 @@ def _smaller(limit: int) -> Callable[[Any], Any]:
     return change
 
 
-def _to(number: Any) -> Callable[[Any], Any]:
-    return lambda value: number
+def _to(number: float) -> Callable[[Any], Any]:
+    return lambda value: [number] * len(value) if isinstance(value, list | tuple) else number
 
 
 SHRINK: dict[str, Callable[[Any], Any]] = {
     # Heads of 24 channels take a rotary position on three axes as well.
     "embed_dim": _to(48),
     "num_heads": _to(2),
+    "heads": _to(2),
+    "depths": _to(1),
     "decoder_dim": _to(48),
     "decoder_heads": _to(2),
     "decoder_depth": _smaller(2),
     "depth": _smaller(12),  # some objectives tap the tenth block
     "patch_size": _smaller(4),
     "block": _smaller(4),
-    "blocks": lambda value: [1] * len(value),
+    "blocks": _to(1),
+    "convs": _to(1),
     "features": lambda value: [8 * (i + 1) for i in range(len(value))],
-    "channels": lambda value: [8 * (i + 1) for i in range(len(value))],
     # What draws from torch's generator would differ between ranks.
     "drop_path": _to(0.0),
     "dropout": _to(0.0),
 }
-PER_STAGE = ("features", "strides", "blocks", "convs")
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """The same class with small arguments."""
+    """The same class with small arguments; three stages where it takes lists of any length."""
     target = locate(config["_target_"], "")
-    defaults = {
-        name: parameter.default
+    full = {
+        name: config.get(name, parameter.default)
         for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
+        if name in config or parameter.default is not inspect.Parameter.empty
     }
-    full = defaults | config
     small = {name: SHRINK[name](value) for name, value in full.items() if name in SHRINK and value}
-    for name in PER_STAGE:
-        value = small.get(name, full.get(name))
-        if isinstance(value, list | tuple) and len(full.get("features", ())) == len(value):
-            small[name] = list(value[:STAGES])
-    return config | small
+    stages = len(full.get("features", ()))
+    cut = {
+        name: list(value[:STAGES])
+        for name, value in (full | small).items()
+        if stages and isinstance(value, list | tuple) and len(value) == stages
+    }
+    problems = check_arguments(target, small | cut, "")[1] if cut else []
+    return config | small | ({} if any("missing" not in p for p in problems) else cut)
 
 
 @functools.cache
-def settings(objective: str, backbone: str, crop: tuple[int, int, int]) -> PretrainSettings:
+def composed(objective: str, backbone: str) -> PretrainSettings:
     """Four samples a step, one process, float32."""
     found = settings_for(
         "pretrain",
@@ -92,22 +95,29 @@ def settings(objective: str, backbone: str, crop: tuple[int, int, int]) -> Pretr
         | {
             "backbone": shrink(found.backbone),
             "objective": shrink(found.objective),
-            "crop_size": crop,
             "batch_size": 4,
             "trainer": {"accelerator": "cpu", "precision": "32-true", "workers": 0},
         }
     )
 
 
-@functools.cache
 def fitting(objective: str, backbone: str) -> PretrainSettings | InputError:
     """Settings with the smallest crop that the pair takes, or why there is none."""
+    return _fitting(composed(objective, backbone).model_dump_json())
+
+
+@functools.cache  # many presets are the same network once they are small
+def _fitting(text: str) -> PretrainSettings | InputError:
+    said = ""
     for crop in CROPS:
-        chosen = settings(objective, backbone, crop)
+        chosen = PretrainSettings.model_validate_json(text).model_copy(update={"crop_size": crop})
         try:
             build_objective(chosen, 1)
         except InputError as error:
             refusal = error
+            if str(error) == said:
+                break  # it is not about the crop
+            said = str(error)
         else:
             return chosen
     return refusal
