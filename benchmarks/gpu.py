@@ -24,7 +24,7 @@ import conf
 from conf.compose import settings_for
 from data_prep.files import write_json, write_text
 from pretrain.bench import machine
-from pretrain.estimate import estimate, micro_batch
+from pretrain.estimate import Precision, estimate, micro_batch
 from pretrain.run_folder import versions
 from pretrain.settings import PretrainSettings
 
@@ -60,20 +60,28 @@ def full_recipes() -> list[str]:
     return sorted(file.stem for file in found if not file.stem.endswith("_small"))
 
 
-def fitting_batch(settings: PretrainSettings, budget: float) -> int:
-    """The largest even micro-batch up to the recipe's that the estimate puts within `budget` bytes.
+def memory_line(
+    settings: PretrainSettings, checkpointing: bool, precision: Precision = "bf16"
+) -> tuple[float, float]:
+    """Estimated peak on one device in bytes: what is fixed, and what each sample adds.
 
-    Memory is a straight line in the number of samples, which two estimates fix.
+    Where activations outweigh the optimiser memory is a straight line; two estimates fix it.
     """
     peak = {}
-    for samples in (2, 4):
+    for samples in (256, 512):
         small = settings.model_copy(update={"batch_size": samples, "accumulate": 1})
         small.trainer = settings.trainer.model_copy(update={"devices": 1, "nodes": 1})
-        told = estimate(small, precisions=("float32",))
-        peak[samples] = told.memory[settings.trainer.checkpointing].peak
-    slope = (peak[4] - peak[2]) / 2
-    room = int((budget - peak[2]) / max(slope, 1)) // 2 * 2
-    return max(2, min(2 + room, micro_batch(settings)))
+        told = estimate(small, precisions=(precision,))
+        peak[samples] = told.memory[checkpointing].peak
+    slope = (peak[512] - peak[256]) / 256
+    return peak[256] - 256 * slope, slope
+
+
+def fitting_batch(settings: PretrainSettings, budget: float) -> int:
+    """The largest even micro-batch up to the recipe's that the estimate puts within `budget`."""
+    fixed, slope = memory_line(settings, settings.trainer.checkpointing, "float32")
+    room = int((budget - fixed) / slope) // 2 * 2
+    return max(2, min(room, micro_batch(settings)))
 
 
 def _recipe(name: str, device: torch.device, words: list[str]) -> dict[str, Any]:

@@ -127,8 +127,10 @@ def estimate(
     Raises:
         InputError: backbone, objective and crop do not fit together.
     """
-    with FakeTensorMode():
+    with torch.device("meta"):  # where initialisation may ask for no values
         objective = build_objective(settings, channels)
+    with FakeTensorMode():
+        objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         samples = micro_batch(settings)
         flops = _flops(settings, objective, channels, samples) // samples
         memory = []

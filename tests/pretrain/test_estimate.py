@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_pairs import build, names, one_each
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from conf.compose import settings_for
 from pretrain.estimate import bare_loop, estimate, raw_batch
 from pretrain.masking import kept
 from pretrain.settings import PretrainSettings
@@ -168,3 +170,20 @@ def test_nothing_is_allocated() -> None:
     assert found.parameters > 300e6
     events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert sum(max(e.nbytes(), 0) for e in events) < 100e6
+
+
+@pytest.mark.parametrize(("objective", "backbone"), one_each())
+def test_every_objective_can_be_told(objective: str, backbone: str) -> None:
+    chosen, _ = build(objective, backbone)
+    found = estimate(chosen, precisions=("bf16",))
+    assert found.flops_per_sample > 0
+    assert all(one.peak >= one.weights + one.optimiser + one.activations for one in found.memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [name for name in names("experiment") if not name.endswith("_small")]
+)
+def test_every_full_recipe_can_be_told(recipe: str) -> None:
+    found = estimate(settings_for("bench", [f"experiment={recipe}"]))
+    assert found.parameters > 1e6 and len(found.memory) == 4
