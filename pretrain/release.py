@@ -39,7 +39,6 @@ from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build_allowed
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import HEAD, build_decoder
 
 FORMAT = 1
 FILES = (
@@ -249,14 +248,18 @@ class Release:
         """
         if not self.has_decoder:
             raise InputError(f"{self.path}: has no decoder; transfer=encoder takes the encoder")
+        # Here, since who wants features need not wait for what only decoders import.
+        from pretrain.decoders import HEAD, build_decoder
+
         weights = self.path / DECODER
         found = stored_shapes(weights)
         with torch.device("meta"):
             told = build_decoder(self._make(), int(self.config["decoder"]["out_channels"]))
         _check_shapes(found, told, weights)
-        body = _without_head(found)
+        body = {name: shape for name, shape in found.items() if not name.startswith(HEAD)}
         state = decoder.state_dict()
-        _check_fit(body, _without_head({n: tuple(t.shape) for n, t in state.items()}), weights)
+        wanted = {n: tuple(t.shape) for n, t in state.items() if not n.startswith(HEAD)}
+        _check_fit(body, wanted, weights)
         with safe_open(weights, framework="pt") as file:
             copied = {name: file.get_tensor(name) for name in body}
         decoder.load_state_dict(state | copied)
@@ -287,10 +290,6 @@ def stored_shapes(weights: Path) -> Shapes:
             return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
-
-
-def _without_head(shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if not name.startswith(HEAD)}
 
 
 def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:
