@@ -37,7 +37,7 @@ from torch import nn
 from data_prep.errors import CorruptionError, InputError, plain_message
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
-from pretrain.arguments import build_allowed
+from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
 
 FORMAT = 1
@@ -224,12 +224,9 @@ class Release:
         chosen = self.config["backbone"]
         where = f"{self.path}: backbone"
         try:
-            made = build_allowed(chosen["name"], chosen["args"], "pretrain.backbones", where)
+            return build_backbone(chosen["name"], chosen["args"], where)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise InputError(f"{where}: {error}; export the release again") from error
-        if not isinstance(made, Backbone):
-            raise InputError(f"{where}={chosen['name']!r}: is a part of a backbone, not one")
-        return made
 
     def load(self, encoder: nn.Module) -> LoadReport:
         """Copies the weights, strictly: all names and shapes must agree.
@@ -246,20 +243,17 @@ class Release:
             InputError: there is no decoder, its weights are not those that config.json tells of,
                 or it is another than `decoder`; the message lists every tensor that differs.
         """
+        from pretrain.decoders import build_decoder, without_head  # features do without it
+
         if not self.has_decoder:
             raise InputError(f"{self.path}: has no decoder; transfer=encoder takes the encoder")
-        # Here, since who wants features need not wait for what only decoders import.
-        from pretrain.decoders import HEAD, build_decoder
-
         weights = self.path / DECODER
         found = stored_shapes(weights)
         with torch.device("meta"):
             told = build_decoder(self._make(), int(self.config["decoder"]["out_channels"]))
         _check_shapes(found, told, weights)
-        body = {name: shape for name, shape in found.items() if not name.startswith(HEAD)}
-        state = decoder.state_dict()
-        wanted = {n: tuple(t.shape) for n, t in state.items() if not n.startswith(HEAD)}
-        _check_fit(body, wanted, weights)
+        body, state = without_head(found), decoder.state_dict()
+        _check_fit(body, {n: tuple(t.shape) for n, t in without_head(state).items()}, weights)
         with safe_open(weights, framework="pt") as file:
             copied = {name: file.get_tensor(name) for name in body}
         decoder.load_state_dict(state | copied)
