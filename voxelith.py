@@ -74,6 +74,19 @@ def _pretrain(words: list[str]) -> Any:
     return {"run": str(run)}
 
 
+def _bench(words: list[str]) -> Any:
+    from data_prep.errors import InputError
+
+    if not words or words[0] not in ("step", "estimate"):
+        raise InputError(
+            f"bench: say what, step or estimate; usage: voxelith {COMMANDS['bench'].usage}"
+        )
+    settings = _configured("bench", words[1:])
+    from pretrain.bench import bench_estimate, bench_step
+
+    return bench_step(settings) if words[0] == "step" else bench_estimate(settings)
+
+
 def _export(words: list[str]) -> Any:
     run, output = _positional("export", words, ["RUN", "OUT"])
     from pretrain.export import export
@@ -184,6 +197,11 @@ COMMANDS = {
         "a corpus to an encoder",
         "pretrain corpus=DIR run=NAME [objective=mae] [backbone=vit_s] [key=value ...]",
         _pretrain,
+    ),
+    "bench": Command(
+        "what a step costs: measured, or estimated for a GPU that is not there",
+        "bench step|estimate [objective=mae] [backbone=vit_s] [key=value ...] [output=FILE]",
+        _bench,
     ),
     "export": Command("a run to a release", "export RUN OUT", _export),
     "features": Command("a scan to features", "features RELEASE SCAN OUT.npz", _features),

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SETTINGS = {
     "prep": "data_prep.settings:PrepSettings",
     "pretrain": "pretrain.settings:PretrainSettings",
+    "bench": "pretrain.settings:BenchSettings",
     "finetune": "finetune.settings:FinetuneSettings",
     "evaluate": "finetune.settings:EvaluateSettings",
     "predict": "finetune.settings:PredictSettings",
@@ -127,8 +128,13 @@ def _defaults(command: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     root = OmegaConf.to_container(OmegaConf.load(HERE / f"{command}.yaml"))
-    entries = root.get("defaults", []) if isinstance(root, dict) else []
-    return {str(k): v for entry in entries if isinstance(entry, dict) for k, v in entry.items()}
+    found: dict[str, Any] = {}
+    for entry in root.get("defaults", []) if isinstance(root, dict) else []:
+        if isinstance(entry, dict):
+            found |= {str(k): v for k, v in entry.items()}
+        elif entry != "_self_":  # another command's configuration, extended here
+            found |= _defaults(entry)
+    return found
 
 
 def _groups(command: str) -> list[str]:

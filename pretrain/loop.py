@@ -105,15 +105,17 @@ class Loop:
         self._count += 1
 
     def observed(self, trainer: L.Trainer) -> dict[str, float]:
-        """Mean losses since the last call, over all ranks.
+        """Mean losses since the last call, over all ranks, and the last gradient's `grad_norm`.
 
-        The one place where the host waits for the device.
+        The one place where the host waits for the device, once.
         """
         if not self._sums:
             return {}
         means = torch.stack([total.float() for total in self._sums.values()]) / self._count
         means = trainer.strategy.reduce(means, reduce_op="mean")
-        found = dict(zip(self._sums, means.tolist(), strict=True))
+        norm = means.new_full((), math.nan) if self.norm is None else self.norm.to(means)
+        values = torch.cat([means, norm[None]]).tolist()
+        found = dict(zip([*self._sums, "grad_norm"], values, strict=True))
         self._sums, self._count = {}, 0
         return found
 
@@ -347,7 +349,7 @@ class _Watch(L.Callback):
         means = loop.observed(trainer)
         if not means:
             return
-        norm = float(loop.norm) if loop.norm is not None else math.nan
+        norm = means.pop("grad_norm")
         if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"the loss is {means['loss']} and the gradient's norm {norm} between steps "

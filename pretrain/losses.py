@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.collectives import global_mean
+
 IGNORE = -1
 
 
 def masked_mse(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Mean squared error over the voxels where `counted` is True, in float32; 0 if there is none.
 
-    Selected by `where`, not by a product, so that an uncounted voxel has no gradient even where
-    its prediction is not finite.
+    The mean is over the batch of all ranks. Voxels are selected by `where`, not by a product, so
+    that an uncounted one has no gradient even where its prediction is not finite.
     """
-    return _difference(prediction, target, counted).square().sum() / counted.sum().clamp(min=1)
+    return global_mean(_difference(prediction, target, counted).square().sum(), counted.sum())
 
 
 def masked_l1(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Mean absolute error over the voxels where `counted` is True, otherwise as `masked_mse`."""
-    return _difference(prediction, target, counted).abs().sum() / counted.sum().clamp(min=1)
+    return global_mean(_difference(prediction, target, counted).abs().sum(), counted.sum())
 
 
 def _difference(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -61,11 +63,11 @@ def dice_loss(
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the voxels that count; zero, not NaN, if there are none.
+    """Mean over the voxels of all ranks that count; zero, not NaN, if there are none.
 
     Args:
         logits: [B, K, D, H, W].
         target: [B, D, H, W] class indices; -1 is left out.
     """
     total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp(min=1)
+    return global_mean(total, (target != IGNORE).sum())

@@ -127,6 +127,22 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
+Variant = Literal["float32", "bf16", "float32-compiled", "bf16-compiled"]
+
+
+class BenchSettings(PretrainSettings):
+    """The keys of conf/bench.yaml: a pretraining, and how its step is measured."""
+
+    corpus: Path | None = None  # type: ignore[assignment]
+    channels: Annotated[int, Field(ge=1, le=1024)] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] | None = None
+    discard: Annotated[int, Field(ge=1)] = 3
+    repeats: Annotated[int, Field(ge=1)] = 10
+    profile: bool = False
+    output: Path | None = None
+
+
 def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) -> None:
     """Refuses to resume a run under other settings."""
     changed = settings.changed(before)

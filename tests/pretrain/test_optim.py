@@ -101,3 +101,27 @@ def test_adamw_decays_the_weight_and_adam_the_gradient() -> None:
     # The first step of Adam is the sign of its gradient, whatever its size.
     assert stepped(optimizer="adam")[0] == pytest.approx(2 - 0.1, rel=1e-5)
     assert stepped(optimizer="adamw")[0] == pytest.approx(2 - 0.1 * 0.5 * 2 - 0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_the_fused_step_is_the_plain_one(optimizer: str) -> None:
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(7, 5), nn.Linear(7, 5)
+    plain.load_state_dict(ours.state_dict())
+    chosen = settings(optimizer=optimizer, lr=1e-2, momentum=0.9)
+    fused, written_out = make_optimizer(ours, chosen), make_optimizer(plain, chosen)
+    for group in written_out.param_groups:
+        group["fused"] = False
+    assert all(group["fused"] for group in fused.param_groups)
+    for _ in range(20):
+        x = torch.randn(3, 7)
+        for module, one in ((ours, fused), (plain, written_out)):
+            one.zero_grad()
+            module(x).square().mean().backward()
+            one.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_stand_in_tensors_have_an_optimiser_too() -> None:
+    make_optimizer(nn.Linear(2, 2, device="meta"), settings())

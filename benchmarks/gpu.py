@@ -1,0 +1,156 @@
+"""Everything that needs a GPU, in one command: `make gpu`.
+
+    python benchmarks/gpu.py [--device cuda] [--only NAME ...] [--output docs/results]
+
+Runs the tests marked `gpu`, then measures a step of every full recipe of conf/experiment in
+float32 and bf16, eager and compiled, at the largest micro-batch of the recipe that fits one device
+by the estimate, beside what was estimated. A recipe runs in a process of its own, so that one that
+fails leaves the others alone. Writes gpu.json (all that was measured) and gpu.md (a table).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import conf
+from conf.compose import settings_for
+from data_prep.files import write_json, write_text
+from pretrain.bench import machine
+from pretrain.estimate import estimate, micro_batch
+from pretrain.run_folder import versions
+from pretrain.settings import PretrainSettings
+
+ROOT = Path(__file__).parents[1]
+SHARE = 0.85
+"""Of the device's memory that the estimate may fill: workspaces and fragments need the rest."""
+
+
+def main() -> None:
+    chosen = _arguments()
+    device = torch.device(chosen.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: there is no CUDA device here")
+    tests = _tests() if not chosen.only else "not run"
+    recipes = [_recipe(name, device, chosen.words) for name in chosen.only or full_recipes()]
+    result = {
+        "machine": machine(device),
+        "versions": versions(),
+        "tests": tests,
+        "recipes": recipes,
+    }
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    write_json(chosen.output / "gpu.json", result)
+    write_text(chosen.output / "gpu.md", markdown(result))
+    print(f"{chosen.output}: gpu.json, gpu.md")
+    if any("error" in one for one in recipes) or tests not in ("passed", "not run"):
+        sys.exit(1)
+
+
+def full_recipes() -> list[str]:
+    """The recipes at the size of their papers."""
+    found = (Path(conf.__file__).parent / "experiment").glob("*.yaml")
+    return sorted(file.stem for file in found if not file.stem.endswith("_small"))
+
+
+def fitting_batch(settings: PretrainSettings, budget: float) -> int:
+    """The largest even micro-batch up to the recipe's that the estimate puts within `budget` bytes.
+
+    Memory is a straight line in the number of samples, which two estimates fix.
+    """
+    peak = {}
+    for samples in (2, 4):
+        small = settings.model_copy(update={"batch_size": samples, "accumulate": 1})
+        small.trainer = settings.trainer.model_copy(update={"devices": 1, "nodes": 1})
+        told = estimate(small, precisions=("float32",))
+        peak[samples] = told.memory[settings.trainer.checkpointing].peak
+    slope = (peak[4] - peak[2]) / 2
+    room = int((budget - peak[2]) / max(slope, 1)) // 2 * 2
+    return max(2, min(2 + room, micro_batch(settings)))
+
+
+def _recipe(name: str, device: torch.device, words: list[str]) -> dict[str, Any]:
+    settings = settings_for("bench", [f"experiment={name}", *words])
+    if device.type == "cuda":
+        budget = SHARE * torch.cuda.get_device_properties(device).total_memory
+        samples = fitting_batch(settings, budget)
+    else:
+        samples = micro_batch(settings)
+    print(f"{name}: {samples} samples of {micro_batch(settings)} at once", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "step.json"
+        size = [f"batch_size={samples}", "accumulate=1", "trainer.devices=1", "trainer.nodes=1"]
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "voxelith", "bench", "step", f"experiment={name}", *words,
+                *size, f"device={device.type}", "profile=true", f"output={file}",
+            ],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        if done.returncode:
+            return {"recipe": name, "samples": samples, "error": done.stderr[-2000:]}
+        return {"recipe": name, "samples": samples, **json.loads(file.read_text())}
+
+
+def _tests() -> str:
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "tests"], cwd=ROOT)
+    return {0: "passed", 5: "none found"}.get(done.returncode, f"failed ({done.returncode})")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table that docs/results/gpu.md shows."""
+    found = result["machine"]
+    lines = [
+        "# Steps of the full recipes on one device",
+        "",
+        f"Made by `make gpu` on {found.get('gpu', found['processor'])}, "
+        f"torch {result['versions']['torch']}. Tests marked `gpu`: {result['tests']}.",
+        "",
+        "| recipe | variant | samples at once | s a step | samples/s | TFLOP/s | MFU | peak GiB "
+        "| estimated GiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in result["recipes"]:
+        if "error" in one:
+            said = (one["error"].strip().splitlines() or ["stopped"])[-1].replace("|", "/")
+            lines.append(f"| {one['recipe']} | failed: {said} | {one['samples']} |" + " |" * 6)
+            continue
+        for row in one["measured"]:
+            share = row["model_flops_utilisation"]
+            cells = [
+                one["recipe"],
+                row["variant"],
+                str(row["samples"]),
+                f"{row['seconds_per_step']['median']:.4g}",
+                f"{row['samples_per_second']:.4g}",
+                f"{row['flops_per_second'] / 1e12:.3g}",
+                "" if share is None else f"{share:.1%}",
+                f"{row['memory_peak'] / 2**30:.2f}",
+                f"{row['memory_estimated'] / 2**30:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="key=value for every recipe, such as repeats=5")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these recipes, without tests")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

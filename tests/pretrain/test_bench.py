@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from conf.compose import settings_for
+from pretrain.bench import GROUPS, OPTIMISER, group, profiled, spread
+from voxelith import main
+
+TINY = [
+    "backbone.embed_dim=48",
+    "backbone.depth=2",
+    "backbone.num_heads=2",
+    "objective.decoder_dim=24",
+    "objective.decoder_depth=1",
+    "objective.decoder_heads=2",
+    "crop_size=[32,32,48]",
+    "batch_size=4",
+    "trainer=cpu",
+    "repeats=3",
+    "discard=1",
+]
+
+
+def test_a_step_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results" / "step.json"
+    words = ["variants=[float32,bf16]", "profile=true", f"output={file}", "accumulate=2"]
+    assert main(["bench", "step", *TINY, *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(file.read_text())
+    assert [one["variant"] for one in found["measured"]] == ["float32", "bf16"]
+    for one in found["measured"]:
+        assert one["samples"] == 2  # a micro-batch
+        assert len(one["seconds"]) == 3 and all(len(span) == 3 for span in one["seconds"])
+        whole = sum(sorted(map(sum, one["seconds"]))[1:2])
+        assert one["seconds_per_step"]["median"] == pytest.approx(whole)
+        assert one["samples_per_second"] == pytest.approx(2 / whole)
+        assert one["tokens_per_second"] == pytest.approx(2 * 12 / whole)
+        flops = found["estimate"]["flops_per_sample"] * 2
+        assert one["flops_per_second"] == pytest.approx(flops / whole)
+        assert one["model_flops_utilisation"] is None
+        assert one["memory_peak"] > 1e6 and one["memory_estimated"] > 1e6
+        assert sum(one["profile"].values()) == pytest.approx(1)
+        assert one["profile"]["linear"] > 0 and one["profile"]["optimiser"] > 0
+    assert found["machine"]["cores"] and "torch" in found["versions"]
+    assert found["settings"]["crop_size"] == [32, 32, 48]
+
+
+def test_an_estimate_needs_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "estimate", *TINY]) == 0
+    assert "memory (cuda, estimated, GiB)" in capsys.readouterr().out
+
+
+def test_a_corpus_lends_its_channels(
+    pretrain_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "estimate", *TINY, f"corpus={pretrain_corpus}", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)["estimate"]["parameters"]
+    assert main(["bench", "estimate", *TINY, "channels=2", "--json"]) == 0
+    two = json.loads(capsys.readouterr().out)["estimate"]["parameters"]
+    assert two - one == 16**3 * 48
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "say what, step or estimate"),
+        (["stp"], "say what, step or estimate"),
+        (["step", "repets=3"], "did you mean repeats?"),
+        (["step", "variants=[fp8]"], "variants"),
+        pytest.param(
+            ["step", "device=cuda"],
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        (["estimate", "crop_size=[90,96,96]"], "multiple"),
+    ],
+)
+def test_wrong_words_start_nothing(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bench_takes_what_pretrain_takes() -> None:
+    """Its configuration extends pretrain's, so a recipe is measured by the words that start it."""
+    words = ["objective=cnn_mae", "backbone=resenc_small", "trainer=cpu", "lr=1e-2"]
+    benched = settings_for("bench", words).model_dump()
+    trained = settings_for("pretrain", [*words, "corpus=unused", "run=unused"]).model_dump()
+    different = {name for name, value in trained.items() if benched[name] != value}
+    assert different == {"corpus", "run"}
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3, "low": 2, "high": 4}
+    assert spread([2.0]) == {"median": 2, "low": 2, "high": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::addmm", "linear"),
+        ("aten::convolution_backward", "convolution"),
+        ("aten::native_layer_norm_backward", "norm"),
+        ("aten::native_batch_norm", "norm"),
+        ("aten::gelu_backward", "elementwise"),
+        ("aten::copy_", "copy"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", "other"),
+    ],
+)
+def test_operations_are_grouped(name: str, kind: str) -> None:
+    assert group(SimpleNamespace(name=name, cpu_parent=None)) == kind
+    parent = SimpleNamespace(name=OPTIMISER, cpu_parent=None)
+    assert group(SimpleNamespace(name=name, cpu_parent=parent)) == "optimiser"
+
+
+def test_a_profile_finds_what_a_step_does() -> None:
+    a, kernel = torch.randn(384, 384), torch.randn(8, 8, 3, 3, 3)
+    volume: Any = torch.randn(1, 8, 24, 24, 24)
+    products = profiled(lambda: [a @ a for _ in range(5)], torch.device("cpu"))
+    convolved = profiled(lambda: torch.conv3d(volume, kernel), torch.device("cpu"))
+    assert next(iter(products)) == "linear" and next(iter(convolved)) == "convolution"
+    assert set(products) == {*GROUPS, "optimiser", "other"}
