@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ class Augment:
 
     flip: tuple[bool, bool, bool] = (False, False, False)
     gain: float = 0.0
+
+
+class Draw(NamedTuple):
+    """What a position of the schedule stands for: a volume, where its crop starts, and a seed."""
+
+    item: int
+    meta: dict[str, Any]
+    start: NDArray[np.int64]
+    seed: int
 
 
 class CropDataset(Dataset[dict[str, Any]]):
@@ -82,19 +91,40 @@ class CropDataset(Dataset[dict[str, Any]]):
         return len(self.schedule)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        return self._crop(*self.draw(position))
+
+    def draw(self, position: int) -> Draw:
+        """Where the crop of a position lies and the seed of all else in it; no voxel is read."""
         epoch, within, sample = self.schedule.sample(position)
         rng = generator("crop", self.schedule.seed, epoch, within, 0)
         item = int(self.samples[sample])
         meta = self.corpus.meta(item)
         start = self._place(rng, meta, np.array(self.corpus.shapes[item][1:]))
-        return self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
+        return Draw(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
 
     def middle(self, item: int) -> dict[str, Any]:
-        """The crop in the middle of a volume's foreground: the same in every run, for pictures."""
+        """The crop in the middle of a volume's foreground: the same in every run, for pictures.
+
+        With labels, in the middle of what is labelled.
+        """
         meta = self.corpus.meta(item)
         centre = np.array(meta["foreground_box"]).sum(1) // 2
+        voxels = [v for found in meta["class_voxels"].values() for v in found] if self.label else []
+        if voxels:
+            centre = (np.min(voxels, axis=0) + np.max(voxels, axis=0)) // 2
         start = self._inside(centre, np.array(self.corpus.shapes[item][1:]))
         return self._crop(item, meta, start, seed=item)
+
+    def varied(self, count: int) -> list[int]:
+        """Volumes to look at: one of each modality before any comes twice, the largest first."""
+        volume = self.corpus.shapes.prod(axis=1)
+        seen: dict[str, int] = {}
+        order: list[tuple[int, int]] = []
+        for item in sorted(map(int, self.samples[:4096]), key=lambda item: (-volume[item], item)):
+            modality = str(self.corpus.modalities[item])
+            seen[modality] = seen.get(modality, 0) + 1
+            order.append((seen[modality], item))
+        return [item for _, item in sorted(order)[:count]]
 
     def _crop(
         self, item: int, meta: dict[str, Any], start: NDArray[np.int64], seed: int

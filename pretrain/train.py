@@ -52,16 +52,7 @@ def pretrain(settings: PretrainSettings) -> Path:
             )
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
-    preprocess = Preprocess.default(corpus_spacing(corpus))
-    samples = np.arange(len(corpus))
-    dataset = CropDataset(
-        corpus,
-        samples,
-        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
-        # The corpus is at its spacing already; the release resamples new scans to it.
-        preprocess,
-        settings.crop_size,
-    )
+    dataset = make_dataset(settings, corpus)
     loop = Loop(
         settings,
         dataset,
@@ -79,15 +70,32 @@ def pretrain(settings: PretrainSettings) -> Path:
                 sys.argv,
                 channels=channels,
                 corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
-                preprocess=preprocess.to_dict(),
+                preprocess=dataset.preprocess.to_dict(),
                 data=data_facts(corpus),
                 parameters=sum(p.numel() for p in objective.encoder.parameters()),
             )
-        loop.fit(objective)
+        try:
+            loop.fit(objective)
+        except FloatingPointError:
+            if main:
+                print(f"Next: voxelith replay {run.path}", file=sys.stderr)
+            raise
     if main:
         done = f"step {loop.step} of {settings.steps}"
         print(f"{run.path}: {done}. Next: voxelith export {run.path} release/")
     return run.path
+
+
+def make_dataset(settings: PretrainSettings, corpus: Corpus) -> CropDataset:
+    """All volumes of the corpus in the run's order."""
+    return CropDataset(
+        corpus,
+        np.arange(len(corpus)),
+        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
+        # The corpus is at its spacing already; the release resamples new scans to it.
+        Preprocess.default(corpus_spacing(corpus)),
+        settings.crop_size,
+    )
 
 
 def build_objective(settings: PretrainSettings, channels: int) -> Objective:
