@@ -12,6 +12,7 @@ import logging
 import math
 import re
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from torch import Tensor
 from data_prep.errors import InputError
 from data_prep.progress import bar
 from pretrain.failures import Fault, Faults, Shape, write_failure
+from pretrain.health import CollapseError, Health, evaluating
 from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.optim import make_optimizer, warmup_cosine
@@ -51,6 +53,7 @@ class Loop:
         *,
         augment: Augment | None = None,
         draw_previews: Callable[[Objective, Batch, Path], None] | None = None,
+        health: Health | None = None,
         loggers: list[Logger] | None = None,
         label: str = "train",
     ) -> None:
@@ -59,6 +62,7 @@ class Loop:
         self.run = run
         self.augment = augment
         self.draw_previews = draw_previews
+        self.health = health
         self.loggers = loggers or []
         self.label = label
         self.step = 0
@@ -134,6 +138,7 @@ class Loop:
             InputError: the checkpoint belongs to another corpus, seed or batch size.
             FloatingPointError: the loss or the gradient is no longer finite; `failures/` in the
                 run folder says where.
+            CollapseError: the features collapsed and `health.stop` is set.
         """
         objective.loop = self
         state = self.restore()
@@ -295,6 +300,8 @@ class _Watch(L.Callback):
             )
             if self.loop.step == 0:
                 self._preview(pl_module)
+            if self.loop.health is not None and self.loop.health.begin(self.loop.step):
+                self._look(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -320,6 +327,7 @@ class _Watch(L.Callback):
                 self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
                 self._preview(pl_module)
+            self._watch(trainer, pl_module, logged=logging_due or saving_due, last=last)
             if self.main:
                 self.bar.update()
         self.ended = time.perf_counter()
@@ -327,6 +335,8 @@ class _Watch(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.main:
             self.bar.close()
+            if self.loop.health is not None and self.loop.health.looks:
+                print(self.loop.health.summary(), file=sys.stderr)
             for logger in self.loop.loggers:
                 logger.finalize("success")
 
@@ -337,6 +347,34 @@ class _Watch(L.Callback):
         stopped = isinstance(exception, SIGTERMException) and self.loop.step > 0
         if stopped and self.main and self.loop.faults.first() is None:
             self._save(trainer, pl_module)
+
+    def _watch(
+        self, trainer: L.Trainer, objective: L.LightningModule, *, logged: bool, last: bool
+    ) -> None:
+        """Looks at the features where that is due; rank 0 alone, the others wait in their step."""
+        health, step = self.loop.health, self.loop.step
+        if health is None:
+            return
+        if self.main and health.due(step, logged=logged, last=last):
+            self._look(trainer, objective)
+        # All ranks stop together, where they meet anyway.
+        if health.settings.stop and logged and trainer.strategy.broadcast(health.collapsed):
+            if self.main:
+                self._save(trainer, objective)
+            raise CollapseError(
+                f"step {step} of {self.loop.run.path.name}: the features have collapsed and "
+                "health.stop is set; the state is saved: look at health.csv, or go on with "
+                "health.stop=false"
+            )
+
+    def _look(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
+        health = self.loop.health
+        assert isinstance(objective, Objective) and health is not None
+        context = trainer.precision_plugin.forward_context
+        row = health.look(objective.encoder, self.loop.step, context)
+        shown = {f"health/{name}": value for name, value in row.items() if name != "step"}
+        for logger in self.loop.loggers:
+            logger.log_metrics(shown, step=self.loop.step)
 
     def _save(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         assert isinstance(objective, Objective)
@@ -417,8 +455,6 @@ class _Watch(L.Callback):
         }
         folder = loop.run.path / "previews"
         folder.mkdir(exist_ok=True)
-        objective.eval()
-        with torch.no_grad():
+        with evaluating(objective):
             picture = folder / f"step-{loop.step:08d}.png"
             loop.draw_previews(objective, to_batch(moved), picture)
-        objective.train()

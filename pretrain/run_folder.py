@@ -235,6 +235,16 @@ class MetricsLog:
             else:
                 path.unlink()
 
+    def rows(self) -> list[dict[str, float]]:
+        """What the file holds."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [
+                {name: float(value or "nan") for name, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
+
     def write(self, row: dict[str, float | int]) -> None:
         """Appends a row; a value that the header does not name is left out."""
         text = ""
