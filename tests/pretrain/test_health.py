@@ -192,13 +192,13 @@ def test_an_objective_that_collapses_is_flagged_and_can_stop(
         pretrain_corpus, tmp_path, objective=constant, steps=400, lr=0.02, log_every=20,
         save_every=1000, health={"every": 20, "stop": True},
     )  # fmt: skip
-    with pytest.raises(CollapseError, match="health.stop"):
+    with pytest.raises(CollapseError, match=r"health\.stop"):
         pretrain(chosen)
     run = tmp_path / "run"
     found = rows(run)
     assert found[-1]["collapsed"] == 1 and found[-1]["step"] <= 200
     assert not any(row["collapsed"] for row in found[:-1])
-    assert f"step-{int(found[-1]['step']):08d}.pt" in os.listdir(run / "checkpoints")
+    assert (run / "checkpoints" / f"step-{int(found[-1]['step']):08d}.pt").is_file()
     assert "WARNING" in capsys.readouterr().err
     # Whoever wants to go on may, and is not warned again of the same.
     going = chosen.model_copy(update={"health": HealthSettings(every=20)})

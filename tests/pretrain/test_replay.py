@@ -235,6 +235,14 @@ def test_the_first_fault_is_kept() -> None:
     assert faults.first(lambda own: torch.stack([own + 3, own])) == ("loss", 2, 1, 1)
 
 
+def test_looking_does_not_wait_for_the_device() -> None:
+    """A meta tensor has no value: whoever asks for one fails."""
+    faults = Faults(1)
+    for step in range(3):
+        faults.see("loss", torch.empty((), device="meta"), step, 0)
+        faults.see("gradient", torch.empty((), device="meta"), step, 0)
+
+
 def test_json_has_no_nan() -> None:
     assert plain({"a": {"b": float("nan")}, "c": -float("inf"), "d": 1.5}) == {
         "a": {"b": "nan"},
