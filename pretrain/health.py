@@ -167,7 +167,7 @@ class Health:
 
     def due(self, step: int, *, logged: bool, last: bool) -> bool:
         """Whether to look after a step; where a row was just `logged`, `auto` may choose."""
-        if self.settings.every == 0 or (self._rows[-1:] and self._rows[-1]["step"] >= step):
+        if self.settings.every == 0:
             return False
         if not self._every and logged and step - self._first_step >= 10:
             self._choose(step)
@@ -285,7 +285,7 @@ class Health:
     def _choose(self, step: int) -> None:
         training = time.perf_counter() - self._began - self.seconds
         per_step = training / (step - self._first_step)
-        cost = self.seconds / max(self.looks, 1)
+        cost = float(np.mean([row["seconds"] for row in self._rows]))
         wanted = max(LEAST_EVERY, cost / (SHARE * per_step))
         scale = 10 ** int(np.floor(np.log10(wanted)))
         self._every = next(n * scale for n in (1, 2, 5, 10) if n * scale >= wanted)
