@@ -47,19 +47,23 @@ class Resample(_Operation):
 
 
 class Rule(_Operation):
-    """`window` maps [low, high] to [-1, 1]; `zscore` uses the volume's robust statistics."""
+    """`window` maps [low, high] onto `onto`; `zscore` uses the volume's robust statistics."""
 
     rule: Literal["window", "zscore"]
     low: float | None = None
     high: float | None = None
+    onto: tuple[float, float] | None = None
+    """Where a window's ends go; [-1, 1] if it does not say."""
 
     @model_validator(mode="after")
     def _window_has_ends(self) -> Rule:
         if self.rule == "window":
             if self.low is None or self.high is None or self.low >= self.high:
                 raise ValueError("a window needs low < high")
-        elif self.low is not None or self.high is not None:
-            raise ValueError("low and high belong to a window")
+            if self.onto is not None and self.onto[0] >= self.onto[1]:
+                raise ValueError("onto needs its lower end first")
+        elif (self.low, self.high, self.onto) != (None, None, None):
+            raise ValueError("low, high and onto belong to a window")
         return self
 
 
@@ -116,12 +120,19 @@ class Preprocess:
         cls,
         spacing_mm: Sequence[float] | None = None,
         multiple: Sequence[int] | None = None,
+        intensity: Mapping[str, Any] | None = None,
     ) -> Preprocess:
-        """CT window [-1000, 1000] HU to [-1, 1], MR robust z-score; resample and pad on request."""
+        """CT window [-1000, 1000] HU to [-1, 1], MR robust z-score; resample and pad on request.
+
+        Args:
+            spacing_mm: (d, h, w) to resample to.
+            multiple: (d, h, w) to pad to.
+            intensity: other rules, by modality.
+        """
         operations: list[dict[str, Any]] = [
             {"op": "reorient", "axcodes": "SPL"},
             {"op": "resample", "spacing_mm": list(spacing_mm) if spacing_mm else None},
-            DEFAULT_INTENSITY,
+            {**DEFAULT_INTENSITY, **(intensity or {})},
         ]
         if multiple:
             operations.append({"op": "pad", "multiple": list(multiple), "value": "minimum"})
@@ -198,7 +209,9 @@ def intensity_coefficients(
     rule = operation[modality]
     if rule["rule"] == "window":
         low, high = float(rule["low"]), float(rule["high"])
-        return low, high, (low + high) / 2, 2 / (high - low)
+        bottom, top = rule.get("onto") or (-1.0, 1.0)
+        scale = (top - bottom) / (high - low)
+        return low, high, low - bottom / scale, scale
     low, high = statistics["p0_5"], statistics["p99_5"]
     return low, high, statistics["clipped_mean"], 1 / max(statistics["clipped_std"], EPSILON)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from finetune.settings import TaskSettings
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import build_decoder
+from pretrain.decoders import build_decoder, full_outputs
+from pretrain.losses import IGNORE, cross_entropy, dice_loss
 from pretrain.objective import Batch, Losses, Objective
-
-IGNORE = -1
 
 
 class Segmentation(Objective):
@@ -34,12 +32,17 @@ class Segmentation(Objective):
         return logits
 
     def forward(self, batch: Batch, progress: float) -> Losses:
-        """Dice and cross-entropy over the voxels that are valid and not ignored."""
+        """Dice and cross-entropy over the voxels that are valid and not ignored.
+
+        A decoder with outputs at several scales learns at all of them, as in its publication;
+        `logits` gives the finest.
+        """
         assert batch.label is not None
         target = to_classes(batch.label, self.class_of)  # [B, D, H, W]
         target = target.masked_fill(~batch.valid[:, 0], IGNORE)
-        logits = self.logits(batch.image).float()
-        dice, entropy = dice_loss(logits, target), cross_entropy(logits, target)
+        outputs = full_outputs(self.decoder, batch.image, self.encoder(batch.image))
+        dice = torch.stack([dice_loss(x.float(), target) for x in outputs]).mean()
+        entropy = torch.stack([cross_entropy(x.float(), target) for x in outputs]).mean()
         return Losses(dice + entropy, {"dice": dice, "cross_entropy": entropy})
 
 
@@ -57,32 +60,3 @@ def class_table(task: TaskSettings) -> Tensor:
 def to_classes(label: Tensor, table: Tensor) -> Tensor:
     """Label values of any shape to class indices; values that no class names are background."""
     return table[label.clamp(max=len(table) - 1)]
-
-
-def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
-    """One minus the mean soft Dice over foreground classes, each summed over the whole batch.
-
-    Args:
-        logits: [B, K, D, H, W].
-        target: [B, D, H, W] class indices; -1 is left out.
-        smooth: keeps an absent class finite.
-    """
-    seen = target != IGNORE  # [B, D, H, W]
-    probability = logits.softmax(1)[:, 1:] * seen[:, None]  # [B, K-1, D, H, W]
-    truth = F.one_hot(target.clamp(min=0), logits.shape[1]).movedim(-1, 1)[:, 1:]
-    truth = truth.to(probability.dtype) * seen[:, None]
-    axes = (0, 2, 3, 4)
-    overlap = (probability * truth).sum(axes)  # [K-1]
-    total = probability.sum(axes) + truth.sum(axes)
-    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
-
-
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the voxels that count; zero, not NaN, if there are none.
-
-    Args:
-        logits: [B, K, D, H, W].
-        target: [B, D, H, W] class indices; -1 is left out.
-    """
-    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp(min=1)

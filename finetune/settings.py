@@ -56,6 +56,7 @@ class TaskSettings(BaseModel):
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
+    `transfer` auto is what the release says: the encoder, or the decoder but for its head as well.
     `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
     seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
     `default`.
@@ -65,6 +66,7 @@ class FinetuneSettings(LoopSettings):
     corpus: Path
     ckpt: Path
     init: Literal["pretrained", "scratch"] = "pretrained"
+    transfer: Literal["auto", "encoder", "network"] = "auto"
     labels: str = "all"
     label_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     split: str = "auto"

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save
+from torch import nn
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
@@ -44,6 +45,7 @@ from finetune.labels import choose_labels
 from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings, config_hash
+from pretrain.decoders import HEAD
 from pretrain.loader import Augment, CropDataset
 from pretrain.loop import Loop
 from pretrain.release import LoadReport, Release, load_release
@@ -72,6 +74,11 @@ class Plan:
         """The seed of the label draw."""
         chosen = self.settings.label_seed
         return self.settings.seed if chosen is None else chosen
+
+    @property
+    def transfer(self) -> str:
+        """What the pretrained arm takes over: encoder or network."""
+        return str(self.recipe["transfer"])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -148,6 +155,11 @@ def make_plan(settings: FinetuneSettings) -> Plan:
             f"corpus={corpus.path}: holds {', '.join(strange)}, the checkpoint was trained on "
             f"{', '.join(release.modalities)} only; choose another ckpt"
         )
+    transfer = release.transfers if settings.transfer == "auto" else settings.transfer
+    if transfer == "network" and not release.has_decoder:
+        problems.append(
+            f"transfer=network: {release.path} has no decoder; transfer=auto takes what it has"
+        )
     if problems:
         raise InputError(problems)
     train = choose_split(corpus, settings.split, "train")
@@ -160,6 +172,7 @@ def make_plan(settings: FinetuneSettings) -> Plan:
         index_hash=corpus.index_hash,
         split_hash=train.hash,
         preprocess=preprocess.to_dict(),
+        transfer=transfer,
     )
     unlabelled = _absent_classes(corpus, chosen, settings)
     return Plan(settings, release, corpus, preprocess, tuple(chosen), unlabelled, test, recipe)
@@ -168,15 +181,31 @@ def make_plan(settings: FinetuneSettings) -> Plan:
 def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
     """The network of an arm: the seed decides all weights, then the pretrained arm loads its own.
 
-    So twins start with the same decoder, and differ in the encoder alone.
+    So twins start with the same head, and differ in what is transferred alone: the encoder, or
+    the decoder but for its head as well. The report lists every tensor of the network once.
     """
     torch.manual_seed(plan.settings.seed)
     model = Segmentation(encoder=plan.release.build_encoder(), task=plan.settings.task)
-    report = LoadReport(new=sorted(model.encoder.state_dict()))
-    if plan.settings.init == "pretrained":
-        report = plan.release.load(model.encoder)
     _check_crop(model, plan.settings)
-    return model, report
+    if plan.settings.init == "scratch":
+        return model, LoadReport(new=sorted(model.state_dict()))
+    encoder = plan.release.load(model.encoder)
+    if plan.transfer == "network":
+        decoder = plan.release.load_decoder(model.decoder)
+    else:
+        decoder = _decoder_left(plan.release, model.decoder)
+    return model, LoadReport.joined(encoder=encoder, decoder=decoder)
+
+
+def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
+    """The report of a decoder that begins anew, though the release may have one."""
+    names = sorted(decoder.state_dict())
+    if not release.has_decoder:
+        return LoadReport(new=names)
+    body = [name for name in names if not name.startswith(HEAD)]
+    return LoadReport(
+        skipped=dict.fromkeys(body, "transfer=encoder"), new=sorted(set(names) - set(body))
+    )
 
 
 def _preprocess(
@@ -255,13 +284,8 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
     )
     if plan.unlabelled:
         print(f"finetune: no training case has {', '.join(plan.unlabelled)} in this label draw")
-    named = report.to_dict()
-    for kind in ("copied", "new"):
-        named[kind] = [f"encoder.{name}" for name in named[kind]]
-    for kind in ("adapted", "skipped"):
-        named[kind] = {f"encoder.{name}": how for name, how in named[kind].items()}
-    named["new"] += [f"decoder.{name}" for name in sorted(model.decoder.state_dict())]
-    write_json(run.path / "load_report.json", {"init": plan.settings.init, **named})
+    how = {"init": plan.settings.init, "transfer": plan.transfer}
+    write_json(run.path / "load_report.json", how | report.to_dict())
 
 
 def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:

@@ -1,8 +1,9 @@
 """Decoders from an encoder's feature maps back to the resolution of the image.
 
 Objectives rebuild images with them and finetune segments with them, so a decoder that was
-pretrained can be transferred. All are called as `decoder(image, features)` and return
-[B, out_channels, D, H, W]; parameters whose names begin with `head` belong to the task.
+pretrained can be transferred. All are called as `decoder(image, features)`, return
+[B, out_channels, D, H, W] and say `out_channels`; parameters whose names begin with `head` belong
+to the task and stay behind.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.resenc import ConvNorm, ConvStack, init_convolution
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.convolution import ConvNorm, ConvStack, init_convolution
+from pretrain.backbones.unet import UNetEncoder
+from pretrain.backbones.vit import ChannelNorm, ViT3D
 from pretrain.masking import triple
+
+HEAD = "head"
+"""How the names of those parameters begin that do not transfer to another task."""
 
 
 def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
@@ -26,10 +31,27 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     if own is not None:
         return own
     if isinstance(encoder, ViT3D):
+        if encoder.decoder == "patch":
+            return PatchDecoder(encoder.embed_dim, encoder.patch_size, out_channels)
         return UNETRDecoder(
             encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
         )
-    return UNetDecoder(encoder.channels, encoder.strides, out_channels)
+    # nnU-Net decodes with two convolutions per stage in its plain U-Net, with one in its ResEnc.
+    convs = 2 if isinstance(encoder, UNetEncoder) else 1
+    return UNetDecoder(encoder.channels, encoder.strides, out_channels, convs)
+
+
+def full_outputs(decoder: nn.Module, image: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """All that a decoder has to say at the resolution of the image, for deep supervision.
+
+    One output for most. A decoder with a method `outputs` gives several, finest first; coarser
+    ones are interpolated.
+    """
+    scales = getattr(decoder, "outputs", None)
+    if scales is None:
+        return [decoder(image, features)]
+    size = image.shape[2:]
+    return [x if x.shape[2:] == size else _resize(x, size) for x in scales(image, features)]
 
 
 class UNetDecoder(nn.Module):
@@ -58,6 +80,7 @@ class UNetDecoder(nn.Module):
         convs_per_stage: int = 1,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.transpconvs = nn.ModuleList()
         self.stages = nn.ModuleList()
         for i in range(len(channels) - 1, 0, -1):
@@ -117,6 +140,7 @@ class UNETRDecoder(nn.Module):
         feature_size: int = 16,
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         doublings = [p.bit_length() - 1 for p in triple(patch_size)]  # floor(log2)
         top = max(doublings)
         if top == 0:
@@ -155,6 +179,57 @@ class UNETRDecoder(nn.Module):
         if x.shape[2:] != image.shape[2:]:
             x = _resize(x, image.shape[2:])
         return self.head(self.merges[0](torch.cat([x, self.image_skip(image)], dim=1)))
+
+
+class PatchDecoder(nn.Module):
+    """Decodes the deepest map of a ViT alone, by transposed convolutions of stride 2.
+
+    Published with Primus (Wald et al. 2025, arXiv:2503.01835). Kernels are as large as strides and
+    norms are over channels, so each token becomes its own patch of voxels and sees no other. The
+    widths fall geometrically towards twice the output's, in multiples of 8, and so depend on
+    `out_channels`: only decoders of equal output have equal shapes.
+
+    Args:
+        embed_dim: width of the ViT.
+        patch_size: voxels of its patch, one number or (d, h, w): powers of two. A shorter side is
+            doubled last.
+        out_channels: channels of the output.
+
+    Raises:
+        ValueError: if a side of the patch is no power of two, or all are 1.
+    """
+
+    def __init__(
+        self, embed_dim: int, patch_size: int | tuple[int, int, int], out_channels: int
+    ) -> None:
+        super().__init__()
+        sides = triple(patch_size)
+        count = max(sides).bit_length() - 1
+        if count == 0 or any(side & (side - 1) for side in sides):
+            raise ValueError(
+                "the patch decoder doubles its way up and needs a patch whose sides are powers of "
+                f"two, one of them 2 or more, found {list(sides)}"
+            )
+        steps = [triple([2 if side >> n > 1 else 1 for side in sides]) for n in range(count)][::-1]
+        shrink = (embed_dim / (2 * out_channels)) ** (1 / count)
+        inner = [embed_dim / shrink ** (i + 1) for i in range(count - 1)]
+        width = [embed_dim, *(max(8, 8 * round((w + 1e-6) / 8)) for w in inner)]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.ConvTranspose3d(width[i], width[i + 1], steps[i], steps[i]),
+                    ChannelNorm(width[i + 1]),
+                    nn.GELU(),
+                )
+                for i in range(count - 1)
+            )
+        )
+        self.head = nn.ConvTranspose3d(width[-1], out_channels, steps[-1], steps[-1])
+        self.apply(init_convolution)
+
+    def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
+        """Decodes the last map [B, E, gd, gh, gw] to [B, out_channels, D, H, W]."""
+        return self.head(self.stages(features[-1]))
 
 
 def _lift(in_channels: int, out_channels: int, steps: list[tuple[int, int, int]]) -> nn.Sequential:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from pretrain.arguments import allowed_name, check_arguments, split_target
+from pretrain.decoders import build_decoder
+from pretrain.objective import Objective
 from pretrain.release import FORMAT, Release, write_release
 from pretrain.run_folder import RunFolder, versions
 from pretrain.train import load_trained
@@ -18,6 +23,8 @@ _FREEDOM = ("nc-nd", "nc-sa", "nc", "nd", "sa", "by", "mpl", "apache", "bsd", "m
 
 def export(run_path: Path, output: Path) -> Release:
     """Writes the encoder of a run with all that its user needs to know.
+
+    Where the objective trained the decoder that segmentation takes, that is written too.
 
     The release is read back and its golden scan checked before it appears at `output`.
 
@@ -37,6 +44,7 @@ def export(run_path: Path, output: Path) -> Release:
             f"{corpus.index_hash[:12]}, its checkpoint says {trained_on[:12]}); "
             "its fingerprints are needed: restore it"
         )
+    decoder = transferable_decoder(objective)
     fingerprints = {"format": 1, "values": sorted(set(corpus.fingerprints().values()))}
     config = {
         "format": FORMAT,
@@ -57,6 +65,8 @@ def export(run_path: Path, output: Path) -> Release:
         },
         "data": {**facts["corpus"], **facts["data"]},
         "versions": versions(),
+        "decoder": None if decoder is None else {"out_channels": decoder.out_channels},
+        "transfers": objective.transfers,
     }
     config["backbone"]["args"]["in_channels"] = facts["channels"]
     return write_release(
@@ -65,7 +75,33 @@ def export(run_path: Path, output: Path) -> Release:
         config=config,
         fingerprints=fingerprints,
         card=_card(config, facts),
+        decoder=decoder,
     )
+
+
+def transferable_decoder(objective: Objective) -> nn.Module | None:
+    """The objective's decoder, if it is the one that finetuning would put on the encoder.
+
+    Raises:
+        InputError: the objective says that the whole network transfers, and has no such decoder.
+    """
+    decoder = getattr(objective, "decoder", None)
+    channels = getattr(decoder, "out_channels", None)
+    if isinstance(decoder, nn.Module) and isinstance(channels, int):
+        with torch.device("meta"):
+            usual = build_decoder(objective.encoder, channels)
+        if type(usual) is type(decoder) and _shapes(usual) == _shapes(decoder):
+            return decoder
+    if objective.transfers == "network":
+        raise InputError(
+            f"{type(objective).__name__}: says that the whole network transfers, and its `decoder` "
+            "is not the one that build_decoder(encoder, out_channels) makes; use that one"
+        )
+    return None
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def _described(module: Any, config: dict[str, Any], package: str) -> dict[str, Any]:
@@ -82,6 +118,14 @@ def strictest_first(licences: dict[str, int]) -> list[str]:
         return next((i for i, mark in enumerate(_FREEDOM) if mark in words), -1)
 
     return sorted(licences, key=lambda licence: (freedom(licence), licence))
+
+
+def _decoder_words(config: dict[str, Any]) -> str:
+    if config["decoder"] is None:
+        return "none: finetuning begins with a new one"
+    if config["transfers"] == "network":
+        return "`decoder.safetensors`; finetuning takes it over but for its head"
+    return "`decoder.safetensors`; finetuning takes it over with `transfer=network`"
 
 
 def _card(config: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -114,6 +158,7 @@ Whether weights inherit the licence of their data is for you to judge; all of th
 | training | {training["steps"]} of {training["planned_steps"]} steps of {training["batch_size"]} \
 crops of {config["crop_size"]} voxels, seed {training["seed"]} |
 | volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |
+| decoder | {_decoder_words(config)} |
 | a scan is | turned to S, P, L axes and {grid}; intensities as in config.json |
 
 ## Data

@@ -98,7 +98,7 @@ class Shape(NamedTuple):
     def micro_batches(
         self, dataset: CropDataset, step: int
     ) -> Iterable[tuple[int, int, list[int]]]:
-        """The step after `step` steps as (micro-step, rank, positions), in this order."""
+        """The step after `step` steps, in order: micro-step, rank, indices of the crops."""
         for micro in range(self.accumulate):
             number = step * self.accumulate + micro
             for rank in range(self.world):
@@ -106,7 +106,11 @@ class Shape(NamedTuple):
                     number, number + 1, self.batch_size // self.accumulate, rank, self.world,
                     self.nodes,
                 )  # fmt: skip
-                yield micro, rank, list(positions)
+                yield (
+                    micro,
+                    rank,
+                    [p * dataset.crops + n for p in positions for n in range(dataset.crops)],
+                )
 
 
 def failure_folder(run: Path, step: int) -> Path:
@@ -159,9 +163,9 @@ def write_failure(
                     ),
                 },
                 "samples": [
-                    {"micro_step": micro, "rank": rank, **describe_sample(dataset, position)}
-                    for micro, rank, positions in shape.micro_batches(dataset, fault.step - 1)
-                    for position in positions
+                    {"micro_step": micro, "rank": rank, **describe_sample(dataset, index)}
+                    for micro, rank, crops in shape.micro_batches(dataset, fault.step - 1)
+                    for index in crops
                 ],
             },
         )
@@ -174,11 +178,13 @@ def write_failure(
     return folder
 
 
-def describe_sample(dataset: CropDataset, position: int) -> dict[str, Any]:
-    """Names the crop of a position: key, origin in voxels of its volume, seed."""
-    draw = dataset.draw(position)
+def describe_sample(dataset: CropDataset, index: int) -> dict[str, Any]:
+    """Names a crop: position in the schedule, number within it, key, origin in voxels, seed."""
+    draw = dataset.draw(index)
+    position, number = divmod(index, dataset.crops)
     return {
         "position": position,
+        "crop": number,
         "key": str(dataset.corpus.keys[draw.item]),
         "origin": [int(n) for n in draw.start],
         "seed": draw.seed,

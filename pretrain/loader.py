@@ -1,8 +1,9 @@
 """Crops from a corpus: workers read and verify, the device does the arithmetic.
 
 A worker returns int16 crops with the few numbers that make them physical; clipping, scaling, flips
-and intensity changes happen batched on the device. Each draw of a sample (where to crop, its seed)
-is a function of (seed, epoch, position in the epoch's order), never of the worker that makes it.
+and intensity changes happen batched on the device. Each draw of a crop (where it lies, its seed) is
+a function of (seed, epoch, position in the epoch's order, number of the crop within its sample),
+never of the worker that makes it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Augment:
 
 
 class Draw(NamedTuple):
-    """What a position of the schedule stands for: a volume, where its crop starts, and a seed."""
+    """What an index stands for: a volume, where its crop starts, and a seed."""
 
     item: int
     meta: dict[str, Any]
@@ -55,6 +56,9 @@ class Draw(NamedTuple):
 class CropDataset(Dataset[dict[str, Any]]):
     """Positions of a schedule to raw crops.
 
+    A sample is one volume and gives `crops` of it, each with a place and a seed of its own. Crop
+    number c of the sample at position p of the schedule is item `p * crops + c`.
+
     Args:
         corpus: where the volumes are.
         samples: corpus positions that the schedule's sample ids stand for.
@@ -64,6 +68,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         label: read the segmentation too.
         foreground: chance that a labelled crop is centred on a voxel of a random class.
         classes: label values that count as foreground; all of them by default.
+        crops: crops of a sample, as its objective declares.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         label: bool = False,
         foreground: float = 0.0,
         classes: Collection[int] | None = None,
+        crops: int = 1,
     ) -> None:
         self.corpus = corpus
         self.samples = np.asarray(samples, dtype=np.int64)
@@ -86,34 +92,41 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.label = label
         self.foreground = foreground
         self.classes = None if classes is None else {str(value) for value in classes}
+        self.crops = crops
 
     def __len__(self) -> int:
-        return len(self.schedule)
+        return len(self.schedule) * self.crops
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return self._crop(*self.draw(position))
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._crop(*self.draw(index))
 
-    def draw(self, position: int) -> Draw:
-        """Where the crop of a position lies and the seed of all else in it; no voxel is read."""
+    def draw(self, index: int) -> Draw:
+        """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
+        position, number = divmod(index, self.crops)
         epoch, within, sample = self.schedule.sample(position)
-        rng = generator("crop", self.schedule.seed, epoch, within, 0)
+        rng = generator("crop", self.schedule.seed, epoch, within, number)
         item = int(self.samples[sample])
         meta = self.corpus.meta(item)
         start = self._place(rng, meta, np.array(self.corpus.shapes[item][1:]))
         return Draw(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
 
-    def middle(self, item: int) -> dict[str, Any]:
+    def middle(self, item: int, number: int = 0) -> dict[str, Any]:
         """The crop in the middle of a volume's foreground: the same in every run, for pictures.
 
-        With labels, in the middle of what is labelled.
+        With labels, in the middle of what is labelled. Further crops of a sample (`number` 1, ...)
+        lie elsewhere in the volume, as the item and the number alone decide.
         """
         meta = self.corpus.meta(item)
+        shape = np.array(self.corpus.shapes[item][1:])
+        if number:
+            rng = generator("middle", item, number)
+            start = self._place(rng, meta, shape)
+            return self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
         centre = np.array(meta["foreground_box"]).sum(1) // 2
         voxels = [v for found in meta["class_voxels"].values() for v in found] if self.label else []
         if voxels:
             centre = (np.min(voxels, axis=0) + np.max(voxels, axis=0)) // 2
-        start = self._inside(centre, np.array(self.corpus.shapes[item][1:]))
-        return self._crop(item, meta, start, seed=item)
+        return self._crop(item, meta, self._inside(centre, shape), seed=item)
 
     def varied(self, count: int) -> list[int]:
         """Volumes to look at: one of each modality before any comes twice, the largest first."""
@@ -215,12 +228,16 @@ def _padded(array: NDArray[Any], pad: list[tuple[int, int]], values: Sequence[in
     return out
 
 
-class _Positions(Sampler[list[int]]):
-    def __init__(self, batches: list[range]) -> None:
+class _Crops(Sampler[list[int]]):
+    """Positions of a schedule to items of the dataset: all crops of each sample."""
+
+    def __init__(self, batches: list[range], crops: int) -> None:
         self.batches = batches
+        self.crops = crops
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(batch) for batch in self.batches)
+        n = self.crops
+        return ([p * n + c for p in batch for c in range(n)] for batch in self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -253,6 +270,9 @@ def make_loader(
 ) -> DataLoader[dict[str, Any]]:
     """Batches of one rank for the optimiser steps [first_step, last_step).
 
+    `batch_size` counts samples: a batch of n holds n times the dataset's `crops`, sample by
+    sample, and a sample's key once for each of its crops.
+
     With `accumulate` micro-batches a step, a step's samples are those of that many consecutive
     global micro-batches of `batch_size / accumulate`.
     """
@@ -262,7 +282,7 @@ def make_loader(
     )
     return DataLoader(
         dataset,
-        batch_sampler=_Positions(batches),
+        batch_sampler=_Crops(batches, dataset.crops),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -34,7 +34,7 @@ from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health, evaluating
 from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.optim import make_optimizer, warmup_cosine
+from pretrain.optim import make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
@@ -80,11 +80,8 @@ class Loop:
         return self.step / self.settings.steps
 
     def make_optimizer(self, objective: Objective) -> torch.optim.Optimizer:
-        """AdamW over the objective's parameter groups."""
-        chosen = self.settings
-        return make_optimizer(
-            objective, lr=chosen.lr, weight_decay=chosen.weight_decay, betas=chosen.betas
-        )
+        """The settings' optimiser over the objective's parameter groups."""
+        return make_optimizer(objective, self.settings)
 
     def to_batch(self, raw: dict[str, Any]) -> Batch:
         """Raw crops on the device to a normalised, augmented batch."""
@@ -99,14 +96,14 @@ class Loop:
 
     def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """The learning rate is a function of the step, so it needs no state."""
-        chosen = self.settings
-        share = warmup_cosine(self.step, total=chosen.steps, warmup=chosen.warmup)
+        lr = self.settings.lr * rate(self.step, self.settings)
         for group in optimizer.param_groups:
-            group["lr"] = chosen.lr * share * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def clip(self, objective: Objective) -> None:
-        """Clips the gradient's norm and remembers it for the log."""
-        self.norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), self.settings.clip)
+        """Clips the gradient's norm, if a limit is set, and remembers it for the log."""
+        limit = math.inf if self.settings.clip is None else self.settings.clip
+        self.norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), limit)
         self.faults.see("gradient", self.norm, self.step, self.settings.accumulate - 1)
 
     def observe(self, losses: Losses) -> None:
@@ -150,6 +147,10 @@ class Loop:
             del state  # or each rank keeps a copy of the model for as long as it trains
         if self.step >= self.settings.steps:
             return
+        machine = self.settings.trainer
+        objective.encoder.set_grad_checkpointing(machine.checkpointing)
+        if machine.compile:
+            compile_parts(objective)
         trainer = self._trainer(optimizer)
         try:
             trainer.fit(objective, datamodule=_Steps(self))
@@ -239,6 +240,22 @@ def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[
     if precision == "bf16-mixed":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def compile_parts(objective: Objective) -> None:
+    """Compiles blocks and stages in place, one by one: names of parameters stay as they are.
+
+    Whole steps would compile for minutes; blocks are alike and compile once. What draws (drop
+    path) must go on drawing from torch's generator, which is reseeded for each micro-step.
+    """
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    inductor.fallback_random = True
+    # Blocks differ in their rate of drop path: each is one more variant of the same code.
+    dynamo.recompile_limit = 256
+    for part in objective.compile_parts():
+        part.compile()
 
 
 def _last_error(text: str) -> str:
@@ -448,7 +465,8 @@ class _Watch(L.Callback):
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
-        raw = collate([loop.dataset.middle(item) for item in loop.dataset.varied(3)])
+        items, crops = loop.dataset.varied(3), range(loop.dataset.crops)
+        raw = collate([loop.dataset.middle(item, number) for item in items for number in crops])
         moved = {
             name: value.to(objective.device) if isinstance(value, Tensor) else value
             for name, value in raw.items()

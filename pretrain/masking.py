@@ -100,10 +100,21 @@ def block_hidden(
     d, h, w = shape
     bd, bh, bw = triple(block)
     grid = -(-d // bd), -(-h // bh), -(-w // bw)
-    hidden = random_hidden(seeds, grid, ratio).view(-1, 1, grid[0], 1, grid[1], 1, grid[2], 1)
-    voxels = hidden.expand(-1, 1, grid[0], bd, grid[1], bh, grid[2], bw)
-    voxels = voxels.reshape(-1, 1, grid[0] * bd, grid[1] * bh, grid[2] * bw)
+    voxels = spread(random_hidden(seeds, grid, ratio), grid, (bd, bh, bw))
     return voxels[:, :, :d, :h, :w]
+
+
+def spread(hidden: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Gives every voxel the mark of its part: [B, N] in C order of the grid to [B, 1, D, H, W]."""
+    return enlarge(hidden.view(-1, 1, *grid), block)
+
+
+def enlarge(cells: Tensor, factor: int | Sequence[int]) -> Tensor:
+    """Repeats each cell of [B, C, D, H, W] `factor` times along (d, h, w), as nearest does."""
+    B, C, D, H, W = cells.shape
+    fd, fh, fw = triple(factor)
+    repeated = cells[:, :, :, None, :, None, :, None].expand(B, C, D, fd, H, fh, W, fw)
+    return repeated.reshape(B, C, D * fd, H * fh, W * fw)
 
 
 def patchify(volume: Tensor, patch: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.backbones.backbone import Backbone
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Batch:
     """Crops on the device, in normalised units.
 
-    B is samples x the objective's `crops`, sample by sample. Shapes: image [B, C, D, H, W]
+    B is samples x the objective's `crops`, sample by sample; each crop has its own seed, and a
+    sample's key stands once for each of its crops. Shapes: image [B, C, D, H, W]
     float32; valid [B, 1, D, H, W] bool, False where a voxel is padding or anonymised and must
     carry no loss; spacing [B, 3] in mm; seeds [B] int64, from which every random draw of the
     objective derives; label [B, D, H, W] int64 if there is one.
@@ -58,6 +59,9 @@ class Objective(L.LightningModule):
     crops: int = 1
     """Crops of one volume that make a sample; a batch holds them one after the other."""
 
+    batch_multiple: int = 1
+    """Samples of a rank's micro-batch come in multiples of this: 2 if they are taken in pairs."""
+
     transfers: Literal["encoder", "network"] = "encoder"
     """What finetuning takes over: the encoder, or the decoder but for its head as well."""
 
@@ -67,6 +71,18 @@ class Objective(L.LightningModule):
 
     def after_step(self, progress: float) -> None:
         """Runs once after each optimiser step: teachers move here."""
+
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns the modules that are compiled one by one: the encoder's and the decoder's."""
+        parts: list[nn.Module] = []
+        for child in self.children():
+            if isinstance(child, Backbone):
+                parts += child.compile_parts()
+            elif isinstance(child, nn.ModuleList):
+                parts += list(child)
+            elif any(True for _ in child.children()):
+                parts.append(child)
+        return parts
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Returns named volumes [B, C, D, H, W] worth looking at; empty if there are none."""

@@ -1,15 +1,19 @@
-"""AdamW with the right parameter groups, and the schedule of its rate.
+"""Optimisers with the right parameter groups, and the schedule of their rate.
 
-Loshchilov and Hutter 2017, arXiv:1711.05101. Biases, norms, positions and tokens do not decay:
-decaying them pulls a network towards ignoring its own scale.
+AdamW: Loshchilov and Hutter 2017, arXiv:1711.05101. Biases, norms, positions and tokens do not
+decay: decaying them pulls a network towards ignoring its own scale.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from pretrain.settings import LoopSettings
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -34,19 +38,34 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def make_optimizer(
-    module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over the groups; foreach, since Lightning cannot clip before a fused step in bf16."""
-    return torch.optim.AdamW(parameter_groups(module, weight_decay), lr=lr, betas=betas)
+def make_optimizer(module: nn.Module, chosen: LoopSettings) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over the groups.
 
-
-def warmup_cosine(step: int, *, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Share of the peak rate at a step: linear from 0, then half a cosine down to `floor`.
-
-    The first step has rate 1/warmup rather than 0, so that no step is wasted.
+    `adam` adds its decay to the gradient (PyMIC), `adamw` to the weights, `sgd` has Nesterov
+    momentum (nnU-Net). foreach, not fused: Lightning cannot clip before a fused step in bf16.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    groups = parameter_groups(module, chosen.weight_decay)
+    if chosen.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=chosen.lr, momentum=chosen.momentum, nesterov=chosen.momentum > 0
+        )
+    kind = torch.optim.AdamW if chosen.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=chosen.lr, betas=chosen.betas)
+
+
+def rate(step: int, chosen: LoopSettings) -> float:
+    """Share of the peak rate at a step: linear warm-up, then what the schedule says.
+
+    cosine: half a cosine down to 0; poly: (1 - done)^0.9 (nnU-Net); halving: by 2 after each
+    `halve_every` steps. The first step has rate 1/warmup rather than 0, so that none is wasted.
+    """
+    if step < chosen.warmup:
+        return (step + 1) / chosen.warmup
+    past = step - chosen.warmup
+    done = min(1.0, past / max(1, chosen.steps - chosen.warmup))
+    if chosen.schedule == "poly":
+        return float((1 - done) ** 0.9)
+    if chosen.schedule == "halving":
+        assert chosen.halve_every is not None
+        return float(0.5 ** (past // chosen.halve_every))
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -48,7 +48,9 @@ def draw_previews(objective: Objective, batch: Batch, path: Path) -> None:
     kinds = {name: value.float().cpu().numpy() for name, value in shown.items()}
     spacing = batch.spacing.cpu().numpy()
     size = np.array(batch.image.shape[2:])
-    count, wide = len(batch.image), len(kinds)
+    # A row may be made of several crops; it has the size and the greys of the first.
+    count, wide = len(next(iter(kinds.values()))), len(kinds)
+    first = range(0, len(batch.image), len(batch.image) // count)
     # Widths and heights in millimetres of the first sample: nothing is squeezed, titles line up.
     d, h, w = size * spacing[0]
     figure, axes = plt.subplots(
@@ -62,11 +64,11 @@ def draw_previews(objective: Objective, batch: Batch, path: Path) -> None:
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.01, hspace=0.01)
     shades = plt.get_cmap("gray").with_extremes(bad=HIDDEN)
     for row in range(count):
-        low, high = np.percentile(batch.image[row, 0].float().cpu().numpy(), [0.5, 99.5])
+        low, high = np.percentile(batch.image[first[row], 0].float().cpu().numpy(), [0.5, 99.5])
         for column, name in enumerate(kinds):
             slices = planes(kinds[name][row, 0])
             for plane, (picture, aspect) in enumerate(
-                zip(slices, aspects(spacing[row]), strict=True)
+                zip(slices, aspects(spacing[first[row]]), strict=True)
             ):
                 axis = axes[row, plane * wide + column]
                 axis.imshow(picture, cmap=shades, vmin=low, vmax=high, aspect=aspect)

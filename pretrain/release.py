@@ -1,6 +1,7 @@
 """A released encoder: a directory that says what it is and proves that it is whole.
 
     model.safetensors      weights of the encoder, no pickle
+    decoder.safetensors    of the decoder that was trained with it, where it can be finetuned
     config.json            architecture, preprocessing, training, data: data only, nothing to run
     fingerprints.json      hashes of the volumes it was trained on, for the leakage gate
     golden_input.nii.gz    a small scan with odd spacing and orientation ...
@@ -38,6 +39,7 @@ from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build_allowed
 from pretrain.backbones.backbone import Backbone
+from pretrain.decoders import HEAD, build_decoder
 
 FORMAT = 1
 FILES = (
@@ -48,6 +50,8 @@ FILES = (
     "golden_output.safetensors",
     "README.md",
 )
+DECODER = "decoder.safetensors"
+"""Beside those where config.json has a `decoder`."""
 TOLERANCE = 1e-5
 """Of the golden features, relative to their largest value, in float32 on a CPU."""
 MAX_TEXT = 2**20
@@ -66,8 +70,16 @@ class Part(BaseModel):
     args: dict[str, Any]
 
 
+class DecoderFacts(BaseModel):
+    """What rebuilds the decoder: the backbone says which it is, so its outputs are all it needs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    out_channels: Annotated[int, Field(ge=1, le=4096)]
+
+
 class ReleaseConfig(BaseModel):
-    """The keys of config.json, format 1."""
+    """The keys of config.json, format 1; releases without a decoder have the last two or not."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -84,6 +96,14 @@ class ReleaseConfig(BaseModel):
     training: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, str]
+    decoder: DecoderFacts | None = None
+    transfers: Literal["encoder", "network"] = "encoder"
+
+    @model_validator(mode="after")
+    def _network_has_a_decoder(self) -> Self:
+        if self.transfers == "network" and self.decoder is None:
+            raise ValueError("transfers='network', and there is no decoder: one of them is wrong")
+        return self
 
     @model_validator(mode="after")
     def _crop_is_sane(self) -> Self:
@@ -110,6 +130,17 @@ class LoadReport:
     skipped: dict[str, str] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
     covered: float = 0.0
+
+    @classmethod
+    def joined(cls, *, encoder: LoadReport, decoder: LoadReport) -> LoadReport:
+        """One report of a network, with the names that its tensors have there."""
+        both = cls(covered=encoder.covered)
+        for prefix, part in (("encoder.", encoder), ("decoder.", decoder)):
+            both.copied += [prefix + name for name in part.copied]
+            both.new += [prefix + name for name in part.new]
+            both.adapted |= {prefix + name: how for name, how in part.adapted.items()}
+            both.skipped |= {prefix + name: why for name, why in part.skipped.items()}
+        return both
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for load_report.json."""
@@ -153,6 +184,16 @@ class Release:
     def modalities(self) -> tuple[str, ...]:
         """Of the channels' training data, such as CT and MR."""
         return tuple(self.config["modalities"])
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the decoder that the encoder was trained with is part of it."""
+        return self.config["decoder"] is not None
+
+    @property
+    def transfers(self) -> Literal["encoder", "network"]:
+        """What its objective means finetuning to take over."""
+        return "network" if self.config["transfers"] == "network" else "encoder"
 
     @property
     def fingerprints(self) -> set[str]:
@@ -199,6 +240,28 @@ class Release:
         """
         return load_strictly(encoder, self.path / "model.safetensors")
 
+    def load_decoder(self, decoder: nn.Module) -> LoadReport:
+        """Copies the decoder's weights but those of its head, which belongs to the pretraining.
+
+        Raises:
+            InputError: there is no decoder, its weights are not those that config.json tells of,
+                or it is another than `decoder`; the message lists every tensor that differs.
+        """
+        if not self.has_decoder:
+            raise InputError(f"{self.path}: has no decoder; transfer=encoder takes the encoder")
+        weights = self.path / DECODER
+        found = stored_shapes(weights)
+        with torch.device("meta"):
+            told = build_decoder(self._make(), int(self.config["decoder"]["out_channels"]))
+        _check_shapes(found, told, weights)
+        body = _without_head(found)
+        state = decoder.state_dict()
+        _check_fit(body, _without_head({n: tuple(t.shape) for n, t in state.items()}), weights)
+        with safe_open(weights, framework="pt") as file:
+            copied = {name: file.get_tensor(name) for name in body}
+        decoder.load_state_dict(state | copied)
+        return LoadReport(copied=sorted(body), new=sorted(state.keys() - body.keys()))
+
     def equal_but_weights(self) -> str:
         """Hash of architecture and preprocessing: releases that share it share a scratch twin."""
         parts = {name: self.config[name] for name in ("backbone", "preprocess", "crop_size")}
@@ -226,8 +289,16 @@ def stored_shapes(weights: Path) -> Shapes:
         raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
 
 
+def _without_head(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(HEAD)}
+
+
 def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _check_fit(found, wanted, weights)
+
+
+def _check_fit(found: Shapes, wanted: Shapes, weights: Path) -> None:
     problems = _differences(found, wanted)
     if problems:
         shown = problems[:10] + (["..."] if len(problems) > 10 else [])
@@ -275,7 +346,7 @@ def load_release(ref: str | Path) -> Release:
             (path / "run.json").exists()
         )
         raise InputError(f"{path}: is not a release, it has no SHA256SUMS; {hint}check the path")
-    _verify(path, _read_text(sums))
+    listed = _verify(path, _read_text(sums))
     file = path / "config.json"
     raw = _read_json(file, MAX_TEXT)
     if isinstance(raw, dict) and raw.get("format") != FORMAT:
@@ -290,12 +361,18 @@ def load_release(ref: str | Path) -> Release:
     if problems:
         raise InputError(problems)
     config = _checked(ReleaseConfig, raw, file).model_dump(mode="json")
+    if (config["decoder"] is not None) != (DECODER in listed):
+        there = "and SHA256SUMS does not list" if config["decoder"] else "which SHA256SUMS lists,"
+        raise CorruptionError(
+            f"{file}: decoder is {config['decoder']}, {there} {DECODER}; fetch the release again"
+        )
     preprocess = Preprocess.from_dict(config["preprocess"])
     digest = hashlib.sha256(sums.read_bytes()).hexdigest()
     return Release(path, config, preprocess, digest)
 
 
-def _verify(path: Path, sums: str) -> None:
+def _verify(path: Path, sums: str) -> set[str]:
+    """The names that the sums list, once every file has been found to be what they say."""
     listed: dict[str, str] = {}
     for line in sums.splitlines():
         digest, _, name = line.partition("  ")
@@ -307,7 +384,7 @@ def _verify(path: Path, sums: str) -> None:
     ]
     for name, expected in listed.items():
         file = path / name
-        if name not in FILES:
+        if name not in (*FILES, DECODER):
             problems.append(f"{path}/SHA256SUMS: lists {name!r}, which is no part of a release")
         elif not file.is_file():
             problems.append(f"{file}: is missing; copy or fetch the release again")
@@ -318,6 +395,7 @@ def _verify(path: Path, sums: str) -> None:
             )
     if problems:
         raise CorruptionError(problems)
+    return set(listed)
 
 
 def _read_text(file: Path, limit: int = MAX_TEXT) -> str:
@@ -394,6 +472,7 @@ def write_release(
     config: dict[str, Any],
     fingerprints: dict[str, Any],
     card: str,
+    decoder: nn.Module | None = None,
 ) -> Release:
     """Writes a release beside `output` and moves it there when it is whole and verified.
 
@@ -407,8 +486,9 @@ def write_release(
     make_folder(output.parent, "OUT")
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
-        weights = {name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        _save_weights(encoder, folder / "model.safetensors")
+        if decoder is not None:
+            _save_weights(decoder, folder / DECODER)
         write_json(folder / "config.json", config)
         write_json(folder / "fingerprints.json", fingerprints)
         write_text(folder / "README.md", card)
@@ -419,7 +499,8 @@ def write_release(
         preprocess = Preprocess.from_dict(config["preprocess"])
         probe = Encoder(encoder.cpu(), preprocess, config)
         save_file(_golden_features(probe, folder), folder / "golden_output.safetensors")
-        sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in FILES)
+        names = FILES if decoder is None else (*FILES, DECODER)
+        sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
         write_text(folder / "SHA256SUMS", sums)
         check_golden(folder)
         folder.chmod(0o755)
@@ -432,6 +513,11 @@ def write_release(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return load_release(output)
+
+
+def _save_weights(module: nn.Module, file: Path) -> None:
+    weights = {name: value.contiguous().cpu() for name, value in module.state_dict().items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _golden_features(encoder: Any, folder: Path) -> dict[str, torch.Tensor]:

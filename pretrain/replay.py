@@ -3,9 +3,9 @@
 The replay starts at the newest checkpoint before the step (at the seed, if there is none), makes
 every step up to it on this machine, the micro-batches of all ranks one after the other, and looks
 into the modules of the first one whose loss or gradient is not finite. On the machine that trained
-the numbers are the same; elsewhere they are equal to rounding, so a value at the edge of the range
-may stay finite here. An objective whose loss spans the batches of several ranks is not the same
-when they come one after the other.
+the numbers are the same; elsewhere, or where the run was compiled, they are equal to rounding, so a
+value at the edge of the range may stay finite here. An objective whose loss spans the batches of
+several ranks is not the same when they come one after the other.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class Replay:
                 "put that one back"
             )
         corpus.require_shards()
-        self.channels = int(facts["channels"])
-        self.dataset: CropDataset = make_dataset(self.settings, corpus)
+        self.objective = build_objective(self.settings, int(facts["channels"]))
+        self.dataset: CropDataset = make_dataset(self.settings, corpus, self.objective.crops)
 
     def failure(self, step: int | None) -> dict[str, Any]:
         """What the run wrote of a failed step, by default of its last; {} if it wrote nothing."""
@@ -147,7 +147,7 @@ class Replay:
         settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
         self.device = _device(settings)
         loop = Loop(settings, self.dataset, self.run, augment=Augment(settings.flip, settings.gain))
-        objective = build_objective(settings, self.channels)
+        objective = self.objective
         state = self.start(step)
         if state is not None:
             objective.load_state_dict(state["objective"])
@@ -157,7 +157,7 @@ class Replay:
         optimizer = loop.make_optimizer(objective)
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
-        self.loop, self.objective, self.precision = loop, objective, precision
+        self.loop, self.precision = loop, precision
         report: dict[str, Any] = {"step": step, "start": loop.step, "precision": precision}
         with bar(total=step, initial=loop.step, desc="replay", unit="step") as progress:
             while loop.step < step:
@@ -172,11 +172,11 @@ class Replay:
         loop, objective = self.loop, self.objective
         batches = list(shape.micro_batches(self.dataset, loop.step))
         optimizer.zero_grad()
-        for micro, rank, positions in batches:
-            losses = self._losses(micro, rank, self._batch(positions))
+        for micro, rank, crops in batches:
+            losses = self._losses(micro, rank, self._batch(crops))
             (losses.loss / (shape.accumulate * shape.world)).backward()
             if not torch.isfinite(losses.loss):
-                return self._examine(micro, rank, positions)
+                return self._examine(micro, rank, crops)
         loop.clip(objective)
         if loop.norm is not None and not torch.isfinite(loop.norm):
             gradients = count_not_finite((n, p.grad) for n, p in objective.named_parameters())
@@ -201,8 +201,8 @@ class Replay:
         objective.after_step(loop.progress)
         return None
 
-    def _batch(self, positions: list[int]) -> Batch:
-        raw = collate([self.dataset[position] for position in positions])
+    def _batch(self, crops: list[int]) -> Batch:
+        raw = collate([self.dataset[index] for index in crops])
         moved = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in raw.items()
@@ -214,12 +214,12 @@ class Replay:
         with autocast_of(self.precision, self.device):
             return self.objective(batch, self.loop.progress)
 
-    def _examine(self, micro: int, rank: int, positions: list[int]) -> dict[str, Any]:
+    def _examine(self, micro: int, rank: int, crops: list[int]) -> dict[str, Any]:
         """Makes a micro-step once more, with a look into each module."""
         objective = self.objective
         parameters = count_not_finite(objective.named_parameters())
         objective.zero_grad()
-        batch = self._batch(positions)
+        batch = self._batch(crops)
         with Trace(objective, len(batch.image)) as trace:
             losses = self._losses(micro, rank, batch)
             losses.loss.backward()
@@ -236,7 +236,6 @@ class Replay:
             what, (module, rows) = "gradient", trace.gradient
         else:
             what, module = "gradient", "loss"
-        crops = max(1, len(batch.image) // len(positions))
         return {
             "micro_step": micro,
             "rank": rank,
@@ -245,7 +244,7 @@ class Replay:
             "parts": parts,
             "parameters": parameters,
             "gradients": gradients,
-            "samples": self._describe(batch, positions, {row // crops for row in rows}),
+            "samples": self._describe(batch, crops, rows),
             "batch": (batch, rows),
         }
 
@@ -260,7 +259,7 @@ class Replay:
                 valid=batch.valid[one],
                 spacing=batch.spacing[one],
                 seeds=batch.seeds[one],
-                keys=[_key(batch, row)],
+                keys=[batch.keys[row]],
             )
             with contextlib.suppress(ValueError, RuntimeError), torch.no_grad():
                 if not torch.isfinite(self._losses(micro, rank, part).loss):
@@ -270,35 +269,25 @@ class Replay:
     def _samples(self, shape: Shape, step: int) -> dict[str, Any]:
         """All samples of a step, none of which is to blame."""
         samples = []
-        for micro, rank, positions in shape.micro_batches(self.dataset, step):
-            batch = self._batch(positions)
+        for micro, rank, crops in shape.micro_batches(self.dataset, step):
+            batch = self._batch(crops)
             place = {"micro_step": micro, "rank": rank}
-            samples += [{**place, **one} for one in self._describe(batch, positions, set())]
+            samples += [{**place, **one} for one in self._describe(batch, crops, [])]
         return {"samples": samples, "batch": (batch, [])}
 
-    def _describe(self, batch: Batch, positions: list[int], bad: set[int]) -> list[dict[str, Any]]:
-        """Key, origin and seed of each sample; least, largest and mean value, normalised."""
-        crops = max(1, len(batch.image) // len(positions))
-        described = []
-        for i, position in enumerate(positions):
-            rows = slice(i * crops, (i + 1) * crops)
-            image = batch.image[rows].float()
-            described.append(
-                {
-                    **describe_sample(self.dataset, position),
-                    "bad": i in bad,
-                    "min": float(image.min()),
-                    "max": float(image.max()),
-                    "mean": float(image.mean()),
-                    "valid": float(batch.valid[rows].float().mean()),
-                }
-            )
-        return described
-
-
-def _key(batch: Batch, row: int) -> str:
-    """The key of the sample that a crop belongs to."""
-    return batch.keys[row * len(batch.keys) // len(batch.image)]
+    def _describe(self, batch: Batch, crops: list[int], bad: list[int]) -> list[dict[str, Any]]:
+        """Key, origin and seed of each crop; its least, largest and mean value, normalised."""
+        return [
+            {
+                **describe_sample(self.dataset, index),
+                "bad": row in bad,
+                "min": float(batch.image[row].min()),
+                "max": float(batch.image[row].max()),
+                "mean": float(batch.image[row].mean()),
+                "valid": float(batch.valid[row].float().mean()),
+            }
+            for row, index in enumerate(crops)
+        ]
 
 
 def _device(settings: PretrainSettings) -> torch.device:
@@ -391,7 +380,7 @@ def _draw(batch: Batch, bad: list[int], path: Path, most: int = 6) -> None:
             axis.imshow(picture, cmap=shades, vmin=low, vmax=high, aspect=aspect)
             axis.set_axis_off()
         line[0].set_title(
-            f"{_key(batch, row)}{', not finite' if row in bad else ''}", fontsize=9, loc="left"
+            f"{batch.keys[row]}{', not finite' if row in bad else ''}", fontsize=9, loc="left"
         )
         for axis, name in zip(line[1:], PLANES[1:], strict=True):
             axis.set_title(name, fontsize=9)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.errors import InputError
+from data_prep.preprocess import Rule
 
 Side = Annotated[int, Field(ge=1, le=2048)]
 
@@ -23,6 +24,8 @@ class TrainerSettings(BaseModel):
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     workers: Annotated[int, Field(ge=0, le=256)] = 2
     threads: Annotated[int, Field(ge=1)] | None = None
+    compile: bool = False
+    checkpointing: bool = False
 
 
 class LoopSettings(BaseModel):
@@ -35,20 +38,33 @@ class LoopSettings(BaseModel):
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     accumulate: Annotated[int, Field(ge=1)] = 1
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=10)]
     weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.05
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.95,
     )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    schedule: Literal["cosine", "poly", "halving"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] = 0
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    halve_every: Annotated[int, Field(ge=1)] | None = None
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
     gain: Annotated[float, Field(ge=0, lt=1)] = 0.1
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 500
     preview_every: Annotated[int, Field(ge=0)] = 0
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     trainer: TrainerSettings = TrainerSettings()
+
+    @model_validator(mode="after")
+    def _halving_has_a_pace(self) -> Self:
+        if (self.schedule == "halving") != (self.halve_every is not None):
+            raise ValueError(
+                f"schedule={self.schedule} with halve_every={self.halve_every}: halve_every is the "
+                "number of steps after which schedule=halving halves the rate; give both or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -59,6 +75,15 @@ class LoopSettings(BaseModel):
                 f"be a multiple of devices x nodes x accumulate = {parts}"
             )
         return self
+
+
+class IntensitySettings(BaseModel):
+    """How values of each modality are normalised; travels with the release."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    CT: Rule = Rule(rule="window", low=-1000.0, high=1000.0)
+    MR: Rule = Rule(rule="zscore")
 
 
 class HealthSettings(BaseModel):
@@ -83,6 +108,7 @@ class PretrainSettings(LoopSettings):
     resume: Literal["auto", "never"] = "auto"
     backbone: dict[str, Any]
     objective: dict[str, Any]
+    intensity: IntensitySettings = IntensitySettings()
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
     flip: tuple[bool, bool, bool] = (True, True, True)
     health: HealthSettings = HealthSettings()
@@ -98,11 +124,18 @@ class PretrainSettings(LoopSettings):
             "loggers", "accumulate", "health",
         }  # fmt: skip
         now = self.model_dump(mode="json")
+        # A run of an older version does not name what was added since: it had the defaults.
+        defaults = {n: f.get_default() for n, f in type(self).model_fields.items()}
+        was = {n: _plain(before.get(n, defaults[n])) for n in now}
         return [
-            f"{name} was {before.get(name)!r} and is {value!r} now"
+            f"{name} was {was[name]!r} and is {value!r} now"
             for name, value in now.items()
-            if name not in free and before.get(name) != value
+            if name not in free and was[name] != value
         ]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
 def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) -> None:

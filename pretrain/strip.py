@@ -42,7 +42,8 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
         step: that is done.
     """
     chosen = map_to_show(objective.encoder.grids(batch.image.shape))
-    found, stride = fine_map(objective.encoder, batch.image, chosen)
+    image = batch.image[:: objective.crops]  # the first crop of each sample
+    found, stride = fine_map(objective.encoder, image, chosen)
     features = found.float().cpu().numpy()
     kept = folder / "tokens"
     kept.mkdir(exist_ok=True)
@@ -52,7 +53,8 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
     for other in [*(s for s in files if s > step), *thinned([s for s in files if s <= step])]:
         files.pop(other).unlink()
     shots = {number: _read(files[number]) for number in sorted(files)}
-    _draw(batch, stride, shots, folder / "strip.png")
+    spacing = batch.spacing[:: objective.crops]
+    _draw(image, spacing, stride, shots, folder / "strip.png")
 
 
 def map_to_show(grids: list[tuple[int, int, int]]) -> int:
@@ -153,15 +155,21 @@ def _tokens(shot: Shot) -> NDArray[np.float64]:
     return np.concatenate([cut.reshape(-1, cut.shape[-1]) for sample in shot for cut in sample])
 
 
-def _draw(batch: Batch, stride: NDArray[np.float64], shots: dict[int, Shot], path: Path) -> None:
+def _draw(
+    image: Tensor,
+    spacing_mm: Tensor,
+    stride: NDArray[np.float64],
+    shots: dict[int, Shot],
+    path: Path,
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     axes_of, low, high = basis(_tokens(shots[max(shots)]))
-    images = batch.image[:, 0].float().cpu().numpy()
-    spacing = batch.spacing.cpu().numpy()
+    images = image[:, 0].float().cpu().numpy()
+    spacing = spacing_mm.cpu().numpy()
     shown = PLANES[:2]  # the third adds height and little else
     size = np.array(images.shape[1:]) * spacing[0]
     heights = [size[1], size[0]] * len(images)  # axial: H by W, coronal: D by W

@@ -55,7 +55,7 @@ def pretrain(settings: PretrainSettings) -> Path:
             )
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
-    dataset = make_dataset(settings, corpus)
+    dataset = make_dataset(settings, corpus, objective.crops)
     probe = None
     if settings.health.probe is not None:
         probe = Probe.open(settings.health.probe, channels, dataset.preprocess, settings.crop_size)
@@ -99,15 +99,18 @@ def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
     add_to_strip(objective, batch, path.parent, int(path.stem.removeprefix("step-")))
 
 
-def make_dataset(settings: PretrainSettings, corpus: Corpus) -> CropDataset:
+def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: int = 1) -> CropDataset:
     """All volumes of the corpus in the run's order."""
     return CropDataset(
         corpus,
         np.arange(len(corpus)),
         Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
         # The corpus is at its spacing already; the release resamples new scans to it.
-        Preprocess.default(corpus_spacing(corpus)),
+        Preprocess.default(
+            corpus_spacing(corpus), intensity=settings.intensity.model_dump(exclude_none=True)
+        ),
         settings.crop_size,
+        crops=crops,
     )
 
 
@@ -136,6 +139,7 @@ def build_objective(settings: PretrainSettings, channels: int) -> Objective:
                 f"objective._target_={settings.objective['_target_']}: is no "
                 "pretrain.objective.Objective; derive it from that class"
             )
+        _check_batch(made, settings)
         return made
 
     _try_step(make, channels, settings.crop_size)
@@ -154,11 +158,12 @@ def _try_step(
     try:
         with torch.device("meta"):
             objective = make()
+            count = 2 * objective.crops * objective.batch_multiple
             batch = Batch(
-                torch.empty(2, channels, *crop_size),
-                torch.empty(2, 1, *crop_size, dtype=torch.bool),
-                torch.empty(2, 3),
-                torch.empty(2, dtype=torch.int64),
+                torch.empty(count, channels, *crop_size),
+                torch.empty(count, 1, *crop_size, dtype=torch.bool),
+                torch.empty(count, 3),
+                torch.empty(count, dtype=torch.int64),
             )
             fits: Any = objective.encoder
             fits.grids(crop_size)
@@ -169,6 +174,18 @@ def _try_step(
         raise InputError(
             f"backbone, objective and crop_size={list(crop_size)} do not fit together: {error}"
         ) from error
+
+
+def _check_batch(objective: Objective, settings: PretrainSettings) -> None:
+    parts = settings.trainer.devices * settings.trainer.nodes * settings.accumulate
+    micro, multiple = settings.batch_size // parts, objective.batch_multiple
+    if micro % multiple:
+        raise InputError(
+            f"batch_size={settings.batch_size}: leaves {micro} samples to each of devices x nodes "
+            f"x accumulate = {parts} micro-batches, and {type(objective).__name__} needs a "
+            f"multiple of {multiple} there: take a batch_size that is a multiple of "
+            f"{parts * multiple}"
+        )
 
 
 def corpus_channels(corpus: Corpus) -> int:

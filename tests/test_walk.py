@@ -13,6 +13,7 @@ import pytest
 from voxelith import main
 
 CNN = ["backbone=resenc_small", "objective=cnn_mae", "objective.block=8"]
+FUSION = ["backbone=resenc_small", "objective=volume_fusion"]
 VIT = ["backbone=vit_ti", "backbone.embed_dim=24", "backbone.depth=4", "objective=mae"]
 
 
@@ -40,7 +41,7 @@ def tiny(samples: Path, name: str, counts: dict[str, int], folder: Path) -> Path
     return path
 
 
-@pytest.mark.parametrize("network", [CNN, VIT], ids=["cnn_mae", "mae"])
+@pytest.mark.parametrize("network", [CNN, VIT, FUSION], ids=["cnn_mae", "mae", "volume_fusion"])
 def test_from_scan_to_dice_table(network: list[str], samples: Path, tmp_path: Path) -> None:
     corpora, runs, release = tmp_path / "corpora", tmp_path / "runs", tmp_path / "release"
     few = {
@@ -89,13 +90,17 @@ def test_from_scan_to_dice_table(network: list[str], samples: Path, tmp_path: Pa
     assert found.shape == scan.shape
     np.testing.assert_allclose(found.affine, scan.affine, atol=1e-5)
 
-    # Arms are twins: same decoder and order, another encoder.
+    # Arms are twins: same head and order, another start of what was pretrained.
     facts = [json.loads((run / "run.json").read_text()) for run in finetuned]
     assert len({fact["identity"]["config_hash"] for fact in facts}) == 1
     assert facts[0]["label_keys"] == facts[2]["label_keys"]
     assert facts[0]["label_keys"] != facts[1]["label_keys"]
     report = json.loads((runs / "pretrained-0" / "load_report.json").read_text())
-    assert report["covered"] == 1.0 and report["copied"] and not report["skipped"]
+    assert report["covered"] == 1.0 and report["copied"]
+    assert report["transfer"] == ("network" if network is FUSION else "encoder")
+    decoder = [name for name in report["copied"] if name.startswith("decoder.")]
+    assert bool(decoder) == (network is FUSION)
+    assert all(name.startswith("decoder.") for name in [*report["new"], *report["skipped"]])
 
     # The finetuned run segments a folder of scans.
     inputs, outputs = tmp_path / "Scan (1)", tmp_path / "dcm_PE=AP_3"

@@ -7,6 +7,10 @@ voxels, raw and over the whole batch. Convolutions slide over the blanks, so hid
 known to be hidden but their values are not seen. With z-scored MRI 0 means average tissue, with
 CT windowed to [-1, 1] the middle of the window.
 
+nnssl hides floor(ratio * N) of N blocks, this shows floor((1 - ratio) * N) as all masks here do:
+the same at its 750 of 1000, one block more hidden where the product is not whole. nnssl divides by
+hidden voxels, this by hidden values: the same for one channel.
+
 Shape legend: B batch, C channels, D H W voxels.
 """
 
@@ -21,9 +25,9 @@ from torch import Tensor
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.decoders import UNetDecoder
+from pretrain.losses import masked_mse
 from pretrain.masking import block_hidden
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.objectives.mae import masked_mse
 
 
 class CnnMAE(Objective):

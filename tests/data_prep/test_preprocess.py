@@ -38,6 +38,15 @@ def test_window_maps_its_ends_to_minus_one_and_one() -> None:
     np.testing.assert_allclose(found, [-1, -1, 0, 0.5, 1, 1])
 
 
+def test_window_maps_its_ends_to_where_it_is_told() -> None:
+    rule = {"CT": {"rule": "window", "low": -175.0, "high": 250.0, "onto": [0.0, 1.0]}}
+    operation = Preprocess.default(intensity=rule).intensity
+    assert operation is not None and operation["MR"] == {"rule": "zscore"}
+    values = np.array([-1000, -175, 37.5, 250, 1000], dtype=np.float32)
+    found = normalise(values, intensity_coefficients(operation, "CT", STATISTICS))
+    np.testing.assert_allclose(found, [0, 0, 0.5, 1, 1], atol=1e-6)
+
+
 def test_zscore_clips_and_scales_with_the_given_statistics() -> None:
     values = np.array([0, 1, 4, 6, 8, 100], dtype=np.float32)
     found = normalise(values, intensity_coefficients(WINDOW, "MR", STATISTICS))

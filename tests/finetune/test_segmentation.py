@@ -4,18 +4,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from finetune.segmentation import (
-    IGNORE,
-    Segmentation,
-    class_table,
-    cross_entropy,
-    dice_loss,
-    to_classes,
-)
+from finetune.segmentation import Segmentation, class_table, to_classes
 from finetune.settings import TaskSettings
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D
+from pretrain.losses import IGNORE, cross_entropy, dice_loss
 from pretrain.objective import Batch
 
 TASK = TaskSettings.model_validate(

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pretrain.decoders import UNetDecoder, UNETRDecoder
+from pretrain.backbones.vit import ViT3D
+from pretrain.decoders import PatchDecoder, UNetDecoder, UNETRDecoder, build_decoder
 
 PYRAMID = ((4, 6, 8), ((1, 1, 1), (2, 2, 2), (2, 4, 4)))
 
@@ -108,3 +109,41 @@ def test_unetr_refuses_other_numbers_of_maps() -> None:
         UNETRDecoder(1, 12, 4, 1)(torch.zeros(1, 1, 4, 4, 4), [torch.zeros(1, 12, 1, 1, 1)] * 2)
     with pytest.raises(ValueError, match="one voxel"):
         UNETRDecoder(1, 12, 1, 1)
+
+
+@pytest.mark.parametrize("patch", [2, 8, (2, 16, 8), (1, 8, 8)])
+def test_patch_decoder_makes_each_patch_of_its_own_token(
+    patch: int | tuple[int, int, int],
+) -> None:
+    torch.manual_seed(0)
+    sides = (patch,) * 3 if isinstance(patch, int) else patch
+    decoder = PatchDecoder(24, patch, 3)
+    x = torch.randn(2, 24, 2, 3, 4, requires_grad=True)
+    output = decoder(x, [x])
+    assert output.shape == (2, 3, 2 * sides[0], 3 * sides[1], 4 * sides[2])
+    token = [slice(n * s, (n + 1) * s) for n, s in zip((1, 0, 2), sides, strict=True)]
+    output[(0, slice(None), *token)].square().sum().backward()
+    assert x.grad is not None
+    reached = x.grad.abs().sum(1).nonzero()
+    assert reached.tolist() == [[0, 1, 0, 2]]
+    assert untouched(decoder) == []
+
+
+def test_patch_decoder_takes_the_deepest_map_alone() -> None:
+    decoder = PatchDecoder(24, 4, 2)
+    maps = [torch.randn(1, 24, 1, 2, 3) for _ in range(4)]
+    assert torch.equal(decoder(maps[0], maps), decoder(maps[0], maps[3:]))
+
+
+@pytest.mark.parametrize("patch", [12, 1, (8, 6, 8)])
+def test_patch_decoder_refuses_what_doubling_does_not_reach(
+    patch: int | tuple[int, int, int],
+) -> None:
+    with pytest.raises(ValueError, match="powers of two"):
+        PatchDecoder(24, patch, 1)
+
+
+def test_a_vit_says_which_decoder_it_takes() -> None:
+    sizes: dict = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    assert isinstance(build_decoder(ViT3D(**sizes), 3), UNETRDecoder)
+    assert isinstance(build_decoder(ViT3D(**sizes, decoder="patch"), 3), PatchDecoder)

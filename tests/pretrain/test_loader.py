@@ -205,3 +205,60 @@ def test_forked_workers_read_after_the_parent_decompressed(pretrain_corpus: Path
         dataset, batch_size=4, first_step=0, last_step=6, workers=2, start_method="fork"
     )
     assert len(list(loader)) == 6
+
+
+def test_crops_of_a_sample_lie_in_one_volume_and_differ(pretrain_corpus: Path) -> None:
+    """Sample by sample, each crop with a place and a seed of its own; the first is the lone one."""
+    lone, three = dataset_of(pretrain_corpus), dataset_of(pretrain_corpus, crops=3)
+    assert len(three) == 3 * len(lone)
+    steps = {"batch_size": 4, "first_step": 2, "last_step": 6}
+    many = list(make_loader(three, **steps))
+    for one, raw in zip(make_loader(lone, **steps), many, strict=True):
+        assert raw["key"] == [key for key in one["key"] for _ in range(3)]
+        assert len(raw["image"]) == len(raw["seed"]) == len(raw["spacing"]) == 12
+        for name in ("image", "valid", "seed"):
+            assert torch.equal(raw[name][::3], one[name])
+    seeds = torch.cat([raw["seed"] for raw in many])
+    assert len(seeds.unique()) == len(seeds)
+    moved = [not torch.equal(raw["image"][i], raw["image"][i + 1]) for raw in many for i in (0, 3)]
+    assert sum(moved) > len(moved) // 2  # volumes no larger than the crop have but one
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_do_not_depend_on_workers_ranks_or_the_first_step(
+    pretrain_corpus: Path, workers: int
+) -> None:
+    dataset = dataset_of(pretrain_corpus, crops=2)
+    whole = list(make_loader(dataset, batch_size=4, first_step=0, last_step=6))
+    late = make_loader(dataset, batch_size=4, first_step=3, last_step=6, workers=workers)
+    for one, other in zip(whole[3:], late, strict=True):
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["seed"], other["seed"])
+    ranks = [
+        make_loader(
+            dataset, batch_size=4, first_step=0, last_step=6, workers=workers, rank=rank, world=2
+        )
+        for rank in range(2)
+    ]
+    for joint, first, second in zip(whole, *ranks, strict=True):
+        pairs = [joint["seed"][i : i + 2].tolist() for i in range(0, 8, 2)]
+        split = [[r["seed"][i : i + 2].tolist() for i in (0, 2)] for r in (first, second)]
+        assert split == [pairs[0::2], pairs[1::2]]
+
+
+def test_labelled_crops_of_a_sample_keep_their_own_labels(labelled_corpus: Path) -> None:
+    dataset = dataset_of(labelled_corpus, (8, 8, 8), label=True, foreground=1.0, crops=2)
+    drawn = [dataset[i] for i in range(24)]
+    assert all((raw["label"] > 0).any() for raw in drawn)
+    assert [raw["key"] for raw in drawn[::2]] == [raw["key"] for raw in drawn[1::2]]
+    assert any(
+        not torch.equal(a["label"], b["label"])
+        for a, b in zip(drawn[::2], drawn[1::2], strict=True)
+    )
+
+
+def test_pictures_show_the_same_crops_in_every_run(pretrain_corpus: Path) -> None:
+    one, other = dataset_of(pretrain_corpus, crops=2), dataset_of(pretrain_corpus)
+    for number in (0, 1):
+        a, b = one.middle(3, number), other.middle(3, number)
+        assert torch.equal(a["image"], b["image"]) and a["seed"] == b["seed"]
+    assert one.middle(3, 1)["seed"] != one.middle(3, 2)["seed"] != one.middle(4, 1)["seed"]

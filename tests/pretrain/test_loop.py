@@ -231,6 +231,33 @@ def test_other_settings_do_not_continue_a_run(pretrain_corpus: Path, tmp_path: P
     assert "lr was 0.001 and is 0.002" in text and "steps was 3 and is 5" in text
 
 
+def test_a_run_that_knows_fewer_settings_had_their_defaults(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = pretrain(settings(pretrain_corpus, tmp_path, "older", steps=3))
+    config = json.loads((run / "config.json").read_text())
+    for name in ("optimizer", "schedule", "intensity", "halve_every"):
+        del config[name]
+    (run / "config.json").write_text(json.dumps(config))
+    pretrain(settings(pretrain_corpus, tmp_path, "older", steps=3))
+    with pytest.raises(InputError, match="optimizer was 'adamw' and is 'sgd'"):
+        pretrain(settings(pretrain_corpus, tmp_path, "older", steps=3, optimizer="sgd"))
+
+
+def test_the_intensity_rule_trains_and_travels(pretrain_corpus: Path, tmp_path: Path) -> None:
+    narrow = {"CT": {"rule": "window", "low": -175, "high": 250, "onto": [0, 1]}}
+    chosen = settings(pretrain_corpus, tmp_path, "narrow", steps=9, intensity=narrow)
+    run = pretrain(chosen)
+    (rule,) = (
+        o
+        for o in json.loads((run / "run.json").read_text())["preprocess"]["operations"]
+        if o["op"] == "intensity"
+    )
+    assert rule["CT"] == {"rule": "window", "low": -175.0, "high": 250.0, "onto": [0.0, 1.0]}
+    plain = pretrain(settings(pretrain_corpus, tmp_path, "plain", steps=9))
+    assert losses(run) != losses(plain)  # nine steps of four: an epoch of MRI and two CT
+
+
 def test_another_corpus_does_not_continue_a_run(
     pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:

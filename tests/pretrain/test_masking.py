@@ -7,9 +7,11 @@ import torch
 
 from pretrain.masking import (
     block_hidden,
+    enlarge,
     kept,
     patchify,
     random_hidden,
+    spread,
     triple,
     unpatchify,
     visible_first,
@@ -109,9 +111,26 @@ def test_block_mask_hides_whole_blocks() -> None:
     assert torch.equal(blocks.all(-1), random_hidden(SEEDS, (2, 3, 4), 0.75))
 
 
+def test_spread_inverts_looking_at_whole_patches() -> None:
+    hidden = random_hidden(SEEDS, (2, 3, 4), 0.6)
+    voxels = spread(hidden, (2, 3, 4), (3, 1, 2))
+    assert voxels.shape == (4, 1, 6, 3, 8)
+    for d, h, w in itertools.product(range(6), range(3), range(8)):
+        assert torch.equal(voxels[:, 0, d, h, w], hidden[:, d // 3 * 12 + h * 4 + w // 2])
+
+
 def test_750_of_1000_blocks() -> None:
-    blocks = patchify(block_hidden(SEEDS[:1], (160, 160, 160), 16, 0.75), (16, 16, 16))
-    assert blocks.all(-1).sum() == 750
+    blocks = patchify(block_hidden(SEEDS[:2], (160, 160, 160), 16, 0.75), (16, 16, 16))
+    assert blocks.all(-1).sum(1).tolist() == [750, 750]
+    assert torch.equal(blocks.all(-1), blocks.any(-1))
+
+
+def test_enlarge_repeats_cells() -> None:
+    cells = torch.arange(2 * 2 * 3 * 4).view(2, 1, 2, 3, 4)
+    found = enlarge(cells, (2, 1, 3))
+    assert found.shape == (2, 1, 4, 3, 12)
+    for d, h, w in itertools.product(range(4), range(3), range(12)):
+        assert torch.equal(found[..., d, h, w], cells[..., d // 2, h, w // 3])
 
 
 def test_blocks_that_do_not_fit_are_cut_at_the_far_end() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pretrain.optim import parameter_groups, warmup_cosine
+from pretrain.optim import make_optimizer, parameter_groups, rate
+from pretrain.settings import LoopSettings
 
 
 class Tokened(nn.Module):
@@ -32,14 +34,70 @@ def test_only_matrices_decay() -> None:
     assert len(spared["params"]) == 4 and spared["weight_decay"] == 0.0
 
 
+def settings(**changes: Any) -> LoopSettings:
+    base: dict[str, Any] = {"crop_size": (8, 8, 8), "steps": 110, "batch_size": 1, "lr": 0.5}
+    return LoopSettings.model_validate(base | {"warmup": 10} | changes)
+
+
+def rates(**changes: Any) -> list[float]:
+    chosen = settings(**changes)
+    return [rate(step, chosen) for step in range(111)]
+
+
 def test_warmup_rises_linearly_then_falls_as_half_a_cosine() -> None:
-    rate = [warmup_cosine(step, total=110, warmup=10, floor=0.1) for step in range(111)]
-    assert rate[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert rate[10] == 1.0
-    assert rate[60] == pytest.approx(0.55)  # half way: the mean of peak and floor
-    assert rate[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rate[10:]))
+    found = rates()
+    assert found[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert found[10] == 1.0
+    assert found[60] == pytest.approx(0.5)
+    assert found[110] == pytest.approx(0)
+    assert all(a >= b for a, b in itertools.pairwise(found[10:]))
+
+
+def test_poly_is_that_of_nnunet() -> None:
+    found = rates(schedule="poly", warmup=0, steps=110)
+    assert found == pytest.approx([(1 - step / 110) ** 0.9 for step in range(111)])
+    assert rates(schedule="poly")[10] == 1.0
+
+
+def test_halving_halves() -> None:
+    found = rates(schedule="halving", halve_every=20, warmup=0)
+    assert found[:20] == [1.0] * 20 and found[20:40] == [0.5] * 20 and found[100] == 1 / 32
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "halving"}, {"halve_every": 3}])
+def test_halving_and_its_pace_come_together(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="halve_every"):
+        settings(**changes)
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
-    assert warmup_cosine(0, total=10, warmup=0) == 1.0
+    assert rates(warmup=0)[0] == 1.0
+
+
+def stepped(**changes: Any) -> tuple[float, float]:
+    """What one and two steps of gradient 1 make of the weight 2."""
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 2.0)
+    optimizer = make_optimizer(layer, settings(lr=0.1, weight_decay=0.5, **changes))
+    found = []
+    for _ in range(2):
+        layer.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        found.append(layer.weight.item())
+    return found[0], found[1]
+
+
+def test_sgd_is_nesterov_with_decay_in_the_gradient() -> None:
+    weight, velocity, expected = 2.0, 0.0, []
+    for _ in range(2):
+        gradient = 1 + 0.5 * weight
+        velocity = 0.9 * velocity + gradient
+        weight -= 0.1 * (gradient + 0.9 * velocity)
+        expected.append(weight)
+    assert stepped(optimizer="sgd", momentum=0.9) == pytest.approx(expected, rel=1e-6)
+
+
+def test_adamw_decays_the_weight_and_adam_the_gradient() -> None:
+    # The first step of Adam is the sign of its gradient, whatever its size.
+    assert stepped(optimizer="adam")[0] == pytest.approx(2 - 0.1, rel=1e-5)
+    assert stepped(optimizer="adamw")[0] == pytest.approx(2 - 0.1 * 0.5 * 2 - 0.1, rel=1e-5)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import voxelith
 from data_prep.errors import CorruptionError, InputError
 from pretrain.export import export, strictest_first
-from pretrain.release import FILES, Release, check_golden, file_digest, load_release
+from pretrain.release import DECODER, FILES, Release, check_golden, file_digest, load_release
 from pretrain.settings import PretrainSettings
 from pretrain.train import pretrain
 
@@ -81,7 +81,8 @@ def copy(release: Release, tmp_path: Path) -> Path:
 
 def resign(path: Path) -> None:
     """Makes the sums right again: whoever tampers with a config can do that too."""
-    lines = [f"{file_digest(path / name)}  {name}\n" for name in FILES]
+    names = [name for name in (*FILES, DECODER) if (path / name).exists()]
+    lines = [f"{file_digest(path / name)}  {name}\n" for name in names]
     (path / "SHA256SUMS").write_text("".join(lines))
 
 
@@ -102,7 +103,8 @@ def test_weights_are_those_of_the_last_checkpoint(run: Path, release: Release) -
 
 
 def test_every_file_is_there_and_golden_features_come_back(release: Release) -> None:
-    assert {path.name for path in release.path.iterdir()} == {*FILES, "SHA256SUMS"}
+    decoder = {DECODER} if release.has_decoder else set()  # U-Net's is cnn_mae's, a ViT has none
+    assert {path.name for path in release.path.iterdir()} == {*FILES, "SHA256SUMS"} | decoder
     assert check_golden(release.path) <= 1e-5
 
 

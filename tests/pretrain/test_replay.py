@@ -41,6 +41,8 @@ MAE = {
     "decoder_depth": 1,
     "decoder_heads": 2,
 }
+# Two crops of a volume make a sample.
+FUSION = {"_target_": "pretrain.objectives.volume_fusion.VolumeFusion", "form": "grid"}
 KEY = "hippocampus_067"
 AFTER = 7
 
@@ -109,21 +111,25 @@ def test_a_fault_is_named_and_found_again(
     assert report["parts"] == ([] if what == "gradient" else ["mse"])
     assert (folder / "replay.png").stat().st_size > 5000
     # What the run wrote and what the replay found are of the same crops.
-    named = {(s["position"], s["key"], s["seed"], *s["origin"]) for s in failure["samples"]}
-    assert {(s["position"], s["key"], s["seed"], *s["origin"]) for s in report["samples"]} <= named
+    named = {
+        (s["position"], s["crop"], s["key"], s["seed"], *s["origin"]) for s in failure["samples"]
+    }
+    assert {
+        (s["position"], s["crop"], s["key"], s["seed"], *s["origin"]) for s in report["samples"]
+    } <= named
     for file in (folder / "failure.json", folder / "replay.json"):
         assert str(tmp_path) not in file.read_text()
         assert str(pretrain_corpus) not in file.read_text()
 
 
-@pytest.mark.parametrize(("backbone", "objective"), [(VIT, MAE)])
+@pytest.mark.parametrize(("backbone", "objective"), [(VIT, MAE), (RESENC, FUSION)])
 def test_a_replayed_step_is_the_step_bit_for_bit(
     pretrain_corpus: Path, tmp_path: Path, backbone: dict[str, Any], objective: dict[str, Any]
 ) -> None:
-    """From the checkpoint before it to the next one, drop path and accumulation included."""
+    """From the checkpoint before it to the next one: drop path, accumulation, several crops."""
     chosen = settings(
-        pretrain_corpus, tmp_path, steps=9, save_every=3, accumulate=2, backbone=backbone,
-        objective=objective,
+        pretrain_corpus, tmp_path, crop_size=(16, 24, 16), steps=9, save_every=3, accumulate=2,
+        backbone=backbone, objective=objective,
     )  # fmt: skip
     run = RunFolder(pretrain(chosen))
     made = Replay(run)

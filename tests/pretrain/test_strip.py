@@ -93,6 +93,7 @@ def test_the_basis_is_that_of_the_largest_spread(seed: int) -> None:
 class Holder:
     def __init__(self, encoder: Backbone) -> None:
         self.encoder = encoder
+        self.crops = 1
 
 
 def test_a_killed_runs_later_previews_go(tmp_path: Path) -> None:

@@ -14,7 +14,21 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.objective import Batch, Objective
 
 CONF = Path(conf.__file__).parent
-MILLIONS = {"vit_s": 23, "vit_b": 88, "vit_l": 307, "resenc_small": 2.06, "resenc_l": 90.3}
+MILLIONS = {
+    "vit_s": 23,
+    "vit_b": 88,
+    "vit_l": 307,
+    "resenc_small": 2.06,
+    "resenc_l": 90.3,
+    "unet_small": 0.88,
+    "unet_b": 14.0,
+    "hi_end_b": 88,
+    "hi_end_l": 343,
+    "primus_s": 26.1,  # 8000 positions among them
+    "primus_b": 97.7,
+    "primus_m": 151,
+    "primus_l": 331,
+}
 
 
 def build(group: str, name: str, **given: object) -> torch.nn.Module:
@@ -30,7 +44,7 @@ def names(group: str) -> list[str]:
 def test_a_preset_has_the_surface_of_a_backbone(name: str) -> None:
     encoder = build("backbone", name)
     assert isinstance(encoder, Backbone)
-    shape = (64, 96, 32)
+    shape = tuple(stride * n for stride, n in zip(encoder.strides[-1], (2, 3, 1), strict=True))
     maps = encoder(torch.zeros(2, encoder.in_channels, *shape, device="meta"))
     expected = zip(encoder.channels, encoder.grids(shape), strict=True)
     assert [tuple(m.shape) for m in maps] == [(2, c, *grid) for c, grid in expected]
@@ -46,8 +60,18 @@ def test_a_preset_has_the_surface_of_a_backbone(name: str) -> None:
     [
         ("mae", "vit_ti", (32, 48, 32)),
         ("mae", "vit_s", (96, 96, 96)),
+        ("mae", "vit_b_2d", (1, 224, 224)),
+        ("hi_end_mae", "hi_end_b", (96, 96, 96)),
+        ("hi_end_mae_l", "hi_end_l", (96, 96, 96)),
+        ("mae_primus", "primus_m", (160, 160, 160)),
+        ("simmim", "vit_s", (96, 96, 96)),
+        ("simmim_primus", "primus_s", (64, 96, 32)),
         ("cnn_mae", "resenc_small", (32, 48, 32)),
         ("cnn_mae", "resenc_l", (160, 160, 160)),
+        ("cnn_mae", "unet_b", (128, 128, 128)),
+        ("s3d", "resenc_small", (32, 48, 32)),
+        ("s3d", "resenc_l", (160, 160, 160)),
+        ("s3d", "unet_b", (128, 128, 128)),
     ],
 )
 def test_presets_fit_together(objective: str, backbone: str, shape: tuple[int, int, int]) -> None:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from pretrain.backbones.resenc import ResEncUNetEncoder, ResidualBlock
+from pretrain.masking import triple
 
 
 def small(**changes: object) -> ResEncUNetEncoder:
@@ -70,28 +68,32 @@ def test_the_scale_of_the_input_does_not_matter_behind_the_stem() -> None:
     assert torch.allclose(encoder(x)[-1], encoder(3 * x)[-1], atol=1e-3)
 
 
-def test_features_of_the_public_implementation() -> None:
-    folder = Path(os.environ.get("VOXELITH_PARITY_DIR", "../shared/parity"))
-    checkpoint = folder / "nnssl_resenc_checkpoint_final.pth"
-    if not checkpoint.exists():
-        pytest.skip(f"no reference numbers: {checkpoint} does not exist (VOXELITH_PARITY_DIR)")
-    from safetensors.torch import load_file
-
-    numbers = load_file(folder / "nnssl_resenc_features.safetensors")
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    plan = stored["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"]
-    weights = {
-        name.removeprefix("encoder."): tensor
-        for name, tensor in stored["network_weights"].items()
-        if name.startswith("encoder.") and ".all_modules." not in name
-    }
-    encoder = ResEncUNetEncoder(
-        in_channels=weights["stem.convs.0.conv.weight"].shape[1],
-        features=tuple(plan["features_per_stage"]),
-        strides=tuple(tuple(s) for s in plan["strides"]),
-        blocks=tuple(plan["n_blocks_per_stage"]),
-    )
-    encoder.load_state_dict(weights, strict=True)
-    maps = encoder.eval()(numbers["input.x"])
-    for found, name in zip(maps, sorted(n for n in numbers if "expected" in n), strict=True):
-        assert torch.allclose(found, numbers[name], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("strides", [(1, 2, 2), (1, (1, 2, 2), 2), ((1, 2, 2), (2, 1, 2), 2)])
+def test_features_are_those_of_dynamic_network_architectures(strides: tuple) -> None:
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    torch.manual_seed(0)
+    features, blocks = [4, 6, 6], [1, 2, 3]
+    theirs = unet.ResidualEncoderUNet(
+        input_channels=2,
+        n_stages=3,
+        features_per_stage=features,
+        conv_op=torch.nn.Conv3d,
+        kernel_sizes=3,
+        strides=[list(triple(s)) for s in strides],
+        n_blocks_per_stage=blocks,
+        num_classes=1,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=torch.nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=torch.nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    ).encoder
+    for parameter in theirs.parameters():  # norms begin as ones and zeros, which would hide them
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = small(in_channels=2, features=features, strides=strides, blocks=blocks)
+    known = {n: t for n, t in theirs.state_dict().items() if ".all_modules." not in n}
+    ours.load_state_dict(known, strict=True)
+    x = torch.randn(2, 2, 8, 24, 16)
+    for found, expected in zip(ours(x), theirs(x), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)

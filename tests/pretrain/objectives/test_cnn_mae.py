@@ -2,11 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import hydra.utils
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+import conf
 from data_prep.errors import InputError
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D
@@ -84,6 +88,39 @@ def test_visible_and_invalid_output_is_free(make_batch: MakeBatch) -> None:
     assert gradient is not None
     assert (gradient[~counted] == 0).all()
     assert (gradient[counted] != 0).all()
+
+
+def test_the_error_of_visible_voxels_does_not_count(make_batch: MakeBatch) -> None:
+    batch, cnn = make_batch(SHAPE), objective()
+    error, losses = torch.randn_like(batch.image), []
+    for scale in (1, 1000):
+        wrong = torch.where(mask(batch), error, scale * error)
+        cnn.decoder = Shown(batch.image + wrong)
+        losses.append(cnn(batch, 0.0).loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(error[mask(batch)].square().mean().item(), rel=1e-4)
+
+
+def test_the_mean_is_over_the_batch_not_over_samples(make_batch: MakeBatch) -> None:
+    """The first sample counts a single voxel, with an error of 10; the second all, with 1."""
+    batch, cnn = make_batch(SHAPE), objective()
+    at = tuple(mask(batch)[0, 0].nonzero()[0])
+    batch.valid[0] = False
+    batch.valid[0, 0][at] = True
+    error = torch.ones_like(batch.image)
+    error[0] = 10
+    cnn.decoder = Shown(batch.image + error)
+    count = 18 * 64
+    expected = (100 + count) / (1 + count)
+    assert cnn(batch, 0.0).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_defaults_are_those_of_nnssl() -> None:
+    encoder = ResEncUNetEncoder(features=(4, 6, 8), strides=(1, 2, 2), blocks=(1, 1, 1))
+    config = OmegaConf.load(Path(conf.__file__).parent / "objective" / "cnn_mae.yaml")
+    for cnn in (CnnMAE(encoder=encoder), hydra.utils.instantiate(config, encoder=encoder)):
+        assert (cnn.block, cnn.mask_ratio) == (16, 0.75)
+        assert [len(stage.convs) for stage in cnn.decoder.stages] == [1, 1]
 
 
 def test_gradient_reaches_every_stage(make_batch: MakeBatch) -> None:

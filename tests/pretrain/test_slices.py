@@ -1,0 +1,56 @@
+"""A 2D encoder is a 3D one on crops of one slice, all the way to features of a scan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import voxelith
+from pretrain.export import export
+from pretrain.settings import PretrainSettings
+from pretrain.train import pretrain
+
+
+def test_slices_pretrain_preview_export_and_encode(pretrain_corpus: Path, tmp_path: Path) -> None:
+    run = pretrain(
+        PretrainSettings.model_validate(
+            {
+                "corpus": pretrain_corpus,
+                "run": "slices",
+                "runs": tmp_path,
+                "backbone": {
+                    "_target_": "pretrain.backbones.vit.ViT3D",
+                    "patch_size": [1, 8, 8],
+                    "embed_dim": 24,
+                    "depth": 4,
+                    "num_heads": 2,
+                },
+                "objective": {
+                    "_target_": "pretrain.objectives.mae.MAE",
+                    "decoder_dim": 24,
+                    "decoder_depth": 1,
+                    "decoder_heads": 2,
+                },
+                "trainer": {"accelerator": "cpu", "workers": 0, "threads": 1},
+                "crop_size": (1, 32, 32),
+                "steps": 2,
+                "batch_size": 4,
+                "lr": 1e-3,
+                "preview_every": 2,
+            }
+        )
+    )
+    pictures = sorted(path.name for path in (run / "previews").iterdir())
+    assert pictures == ["step-00000000.png", "step-00000002.png"]
+
+    release = export(run, tmp_path / "release")
+    encoder = voxelith.load_encoder(release.path)
+    scan = np.random.default_rng(0).normal(size=(3, 40, 48)) * 300
+    features = encoder.features(scan, spacing=(5.0, 1.0, 1.0), modality="CT")
+    assert features.map.shape == (24, 3, 5, 6)
+    # Each slice is encoded by itself: another one next to it changes nothing.
+    scan[2] += 50
+    again = encoder.features(scan, spacing=(5.0, 1.0, 1.0), modality="CT").map
+    assert np.array_equal(again[:, :2], features.map[:, :2])
+    assert not np.array_equal(again[:, 2], features.map[:, 2])
