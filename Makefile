@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all gpu setup lint types fmt check wheel clean
+.PHONY: demo test test-all recipes estimates gpu setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
@@ -15,6 +15,14 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu"
+
+# The small recipes on the sample scans, their logs and pictures: about half an hour.
+recipes: setup
+	$(BIN)/python benchmarks/recipes.py
+
+# Parameters, FLOP and memory of the full recipes, on fake tensors: minutes.
+estimates: setup
+	$(BIN)/python benchmarks/estimates.py
 
 # What only a GPU can show: tests, then a step of every full recipe. See docs/gpu.md.
 gpu: setup

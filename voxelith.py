@@ -87,6 +87,18 @@ def _bench(words: list[str]) -> Any:
     return bench_step(settings) if words[0] == "step" else bench_estimate(settings)
 
 
+def _replay(words: list[str]) -> Any:
+    from data_prep.errors import InputError
+
+    options = {"step": ""}
+    runs = _runs("replay", words, options)
+    if len(runs) > 1 or not (options["step"] or "1").isdigit():
+        raise InputError(f"replay: usage: voxelith {COMMANDS['replay'].usage}")
+    from pretrain.replay import replay
+
+    return replay(runs[0], int(options["step"]) if options["step"] else None)
+
+
 def _export(words: list[str]) -> Any:
     run, output = _positional("export", words, ["RUN", "OUT"])
     from pretrain.export import export
@@ -202,6 +214,11 @@ COMMANDS = {
         "what a step costs: measured, or estimated for a GPU that is not there",
         "bench step|estimate [objective=mae] [backbone=vit_s] [key=value ...] [output=FILE]",
         _bench,
+    ),
+    "replay": Command(
+        "find where a run stopped being finite",
+        "replay RUN [step=N]",
+        _replay,
     ),
     "export": Command("a run to a release", "export RUN OUT", _export),
     "features": Command("a scan to features", "features RELEASE SCAN OUT.npz", _features),

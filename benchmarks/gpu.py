@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-import conf
-from conf.compose import settings_for
+from conf.compose import recipes, settings_for
 from data_prep.files import write_json, write_text
 from pretrain.bench import machine
 from pretrain.estimate import Precision, estimate, micro_batch
@@ -39,25 +38,19 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device here")
     tests = _tests() if not chosen.only else "not run"
-    recipes = [_recipe(name, device, chosen.words) for name in chosen.only or full_recipes()]
+    measured = [_recipe(n, device, chosen.words) for n in chosen.only or recipes(small=False)]
     result = {
         "machine": machine(device),
         "versions": versions(),
         "tests": tests,
-        "recipes": recipes,
+        "recipes": measured,
     }
     chosen.output.mkdir(parents=True, exist_ok=True)
     write_json(chosen.output / "gpu.json", result)
     write_text(chosen.output / "gpu.md", markdown(result))
     print(f"{chosen.output}: gpu.json, gpu.md")
-    if any("error" in one for one in recipes) or tests not in ("passed", "not run"):
+    if any("error" in one for one in measured) or tests not in ("passed", "not run"):
         sys.exit(1)
-
-
-def full_recipes() -> list[str]:
-    """The recipes at the size of their papers."""
-    found = (Path(conf.__file__).parent / "experiment").glob("*.yaml")
-    return sorted(file.stem for file in found if not file.stem.endswith("_small"))
 
 
 def memory_line(

@@ -1,94 +1,179 @@
-"""What every full recipe costs, told by fake tensors: docs/results/recipes.md.
+"""Runs the small recipes of conf/experiment on the sample scans: `make recipes`.
 
-    python benchmarks/recipes.py [--output docs/results]
+    python benchmarks/recipes.py [NAME ...] [--output docs/results/recipes] [--work DIR]
 
-Memory in bf16 is a straight line in the samples that a device takes at once; two estimates fix it.
-Takes two minutes on a CPU and needs no GPU. What the numbers hold: docs/gpu.md.
+Each is a pretraining by the command line, in a process of one thread, watched by a probe on the
+labelled hippocampi. Keeps of each run its log (NAME.csv), what became of its features
+(NAME-health.csv) and its last pictures (NAME.png, NAME-strip.png), and writes README.md and
+recipes.json with machine, versions and raw values. Minutes of training on 36 volumes: they show
+that a recipe is healthy, and nothing about what it is worth.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gpu import ROOT, full_recipes, memory_line
+import torch
 
-from conf.compose import settings_for
+from conf.compose import recipes, settings_for
 from data_prep.files import write_json, write_text
-from pretrain.estimate import GIB, estimate
+from pretrain.bench import machine
 from pretrain.run_folder import versions
 
-DEVICE = 80e9
-SHARE = 0.85
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / "samples"
+SMALL = recipes(small=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
-    output = parser.parse_args().output
-    rows = [_row(name) for name in full_recipes()]
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "recipes.json", {"recipes": rows, "versions": versions()})
-    write_text(output / "recipes.md", _markdown(rows))
-    print(_markdown(rows))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=SMALL, metavar="NAME")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "recipes")
+    parser.add_argument("--work", type=Path, help="corpora and runs are made, and left, here")
+    parser.add_argument("--beside", type=int, default=2, help="runs at once, of one thread each")
+    chosen = parser.parse_args()
+    unknown = sorted(set(chosen.names) - set(SMALL))
+    if unknown:
+        parser.error(f"no such recipe: {', '.join(unknown)}; there are {', '.join(SMALL)}")
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made:
+        work = chosen.work or Path(made)
+        corpora = {name: _corpus(name, work) for name in ("pretrain", "hippocampus")}
+        waiting, running = list(chosen.names), {}
+        failed: list[str] = []
+        while waiting or running:
+            while waiting and len(running) < chosen.beside:
+                name = waiting.pop(0)
+                running[name] = (_start(name, corpora, work), time.perf_counter())
+                print(f"{name}: started", flush=True)
+            for name, (process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                seconds = time.perf_counter() - began
+                if process.returncode:
+                    failed.append(name)
+                    print(f"{name}: failed, see {work / name}.log", flush=True)
+                else:
+                    row = _keep(name, seconds, work, chosen.output)
+                    print(f"{name}: {json.dumps(row)}", flush=True)
+            time.sleep(0.2)
+        if failed:
+            for name in failed:
+                print((work / f"{name}.log").read_text()[-2000:], file=sys.stderr)
+            sys.exit(f"error: {', '.join(failed)} failed")
+    _summarise(chosen.output)
 
 
-def _row(name: str) -> dict[str, Any]:
-    settings = settings_for("bench", [f"experiment={name}"])
-    told = estimate(settings, precisions=())
-    row: dict[str, Any] = {
-        "recipe": name,
+def _corpus(name: str, work: Path) -> Path:
+    output = work / "corpora" / name
+    if not (output / "corpus.json").exists():
+        words = [f"input={SAMPLES / name}.csv", f"output={output}", "keys=names", "shard_mib=1"]
+        _voxelith("prep", *words)
+    return output
+
+
+def _voxelith(*words: str) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "voxelith", *words], cwd=ROOT, check=True)
+
+
+def _start(name: str, corpora: dict[str, Path], work: Path) -> subprocess.Popen[bytes]:
+    words = [
+        f"experiment={name}", f"corpus={corpora['pretrain']}", f"run={name}",
+        f"runs={work / 'runs'}", f"health.probe={corpora['hippocampus']}", "health.every=50",
+        "trainer.threads=1", "resume=never",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "voxelith", "pretrain", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=(work / f"{name}.log").open("wb"),
+    )
+
+
+def _keep(name: str, seconds: float, work: Path, output: Path) -> dict[str, Any]:
+    """Copies the run's logs and pictures, and writes its row."""
+    run = work / "runs" / name
+    shutil.copyfile(run / "metrics.csv", output / f"{name}.csv")
+    shutil.copyfile(run / "health.csv", output / f"{name}-health.csv")
+    pictures = sorted((run / "previews").glob("step-*.png"))
+    if pictures:
+        shutil.copyfile(pictures[-1], output / f"{name}.png")
+    if (run / "previews" / "strip.png").exists():
+        shutil.copyfile(run / "previews" / "strip.png", output / f"{name}-strip.png")
+    losses, health = _rows(run / "metrics.csv"), _rows(run / "health.csv")
+    facts = json.loads((run / "run.json").read_text())
+    settings = settings_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"])
+    row = {
+        "objective": settings.objective["_target_"].rpartition(".")[2],
+        "backbone": settings.backbone["_target_"].rpartition(".")[2],
+        "parameters": facts["parameters"],
+        "steps": settings.steps,
         "batch_size": settings.batch_size,
-        "encoder_parameters": told.parameters,
-        "other_parameters": told.other_parameters,
-        "flops_per_sample": told.flops_per_sample,
-        "flops_per_step": told.flops_per_step,
-        "flops": told.flops_per_step * settings.steps,
+        "seconds": round(seconds, 1),
+        "seconds_per_step": [float(r["seconds_per_step"]) for r in losses],
+        "loss": [float(r["loss"]) for r in losses],
+        "health": [{k: float(v) for k, v in r.items()} for r in health],
     }
-    for checkpointing in (False, True):
-        fixed, slope = memory_line(settings, checkpointing)
-        row["checkpointing" if checkpointing else "plain"] = {
-            "fixed_bytes": fixed,
-            "bytes_per_sample": slope,
-            "samples_in_80_gb": max(0, int((SHARE * DEVICE - fixed) / slope)),
-        }
-    return row
+    result = {"machine": machine(torch.device("cpu")), "versions": versions(), **row}
+    write_json(output / f"{name}.json", result)
+    return {k: row[k] for k in ("seconds", "steps")} | {
+        "loss": [row["loss"][0], row["loss"][-1]],
+        "probe_dice": [row["health"][0]["probe_dice"], row["health"][-1]["probe_dice"]],
+    }
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _summarise(output: Path) -> None:
+    found = {f.stem: json.loads(f.read_text()) for f in sorted(output.glob("*_small.json"))}
+    first = next(iter(found.values()))
     lines = [
-        "# What the full recipes cost",
+        "# The small recipes",
         "",
-        "Told by `python benchmarks/recipes.py` without a GPU; what the numbers hold and leave out "
-        "stands in [docs/gpu.md](../gpu.md). Memory is in bf16 on one device: a fixed part and one for each "
-        f"sample, in GiB; `fit` samples at once fill {SHARE:.0%} of 80 GB. `+ckpt`: with "
-        "`trainer.checkpointing=true`.",
+        f"Made by `make recipes` on {first['machine']['processor']}, one thread a run, two runs",
+        f"at once, torch {first['versions']['torch']}, float32. 36 volumes of `samples/`, one seed",
+        "each. They show that the recipes are healthy, and nothing about what they are worth: the",
+        "probe (linear, 8 hippocampi of the training part, Dice at voxel resolution) tells a run",
+        "from its own untrained encoder, and its spread between seeds is not measured here.",
         "",
-        "| recipe | batch | encoder M | rest M | GFLOP a sample | TFLOP a step | EFLOP in all "
-        "| fixed | a sample | fit | a sample +ckpt | fit +ckpt |",
-        "| --- |" + " ---: |" * 11,
+        "| recipe | objective, encoder | parameters | steps x batch | seconds | loss, first to "
+        "last | RankMe of tokens | probe Dice: untrained, last |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: |",
     ]
-    for row in rows:
-        plain, again = row["plain"], row["checkpointing"]
+    for name, one in found.items():
+        begin, end = one["health"][0], one["health"][-1]
         cells = [
-            row["recipe"],
-            str(row["batch_size"]),
-            f"{row['encoder_parameters'] / 1e6:.1f}",
-            f"{row['other_parameters'] / 1e6:.1f}",
-            f"{row['flops_per_sample'] / 1e9:,.0f}",
-            f"{row['flops_per_step'] / 1e12:,.1f}",
-            f"{row['flops'] / 1e18:,.1f}",
-            f"{plain['fixed_bytes'] / GIB:.1f}",
-            f"{plain['bytes_per_sample'] / GIB:.2f}",
-            str(plain["samples_in_80_gb"]),
-            f"{again['bytes_per_sample'] / GIB:.2f}",
-            str(again["samples_in_80_gb"]),
+            f"[{name}]({name}.csv)",
+            f"{one['objective']}, {one['backbone']}",
+            f"{one['parameters'] / 1e6:.2f} M",
+            f"{one['steps']} x {one['batch_size']}",
+            f"{one['seconds']:.0f}",
+            f"{one['loss'][0]:.3f} to {one['loss'][-1]:.3f}",
+            f"{begin['rank']:.0f} to {end['rank']:.0f}",
+            f"{100 * begin['probe_dice']:.1f}, {100 * end['probe_dice']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines += ["", "Each has its log, health, last reconstructions (.png) and colours of its tokens"]
+    lines += ["(-strip.png) in this folder.", ""]
+    write_text(output / "README.md", "\n".join(lines))
+    print(f"{output / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def settings_for(command: str, words: list[str]) -> Any:
     return settings
 
 
+def recipes(*, small: bool) -> list[str]:
+    """Names of the recipes in conf/experiment: as the papers state them, or for two CPU cores."""
+    found = (file.stem for file in (HERE / "experiment").glob("*.yaml"))
+    return sorted(name for name in found if name.endswith("_small") == small)
+
+
 def describe(command: str) -> str:
     """The keys of a command with their defaults and comments, and the options of its groups."""
     file = HERE / f"{command}.yaml"

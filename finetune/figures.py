@@ -196,6 +196,33 @@ def _loss(axis: Axes, curve: Curve, colour: str, label: str | None) -> None:
     axis.margins(x=0.02)
 
 
+def draw_health(log: dict[str, NDArray[np.float64]]) -> str:
+    """Columns of a run's health.csv against its steps: spread, rank and, if asked, the probe."""
+    panels = [
+        ("Spread of the features", {"std": "of cells", "pooled_std": "of scans"}),
+        ("Effective rank (RankMe)", {"rank": "of cells", "pooled_rank": "of scans"}),
+        ("Probe on labelled cases", {"probe_dice": "Dice", "probe_knn": "neighbours' recall"}),
+    ]
+    panels = [panel for panel in panels if panel[1].keys() <= log.keys()]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(WIDTH, 2.6), squeeze=False, layout="constrained"
+        )
+        for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+            for (name, label), colour in zip(lines.items(), (INK, FAINT), strict=True):
+                axis.plot(
+                    log["step"], log[name], "o-", color=colour, markersize=3, linewidth=1.6,
+                    label=label,
+                )  # fmt: skip
+            if "rank" in lines:
+                axis.set_yscale("log")
+            axis.margins(x=0.02)
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.legend(loc="best")
+        return svg(figure)
+
+
 def draw_cases(cases: Sequence[Overlay], classes: Sequence[str]) -> str:
     """Truth and predictions as contours: a row per case, three planes per arm, one scale in mm."""
     arms = list(cases[0].predictions)

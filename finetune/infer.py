@@ -28,8 +28,7 @@ from data_prep.progress import bar
 from data_prep.volume import Reject, Volume, read_as, write_nifti
 from finetune.segmentation import Segmentation
 from finetune.settings import TaskSettings
-from pretrain.arguments import build_allowed
-from pretrain.backbones.backbone import Backbone
+from pretrain.arguments import build_backbone
 from pretrain.release import load_strictly
 
 Size = tuple[int, int, int]
@@ -154,9 +153,7 @@ def load_segmenter(run: Path, device: str | torch.device | None = None) -> Segme
         name, arguments = backbone["name"], backbone["args"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is damaged ({error}); run `voxelith finetune` again") from error
-    encoder = build_allowed(name, arguments, "pretrain.backbones", f"{path}: backbone")
-    if not isinstance(encoder, Backbone):
-        raise InputError(f"{path}: backbone={name!r}: is no encoder; run `voxelith finetune` again")
+    encoder = build_backbone(name, arguments, f"{path}: backbone")
     model = Segmentation(encoder=encoder, task=task)
     load_strictly(model, run / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,7 +22,15 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.volume import read_label
-from finetune.figures import Curve, Overlay, data_uri, draw_cases, draw_comparison, draw_losses
+from finetune.figures import (
+    Curve,
+    Overlay,
+    data_uri,
+    draw_cases,
+    draw_comparison,
+    draw_health,
+    draw_losses,
+)
 from finetune.intervals import Estimate
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
@@ -99,6 +107,7 @@ def make_report(
             groups=[_group(group) for group in table.groups],
             losses=draw_losses(_pretraining_curve(pretrain_run), [_curve(run) for run in runs]),
             previews=_previews(pretrain_run),
+            health=_health(pretrain_run),
             pretraining=_pretraining(pretrain_run),
             cases=_cases(runs),
             runs=[_run_line(run) for run in runs],
@@ -223,8 +232,8 @@ def _line(line: Line) -> dict[str, Any]:
 # Curves and pictures.
 
 
-def _metrics(folder: Path) -> dict[str, np.ndarray]:
-    with (folder / "metrics.csv").open(newline="") as file:
+def _metrics(folder: Path, name: str = "metrics.csv") -> dict[str, np.ndarray]:
+    with (folder / name).open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
@@ -248,6 +257,17 @@ def _previews(run: Path | None) -> dict[str, str] | None:
         return None
     step = int(pictures[-1].stem.removeprefix("step-"))
     return {"step": str(step), "picture": data_uri(pictures[-1].read_bytes(), "image/png")}
+
+
+def _health(run: Path | None) -> dict[str, str | None] | None:
+    """What the pretraining run saw of its own features: curves, and their colours over time."""
+    if run is None or not (run / "health.csv").is_file():
+        return None
+    strip = run / "previews" / "strip.png"
+    return {
+        "curves": draw_health(_metrics(run, "health.csv")),
+        "strip": data_uri(strip.read_bytes(), "image/png") if strip.is_file() else None,
+    }
 
 
 def _cases(runs: list[_Run]) -> dict[str, str] | None:

@@ -45,7 +45,7 @@ from finetune.labels import choose_labels
 from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings, config_hash
-from pretrain.decoders import HEAD
+from pretrain.decoders import without_head
 from pretrain.loader import Augment, CropDataset
 from pretrain.loop import Loop
 from pretrain.release import LoadReport, Release, load_release
@@ -199,12 +199,12 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
 
 def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
     """The report of a decoder that begins anew, though the release may have one."""
-    names = sorted(decoder.state_dict())
+    state = decoder.state_dict()
     if not release.has_decoder:
-        return LoadReport(new=names)
-    body = [name for name in names if not name.startswith(HEAD)]
+        return LoadReport(new=sorted(state))
+    body = sorted(without_head(state))
     return LoadReport(
-        skipped=dict.fromkeys(body, "transfer=encoder"), new=sorted(set(names) - set(body))
+        skipped=dict.fromkeys(body, "transfer=encoder"), new=sorted(set(state) - set(body))
     )
 
 

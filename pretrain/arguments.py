@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
 from data_prep.errors import InputError, near, plain_message
+from pretrain.backbones.backbone import Backbone
 
 
 def check_arguments(
@@ -96,15 +96,16 @@ def allowed_name(target: type, package: str) -> str:
     return path.removeprefix(f"{package}.")
 
 
-def build_allowed(name: str, arguments: Mapping[str, Any], package: str, where: str) -> nn.Module:
-    """Makes a module that a release names, if it is one of `package`'s own classes.
+def build_backbone(name: str, arguments: Mapping[str, Any], where: str) -> Backbone:
+    """Makes the backbone that a release names, if it is one of ours.
 
     Nothing downloaded chooses what is imported: the name must be `module.Class` of a module that
-    lies directly in our package and defines that class, and its arguments must fit the bounds in
-    its signature before anything is allocated.
+    lies directly in `pretrain.backbones` and defines that class, and its arguments must fit the
+    bounds in its signature before anything is allocated.
     """
+    package = "pretrain.backbones"
     refusal = (
-        f"{where}={name!r}: is not one of {package}'s own classes; "
+        f"{where}={name!r}: is not one of our backbones; "
         "a release may name nothing else, so this one is damaged, foreign or not to be trusted"
     )
     parts = name.split(".") if isinstance(name, str) else []
@@ -115,11 +116,13 @@ def build_allowed(name: str, arguments: Mapping[str, Any], package: str, where: 
         raise InputError(refusal)
     module = importlib.import_module(f"{package}.{parts[0]}")
     target = getattr(module, parts[1], None)
-    own = inspect.isclass(target) and target.__module__ == module.__name__
-    if not own or not issubclass(typing.cast(type, target), nn.Module):
+    if not (inspect.isclass(target) and target.__module__ == module.__name__):
         raise InputError(refusal)
-    values, problems = check_arguments(typing.cast(type, target), arguments, where)
+    # Backbones state bounds for keyword arguments; parts and bases of backbones have none to check.
+    kinds = {p.kind for p in inspect.signature(target).parameters.values()}
+    if not issubclass(target, Backbone) or kinds != {inspect.Parameter.KEYWORD_ONLY}:
+        raise InputError(refusal)
+    values, problems = check_arguments(target, arguments, where)
     if problems:
         raise InputError(problems)
-    made: nn.Module = typing.cast(type, target)(**values)
-    return made
+    return target(**values)

@@ -8,7 +8,8 @@ to the task and stay behind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +22,12 @@ from pretrain.backbones.unet import UNetEncoder
 from pretrain.backbones.vit import ChannelNorm, ViT3D
 from pretrain.masking import triple
 
-HEAD = "head"
-"""How the names of those parameters begin that do not transfer to another task."""
+_Value = TypeVar("_Value")
+
+
+def without_head(named: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Of a decoder's tensors by name, those that transfer to another task."""
+    return {name: value for name, value in named.items() if not name.startswith("head")}
 
 
 def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:

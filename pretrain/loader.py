@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,15 @@ class Augment:
 
     flip: tuple[bool, bool, bool] = (False, False, False)
     gain: float = 0.0
+
+
+class Draw(NamedTuple):
+    """What an index stands for: a volume, where its crop starts, and a seed."""
+
+    item: int
+    meta: dict[str, Any]
+    start: NDArray[np.int64]
+    seed: int
 
 
 class CropDataset(Dataset[dict[str, Any]]):
@@ -89,19 +98,23 @@ class CropDataset(Dataset[dict[str, Any]]):
         return len(self.schedule) * self.crops
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._crop(*self.draw(index))
+
+    def draw(self, index: int) -> Draw:
+        """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
         position, number = divmod(index, self.crops)
         epoch, within, sample = self.schedule.sample(position)
         rng = generator("crop", self.schedule.seed, epoch, within, number)
         item = int(self.samples[sample])
         meta = self.corpus.meta(item)
         start = self._place(rng, meta, np.array(self.corpus.shapes[item][1:]))
-        return self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
+        return Draw(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
 
     def middle(self, item: int, number: int = 0) -> dict[str, Any]:
         """The crop in the middle of a volume's foreground: the same in every run, for pictures.
 
-        Further crops of a sample (`number` 1, ...) lie elsewhere in the volume, as the item and
-        the number alone decide.
+        With labels, in the middle of what is labelled. Further crops of a sample (`number` 1, ...)
+        lie elsewhere in the volume, as the item and the number alone decide.
         """
         meta = self.corpus.meta(item)
         shape = np.array(self.corpus.shapes[item][1:])
@@ -110,7 +123,21 @@ class CropDataset(Dataset[dict[str, Any]]):
             start = self._place(rng, meta, shape)
             return self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
         centre = np.array(meta["foreground_box"]).sum(1) // 2
+        voxels = [v for found in meta["class_voxels"].values() for v in found] if self.label else []
+        if voxels:
+            centre = (np.min(voxels, axis=0) + np.max(voxels, axis=0)) // 2
         return self._crop(item, meta, self._inside(centre, shape), seed=item)
+
+    def varied(self, count: int) -> list[int]:
+        """Volumes to look at: one of each modality before any comes twice, the largest first."""
+        volume = self.corpus.shapes.prod(axis=1)
+        seen: dict[str, int] = {}
+        order: list[tuple[int, int]] = []
+        for item in sorted(map(int, self.samples[:4096]), key=lambda item: (-volume[item], item)):
+            modality = str(self.corpus.modalities[item])
+            seen[modality] = seen.get(modality, 0) + 1
+            order.append((seen[modality], item))
+        return [item for _, item in sorted(order)[:count]]
 
     def _crop(
         self, item: int, meta: dict[str, Any], start: NDArray[np.int64], seed: int

@@ -12,11 +12,13 @@ import logging
 import math
 import re
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -28,12 +30,14 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.progress import bar
+from pretrain.failures import Fault, Faults, Shape, write_failure
+from pretrain.health import CollapseError, Health, evaluating
 from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.optim import make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator
-from pretrain.settings import LoopSettings
+from pretrain.settings import LoopSettings, TrainerSettings
 
 CHECKPOINT_FORMAT = 1
 
@@ -49,6 +53,7 @@ class Loop:
         *,
         augment: Augment | None = None,
         draw_previews: Callable[[Objective, Batch, Path], None] | None = None,
+        health: Health | None = None,
         loggers: list[Logger] | None = None,
         label: str = "train",
     ) -> None:
@@ -57,10 +62,13 @@ class Loop:
         self.run = run
         self.augment = augment
         self.draw_previews = draw_previews
+        self.health = health
         self.loggers = loggers or []
         self.label = label
         self.step = 0
         self.norm: Tensor | None = None
+        self.faults = Faults(settings.accumulate)
+        self._micro = 0
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -79,17 +87,16 @@ class Loop:
         """Raw crops on the device to a normalised, augmented batch."""
         return to_batch(raw, self.augment)
 
-    def reseed(self, batch_idx: int) -> None:
+    def reseed(self, batch_idx: int, rank: int | None = None) -> None:
         """What still draws from torch's generator (drop path, dropout) follows the step alone."""
-        micro = batch_idx % self.settings.accumulate
-        rank = rank_zero_only.rank or 0
-        key = ("step", self.settings.seed, self.step, micro, rank)
+        self._micro = batch_idx % self.settings.accumulate
+        rank = (rank_zero_only.rank or 0) if rank is None else rank
+        key = ("step", self.settings.seed, self.step, self._micro, rank)
         torch.manual_seed(int(generator(*key).integers(2**62)))
 
-    def set_rate(self, objective: Objective) -> None:
+    def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """The learning rate is a function of the step, so it needs no state."""
         lr = self.settings.lr * rate(self.step, self.settings)
-        optimizer = objective.optimizers(use_pl_optimizer=False)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -97,9 +104,11 @@ class Loop:
         """Clips the gradient's norm, if a limit is set, and remembers it for the log."""
         limit = math.inf if self.settings.clip is None else self.settings.clip
         self.norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), limit)
+        self.faults.see("gradient", self.norm, self.step, self.settings.accumulate - 1)
 
     def observe(self, losses: Losses) -> None:
         """Sums the losses on the device; they are fetched only when a row is logged."""
+        self.faults.see("loss", losses.loss, self.step, self._micro)
         for name, value in {"loss": losses.loss, **losses.parts}.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         self._count += 1
@@ -126,7 +135,9 @@ class Loop:
 
         Raises:
             InputError: the checkpoint belongs to another corpus, seed or batch size.
-            FloatingPointError: the loss is no longer finite.
+            FloatingPointError: the loss or the gradient is no longer finite; `failures/` in the
+                run folder says where.
+            CollapseError: the features collapsed and `health.stop` is set.
         """
         objective.loop = self
         state = self.restore()
@@ -197,10 +208,6 @@ class Loop:
         warnings.filterwarnings("ignore", module="lightning")
         chosen = self.settings
         machine = chosen.trainer
-        precision = machine.precision
-        if precision == "auto":
-            usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            precision = "bf16-mixed" if usable else "32-true"
         # Lightning's own requeue saves inside the signal handler and is not safe; launch owns it.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
         return L.Trainer(
@@ -208,7 +215,7 @@ class Loop:
             devices=machine.devices,
             num_nodes=machine.nodes,
             strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
-            precision=precision,
+            precision=machine_precision(machine),
             max_epochs=1,
             accumulate_grad_batches=chosen.accumulate,
             callbacks=[_Watch(self, optimizer_state)],
@@ -220,6 +227,21 @@ class Loop:
             enable_model_summary=False,
             default_root_dir=self.run.path,
         )
+
+
+def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixed"]:
+    """The precision that `auto` comes to on this machine."""
+    if machine.precision != "auto":
+        return machine.precision
+    usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bf16-mixed" if usable else "32-true"
+
+
+def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What the trainer computes a step in, for whoever does so without it."""
+    if precision == "bf16-mixed":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def compile_parts(objective: Objective) -> None:
@@ -297,6 +319,8 @@ class _Watch(L.Callback):
             )
             if self.loop.step == 0:
                 self._preview(pl_module)
+            if self.loop.health is not None and self.loop.health.begin(self.loop.step):
+                self._look(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -317,11 +341,12 @@ class _Watch(L.Callback):
             logging_due = step % chosen.log_every == 0 or last or step == 1
             saving_due = step % chosen.save_every == 0 or last
             if logging_due or saving_due:
-                self._log(trainer)
+                self._log(trainer, pl_module)
             if self.main and saving_due:
                 self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
                 self._preview(pl_module)
+            self._watch(trainer, pl_module, logged=logging_due or saving_due, last=last)
             if self.main:
                 self.bar.update()
         self.ended = time.perf_counter()
@@ -329,6 +354,8 @@ class _Watch(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.main:
             self.bar.close()
+            if self.loop.health is not None and self.loop.health.looks:
+                print(self.loop.health.summary(), file=sys.stderr)
             for logger in self.loop.loggers:
                 logger.finalize("success")
 
@@ -336,25 +363,61 @@ class _Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         """Preempted: Lightning has come to a batch's end, where weights and step agree."""
-        if isinstance(exception, SIGTERMException) and self.main and self.loop.step > 0:
+        stopped = isinstance(exception, SIGTERMException) and self.loop.step > 0
+        if stopped and self.main and self.loop.faults.first() is None:
             self._save(trainer, pl_module)
+
+    def _watch(
+        self, trainer: L.Trainer, objective: L.LightningModule, *, logged: bool, last: bool
+    ) -> None:
+        """Looks at the features where that is due; rank 0 alone, the others wait in their step."""
+        health, step = self.loop.health, self.loop.step
+        if health is None:
+            return
+        if self.main and health.due(step, logged=logged, last=last):
+            self._look(trainer, objective)
+        # All ranks stop together, where they meet anyway.
+        if health.settings.stop and logged and trainer.strategy.broadcast(health.collapsed):
+            if self.main:
+                self._save(trainer, objective)
+            raise CollapseError(
+                f"step {step} of {self.loop.run.path.name}: the features have collapsed and "
+                "health.stop is set; the state is saved: look at health.csv, or go on with "
+                "health.stop=false"
+            )
+
+    def _look(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
+        health = self.loop.health
+        assert isinstance(objective, Objective) and health is not None
+        context = trainer.precision_plugin.forward_context
+        row = health.look(objective.encoder, self.loop.step, context)
+        shown = {f"health/{name}": value for name, value in row.items() if name != "step"}
+        for logger in self.loop.loggers:
+            logger.log_metrics(shown, step=self.loop.step)
 
     def _save(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         assert isinstance(objective, Objective)
         state = self.loop.state(objective, trainer.optimizers[0])
         self.loop.run.checkpoints.save(self.loop.step, state)
 
-    def _log(self, trainer: L.Trainer) -> None:
+    def _log(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         loop, now = self.loop, time.perf_counter()
         means = loop.observed(trainer)
         if not means:
             return
         norm = means.pop("grad_norm")
-        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        fault = loop.faults.first(trainer.strategy.all_gather)
+        if fault is not None:
+            if self.main:
+                self._describe(fault, trainer, objective, {**means, "grad_norm": norm})
+            at = f"step {fault.step}"
+            if fault.rank is not None:
+                at += f", micro-step {fault.micro_step}, rank {fault.rank}"
             raise FloatingPointError(
-                f"the loss is {means['loss']} and the gradient's norm {norm} between steps "
-                f"{self.logged} and {loop.step} of {loop.run.path.name}; the last checkpoint is "
-                "from before: try a lower lr, a longer warmup or precision=32-true"
+                f"the {fault.what} of {at} is not finite (found at step {loop.step}: loss "
+                f"{means['loss']}, gradient's norm {norm}); its samples are named in "
+                f"{loop.run.path.name}/failures, the last checkpoint is from before: try a lower "
+                "lr, a longer warmup or precision=32-true"
             )
         span = now - self.rowed
         row: dict[str, float | int] = {
@@ -374,12 +437,37 @@ class _Watch(L.Callback):
             for logger in loop.loggers:
                 logger.log_metrics(row, step=loop.step)
 
+    def _describe(
+        self,
+        fault: Fault,
+        trainer: L.Trainer,
+        objective: L.LightningModule,
+        means: dict[str, float],
+    ) -> None:
+        chosen = self.loop.settings
+        write_failure(
+            self.loop.run.path,
+            fault,
+            dataset=self.loop.dataset,
+            shape=Shape(
+                chosen.batch_size, chosen.accumulate, trainer.world_size, trainer.num_nodes
+            ),
+            checkpoints=self.loop.run.checkpoints,
+            objective=objective,
+            facts={
+                "seed": chosen.seed,
+                "precision": str(trainer.precision),
+                "found_at_step": self.loop.step,
+                "means_since_last_row": means,
+            },
+        )
+
     def _preview(self, objective: L.LightningModule) -> None:
         loop = self.loop
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
-        items, crops = _preview_items(loop.dataset), range(loop.dataset.crops)
+        items, crops = loop.dataset.varied(3), range(loop.dataset.crops)
         raw = collate([loop.dataset.middle(item, number) for item in items for number in crops])
         moved = {
             name: value.to(objective.device) if isinstance(value, Tensor) else value
@@ -387,21 +475,6 @@ class _Watch(L.Callback):
         }
         folder = loop.run.path / "previews"
         folder.mkdir(exist_ok=True)
-        objective.eval()
-        with torch.no_grad():
+        with evaluating(objective):
             picture = folder / f"step-{loop.step:08d}.png"
             loop.draw_previews(objective, to_batch(moved), picture)
-        objective.train()
-
-
-def _preview_items(dataset: CropDataset, count: int = 3) -> list[int]:
-    """Volumes that are shown: one of each modality before any comes twice, the largest first."""
-    items = [int(item) for item in dataset.samples[:4096]]
-    volume = dataset.corpus.shapes.prod(axis=1)
-    seen: dict[str, int] = {}
-    order: list[tuple[int, int]] = []
-    for item in sorted(items, key=lambda item: (-volume[item], item)):
-        modality = str(dataset.corpus.modalities[item])
-        seen[modality] = seen.get(modality, 0) + 1
-        order.append((seen[modality], item))
-    return [item for _, item in sorted(order)[:count]]

@@ -109,7 +109,7 @@ class Objective(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then lets teachers move: once per optimiser step, never per micro-batch."""
-        self.loop.set_rate(self)
+        self.loop.set_rate(self.optimizers(use_pl_optimizer=False))
         super().optimizer_step(*args, **kwargs)
         self.loop.step += 1
         self.after_step(self.loop.progress)

@@ -37,9 +37,8 @@ from torch import nn
 from data_prep.errors import CorruptionError, InputError, plain_message
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
-from pretrain.arguments import build_allowed
+from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import HEAD, build_decoder
 
 FORMAT = 1
 FILES = (
@@ -225,12 +224,9 @@ class Release:
         chosen = self.config["backbone"]
         where = f"{self.path}: backbone"
         try:
-            made = build_allowed(chosen["name"], chosen["args"], "pretrain.backbones", where)
+            return build_backbone(chosen["name"], chosen["args"], where)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise InputError(f"{where}: {error}; export the release again") from error
-        if not isinstance(made, Backbone):
-            raise InputError(f"{where}={chosen['name']!r}: is a part of a backbone, not one")
-        return made
 
     def load(self, encoder: nn.Module) -> LoadReport:
         """Copies the weights, strictly: all names and shapes must agree.
@@ -247,6 +243,8 @@ class Release:
             InputError: there is no decoder, its weights are not those that config.json tells of,
                 or it is another than `decoder`; the message lists every tensor that differs.
         """
+        from pretrain.decoders import build_decoder, without_head  # features do without it
+
         if not self.has_decoder:
             raise InputError(f"{self.path}: has no decoder; transfer=encoder takes the encoder")
         weights = self.path / DECODER
@@ -254,9 +252,8 @@ class Release:
         with torch.device("meta"):
             told = build_decoder(self._make(), int(self.config["decoder"]["out_channels"]))
         _check_shapes(found, told, weights)
-        body = _without_head(found)
-        state = decoder.state_dict()
-        _check_fit(body, _without_head({n: tuple(t.shape) for n, t in state.items()}), weights)
+        body, state = without_head(found), decoder.state_dict()
+        _check_fit(body, {n: tuple(t.shape) for n, t in without_head(state).items()}, weights)
         with safe_open(weights, framework="pt") as file:
             copied = {name: file.get_tensor(name) for name in body}
         decoder.load_state_dict(state | copied)
@@ -287,10 +284,6 @@ def stored_shapes(weights: Path) -> Shapes:
             return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
-
-
-def _without_head(shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if not name.startswith(HEAD)}
 
 
 def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:

@@ -7,6 +7,8 @@ lease.json             who writes here now, with a heartbeat
 metrics.csv            one row per logged step
 checkpoints/step-00000100.pt
 previews/              pictures
+failures/              steps whose loss or gradient was not finite
+health.csv             one row per look at the features
 """
 
 from __future__ import annotations
@@ -61,16 +63,19 @@ class Checkpoints:
     def load(self) -> dict[str, Any] | None:
         """The newest state, or None if there is none."""
         paths = self.paths()
-        if not paths:
-            return None
-        try:
-            state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CorruptionError(
-                f"{paths[-1].name} in {self.folder} cannot be read ({type(error).__name__}); "
-                "delete it to go on from the checkpoint before it"
-            ) from error
-        return dict(state)
+        return load_checkpoint(paths[-1]) if paths else None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A training state; CorruptionError if it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CorruptionError(
+            f"{path.name} in {path.parent} cannot be read ({type(error).__name__}); "
+            "delete it to go on from the checkpoint before it"
+        ) from error
+    return dict(state)
 
 
 class RunFolder:
@@ -229,6 +234,16 @@ class MetricsLog:
                 write_text(path, "\n".join(lines) + "\n")
             else:
                 path.unlink()
+
+    def rows(self) -> list[dict[str, float]]:
+        """What the file holds."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [
+                {name: float(value or "nan") for name, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
 
     def write(self, row: dict[str, float | int]) -> None:
         """Appends a row; a value that the header does not name is left out."""

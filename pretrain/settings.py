@@ -86,6 +86,16 @@ class IntensitySettings(BaseModel):
     MR: Rule = Rule(rule="zscore")
 
 
+class HealthSettings(BaseModel):
+    """How a pretraining run is watched; none of it changes the weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    stop: bool = False
+    probe: Path | None = None
+
+
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
 
 
@@ -101,6 +111,7 @@ class PretrainSettings(LoopSettings):
     intensity: IntensitySettings = IntensitySettings()
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
     flip: tuple[bool, bool, bool] = (True, True, True)
+    health: HealthSettings = HealthSettings()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
         """Settings that a resumed run must not change, and did.
@@ -110,7 +121,7 @@ class PretrainSettings(LoopSettings):
         """
         free = {
             "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
-            "loggers", "accumulate",
+            "loggers", "accumulate", "health",
         }  # fmt: skip
         now = self.model_dump(mode="json")
         # A run of an older version does not name what was added since: it had the defaults.

@@ -21,13 +21,16 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
+from pretrain.health import Health
 from pretrain.loader import Augment, CropDataset
 from pretrain.loop import Loop
 from pretrain.objective import Batch, Objective
 from pretrain.previews import draw_previews
+from pretrain.probe import Probe
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
 from pretrain.settings import LoopSettings, PretrainSettings, check_same
+from pretrain.strip import add_to_strip
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -52,25 +55,17 @@ def pretrain(settings: PretrainSettings) -> Path:
             )
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
-    preprocess = Preprocess.default(
-        corpus_spacing(corpus), intensity=settings.intensity.model_dump(exclude_none=True)
-    )
-    samples = np.arange(len(corpus))
-    dataset = CropDataset(
-        corpus,
-        samples,
-        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
-        # The corpus is at its spacing already; the release resamples new scans to it.
-        preprocess,
-        settings.crop_size,
-        crops=objective.crops,
-    )
+    dataset = make_dataset(settings, corpus, objective.crops)
+    probe = None
+    if settings.health.probe is not None:
+        probe = Probe.open(settings.health.probe, channels, dataset.preprocess, settings.crop_size)
     loop = Loop(
         settings,
         dataset,
         run,
         augment=Augment(settings.flip, settings.gain),
-        draw_previews=draw_previews,
+        draw_previews=_draw_pictures,
+        health=Health(settings.health, dataset, run.path, probe),
         loggers=make_loggers(settings, run) if main else [],
         label="pretrain",
     )
@@ -82,15 +77,41 @@ def pretrain(settings: PretrainSettings) -> Path:
                 sys.argv,
                 channels=channels,
                 corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
-                preprocess=preprocess.to_dict(),
+                preprocess=dataset.preprocess.to_dict(),
                 data=data_facts(corpus),
                 parameters=sum(p.numel() for p in objective.encoder.parameters()),
             )
-        loop.fit(objective)
+        try:
+            loop.fit(objective)
+        except FloatingPointError:
+            if main:
+                print(f"Next: voxelith replay {run.path}", file=sys.stderr)
+            raise
     if main:
         done = f"step {loop.step} of {settings.steps}"
         print(f"{run.path}: {done}. Next: voxelith export {run.path} release/")
     return run.path
+
+
+def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
+    """What the objective shows of a batch, and what its features look like since the start."""
+    draw_previews(objective, batch, path)
+    add_to_strip(objective, batch, path.parent, int(path.stem.removeprefix("step-")))
+
+
+def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: int = 1) -> CropDataset:
+    """All volumes of the corpus in the run's order."""
+    return CropDataset(
+        corpus,
+        np.arange(len(corpus)),
+        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
+        # The corpus is at its spacing already; the release resamples new scans to it.
+        Preprocess.default(
+            corpus_spacing(corpus), intensity=settings.intensity.model_dump(exclude_none=True)
+        ),
+        settings.crop_size,
+        crops=crops,
+    )
 
 
 def build_objective(settings: PretrainSettings, channels: int) -> Objective:

@@ -56,7 +56,7 @@ def test_from_scan_to_dice_table(network: list[str], samples: Path, tmp_path: Pa
     run(
         "pretrain", f"corpus={corpora / 'pretrain'}", "run=walk", f"runs={runs}", *network,
         "trainer=cpu", "crop_size=[32,48,32]", "batch_size=2", "steps=6", "warmup=2", "lr=1e-3",
-        "preview_every=6",
+        "preview_every=6", f"health.probe={corpora / 'hippocampus'}",
     )  # fmt: skip
     run("export", runs / "walk", release)
     finetuned = []
@@ -73,6 +73,7 @@ def test_from_scan_to_dice_table(network: list[str], samples: Path, tmp_path: Pa
     run("report", runs, f"pretrain={runs / 'walk'}", f"output={tmp_path / 'report.html'}")
     page = (tmp_path / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and len(page) < 10_000_000
+    assert "What became of its features" in page and "Features of fixed slices" in page
 
     with (runs / "pretrained-0" / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))

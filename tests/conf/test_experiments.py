@@ -6,20 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from conf.compose import HERE, settings_for
+from conf.compose import HERE, recipes, settings_for
 from pretrain.objective import Objective
 from pretrain.train import build_objective
 
-RECIPES = sorted(file.stem for file in (HERE / "experiment").glob("*.yaml"))
-FULL = [name for name in RECIPES if not name.endswith("_small")]
-SMALL = [name for name in RECIPES if name.endswith("_small")]
+FULL, SMALL = recipes(small=False), recipes(small=True)
 
 
 def test_every_full_recipe_has_a_small_twin() -> None:
     assert sorted(f"{name}_small" for name in FULL) == SMALL
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FULL + SMALL)
 def test_a_recipe_fits_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings, backbone, objective and crop: a step without memory, as before a run."""
     settings = settings_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"])

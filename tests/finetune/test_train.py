@@ -23,7 +23,7 @@ from finetune.rows import read_rows, write_rows
 from finetune.settings import EvaluateSettings, FinetuneSettings
 from finetune.table import make_table, read_table
 from finetune.train import finetune
-from pretrain.arguments import build_allowed
+from pretrain.arguments import build_backbone
 from pretrain.release import write_release
 
 TASK = {
@@ -82,7 +82,7 @@ def stage(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     part |= {key: "test" for key in test}
     parts = [part.get(key, "") for key in corpus.keys]
     write_split(split_from("tiny", corpus.keys, corpus.subjects, parts), labelled_corpus / "splits")
-    encoder = build_allowed(BACKBONE["name"], BACKBONE["args"], "pretrain.backbones", "test")
+    encoder = build_backbone(BACKBONE["name"], BACKBONE["args"], "test")
     config = {
         "format": 1,
         "name": "tiny-mae",

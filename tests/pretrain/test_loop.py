@@ -348,8 +348,8 @@ def test_the_run_says_what_it_was(pretrain_corpus: Path, tmp_path: Path) -> None
     facts = json.loads((run / "run.json").read_text())
     assert facts["corpus"]["samples"] == 36 and set(facts["data"]["modality"]) == {"CT", "MR"}
     assert {"torch", "lightning", "python"} <= facts["versions"].keys()
-    pictures = sorted(path.name for path in (run / "previews").iterdir())
-    assert pictures == ["step-00000000.png", "step-00000002.png"]
+    pictures = sorted(path.name for path in (run / "previews").glob("*.png"))
+    assert pictures == ["step-00000000.png", "step-00000002.png", "strip.png"]
     assert not (run / "lease.json").exists()
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import conf
-from pretrain.arguments import build_allowed
+from pretrain.arguments import build_backbone
 from pretrain.backbones.vit import ViT3D
 from pretrain.decoders import PatchDecoder, build_decoder
 
@@ -114,7 +114,7 @@ def test_a_release_may_name_a_primus() -> None:
     assert isinstance(args, dict)
     del args["_target_"]
     args = json.loads(json.dumps(args | {"position_grid": [1, 2, 3], "depth": 2}))
-    made = build_allowed("vit.ViT3D", args, "pretrain.backbones", "backbone")
+    made = build_backbone("vit.ViT3D", args, "backbone")
     assert isinstance(made, ViT3D)
     assert made.pos_embed.grid == (1, 2, 3)
 

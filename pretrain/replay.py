@@ -1,0 +1,389 @@
+"""`voxelith replay RUN [step=N]`: makes a step again and finds where a value stops being finite.
+
+The replay starts at the newest checkpoint before the step (at the seed, if there is none), makes
+every step up to it on this machine, the micro-batches of all ranks one after the other, and looks
+into the modules of the first one whose loss or gradient is not finite. On the machine that trained
+the numbers are the same; elsewhere, or where the run was compiled, they are equal to rounding, so a
+value at the edge of the range may stay finite here. An objective whose loss spans the batches of
+several ranks is not the same when they come one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.files import atomic, write_json
+from data_prep.progress import bar
+from pretrain.failures import (
+    Shape,
+    checkpoint_step,
+    count_not_finite,
+    describe_sample,
+    failure_folder,
+    plain,
+)
+from pretrain.loader import Augment, CropDataset, collate
+from pretrain.loop import Loop, autocast_of, machine_precision
+from pretrain.objective import Batch
+from pretrain.previews import PLANES, aspects, planes
+from pretrain.run_folder import RunFolder, load_checkpoint
+from pretrain.settings import PretrainSettings
+from pretrain.train import build_objective, make_dataset
+
+
+@dataclass
+class Trace:
+    """Watches the modules of an objective while it computes; for one forward and backward pass."""
+
+    objective: nn.Module
+    crops: int
+    output: tuple[str, list[int]] | None = None
+    gradient: tuple[str, list[int]] | None = None
+    _handles: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> Trace:
+        for name, module in self.objective.named_modules():
+            if name:
+                title = f"{name} ({type(module).__name__})"
+                self._handles.append(module.register_forward_hook(self._hook(title)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, title: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if self.output is None and not torch.isfinite(tensor).all():
+                    self.output = (title, _bad_rows(tensor, self.crops))
+                if tensor.requires_grad:
+                    tensor.register_hook(self._look_back(title))
+
+        return look
+
+    def _look_back(self, title: str) -> Any:
+        def look(gradient: Tensor) -> None:
+            if self.gradient is None and not torch.isfinite(gradient).all():
+                self.gradient = (title, _bad_rows(gradient, self.crops))
+
+        return look
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _bad_rows(tensor: Tensor, rows: int) -> list[int]:
+    """Rows that are not finite; empty where the first axis does not count the crops."""
+    if tensor.ndim == 0 or len(tensor) != rows:
+        return []
+    bad = ~torch.isfinite(tensor).reshape(rows, -1).all(dim=1)
+    return [int(row) for row in bad.nonzero().flatten()]
+
+
+class Replay:
+    """A run on this machine, without its trainer, its log and its folder's lease."""
+
+    def __init__(self, run: RunFolder) -> None:
+        config = run.config()
+        if "objective" not in config:
+            raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
+        self.run = run
+        self.settings = PretrainSettings.model_validate(config)
+        facts = json.loads((run.path / "run.json").read_text())
+        corpus = Corpus.open(self.settings.corpus)
+        if corpus.index_hash != facts["corpus"]["index_hash"]:
+            raise InputError(
+                f"{self.settings.corpus}: is not the corpus that {run.path} was trained on "
+                f"(index {corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
+                "put that one back"
+            )
+        corpus.require_shards()
+        self.objective = build_objective(self.settings, int(facts["channels"]))
+        self.dataset: CropDataset = make_dataset(self.settings, corpus, self.objective.crops)
+
+    def failure(self, step: int | None) -> dict[str, Any]:
+        """What the run wrote of a failed step, by default of its last; {} if it wrote nothing."""
+        if step is None:
+            found = sorted((self.run.path / "failures").glob("step-*/failure.json"))
+            if not found:
+                raise InputError(
+                    f"{self.run.path}: no step of this run failed; give step=N to look at one"
+                )
+            path = found[-1]
+        else:
+            path = failure_folder(self.run.path, step) / "failure.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def start(self, step: int) -> dict[str, Any] | None:
+        """The newest state from before a step; None: the run's own beginning."""
+        paths = [p for p in self.run.checkpoints.paths() if checkpoint_step(p) < step]
+        linked = failure_folder(self.run.path, step) / "start.pt"
+        states = [load_checkpoint(path) for path in [*paths[-1:], linked] if path.is_file()]
+        return max(states, key=lambda state: state["step"], default=None)
+
+    def to(self, step: int, shape: Shape, precision: str) -> dict[str, Any]:
+        """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
+        settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
+        self.device = _device(settings)
+        loop = Loop(settings, self.dataset, self.run, augment=Augment(settings.flip, settings.gain))
+        objective = self.objective
+        state = self.start(step)
+        if state is not None:
+            objective.load_state_dict(state["objective"])
+            loop.step = int(state["step"])
+        objective.to(self.device).train()
+        objective.loop = loop
+        optimizer = loop.make_optimizer(objective)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        self.loop, self.precision = loop, precision
+        report: dict[str, Any] = {"step": step, "start": loop.step, "precision": precision}
+        with bar(total=step, initial=loop.step, desc="replay", unit="step") as progress:
+            while loop.step < step:
+                bad = self._step(optimizer, shape)
+                progress.update()
+                if bad is not None:
+                    return {**report, "step": loop.step + 1, "found": True, **bad}
+        return {**report, "found": False, **self._samples(shape, step - 1)}
+
+    def _step(self, optimizer: torch.optim.Optimizer, shape: Shape) -> dict[str, Any] | None:
+        """One optimiser step; where it is not finite, nothing is stepped and it is examined."""
+        loop, objective = self.loop, self.objective
+        batches = list(shape.micro_batches(self.dataset, loop.step))
+        optimizer.zero_grad()
+        for micro, rank, crops in batches:
+            losses = self._losses(micro, rank, self._batch(crops))
+            (losses.loss / (shape.accumulate * shape.world)).backward()
+            if not torch.isfinite(losses.loss):
+                return self._examine(micro, rank, crops)
+        loop.clip(objective)
+        if loop.norm is not None and not torch.isfinite(loop.norm):
+            gradients = count_not_finite((n, p.grad) for n, p in objective.named_parameters())
+            for batch in batches:
+                found = self._examine(*batch)
+                if found["gradients"] or found["parameters"]:
+                    return found
+            # Each is finite by itself, and their sum is not.
+            return {
+                "micro_step": None,
+                "rank": None,
+                "what": "gradient",
+                "module": "the sum over micro-batches",
+                "parts": [],
+                "parameters": {},
+                "gradients": gradients,
+                **self._samples(shape, loop.step),
+            }
+        loop.set_rate(optimizer)
+        optimizer.step()
+        loop.step += 1
+        objective.after_step(loop.progress)
+        return None
+
+    def _batch(self, crops: list[int]) -> Batch:
+        raw = collate([self.dataset[index] for index in crops])
+        moved = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in raw.items()
+        }
+        return self.loop.to_batch(moved)
+
+    def _losses(self, micro: int, rank: int, batch: Batch) -> Any:
+        self.loop.reseed(micro, rank)
+        with autocast_of(self.precision, self.device):
+            return self.objective(batch, self.loop.progress)
+
+    def _examine(self, micro: int, rank: int, crops: list[int]) -> dict[str, Any]:
+        """Makes a micro-step once more, with a look into each module."""
+        objective = self.objective
+        parameters = count_not_finite(objective.named_parameters())
+        objective.zero_grad()
+        batch = self._batch(crops)
+        with Trace(objective, len(batch.image)) as trace:
+            losses = self._losses(micro, rank, batch)
+            losses.loss.backward()
+        gradients = count_not_finite((n, p.grad) for n, p in objective.named_parameters())
+        parts = [name for name, part in losses.parts.items() if not torch.isfinite(part).all()]
+        rows = _bad_rows(batch.image, len(batch.image))
+        if rows:
+            what, module = "input", "input"
+        elif trace.output is not None:
+            what, (module, rows) = "output", trace.output
+        elif not torch.isfinite(losses.loss):
+            what, module, rows = "output", "loss", self._alone(micro, rank, batch)
+        elif trace.gradient is not None:
+            what, (module, rows) = "gradient", trace.gradient
+        else:
+            what, module = "gradient", "loss"
+        return {
+            "micro_step": micro,
+            "rank": rank,
+            "what": what,
+            "module": module,
+            "parts": parts,
+            "parameters": parameters,
+            "gradients": gradients,
+            "samples": self._describe(batch, crops, rows),
+            "batch": (batch, rows),
+        }
+
+    def _alone(self, micro: int, rank: int, batch: Batch) -> list[int]:
+        """Crops whose loss is not finite by themselves; none where they cannot be apart."""
+        rows = []
+        for row in range(len(batch.image)):
+            one = slice(row, row + 1)
+            part = replace(
+                batch,
+                image=batch.image[one],
+                valid=batch.valid[one],
+                spacing=batch.spacing[one],
+                seeds=batch.seeds[one],
+                keys=[batch.keys[row]],
+            )
+            with contextlib.suppress(ValueError, RuntimeError), torch.no_grad():
+                if not torch.isfinite(self._losses(micro, rank, part).loss):
+                    rows.append(row)
+        return rows
+
+    def _samples(self, shape: Shape, step: int) -> dict[str, Any]:
+        """All samples of a step, none of which is to blame."""
+        samples = []
+        for micro, rank, crops in shape.micro_batches(self.dataset, step):
+            batch = self._batch(crops)
+            place = {"micro_step": micro, "rank": rank}
+            samples += [{**place, **one} for one in self._describe(batch, crops, [])]
+        return {"samples": samples, "batch": (batch, [])}
+
+    def _describe(self, batch: Batch, crops: list[int], bad: list[int]) -> list[dict[str, Any]]:
+        """Key, origin and seed of each crop; its least, largest and mean value, normalised."""
+        return [
+            {
+                **describe_sample(self.dataset, index),
+                "bad": row in bad,
+                "min": float(batch.image[row].min()),
+                "max": float(batch.image[row].max()),
+                "mean": float(batch.image[row].mean()),
+                "valid": float(batch.valid[row].float().mean()),
+            }
+            for row, index in enumerate(crops)
+        ]
+
+
+def _device(settings: PretrainSettings) -> torch.device:
+    wanted = settings.trainer.accelerator
+    cuda = wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def replay(path: Path, step: int | None = None) -> dict[str, Any]:
+    """Replays a step of a run, by default the last one that failed.
+
+    Writes replay.json and replay.png into the step's folder under `failures/`.
+
+    Args:
+        path: the run folder.
+        step: the optimiser step, counted from 1.
+
+    Returns:
+        What replay.json holds: whether a value that is not finite was `found`; if so, in which
+        micro-step and module, in which loss parts, parameters and gradients; the samples.
+
+    Raises:
+        InputError: no such run, no failed step, or its corpus is not there.
+    """
+    run = RunFolder(path)
+    made = Replay(run)
+    failure = made.failure(step)
+    chosen = made.settings
+    number = int(failure["step"]) if step is None else step
+    if not 1 <= number <= chosen.steps:
+        raise InputError(f"step={number}: the run has steps 1 to {chosen.steps}")
+    devices = chosen.trainer.devices * chosen.trainer.nodes
+    now = Shape(chosen.batch_size, chosen.accumulate, devices, chosen.trainer.nodes)
+    shape = now._replace(**{name: failure[name] for name in Shape._fields if name in failure})
+    precision = str(failure.get("precision") or machine_precision(chosen.trainer))
+    report = made.to(number, shape, precision)
+    batch, rows = report.pop("batch")
+    folder = failure_folder(run.path, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw(batch, rows, folder / "replay.png")
+    report = plain({"run": run.path.name, **report})
+    write_json(folder / "replay.json", report)
+    print(_said(report, folder))
+    return report
+
+
+def _said(report: dict[str, Any], folder: Path) -> str:
+    head = f"replayed steps {report['start'] + 1} to {report['step']}"
+    if not report["found"]:
+        lines = [f"{head}: loss and gradient are finite here"]
+    else:
+        lines = [
+            f"{head}: step {report['step']}, micro-step {report['micro_step']}, rank "
+            f"{report['rank']}: the first {report['what']} that is not finite is at "
+            f"{report['module']}",
+            f"  loss parts: {', '.join(report['parts']) or 'all finite'}",
+        ]
+        for name in ("parameters", "gradients"):
+            found = report[name]
+            first = ", ".join(f"{key} ({count})" for key, count in list(found.items())[:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            lines.append(f"  {name} not finite: {first or 'none'}{more}")
+    for sample in report["samples"]:
+        if sample["bad"] or not any(s["bad"] for s in report["samples"]):
+            lines.append(
+                f"  {sample['key']} at {sample['origin']}: min {sample['min']:.4g}, max "
+                f"{sample['max']:.4g}, mean {sample['mean']:.4g}, valid {sample['valid']:.0%}"
+            )
+    return "\n".join([*lines, f"{folder}: replay.json, replay.png"])
+
+
+def _draw(batch: Batch, bad: list[int], path: Path, most: int = 6) -> None:
+    """The crops in three planes, the bad ones first, each in its own grey range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [*bad, *(row for row in range(len(batch.image)) if row not in bad)][:most]
+    figure, axes = plt.subplots(
+        len(rows), 3, figsize=(7.5, 2.6 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for line, row in zip(axes, rows, strict=True):
+        volume = batch.image[row, 0].float().cpu().numpy()
+        finite = volume[np.isfinite(volume)]
+        low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (0.0, 1.0)
+        shades = plt.get_cmap("gray").with_extremes(bad="#b3261e")
+        views = zip(line, planes(volume), aspects(batch.spacing[row].cpu().numpy()), strict=True)
+        for axis, picture, aspect in views:
+            axis.imshow(picture, cmap=shades, vmin=low, vmax=high, aspect=aspect)
+            axis.set_axis_off()
+        line[0].set_title(
+            f"{batch.keys[row]}{', not finite' if row in bad else ''}", fontsize=9, loc="left"
+        )
+        for axis, name in zip(line[1:], PLANES[1:], strict=True):
+            axis.set_title(name, fontsize=9)
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
