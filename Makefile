@@ -22,7 +22,7 @@ recipes: setup
 
 # Parameters, FLOP and memory of the full recipes, on fake tensors: minutes.
 estimates: setup
-	$(BIN)/python benchmarks/estimates.py
+	$(BIN)/python benchmarks/recipe_costs.py
 
 # What only a GPU can show: tests, then a step of every full recipe. See docs/gpu.md.
 gpu: setup
