@@ -55,7 +55,14 @@ class SyncCounter(TorchDispatchMode):
     def note(self, what: str) -> None:
         """Files a wait under the innermost line that is ours, or the innermost of all."""
         frames = traceback.extract_stack()[:-2]
-        own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.name != "note"]
+        # The environment may lie within the repository.
+        own = [
+            f
+            for f in frames
+            if Path(f.filename).is_relative_to(ROOT)
+            and "site-packages" not in f.filename
+            and f.name != "note"
+        ]
         last = [f for f in own if Path(f.filename).name != Path(__file__).name][-1:] or frames[-1:]
         self.found.append(f"{what} at {Path(last[0].filename).name}:{last[0].lineno}")
 

@@ -41,8 +41,8 @@ def test_slices_pretrain_preview_export_and_encode(pretrain_corpus: Path, tmp_pa
             }
         )
     )
-    pictures = sorted(path.name for path in (run / "previews").iterdir())
-    assert pictures == ["step-00000000.png", "step-00000002.png"]
+    pictures = sorted(path.name for path in (run / "previews").glob("*.png"))
+    assert pictures == ["step-00000000.png", "step-00000002.png", "strip.png"]
 
     release = export(run, tmp_path / "release")
     encoder = voxelith.load_encoder(release.path)
