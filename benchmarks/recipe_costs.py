@@ -61,10 +61,10 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What the full recipes cost",
         "",
-        "Told by `python benchmarks/recipe_costs.py` without a GPU; what the numbers hold and leave "
-        "out stands in [docs/gpu.md](../gpu.md). Memory is in bf16 on one device: a fixed part and "
-        f"one for each sample, in GiB; `fit` samples at once fill {SHARE:.0%} of 80 GB. `+ckpt`: with "
-        "`trainer.checkpointing=true`.",
+        "Told by `python benchmarks/recipe_costs.py` without a GPU; what the numbers hold and "
+        "leave out stands in [docs/gpu.md](../gpu.md). Memory is in bf16 on one device: a fixed "
+        "part and one for each sample, in GiB; `fit` samples at once fill "
+        f"{SHARE:.0%} of 80 GB. `+ckpt`: with `trainer.checkpointing=true`.",
         "",
         "| recipe | batch | encoder M | rest M | GFLOP a sample | TFLOP a step | EFLOP in all "
         "| fixed | a sample | fit | a sample +ckpt | fit +ckpt |",
