@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,25 +66,34 @@ class Faults:
         at = first.clamp(max=step * self.accumulate + micro_step)
         self._first[what] = torch.where(torch.isfinite(value.detach()), first, at)
 
-    def first(self, gather: Any = lambda positions: positions) -> Fault | None:
-        """The first fault of all ranks, or None; the host waits for the device.
+    def positions(self, like: Tensor) -> Tensor:
+        """What `read` wants of this rank, for a fetch that other numbers share: [2] as `like`.
 
-        Args:
-            gather: puts the tensors of all ranks side by side; by default this rank's is all.
+        A float64 holds any number of micro-steps exactly.
         """
-        if len(self._first) < 2:
-            return None  # no optimiser step is done
-        own = torch.stack([self._first["loss"], self._first["gradient"]])
-        table: list[list[int]] = gather(own).reshape(-1, 2).tolist()
+        never = torch.full((), NEVER, dtype=torch.int64, device=like.device)
+        kinds: tuple[What, What] = ("loss", "gradient")
+        return torch.stack([self._first.get(kind, never) for kind in kinds]).to(like)
+
+    def read(self, table: Sequence[Sequence[float]]) -> Fault | None:
+        """The first fault of all ranks, or None, from a row of `positions` for each rank."""
         # A loss comes before the gradient that it spoils.
         ranked = [(at, kind, rank) for rank, row in enumerate(table) for kind, at in enumerate(row)]
         at, kind, rank = min(ranked)
-        if at == NEVER:
+        if at >= NEVER:
             return None
-        step, micro_step = divmod(at, self.accumulate)
+        step, micro_step = divmod(int(at), self.accumulate)
         if kind:
             return Fault("gradient", step + 1, micro_step, None)
         return Fault("loss", step + 1, micro_step, rank)
+
+    def own(self) -> Fault | None:
+        """This rank's first fault, or None; the host waits for the device."""
+        if not self._first:
+            return None
+        device = self._first["loss"].device
+        like = torch.empty((), dtype=torch.float64, device=device)
+        return self.read([self.positions(like).tolist()])
 
 
 class Shape(NamedTuple):

@@ -113,20 +113,25 @@ class Loop:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         self._count += 1
 
-    def observed(self, trainer: L.Trainer) -> dict[str, float]:
+    def observed(self, gather: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], Fault | None]:
         """Mean losses since the last call, over all ranks, and the last gradient's `grad_norm`.
 
-        The one place where the host waits for the device, once.
+        The one place where the host waits for the device, once; the first fault comes along.
+
+        Args:
+            gather: puts a tensor of all ranks side by side.
         """
         if not self._sums:
-            return {}
+            return {}, None
         means = torch.stack([total.float() for total in self._sums.values()]) / self._count
-        means = trainer.strategy.reduce(means, reduce_op="mean")
+        means = means if means.device.type == "mps" else means.double()
         norm = means.new_full((), math.nan) if self.norm is None else self.norm.to(means)
-        values = torch.cat([means, norm[None]]).tolist()
-        found = dict(zip([*self._sums, "grad_norm"], values, strict=True))
+        own = torch.cat([means, norm[None], self.faults.positions(means)])
+        table: list[list[float]] = gather(own).reshape(-1, len(own)).tolist()
+        values = [sum(column) / len(table) for column in zip(*table, strict=True)]
+        found = dict(zip([*self._sums, "grad_norm"], values, strict=False))
         self._sums, self._count = {}, 0
-        return found
+        return found, self.faults.read([row[-2:] for row in table])
 
     # The run.
 
@@ -364,7 +369,7 @@ class _Watch(L.Callback):
     ) -> None:
         """Preempted: Lightning has come to a batch's end, where weights and step agree."""
         stopped = isinstance(exception, SIGTERMException) and self.loop.step > 0
-        if stopped and self.main and self.loop.faults.first() is None:
+        if stopped and self.main and self.loop.faults.own() is None:
             self._save(trainer, pl_module)
 
     def _watch(
@@ -402,11 +407,10 @@ class _Watch(L.Callback):
 
     def _log(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         loop, now = self.loop, time.perf_counter()
-        means = loop.observed(trainer)
+        means, fault = loop.observed(trainer.strategy.all_gather)
         if not means:
             return
         norm = means.pop("grad_norm")
-        fault = loop.faults.first(trainer.strategy.all_gather)
         if fault is not None:
             if self.main:
                 self._describe(fault, trainer, objective, {**means, "grad_norm": norm})

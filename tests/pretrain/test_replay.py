@@ -231,14 +231,15 @@ def test_the_first_fault_is_kept() -> None:
     """Steps of two micro-batches; a later fault, and finite values after it, change nothing."""
     nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
     faults = Faults(2)
-    assert faults.first() is None
+    assert faults.own() is None
     for step in range(3):
         for micro in range(2):
             faults.see("loss", nan if step >= 1 and micro else one, step, micro)
         faults.see("gradient", nan if step >= 1 else one, step, 1)
-        assert (faults.first() is None) == (step == 0)
-    assert faults.first() == ("loss", 2, 1, 0)
-    assert faults.first(lambda own: torch.stack([own + 3, own])) == ("loss", 2, 1, 1)
+        assert (faults.own() is None) == (step == 0)
+    assert faults.own() == ("loss", 2, 1, 0)
+    row = faults.positions(torch.zeros((), dtype=torch.float64)).tolist()
+    assert faults.read([[at + 3 for at in row], row]) == ("loss", 2, 1, 1)
 
 
 def test_looking_does_not_wait_for_the_device() -> None:
