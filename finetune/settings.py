@@ -101,7 +101,8 @@ class FinetuneSettings(LoopSettings):
             return self.run
         ckpt = re.sub(r"[^A-Za-z0-9._-]+", "-", self.ckpt.resolve().name)
         labels = self.labels.replace("%", "pct")
-        name = f"{self.task.name}-{ckpt}-{self.init}-labels={labels}-seed={self.seed}"
+        arm = self.init if self.transfer == "auto" else f"{self.init}-{self.transfer}"
+        name = f"{self.task.name}-{ckpt}-{arm}-labels={labels}-seed={self.seed}"
         return name[-100:].lstrip("._=-")
 
     def recipe(self, **resolved: Any) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class FinetuneSettings(LoopSettings):
         """
         free = {
             "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
-            "log_every", "save_every", "preview_every", "loggers",
+            "log_every", "save_every", "preview_every", "loggers", "transfer",
         }  # fmt: skip
         kept = {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
         return {"recipe_version": RECIPE_VERSION, **kept, **resolved}

@@ -68,17 +68,14 @@ class Plan:
     unlabelled: tuple[str, ...]
     test: Split
     recipe: dict[str, Any]
+    transfer: str
+    """What the pretrained arm takes over: encoder or network."""
 
     @property
     def label_seed(self) -> int:
         """The seed of the label draw."""
         chosen = self.settings.label_seed
         return self.settings.seed if chosen is None else chosen
-
-    @property
-    def transfer(self) -> str:
-        """What the pretrained arm takes over: encoder or network."""
-        return str(self.recipe["transfer"])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -89,7 +86,20 @@ class Plan:
             "init": self.settings.init,
             "seed": self.settings.seed,
             "label_seed": self.label_seed,
+            # Scratch takes nothing over, so checkpoints of one architecture share its runs.
+            "transfer": self.transfer if self._pretrained and self.transfer == "network" else None,
         }
+
+    @property
+    def _pretrained(self) -> bool:
+        return self.settings.init == "pretrained"
+
+    @property
+    def checkpoint(self) -> str:
+        """What rows call the checkpoint; empty for scratch."""
+        if not self._pretrained:
+            return ""
+        return self.release.name + (" with decoder" if self.transfer == "network" else "")
 
 
 def finetune(settings: FinetuneSettings) -> Path:
@@ -172,10 +182,11 @@ def make_plan(settings: FinetuneSettings) -> Plan:
         index_hash=corpus.index_hash,
         split_hash=train.hash,
         preprocess=preprocess.to_dict(),
-        transfer=transfer,
     )
     unlabelled = _absent_classes(corpus, chosen, settings)
-    return Plan(settings, release, corpus, preprocess, tuple(chosen), unlabelled, test, recipe)
+    return Plan(
+        settings, release, corpus, preprocess, tuple(chosen), unlabelled, test, recipe, transfer
+    )
 
 
 def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
@@ -362,7 +373,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         init_seed=settings.seed,
         pretrain_seed=int(release.config["training"].get("seed", -1)) if pretrained else -1,
         steps=settings.steps,
-        checkpoint=release.name if pretrained else "",
+        checkpoint=plan.checkpoint,
         checkpoint_digest=release.digest if pretrained else "",
         config_hash=config_hash(plan.recipe),
         seen=seen if pretrained else frozenset(),

@@ -37,7 +37,7 @@ PHASES = ("forward", "backward", "optimiser")
 # name that the device's name contains counts.
 PEAK_BF16 = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
     "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 

@@ -16,6 +16,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def global_sum(own: Tensor) -> Tensor:
+    """Sum over all ranks, whose gradient, averaged over ranks by DDP, is that of the joint batch.
+
+    For what is not a mean: a ratio of sums, as in Dice. Every rank has the same value and hence
+    the same loss, so each must weigh its own share by the number of ranks.
+    """
+    ranks = world_size()
+    if ranks == 1 or own.is_meta:
+        return own
+    total = own.detach().clone()
+    dist.all_reduce(total)
+    return total + ranks * (own - own.detach())
+
+
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """Mean over the batch of all ranks, from this rank's sum and its number of summands.
 

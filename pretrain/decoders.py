@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import ConvNorm, ConvStack, init_convolution
 from pretrain.backbones.unet import UNetEncoder
@@ -38,11 +39,21 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     if isinstance(encoder, ViT3D):
         if encoder.decoder == "patch":
             return PatchDecoder(encoder.embed_dim, encoder.patch_size, out_channels)
+        if len(encoder.taps) != UNETRDecoder.TAPS:
+            raise InputError(
+                f"backbone.taps={list(encoder.taps)}: this decoder joins {UNETRDecoder.TAPS} maps "
+                "of the encoder; pretrain with four taps, or with backbone.decoder=patch"
+            )
         return UNETRDecoder(
             encoder.in_channels, encoder.embed_dim, encoder.patch_size, out_channels
         )
-    # nnU-Net decodes with two convolutions per stage in its plain U-Net, with one in its ResEnc.
-    convs = 2 if isinstance(encoder, UNetEncoder) else 1
+    return unet_decoder(encoder, out_channels)
+
+
+def unet_decoder(encoder: Backbone, out_channels: int, convs: int | None = None) -> UNetDecoder:
+    """A U-Net's decoder; nnU-Net has two convolutions a stage in its plain one, one in ResEnc."""
+    if convs is None:
+        convs = 2 if isinstance(encoder, UNetEncoder) else 1
     return UNetDecoder(encoder.channels, encoder.strides, out_channels, convs)
 
 
@@ -208,6 +219,7 @@ class PatchDecoder(nn.Module):
         self, embed_dim: int, patch_size: int | tuple[int, int, int], out_channels: int
     ) -> None:
         super().__init__()
+        self.out_channels = out_channels
         sides = triple(patch_size)
         count = max(sides).bit_length() - 1
         if count == 0 or any(side & (side - 1) for side in sides):

@@ -11,7 +11,7 @@ from torch import nn
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from pretrain.arguments import allowed_name, check_arguments, split_target
-from pretrain.decoders import build_decoder
+from pretrain.decoders import build_decoder, without_head
 from pretrain.objective import Objective
 from pretrain.release import FORMAT, Release, write_release
 from pretrain.run_folder import RunFolder, versions
@@ -66,7 +66,7 @@ def export(run_path: Path, output: Path) -> Release:
         "data": {**facts["corpus"], **facts["data"]},
         "versions": versions(),
         "decoder": None if decoder is None else {"out_channels": decoder.out_channels},
-        "transfers": objective.transfers,
+        "transfers": "encoder" if decoder is None else objective.transfers,
     }
     config["backbone"]["args"]["in_channels"] = facts["channels"]
     return write_release(
@@ -82,6 +82,9 @@ def export(run_path: Path, output: Path) -> Release:
 def transferable_decoder(objective: Objective) -> nn.Module | None:
     """The objective's decoder, if it is the one that finetuning would put on the encoder.
 
+    A decoder whose widths follow from the number of its outputs (Primus') fits no other task, so
+    it stays behind, whatever the objective wants.
+
     Raises:
         InputError: the objective says that the whole network transfers, and has no such decoder.
     """
@@ -90,8 +93,10 @@ def transferable_decoder(objective: Objective) -> nn.Module | None:
     if isinstance(decoder, nn.Module) and isinstance(channels, int):
         with torch.device("meta"):
             usual = build_decoder(objective.encoder, channels)
+            others = [build_decoder(objective.encoder, n) for n in (1, 2, 16)]
         if type(usual) is type(decoder) and _shapes(usual) == _shapes(decoder):
-            return decoder
+            bodies = [without_head(_shapes(one)) for one in (usual, *others)]
+            return decoder if all(body == bodies[0] for body in bodies) else None
     if objective.transfers == "network":
         raise InputError(
             f"{type(objective).__name__}: says that the whole network transfers, and its `decoder` "

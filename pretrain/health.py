@@ -127,12 +127,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each part is in the mode that it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
+    # Other shapes would make what training compiles later a program for all shapes.
+    compiler = torch.compiler.set_stance("force_eager") if _compiles() else nullcontext()
     try:
-        with torch.no_grad():
+        with compiler, torch.no_grad():
             yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _compiles() -> bool:
+    """Whether anything here is compiled: asking the compiler imports it."""
+    return "torch._dynamo" in sys.modules
 
 
 class Health:
@@ -153,6 +160,7 @@ class Health:
         self.looks = 0
         self.seconds = 0.0
         self._every = 0
+        self._warm: tuple[int, float] | None = None
         self._crops: list[dict[str, Any]] = []
         self._rows: list[dict[str, float]] = []
 
@@ -162,15 +170,18 @@ class Health:
         self._rows = self._log.rows()
         self.collapsed = bool(self._rows and self._rows[-1]["collapsed"])
         self._every = self._chosen()
-        self._began, self._first_step = time.perf_counter(), step
+        self._began, self._warm = time.perf_counter(), None
         return not self._rows and self.settings.every != 0
 
     def due(self, step: int, *, logged: bool, last: bool) -> bool:
         """Whether to look after a step; where a row was just `logged`, `auto` may choose."""
         if self.settings.every == 0:
             return False
-        if not self._every and logged and step - self._first_step >= 10:
-            self._choose(step)
+        if not self._every and logged:
+            if self._warm is None:  # what comes before is start-up: workers, kernels, compilation
+                self._warm = (step, time.perf_counter())
+            elif step - self._warm[0] >= 10:
+                self._choose(step)
         return last or (bool(self._every) and step % self._every == 0)
 
     @property
@@ -283,9 +294,9 @@ class Health:
             return 0
 
     def _choose(self, step: int) -> None:
-        training = time.perf_counter() - self._began - self.seconds
-        per_step = training / (step - self._first_step)
-        cost = float(np.mean([row["seconds"] for row in self._rows]))
+        assert self._warm is not None
+        per_step = (time.perf_counter() - self._warm[1]) / (step - self._warm[0])
+        cost = min(row["seconds"] for row in self._rows)
         wanted = max(LEAST_EVERY, cost / (SHARE * per_step))
         scale = 10 ** int(np.floor(np.log10(wanted)))
         self._every = next(n * scale for n in (1, 2, 5, 10) if n * scale >= wanted)

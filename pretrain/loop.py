@@ -385,6 +385,7 @@ class _Watch(L.Callback):
         if health.settings.stop and logged and trainer.strategy.broadcast(health.collapsed):
             if self.main:
                 self._save(trainer, objective)
+            trainer.strategy.barrier()
             raise CollapseError(
                 f"step {step} of {self.loop.run.path.name}: the features have collapsed and "
                 "health.stop is set; the state is saved: look at health.csv, or go on with "
@@ -414,6 +415,7 @@ class _Watch(L.Callback):
         if fault is not None:
             if self.main:
                 self._describe(fault, trainer, objective, {**means, "grad_norm": norm})
+            trainer.strategy.barrier()  # a rank that ends first may take the writer with it
             at = f"step {fault.step}"
             if fault.rank is not None:
                 at += f", micro-step {fault.micro_step}, rank {fault.rank}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.collectives import global_mean
+from pretrain.collectives import global_mean, global_sum
 
 IGNORE = -1
 
@@ -48,7 +48,7 @@ def dice_loss(
         target: [B, D, H, W] class indices; -1 is left out.
         smooth: keeps an absent class finite.
         background: whether class 0 is one of the classes.
-        over_batch: whether a class is summed over the whole batch before dividing; else each
+        over_batch: whether a class is summed over the batch of all ranks before dividing; else each
             sample has its own Dice, and the loss does not depend on who else is in the batch.
     """
     first = 0 if background else 1
@@ -59,6 +59,8 @@ def dice_loss(
     axes = (0, 2, 3, 4) if over_batch else (2, 3, 4)
     overlap = (probability * truth).sum(axes)  # [K] or [B, K]
     total = probability.sum(axes) + truth.sum(axes)
+    if over_batch:
+        overlap, total = global_sum(torch.stack([overlap, total])).unbind()
     return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
 
 

@@ -76,8 +76,9 @@ class Objective(L.LightningModule):
         """Returns the modules that are compiled one by one: the encoder's and the decoder's."""
         parts: list[nn.Module] = []
         for child in self.children():
-            if isinstance(child, Backbone):
-                parts += child.compile_parts()
+            own = getattr(child, "compile_parts", None)
+            if callable(own):
+                parts += own()
             elif isinstance(child, nn.ModuleList):
                 parts += list(child)
             elif any(True for _ in child.children()):

@@ -118,7 +118,9 @@ class Probe:
         Raises:
             InputError: it cannot serve as a probe.
         """
-        return cls(Corpus.open(path), channels, preprocess, crop_size)
+        corpus = Corpus.open(path)
+        corpus.require_shards()
+        return cls(corpus, channels, preprocess, crop_size)
 
     def score(self, encode: Encode, strides: Strides, device: torch.device) -> dict[str, float]:
         """Mean Dice of the ridge and mean recall of the neighbours: probe_dice and probe_knn.
@@ -163,9 +165,17 @@ class Probe:
         for raw in raws:
             counts.update(int(v) for v in np.unique(raw["label"]) if v and v not in ignored)
         values = sorted(counts, key=lambda value: (-counts[value], value))[:CLASSES]
-        return [
+        read = [
             _Case(raw, values, ignored, item) for raw, item in zip(raws, self.items, strict=True)
         ]
+        usable = [case for case in read if case.usable]
+        if len(usable) < 2:
+            raise InputError(
+                f"health.probe={self.dataset.corpus.path}: {len(usable)} of the crops in the "
+                "middle of its cases hold background and a class, a probe needs two; give a larger "
+                "crop_size or another corpus"
+            )
+        return usable
 
     @staticmethod
     def _maps(encode: Encode, strides: Strides, case: _Case, device: torch.device) -> list[Tensor]:
@@ -195,6 +205,9 @@ class _Case:
         self.counted = raw["valid"][0].numpy() & ~np.isin(stored, ignored)
         rng = generator("probe", item)
         present = [c for c in range(len(values) + 1) if (self.counted & (self.label == c)).any()]
+        self.usable = len(present) > 1
+        if not self.usable:
+            return
         chosen, weights = [], []
         for index in present:
             found = np.argwhere(self.counted & (self.label == index))

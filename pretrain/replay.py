@@ -158,7 +158,12 @@ class Replay:
         if state is not None:
             optimizer.load_state_dict(state["optimizer"])
         self.loop, self.precision = loop, precision
-        report: dict[str, Any] = {"step": step, "start": loop.step, "precision": precision}
+        report: dict[str, Any] = {
+            "step": step,
+            "start": loop.step,
+            "precision": precision,
+            "world": shape.world,
+        }
         with bar(total=step, initial=loop.step, desc="replay", unit="step") as progress:
             while loop.step < step:
                 bad = self._step(optimizer, shape)
@@ -338,6 +343,11 @@ def _said(report: dict[str, Any], folder: Path) -> str:
     head = f"replayed steps {report['start'] + 1} to {report['step']}"
     if not report["found"]:
         lines = [f"{head}: loss and gradient are finite here"]
+        if report["world"] > 1:
+            lines.append(
+                f"  the {report['world']} ranks came one after the other: masked means are those "
+                "of each rank, not of all, which can hide a fault at the edge of the range"
+            )
     else:
         lines = [
             f"{head}: step {report['step']}, micro-step {report['micro_step']}, rank "

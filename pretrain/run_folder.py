@@ -209,7 +209,7 @@ def versions() -> dict[str, str]:
 
 
 class MetricsLog:
-    """metrics.csv: a header that is fixed by the first row, then one row per logged step.
+    """metrics.csv: a header, then one row per logged step.
 
     A resumed run drops the rows after its checkpoint first, so that no step is twice in the file
     and none is missing.
@@ -246,11 +246,17 @@ class MetricsLog:
             ]
 
     def write(self, row: dict[str, float | int]) -> None:
-        """Appends a row; a value that the header does not name is left out."""
+        """Appends a row; what the header does not name yet becomes a column, empty before."""
         text = ""
         if self._columns is None:
             self._columns = list(row)
             text = ",".join(self._columns) + "\n"
+        new = [name for name in row if name not in self._columns]
+        if new:
+            head, *rest = self.path.read_text().splitlines()
+            self._columns += new
+            widened = [",".join([head, *new]), *(line + "," * len(new) for line in rest)]
+            write_text(self.path, "\n".join(widened) + "\n")
         cells = [_cell(row.get(name, "")) for name in self._columns]
         with self.path.open("a") as file:
             file.write(text + ",".join(cells) + "\n")

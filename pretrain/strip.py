@@ -45,6 +45,8 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
     image = batch.image[:: objective.crops]  # the first crop of each sample
     found, stride = fine_map(objective.encoder, image, chosen)
     features = found.float().cpu().numpy()
+    if not np.isfinite(features).all():
+        return  # the next logged row says what happened
     kept = folder / "tokens"
     kept.mkdir(exist_ok=True)
     with atomic(kept / f"step-{step:08d}.npz") as file:

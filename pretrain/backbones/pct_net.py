@@ -426,6 +426,10 @@ class PCTDecoder(nn.Module):
             nn.Sequential(*_norm_conv(features[i], out_channels, (1, 1, 1))) for i in range(4)
         )  # finest first
 
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns what does the work: a training step calls `outputs`, not the decoder itself."""
+        return [*self.ups, *self.blocks, *self.heads]
+
     def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
         """Decodes five maps, finest first, to [B, out_channels, D, H, W]."""
         return self.heads[0](self._decoded(features)[0])

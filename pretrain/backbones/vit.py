@@ -338,8 +338,16 @@ class ViT3D(Backbone):
                 "no other, needs the grid of patches that it is learned for, such as [6, 6, 6]"
             )
         self.taps = tuple(int(t) for t in taps) if taps else _quarters(depth)
-        if sorted(self.taps) != list(self.taps) or not 1 <= self.taps[0] <= self.taps[-1] <= depth:
-            raise ValueError(f"taps must rise within 1..depth={depth}, found {list(self.taps)}")
+        if sorted(self.taps) != list(self.taps) or self.taps[0] < 1 or self.taps[-1] != depth:
+            raise ValueError(
+                f"taps must rise from 1 or more to depth={depth}, or blocks behind the last one "
+                f"would learn nothing; found {list(self.taps)}"
+            )
+        if decoder == "patch" and any(side & (side - 1) for side in triple(patch_size)):
+            raise ValueError(
+                f"decoder=patch doubles its way up and needs sides that are powers of two, found "
+                f"patch_size={patch_size}; decoder=unetr takes any"
+            )
         self.in_channels = in_channels
         self.patch_size = triple(patch_size)
         self.embed_dim = embed_dim

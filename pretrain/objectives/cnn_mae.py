@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import UNetDecoder
+from pretrain.decoders import unet_decoder
 from pretrain.losses import masked_mse
 from pretrain.masking import block_hidden
 from pretrain.objective import Batch, Losses, Objective
@@ -40,7 +40,7 @@ class CnnMAE(Objective):
         encoder: a backbone whose feature maps form a pyramid (ResEncUNetEncoder).
         block: voxels of a hidden block, one number or (d, h, w).
         mask_ratio: share of the blocks to hide.
-        convs_per_stage: convolutions of each decoder stage.
+        convs_per_stage: convolutions of each decoder stage; None: as finetuning has them.
 
     Raises:
         InputError: if the encoder's feature maps do not form a pyramid.
@@ -57,14 +57,12 @@ class CnnMAE(Objective):
             Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
         ] = 16,
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75,
-        convs_per_stage: Annotated[int, Field(ge=1)] = 1,
+        convs_per_stage: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         try:
-            self.decoder = UNetDecoder(
-                encoder.channels, encoder.strides, encoder.in_channels, convs_per_stage
-            )
+            self.decoder = unet_decoder(encoder, encoder.in_channels, convs_per_stage)
         except ValueError as error:
             raise InputError(
                 f"objective=cnn_mae needs a pyramid of feature maps and {type(encoder).__name__} "

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import InstanceNorm, Pyramid
-from pretrain.decoders import UNetDecoder
+from pretrain.decoders import unet_decoder
 from pretrain.losses import masked_mse
 from pretrain.masking import enlarge, patchify, random_hidden, triple, unpatchify
 from pretrain.objective import Batch, Losses, Objective
@@ -86,7 +86,7 @@ class S3D(Objective):
         densify: what becomes of hidden cells before the decoder. "conv": norm, token, 3x3x3
             convolution (the identity at the finest scale), as in nnssl's S3D; "token": the token
             alone (its efficient variant); "none": they stay zero (its variant without token).
-        convs_per_stage: convolutions of each decoder stage.
+        convs_per_stage: convolutions of each decoder stage; None: as finetuning has them.
 
     Raises:
         InputError: if the encoder cannot leave blocks out or its maps do not form a pyramid.
@@ -105,7 +105,7 @@ class S3D(Objective):
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75,
         norm_target: bool = False,
         densify: Densification = "conv",
-        convs_per_stage: Annotated[int, Field(ge=1)] = 1,
+        convs_per_stage: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, Pyramid):
@@ -119,9 +119,7 @@ class S3D(Objective):
         self.mask_ratio = mask_ratio
         self.norm_target = norm_target
         try:
-            self.decoder = UNetDecoder(
-                encoder.channels, encoder.strides, encoder.in_channels, convs_per_stage
-            )
+            self.decoder = unet_decoder(encoder, encoder.in_channels, convs_per_stage)
         except ValueError as error:
             raise InputError(f"objective=s3d: {error}; choose other backbone.strides") from error
         self.densify = nn.ModuleList(

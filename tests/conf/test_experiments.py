@@ -45,6 +45,20 @@ def test_what_is_given_beside_a_recipe_wins() -> None:
     settings = settings_for("pretrain", words)
     assert settings.lr == 0.5 and settings.backbone["embed_dim"] == 768
     assert settings.weight_decay == 0.05 and settings.objective["decoder_depth"] == 8
+    given = ["corpus=c", "run=r", "trainer=cpu", "backbone=vit_s", "batch_size=8"]
+    plain = settings_for("pretrain", given)
+    for name in FULL + SMALL:  # whole groups too: nothing of the recipe's stays in another option
+        chosen = settings_for("pretrain", [*given, f"experiment={name}"])
+        assert (chosen.trainer, chosen.backbone) == (plain.trainer, plain.backbone)
+
+
+def test_a_run_of_before_an_option_had_what_the_command_gives_now() -> None:
+    """What conf composes, not the model's defaults, is what a requeued job compares with."""
+    now = settings_for("pretrain", ["corpus=c", "run=r"])
+    before = now.model_dump(mode="json")
+    for added in ("intensity", "optimizer", "momentum", "schedule", "halve_every", "health"):
+        del before[added]
+    assert now.changed(before) == []
 
 
 def test_full_recipes_say_where_they_come_from() -> None:

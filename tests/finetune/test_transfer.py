@@ -194,7 +194,10 @@ def test_the_encoder_alone_can_be_taken(release: Release, tiny: Path, tmp_path: 
     whole, _, _ = built(transfer="network")
     auto, _, _ = built()
     hashes = [config_hash(p.recipe) for p in (plan, scratch, whole, auto)]
-    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+    assert len(set(hashes)) == 1  # one recipe: scratch is the twin of both
+    assert plan.identity != whole.identity == auto.identity
+    assert (plan.checkpoint, scratch.checkpoint) == (plan.release.name, "")
+    assert whole.checkpoint == f"{plan.release.name} with decoder"
 
 
 def test_a_run_says_what_was_transferred(release: Release, tiny: Path, tmp_path: Path) -> None:
@@ -203,7 +206,7 @@ def test_a_run_says_what_was_transferred(release: Release, tiny: Path, tmp_path:
     assert report["transfer"] == "network"
     assert any(name.startswith("decoder.") for name in report["copied"])
     facts = json.loads((run / "run.json").read_text())
-    assert facts["recipe"]["transfer"] == "network"
+    assert facts["identity"]["transfer"] == "network"
     assert len(read_rows(run / "rows.csv")) == 2
     with pytest.raises(InputError, match="holds another run"):
         finetune(settings(release.path, tiny, tmp_path, transfer="encoder"))
