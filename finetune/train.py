@@ -47,7 +47,7 @@ from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings, config_hash
 from pretrain.decoders import without_head
 from pretrain.loader import Augment, CropDataset
-from pretrain.loop import Loop
+from pretrain.loop import Loop, check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
@@ -114,6 +114,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         InputError: wrong settings, checkpoint, corpus or run folder; what can be seen together is
             listed together.
     """
+    check_machine(settings.trainer)
     plan = make_plan(settings)
     run = RunFolder(settings.runs / settings.run_name)
     if _is_finished(run, plan):

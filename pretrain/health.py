@@ -166,6 +166,9 @@ class Health:
 
     def begin(self, step: int) -> bool:
         """Prepares a process that starts at a step; returns whether to look at it right away."""
+        if step == 0:  # what lies here is of a start that left no checkpoint, maybe another network
+            for name in ("health.csv", "health.json"):
+                (self.run / name).unlink(missing_ok=True)
         self._log = MetricsLog(self.run / "health.csv", step)
         self._rows = self._log.rows()
         self.collapsed = bool(self._rows and self._rows[-1]["collapsed"])
@@ -192,8 +195,8 @@ class Health:
     def summary(self) -> str:
         """What watching cost."""
         return (
-            f"health: {self.looks} looks, {self.seconds:.1f} s, {self.share:.1%} of the time; "
-            f"{self.run / 'health.csv'}"
+            f"health: {self.looks} look{'s' * (self.looks != 1)}, {self.seconds:.1f} s, "
+            f"{self.share:.1%} of the time; {self.run / 'health.csv'}"
         )
 
     def look(

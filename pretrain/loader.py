@@ -9,6 +9,7 @@ never of the worker that makes it.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -288,7 +289,17 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals if workers else None,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Workers live until the trainer ends them: a scheduler's signal to the whole group is its own.
+
+    A worker that dies of it would end the trainer before it has saved.
+    """
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:

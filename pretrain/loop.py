@@ -249,6 +249,22 @@ def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[
     return nullcontext()
 
 
+def check_machine(machine: TrainerSettings) -> None:
+    """Refuses GPUs that are not there, before anything is started.
+
+    Raises:
+        InputError: fewer GPUs than a process of this node is to use.
+    """
+    if machine.accelerator in ("gpu", "cuda"):
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if there < machine.devices:
+            raise InputError(
+                f"trainer.accelerator={machine.accelerator}, trainer.devices={machine.devices}: "
+                f"this machine has {there} GPUs; choose another trainer=, such as trainer=cpu or "
+                "trainer=auto, and for a recipe on two cores its twin experiment=NAME_small"
+            )
+
+
 def compile_parts(objective: Objective) -> None:
     """Compiles blocks and stages in place, one by one: names of parameters stay as they are.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_prep.errors import InputError
 from data_prep.preprocess import Rule
@@ -57,6 +57,13 @@ class LoopSettings(BaseModel):
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     trainer: TrainerSettings = TrainerSettings()
 
+    @field_validator("crop_size", mode="before")
+    @classmethod
+    def _crop_has_three_sides(cls, size: Any) -> Any:
+        if size is not None and (not isinstance(size, list | tuple) or len(size) != 3):
+            raise ValueError("expected voxels along D, H and W, such as [96,96,96]")
+        return size
+
     @model_validator(mode="after")
     def _halving_has_a_pace(self) -> Self:
         if (self.schedule == "halving") != (self.halve_every is not None):
@@ -94,6 +101,19 @@ class HealthSettings(BaseModel):
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     stop: bool = False
     probe: Path | None = None
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _every_is_said_plainly(cls, every: Any) -> Any:
+        if every != "auto" and not (type(every) is int and every >= 0):
+            raise ValueError("expected auto, a number of steps, or 0 for never")
+        return every
+
+    @model_validator(mode="after")
+    def _probe_is_used(self) -> Self:
+        if self.probe is not None and self.every == 0:
+            raise ValueError("every=0 never looks, so a probe has no use: leave one of them out")
+        return self
 
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]

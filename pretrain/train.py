@@ -23,7 +23,7 @@ from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.health import Health
 from pretrain.loader import Augment, CropDataset
-from pretrain.loop import Loop
+from pretrain.loop import Loop, check_machine
 from pretrain.objective import Batch, Objective
 from pretrain.previews import draw_previews
 from pretrain.probe import Probe
@@ -42,6 +42,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     Raises:
         InputError: wrong settings, corpus or run folder; all problems that can be seen together.
     """
+    check_machine(settings.trainer)
     run = RunFolder(settings.runs / settings.run)
     corpus = Corpus.open(settings.corpus)
     corpus.require_shards()
@@ -158,6 +159,10 @@ def _try_step(
     try:
         with torch.device("meta"):
             objective = make()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"backbone and objective cannot be made: {error}") from error
+    try:
+        with torch.device("meta"):
             count = 2 * objective.crops * objective.batch_multiple
             batch = Batch(
                 torch.empty(count, channels, *crop_size),

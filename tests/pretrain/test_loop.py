@@ -73,7 +73,9 @@ def steps(run: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
-def start(chosen: PretrainSettings, folder: Path) -> subprocess.Popen[bytes]:
+def start(
+    chosen: PretrainSettings, folder: Path, start_new_session: bool = False
+) -> subprocess.Popen[bytes]:
     """The same run in a process of its own, so that it can be killed."""
     file = folder / f"{chosen.run}.json"
     file.write_text(chosen.model_dump_json())
@@ -86,6 +88,7 @@ def start(chosen: PretrainSettings, folder: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", code, str(file)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
+        start_new_session=start_new_session,
     )
 
 
@@ -324,6 +327,23 @@ def test_sigterm_saves_and_does_not_look_like_success(
     pretrain(chosen)
     one, other = weights(tmp_path / "whole"), weights(run)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_signal_to_the_whole_group_saves_too(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """As schedulers send it: the workers of the loader get it as well."""
+    machine = {"accelerator": "cpu", "workers": 2, "threads": 1}
+    chosen = settings(
+        pretrain_corpus, tmp_path, "group", save_every=1000, log_every=1, steps=2000,
+        trainer=machine,
+    )  # fmt: skip
+    run = tmp_path / "group"
+    process = start(chosen, tmp_path, start_new_session=True)
+    while process.poll() is None and not (run / "metrics.csv").exists():
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    (saved,) = (run / "checkpoints").glob("step-*.pt")
+    assert 0 < int(saved.stem.removeprefix("step-")) < 2000
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

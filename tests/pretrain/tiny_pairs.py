@@ -54,6 +54,7 @@ SHRINK: dict[str, Callable[[Any], Any]] = {
     "decoder_depth": _smaller(2),
     "depth": _smaller(12),  # some objectives tap the tenth block
     "patch_size": _smaller(4),
+    "position_grid": _smaller(4),
     "block": _smaller(4),
     "blocks": _to(1),
     "convs": _to(1),
@@ -136,11 +137,17 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 
 def one_each() -> list[tuple[str, str]]:
-    """Each objective with the first backbone that fits it."""
-    return [
-        (objective, next(b for b in names("backbone") if not refused(objective, b)))
-        for objective in names("objective")
-    ]
+    """Each objective with one backbone of each kind that fits it: class, position, dimension."""
+    chosen = []
+    for objective in names("objective"):
+        kinds: dict[tuple[Any, ...], str] = {}
+        for backbone in names("backbone"):
+            if not refused(objective, backbone):
+                config = composed(objective, backbone).backbone
+                slices = str(config.get("patch_size"))[:3] == "[1,"
+                kinds.setdefault((config["_target_"], config.get("rope"), slices), backbone)
+        chosen += [(objective, backbone) for backbone in kinds.values()]
+    return chosen
 
 
 def refused(objective: str, backbone: str) -> bool:

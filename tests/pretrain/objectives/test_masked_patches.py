@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT3D
-from pretrain.losses import masked_mse
 from pretrain.masking import kept, patchify, random_hidden, spread, visible_first
 from pretrain.objective import Batch
 from pretrain.objectives.hi_end_mae import HiEndMAE
@@ -153,11 +152,20 @@ def test_invalid_voxels_carry_no_loss(make_batch: MakeBatch, kind: str) -> None:
     noise = torch.randn_like(batch.image)
     changed = replace(batch, image=torch.where(batch.valid, batch.image, noise))
     assert model(changed, 0.0).loss == loss
-    # And no gradient: what is predicted there has no say.
-    order, prediction = model.predict(batch)
-    prediction = prediction.detach().requires_grad_()
+    # And no gradient: what the objective's own loss asks of its prediction.
+    kept: list[Tensor] = []
+    rebuild = model.rebuild
+
+    def keep(*args: Any) -> Tensor:
+        kept.append(rebuild(*args))
+        kept[-1].retain_grad()
+        return kept[-1]
+
+    model.rebuild = keep  # type: ignore[method-assign]
+    model(batch, 0.0).loss.backward()
+    (prediction,) = kept
+    order, _ = model.predict(batch)
     valid = patchify(batch.valid, PATCH).take_along_dim(order[:, 6:, None], 1)
-    masked_mse(prediction, torch.zeros_like(prediction), valid).backward()
     assert prediction.grad is not None
     assert (prediction.grad[~valid] == 0).all()
     assert (prediction.grad[valid] != 0).all()

@@ -135,14 +135,17 @@ def test_the_finest_scale_is_not_convolved_and_the_coarsest_has_no_token() -> No
     assert [len(list(v.densify.parameters())) for v in variants] == [3, 0]
 
 
-def test_visible_and_invalid_output_is_free(make_batch: MakeBatch) -> None:
-    batch, s3d = make_batch(SHAPE), objective()
+@pytest.mark.parametrize("norm_target", [False, True])
+def test_visible_and_invalid_output_is_free(make_batch: MakeBatch, norm_target: bool) -> None:
+    batch, s3d = make_batch(SHAPE), objective(norm_target=norm_target)
     batch.valid[:, :, :, :5] = False
     counted = mask(batch) & batch.valid
     s3d.decoder = Shown(torch.where(counted, batch.image, 1e6))
     loss = s3d(batch, 0.0).loss
     loss.backward()
-    assert loss == 0
+    assert norm_target or loss == 0
+    noise = torch.where(batch.valid, batch.image, 1e3)
+    assert s3d(replace(batch, image=noise), 0.0).loss == loss  # nor has an invalid target a say
 
     s3d.decoder = Shown(torch.randn_like(batch.image))
     s3d(batch, 0.0).loss.backward()
