@@ -149,9 +149,10 @@ def _summarise(output: Path) -> None:
         "",
         f"Made by `make recipes` on {first['machine']['processor']}, one thread a run, two runs",
         f"at once, torch {first['versions']['torch']}, float32. 36 volumes of `samples/`, one seed",
-        "each. They show that the recipes are healthy, and nothing about what they are worth: the",
-        "probe (linear, 8 hippocampi of the training part, Dice at voxel resolution) tells a run",
-        "from its own untrained encoder, and its spread between seeds is not measured here.",
+        "each. They show that the recipes run and learn their own task, and nothing about what the",
+        "encoders are worth: minutes on these scans leave some probes (linear, 8 hippocampi of the",
+        "training part, Dice at voxel resolution) below those of the untrained encoder, and the",
+        "spread between seeds is not measured. Seconds are of runs beside other work.",
         "",
         "| recipe | objective, encoder | parameters | steps x batch | seconds | loss, first to "
         "last | RankMe of tokens | probe Dice: untrained, last |",
