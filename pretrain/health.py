@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from data_prep.files import write_json
 from pretrain.backbones.backbone import Backbone
-from pretrain.loader import CropDataset, collate, to_batch
+from pretrain.loader import CropDataset, collate, to_batch, to_device
 from pretrain.probe import Encode, Probe
 from pretrain.run_folder import MetricsLog
 from pretrain.settings import HealthSettings
@@ -266,10 +266,7 @@ class Health:
         tokens, means = [], []
         for first in range(0, len(self._crops), AT_ONCE):
             raw = collate(self._crops[first : first + AT_ONCE])
-            moved = {
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in raw.items()
-            }
+            moved = to_device(raw, device)
             cells = encode(to_batch(moved).image)[-1].flatten(2).transpose(1, 2)
             chosen = np.unique(np.linspace(0, cells.shape[1] - 1, each).round().astype(int))
             tokens.append(cells[:, torch.from_numpy(chosen).to(device)].flatten(0, 1).cpu())

@@ -302,6 +302,14 @@ def _leave_signals(worker: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A raw batch on a device, where nobody else moves it; what is no tensor stays."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in raw.items()
+    }
+
+
 def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     """Raw crops to normalised float32, on whatever device they are.
 

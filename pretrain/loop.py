@@ -32,7 +32,7 @@ from data_prep.errors import InputError
 from data_prep.progress import bar
 from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health, evaluating
-from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
+from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.optim import make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
@@ -491,10 +491,7 @@ class _Watch(L.Callback):
         assert isinstance(objective, Objective)
         items, crops = loop.dataset.varied(3), range(loop.dataset.crops)
         raw = collate([loop.dataset.middle(item, number) for item in items for number in crops])
-        moved = {
-            name: value.to(objective.device) if isinstance(value, Tensor) else value
-            for name, value in raw.items()
-        }
+        moved = to_device(raw, objective.device)
         folder = loop.run.path / "previews"
         folder.mkdir(exist_ok=True)
         with evaluating(objective):

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
-from pretrain.loader import CropDataset, collate, to_batch
+from pretrain.loader import CropDataset, collate, to_batch, to_device
 from pretrain.schedule import Schedule, generator
 
 Encode = Callable[[Tensor], list[Tensor]]
@@ -181,10 +181,7 @@ class Probe:
     def _maps(encode: Encode, strides: Strides, case: _Case, device: torch.device) -> list[Tensor]:
         """The feature maps of a case that count, each [E, d, h, w]."""
         raw = collate([case.raw])
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in raw.items()
-        }
+        moved = to_device(raw, device)
         deepest = {stride: i for i, stride in enumerate(strides)}
         coarse = [i for stride, i in deepest.items() if max(stride) >= FINEST]
         found = encode(to_batch(moved).image)

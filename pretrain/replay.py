@@ -33,7 +33,7 @@ from pretrain.failures import (
     failure_folder,
     plain,
 )
-from pretrain.loader import Augment, CropDataset, collate
+from pretrain.loader import Augment, CropDataset, collate, to_device
 from pretrain.loop import Loop, autocast_of, machine_precision
 from pretrain.objective import Batch
 from pretrain.previews import PLANES, aspects, planes
@@ -208,10 +208,7 @@ class Replay:
 
     def _batch(self, crops: list[int]) -> Batch:
         raw = collate([self.dataset[index] for index in crops])
-        moved = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in raw.items()
-        }
+        moved = to_device(raw, self.device)
         return self.loop.to_batch(moved)
 
     def _losses(self, micro: int, rank: int, batch: Batch) -> Any:
