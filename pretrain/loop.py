@@ -275,7 +275,10 @@ def compile_parts(objective: Objective) -> None:
     import torch._inductor.config as inductor
 
     inductor.fallback_random = True
-    # Blocks differ in their rate of drop path: each is one more variant of the same code.
+    # Blocks differ in their rate of drop path: each is one more variant of the same code. Taken as
+    # a symbol, the rate is no part of the key of torch's cache of compiled graphs, which then gives
+    # one block the rate of another (torch 2.14).
+    dynamo.specialize_float = True
     dynamo.recompile_limit = 256
     for part in objective.compile_parts():
         part.compile()

@@ -85,16 +85,24 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
+def preset(group: str, name: str) -> PretrainSettings:
+    """A preset beside the first one of the other group; pairs are put together from two of these.
+
+    Composing each pair would take a minute, and presets are independent of each other.
+    """
+    chosen = {other: names(other)[0] for other in ("objective", "backbone")} | {group: name}
+    words = [f"{key}={value}" for key, value in chosen.items()]
+    found: PretrainSettings = settings_for("pretrain", ["corpus=unused", "run=unused", *words])
+    return found
+
+
 def composed(objective: str, backbone: str) -> PretrainSettings:
     """Four samples a step, one process, float32."""
-    found = settings_for(
-        "pretrain",
-        ["corpus=unused", "run=unused", f"objective={objective}", f"backbone={backbone}"],
-    )
+    found = preset("objective", objective)
     return PretrainSettings.model_validate(
         found.model_dump()
         | {
-            "backbone": shrink(found.backbone),
+            "backbone": shrink(preset("backbone", backbone).backbone),
             "objective": shrink(found.objective),
             "batch_size": 4,
             "trainer": {"accelerator": "cpu", "precision": "32-true", "workers": 0},
