@@ -37,10 +37,9 @@ def patch_statistics(patches: Tensor, valid: Tensor, unbiased: bool = True) -> P
     The unbiased variance divides by one less than the number of voxels. A patch with fewer than
     two valid voxels has variance 0.
     """
-    weight = valid.to(patches.dtype)
-    count = weight.sum(-1, keepdim=True)
-    mean = (patches * weight).sum(-1, keepdim=True) / count.clamp(min=1)
-    spread = ((patches - mean) * weight).square().sum(-1, keepdim=True)
+    count = valid.sum(-1, keepdim=True)
+    mean = torch.where(valid, patches, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    spread = torch.where(valid, patches - mean, 0).square().sum(-1, keepdim=True)
     return PatchStatistics(mean, spread / (count - int(unbiased)).clamp(min=1))
 
 
