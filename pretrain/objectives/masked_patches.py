@@ -53,6 +53,11 @@ def denormalise(patches: Tensor, statistics: PatchStatistics) -> Tensor:
     return patches * (statistics.variance + 1e-6).sqrt() + statistics.mean
 
 
+def constant(statistics: PatchStatistics) -> Tensor:
+    """Which patches have no contrast, bool [..., 1]: normalising them magnifies their noise."""
+    return statistics.variance < CONSTANT_VARIANCE
+
+
 def complete(visible: Tensor, mask_token: Tensor, position: Tensor, prefix: int) -> Tensor:
     """Appends a mask token for every hidden patch, and gives each patch its position.
 
@@ -128,8 +133,8 @@ class MaskedPatches(Objective):
         if self.norm_target:
             target = normalise(target, statistics)
         loss = masked_mse(prediction, target, valid)
-        constant = (statistics.variance < CONSTANT_VARIANCE).float().mean()
-        return Losses(loss, {"mse": loss.detach(), "constant_patches": constant})
+        share = constant(statistics).float().mean()
+        return Losses(loss, {"mse": loss.detach(), "constant_patches": share})
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rebuilds the hidden patches.

@@ -38,6 +38,7 @@ from pretrain.masking import enlarge, patchify, random_hidden, triple, unpatchif
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.objectives.masked_patches import (
     PatchStatistics,
+    constant,
     denormalise,
     normalise,
     patch_statistics,
@@ -140,12 +141,16 @@ class S3D(Objective):
         """Returns the mean squared error over hidden, valid voxels."""
         hidden, output = self.predict(batch)
         target = batch.image.float()
+        parts: dict[str, Tensor] = {}
         if self.norm_target:
-            rows = normalise(self._rows(target), self._statistics(batch))
+            statistics = self._statistics(batch)
+            rows = normalise(self._rows(target), statistics)
             target = unpatchify(rows, self._grid(target), self.block)
+            blocks = self._rows(hidden)[..., :1]  # [B, N, 1]
+            parts["constant_patches"] = (constant(statistics) & blocks).sum() / blocks.sum()
         counted = (hidden & batch.valid).expand_as(output)
         loss = masked_mse(output, target, counted)
-        return Losses(loss, {"mse": loss.detach()})
+        return Losses(loss, {"mse": loss.detach(), **parts})
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the mask, bool [B, 1, D, H, W], and the rebuilt target [B, C, D, H, W]."""
