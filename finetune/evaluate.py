@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import InputError, attempt
 from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.progress import bar
 from data_prep.volume import Reject, read_label
@@ -60,13 +60,15 @@ def evaluate(settings: EvaluateSettings) -> Path:
         InputError: corpus and task do not fit, or predictions are missing or on another grid; all
             of them are named.
     """
-    corpus = Corpus.open(settings.corpus)
-    problems = task_problems(corpus, settings.task)
-    if problems:
+    problems: list[str] = []
+    if not settings.predictions.is_dir():
+        problems.append(f"predictions={settings.predictions}: no such folder")
+    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    if corpus is not None:
+        problems += task_problems(corpus, settings.task)
+    if corpus is None or problems:
         raise InputError(problems)
     split = choose_split(corpus, settings.split, settings.part)
-    if not settings.predictions.is_dir():
-        raise InputError(f"predictions={settings.predictions}: no such folder")
     files = {key: _find(settings.predictions, key) for key in split.keys}
     absent = [key for key, file in files.items() if file is None]
     if absent:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from data_prep.settings import MUST_EXIST
 from pretrain.settings import LoopSettings, RunName, Side
 
 RECIPE_VERSION = 1
@@ -63,8 +64,8 @@ class FinetuneSettings(LoopSettings):
     """
 
     task: TaskSettings
-    corpus: Path
-    ckpt: Path
+    corpus: Annotated[Path, MUST_EXIST]
+    ckpt: Annotated[Path, MUST_EXIST]
     init: Literal["pretrained", "scratch"] = "pretrained"
     transfer: Literal["auto", "encoder", "network"] = "auto"
     labels: str = "all"
@@ -127,8 +128,8 @@ class EvaluateSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    predictions: Path
-    corpus: Path
+    predictions: Annotated[Path, MUST_EXIST]
+    corpus: Annotated[Path, MUST_EXIST]
     task: TaskSettings
     output: Path
     split: str = "auto"
@@ -141,8 +142,8 @@ class PredictSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ckpt: Path
-    input: Path
+    ckpt: Annotated[Path, MUST_EXIST]
+    input: Annotated[Path, MUST_EXIST]
     output: Path
 
 

@@ -26,8 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save
 from torch import nn
 
-from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import InputError, attempt, differences
 from data_prep.files import write_bytes, write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
@@ -146,11 +146,13 @@ def make_plan(settings: FinetuneSettings) -> Plan:
     Raises:
         InputError: it does not.
     """
-    release = load_release(settings.ckpt)
-    corpus = Corpus.open(settings.corpus)
-    corpus.require_shards()
+    problems: list[str] = []
+    release = attempt(problems, load_release, settings.ckpt)
+    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    if release is None or corpus is None:
+        raise InputError(problems)
     settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
-    problems = task_problems(corpus, settings.task)
+    problems += task_problems(corpus, settings.task)
     preprocess, more = _preprocess(settings, release, corpus)
     problems += more
     channels = {int(n) for n in corpus.shapes[:, 0]}
@@ -268,16 +270,15 @@ def _is_finished(run: RunFolder, plan: Plan) -> bool:
     file = run.path / "run.json"
     if not file.exists():
         return False
-    before = json.loads(file.read_text()).get("identity", {})
-    changed = [
-        f"{name} was {before.get(name)!r} and is {value!r} now"
-        for name, value in plan.identity.items()
-        if before.get(name) != value
-    ]
-    if changed:
+    facts = {"recipe": {}, "identity": {}, **json.loads(file.read_text())}
+    if any(facts["identity"].get(name) != value for name, value in plan.identity.items()):
+        now = json.loads(json.dumps({**plan.recipe, **plan.identity}))
+        changed = differences({**facts["recipe"], **facts["identity"]}, now)
+        # The recipe says what lies behind another hash.
+        changed = [item for item in changed if not item.startswith("config_hash:")] or changed
         raise InputError(
-            [f"{run.path}: holds another run, {item}" for item in changed]
-            + ["choose another run=NAME, remove the folder, or restore the settings"]
+            f"{run.path}: holds another run ({'; '.join(changed)}); choose another run=NAME, "
+            "remove the folder, or restore the settings"
         )
     return (run.path / "rows.csv").exists()
 

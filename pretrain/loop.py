@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, differences
 from data_prep.progress import bar
 from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health, evaluating
@@ -181,17 +181,12 @@ class Loop:
         return state
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        expected = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
-        found = {"format": state["format"], **state["schedule"]}
-        different = [
-            f"{name} is {found.get(name)!r} in the checkpoint and {value!r} now"
-            for name, value in expected.items()
-            if found.get(name) != value
-        ]
+        now = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
+        different = differences({"format": state["format"], **state["schedule"]}, now)
         if different:
             raise InputError(
-                f"{self.run.path} cannot be resumed: {'; '.join(different)}; "
-                "restore what was changed, or start another run=NAME"
+                f"{self.run.path}: its checkpoint is of another corpus, seed, batch size or order "
+                f"({'; '.join(different)}); restore what was changed, or start another run=NAME"
             )
 
     def _schedule_state(self, step: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_prep.corpus import Corpus
+from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from pretrain.loader import CropDataset, collate, to_batch, to_device
@@ -89,13 +89,14 @@ class Probe:
     def __init__(
         self,
         corpus: Corpus,
-        channels: int,
+        channels: int | None,
         preprocess: Preprocess,
         crop_size: tuple[int, int, int],
     ) -> None:
-        if set(corpus.shapes[:, 0]) != {channels}:
+        found = sorted({int(n) for n in corpus.shapes[:, 0]})
+        if channels is not None and found != [channels]:
             raise InputError(
-                f"health.probe={corpus.path}: its volumes have {sorted(set(corpus.shapes[:, 0]))} "
+                f"health.probe={corpus.path}: its volumes have {found} "
                 f"channels, the run's have {channels}; give a corpus like the run's"
             )
         self.items = probe_cases(corpus)
@@ -111,15 +112,18 @@ class Probe:
 
     @classmethod
     def open(
-        cls, path: Path, channels: int, preprocess: Preprocess, crop_size: tuple[int, int, int]
+        cls,
+        path: Path,
+        channels: int | None,
+        preprocess: Preprocess,
+        crop_size: tuple[int, int, int],
     ) -> Probe:
-        """Opens a labelled corpus.
+        """Opens a labelled corpus; channels None is any number, where the run's is not known.
 
         Raises:
             InputError: it cannot serve as a probe.
         """
-        corpus = Corpus.open(path)
-        corpus.require_shards()
+        corpus = open_corpus(path, "health.probe")
         return cls(corpus, channels, preprocess, crop_size)
 
     def score(self, encode: Encode, strides: Strides, device: torch.device) -> dict[str, float]:

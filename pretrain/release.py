@@ -423,7 +423,7 @@ def _checked(model: type[Model], raw: Any, file: Path) -> Model:
             elif item["type"] == "extra_forbidden":
                 problems.append(f"{file}: {where}: unknown; this version does not know it")
             else:
-                problems.append(f"{file}: {where}: {plain_message(item)}")
+                problems.append(f"{file}: {where}: {plain_message([item], len(item['loc']))}")
         raise InputError(problems) from error
 
 

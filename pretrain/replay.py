@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.corpus import Corpus
+from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
@@ -111,14 +111,13 @@ class Replay:
         self.run = run
         self.settings = PretrainSettings.model_validate(config)
         facts = json.loads((run.path / "run.json").read_text())
-        corpus = Corpus.open(self.settings.corpus)
+        corpus = open_corpus(self.settings.corpus, "corpus")
         if corpus.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
                 f"{self.settings.corpus}: is not the corpus that {run.path} was trained on "
                 f"(index {corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
                 "put that one back"
             )
-        corpus.require_shards()
         self.objective = build_objective(self.settings, int(facts["channels"]))
         self.dataset: CropDataset = make_dataset(self.settings, corpus, self.objective.crops)
 

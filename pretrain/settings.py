@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
+from data_prep.settings import MUST_EXIST
 
 Side = Annotated[int, Field(ge=1, le=2048)]
 
@@ -100,7 +109,7 @@ class HealthSettings(BaseModel):
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     stop: bool = False
-    probe: Path | None = None
+    probe: Annotated[Path | None, MUST_EXIST] = None
 
     @field_validator("every", mode="before")
     @classmethod
@@ -116,13 +125,22 @@ class HealthSettings(BaseModel):
         return self
 
 
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,99}", name):
+        raise ValueError(
+            "a name has letters, digits and . _ = - only, at most 100 of them, and begins with a "
+            "letter or digit; the folder that runs lie in is runs=DIR"
+        )
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_run_name)]
 
 
 class PretrainSettings(LoopSettings):
     """The keys of conf/pretrain.yaml."""
 
-    corpus: Path
+    corpus: Annotated[Path, MUST_EXIST]
     run: RunName
     runs: Path = Path("runs")
     resume: Literal["auto", "never"] = "auto"
@@ -134,7 +152,7 @@ class PretrainSettings(LoopSettings):
     health: HealthSettings = HealthSettings()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
-        """Settings that a resumed run must not change, and did.
+        """Settings that a resumed run must not change, and did: `key: old -> new`.
 
         Where it runs, how often it logs and where its folder lies may change; all else is part of
         what the run is.
@@ -143,15 +161,10 @@ class PretrainSettings(LoopSettings):
             "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
             "loggers", "accumulate", "health",
         }  # fmt: skip
-        now = self.model_dump(mode="json")
+        now = {n: v for n, v in self.model_dump(mode="json").items() if n not in free}
         # A run of an older version does not name what was added since: it had the defaults.
         defaults = {n: f.get_default() for n, f in type(self).model_fields.items()}
-        was = {n: _plain(before.get(n, defaults[n])) for n in now}
-        return [
-            f"{name} was {was[name]!r} and is {value!r} now"
-            for name, value in now.items()
-            if name not in free and was[name] != value
-        ]
+        return differences({n: _plain(before.get(n, defaults[n])) for n in now}, now)
 
 
 def _plain(value: Any) -> Any:
@@ -164,7 +177,7 @@ Variant = Literal["float32", "bf16", "float32-compiled", "bf16-compiled"]
 class BenchSettings(PretrainSettings):
     """The keys of conf/bench.yaml: a pretraining, and how its step is measured."""
 
-    corpus: Path | None = None  # type: ignore[assignment]
+    corpus: Annotated[Path | None, MUST_EXIST] = None  # type: ignore[assignment]
     channels: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] | None = None
@@ -179,6 +192,6 @@ def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) ->
     changed = settings.changed(before)
     if changed:
         raise InputError(
-            f"{run}: cannot be resumed, since {'; '.join(changed)}; restore what was changed, or "
-            "start another run=NAME"
+            f"{run}: cannot be resumed with other settings ({'; '.join(changed)}); restore them, "
+            "or start another run=NAME"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -68,3 +69,16 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns the feature maps [B, C_i, D_i, H_i, W_i], finest first."""
         raise NotImplementedError
+
+
+def fitting_crop(size: Sequence[int], unit: Sequence[int]) -> list[int]:
+    """A crop near `size` whose sides are multiples of `unit`, both (d, h, w), for messages.
+
+    The same sides in another order if they fit there, as when a slice is given as (h, w, d); else
+    each side rounded, but not to a single unit, of which nothing can be hidden or normalised.
+    """
+    for order in permutations(size):
+        if not any(s % u for s, u in zip(order, unit, strict=True)):
+            return list(order)
+    near = [max(round(s / u), 1) * u for s, u in zip(size, unit, strict=True)]
+    return near if near != list(unit) else [2 * u if u > 1 else 1 for u in unit]

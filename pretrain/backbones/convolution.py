@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.backbones.backbone import Backbone
+from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.masking import enlarge, triple
 
 _Each = TypeVar("_Each")
@@ -144,10 +144,10 @@ class Pyramid(Backbone):
         size = tuple(int(s) for s in shape[-3:])
         total = self.strides[-1]
         if any(s % t for s, t in zip(size, total, strict=True)):
-            near = [max(round(s / t), 1) * t for s, t in zip(size, total, strict=True)]
             raise ValueError(
                 f"a crop of {list(size)} voxels does not fit this encoder, whose total stride is "
-                f"{list(total)}; each side must be a multiple, for example {near}"
+                f"{list(total)}; sides are (d, h, w) and must be multiples, for example "
+                f"{fitting_crop(size, total)}"
             )
         if size == total:
             raise ValueError(

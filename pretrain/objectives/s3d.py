@@ -23,6 +23,7 @@ Shape legend: B batch, C channels, D H W voxels, N blocks, P = C * bd * bh * bw 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -30,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from pretrain.backbones.backbone import Backbone
+from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.backbones.convolution import InstanceNorm, Pyramid
 from pretrain.decoders import unet_decoder
 from pretrain.losses import masked_mse
@@ -185,9 +186,11 @@ class S3D(Objective):
         """Blocks of a crop along (d, h, w)."""
         shape = [int(s) for s in image.shape[2:]]
         if any(s % b for s, b in zip(shape, self.block, strict=True)):
+            strides = self.encoder.strides[-1]
+            units = [math.lcm(b, s) for b, s in zip(self.block, strides, strict=True)]
             raise ValueError(
                 f"blocks of {list(self.block)} voxels do not divide a crop of {shape} voxels; "
-                "change objective.block or crop_size"
+                f"change objective.block or crop_size, for example to {fitting_crop(shape, units)}"
             )
         return triple([s // b for s, b in zip(shape, self.block, strict=True)])
 
