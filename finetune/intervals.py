@@ -70,7 +70,7 @@ class Spread:
     @property
     def df(self) -> Floats:
         """Satterthwaite's degrees of freedom, between those of the poorest side and all."""
-        return 1 / sum(u**2 / df for u, df in zip(self.shares, self.dfs, strict=True))
+        return np.asarray(1 / sum(u**2 / df for u, df in zip(self.shares, self.dfs, strict=True)))
 
     def critical(self, level: float = LEVEL) -> Floats:
         """How many standard errors a mean must lie from the truth to be called different."""
@@ -209,15 +209,11 @@ def spread(scores: Floats) -> Spread:
     """
     units, draws = scores.shape[-2:]
     ms_unit, ms_draw, ms_rest = _mean_squares(scores)
-    sides = [(ms_draw, draws - 1), (ms_unit, units - 1)]
-    if units == draws:
-        sides = [
-            (np.maximum(ms_draw, ms_unit), draws - 1),
-            (np.minimum(ms_draw, ms_unit), units - 1),
-        ]
-    (poor, df_poor), (rich, df_rich) = sorted(sides, key=lambda side: side[1])
-    extra = np.maximum(rich - ms_rest, 0)
-    return _joined([poor, extra], (df_poor, df_rich), units * draws)
+    if draws <= units:
+        parts = _whole_and_extra(ms_draw, ms_unit, ms_rest, equal=draws == units)
+        return _joined(parts, (draws - 1, units - 1), units * draws)
+    parts = _whole_and_extra(ms_unit, ms_draw, ms_rest, equal=False)
+    return _joined(parts, (units - 1, draws - 1), units * draws)
 
 
 def crossed_spread(scores: Floats) -> Spread:
@@ -236,10 +232,23 @@ def crossed_spread(scores: Floats) -> Spread:
     main = {side: _effect(scores, [side]) for side in (a, b, c)}
     pair = {sides: _effect(scores, sides) for sides in ((a, b), (a, c), (b, c))}
     rest = _effect(scores, (a, b, c))
-    second = np.maximum(main[b] - pair[a, b], 0)
+    equal = sizes[order[0]] == sizes[order[1]]
+    first, second = _whole_and_extra(main[a], main[b], pair[a, b], equal=equal)
     third = np.maximum(main[c] - pair[a, c] - pair[b, c] + rest, 0)
     dfs = tuple(sizes[side] - 1 for side in order)
-    return _joined([main[a], second, third], dfs, math.prod(sizes))
+    return _joined((first, second, third), dfs, math.prod(sizes))
+
+
+def _whole_and_extra(
+    poor: Floats, rich: Floats, shared: Floats, *, equal: bool
+) -> tuple[Floats, Floats]:
+    """The mean square that enters whole, and what the other adds beyond what both share.
+
+    Of two sides with equally many levels the one that varies more is taken for the poorer.
+    """
+    if equal:
+        poor, rich = np.maximum(poor, rich), np.minimum(poor, rich)
+    return poor, np.maximum(rich - shared, 0)
 
 
 def _joined(parts: Sequence[Floats], dfs: tuple[int, ...], count: int) -> Spread:
