@@ -116,7 +116,7 @@ def score(
         i = corpus.position(key)
         doubt = "unknown" if origin.seen is None else "tainted" * (prints[key] in origin.seen)
         scores = score_case(corpus, i, task, read(key))
-        for index, (chosen, found) in enumerate(zip(task.classes, scores, strict=True), start=1):
+        for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
             rows.append(
                 Row(
                     dataset=task.name,
@@ -164,7 +164,7 @@ def comparable(fingerprints: Collection[str]) -> frozenset[str] | None:
 
 
 def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -> list[Score]:
-    """Scores each class of the task in one case; `prediction` holds label values [D, H, W]."""
+    """Scores what the task wants scored in one case; `prediction` holds label values [D, H, W]."""
     truth = corpus.read(i, "seg")
     meta = corpus.meta(i)
     annotated = set(meta["annotated"])
@@ -179,7 +179,7 @@ def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -
             chosen.tolerance_mm,
             annotated=annotated.issuperset(chosen.values),
         )
-        for chosen in task.classes
+        for chosen in task.scored
     ]
 
 
