@@ -273,6 +273,8 @@ def _write(
         "rejected": rejected,
         "files": files,
     }
+    if labelled:
+        counts |= _label_counts(kept, classes or [])
     info = {
         "format": FORMAT,
         "name": settings.name or settings.output.name,
@@ -316,6 +318,7 @@ def _write(
         modalities=_count(m["channels"][0]["modality"] for m in metas),
         splits=splits,
         index_hash=index_hash,
+        notes=_label_notes(counts),
     )
 
 
@@ -326,6 +329,32 @@ def _annotated(meta: dict[str, Any], known: list[int]) -> list[int]:
         return sorted(looked_for)
     planes = sum(looked_for)
     return [value for value in known if not value & ~planes]
+
+
+def _label_counts(kept: Sequence[Scanned], classes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cases by class, and those whose label is empty: sound, but worth a look."""
+    found = [{int(value) for value in sample.meta["class_counts"]} for sample in kept]
+    return {
+        "cases_by_class": {
+            row["name"]: sum(row["value"] in values for values in found)
+            for row in classes
+            if row["value"]
+        },
+        "empty_labels": [s.key for s, values in zip(kept, found, strict=True) if not values],
+    }
+
+
+def _label_notes(counts: dict[str, Any]) -> list[str]:
+    notes = []
+    empty = counts.get("empty_labels", [])
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        notes.append(f"{len(empty)} labels are empty: {shown}")
+    absent = [name for name, n in counts.get("cases_by_class", {}).items() if not n]
+    if absent:
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        notes.append(f"no case has a voxel of {shown}")
+    return notes
 
 
 def _suffixes(sample: Scanned) -> list[str]:
@@ -483,5 +512,7 @@ def _report(
         say(f"  left out, {code}: {count}, for example {example.name} ({example.detail})")
     if left_out:
         say(f"  all of them: {result.private / 'quarantine.csv'}")
+    for note in result.notes:
+        say(note)
     if result.splits:
         say(f"split: {', '.join(result.splits)} ({result.output / 'splits'})")

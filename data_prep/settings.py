@@ -145,6 +145,7 @@ class PrepResult:
     modalities: dict[str, int] = field(default_factory=dict)
     splits: list[str] = field(default_factory=list)
     index_hash: str = ""
+    notes: list[str] = field(default_factory=list)
     already_there: bool = False
 
     def to_dict(self) -> dict[str, Any]:

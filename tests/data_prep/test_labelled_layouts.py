@@ -421,6 +421,21 @@ def test_all_that_is_wrong_with_a_label_is_said(tmp_path: Path, rng: np.random.G
     assert "4.00 mm" in detail and "holds 7, not in classes" in detail
 
 
+def test_empty_labels_and_absent_classes_are_told(tmp_path: Path, rng: np.random.Generator) -> None:
+    root, lines = tmp_path / "in", []
+    for name, label in (("a", rng.integers(0, 2, SHAPE)), ("b", np.zeros(SHAPE))):
+        save(root / "images" / f"{name}.nii.gz", image(rng))
+        save(root / "labels" / f"{name}.nii.gz", label.astype(np.uint8))
+    settings = PrepSettings(
+        input=root, output=tmp_path / "c", keys="names", classes={1: "x", 2: "y"}, processes=1
+    )
+    result = prep(settings, say=lines.append)
+    assert result.notes == ["1 labels are empty: b", "no case has a voxel of y"]
+    assert set(result.notes) <= set(lines)
+    counts = Corpus.open(tmp_path / "c").info["counts"]
+    assert (counts["cases_by_class"], counts["empty_labels"]) == ({"x": 1, "y": 0}, ["b"])
+
+
 def test_class_names_are_checked(tmp_path: Path, rng: np.random.Generator) -> None:
     save(tmp_path / "in" / "images" / "a.nii.gz", image(rng))
     save(tmp_path / "in" / "labels" / "a.nii.gz", rng.integers(0, 3, SHAPE, np.uint8))
