@@ -79,6 +79,13 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
         return LeftOut(job.case.name, "looks_like_a_label", f"it holds only {values} values")
     statistics = volume_statistics(coded)
     found = fingerprint(coded.array, coded.slope)
+    alone = [
+        {"fingerprint": fingerprint(coded.array[c : c + 1], coded.slope[c : c + 1])}
+        # One of several channels may be a scan of its own elsewhere.
+        if len(coded.array) > 1
+        else {}
+        for c in range(len(coded.array))
+    ]
     if job.spacing is not None:
         if mask is not None:
             # A new voxel that any masked one reaches is masked: nothing anonymised slips through.
@@ -107,6 +114,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
                 "slope": coded.slope[c],
                 "intercept": coded.intercept[c],
                 "statistics": statistics[c],
+                **alone[c],
             }
             for c in range(len(coded.array))
         ],

@@ -110,11 +110,11 @@ def score(
         read: gives the label values [D, H, W] that were predicted for a key, on the stored grid.
         origin: where they come from.
     """
-    prints = corpus.fingerprints()
+    prints = corpus.scan_prints()
     rows: list[Row] = []
     for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
-        doubt = "unknown" if origin.seen is None else "tainted" * (prints[key] in origin.seen)
+        doubt = "unknown" if origin.seen is None else "tainted" * bool(prints[key] & origin.seen)
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
             rows.append(

@@ -105,6 +105,24 @@ def test_nnunet_channels_regions_and_ignore(nnunet: Path, tmp_path: Path) -> Non
     assert quarantine(tmp_path / "c")["imagesTs/t_0000.nii.gz"][0] == "label_missing"
 
 
+def test_a_channel_is_known_again_where_it_is_a_scan_of_its_own(
+    nnunet: Path, tmp_path: Path
+) -> None:
+    """Who was pretrained on one channel alone has seen the case of both."""
+    both = run(nnunet, tmp_path / "both")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for channel in range(2):
+        path = nnunet / "imagesTr" / f"p1_b_{channel:04d}.nii.gz"
+        (alone / f"scan{channel}.nii.gz").write_bytes(path.read_bytes())
+    one = run(alone, tmp_path / "one")
+    seen = set(one.fingerprints().values())
+    assert not seen & set(both.fingerprints().values())
+    assert {key for key, prints in both.scan_prints().items() if prints & seen} == {"p1_b"}
+    assert one.scan_prints() == {key: {value} for key, value in one.fingerprints().items()}
+    assert len(set().union(*both.scan_prints().values())) == 9
+
+
 def test_names_of_values_are_those_of_the_smallest_region() -> None:
     kits = {"background": (0,), "kidney": (1, 2, 3), "masses": (2, 3), "tumor": (2,)}
     assert name_values(kits) == {0: "background", 1: "kidney", 2: "tumor", 3: "masses"}
