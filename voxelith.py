@@ -55,6 +55,13 @@ def _prep(words: list[str]) -> Any:
     return prep(settings).to_dict()
 
 
+def _split(words: list[str]) -> Any:
+    settings = _configured("split", words)
+    from data_prep.folds import split
+
+    return {"corpus": str(settings.corpus), "splits": split(settings)}
+
+
 def _check(words: list[str]) -> Any:
     from data_prep.check import check
     from data_prep.errors import CorruptionError
@@ -222,6 +229,11 @@ COMMANDS = {
         "the whole line on the sample scans", "demo [output=DIR] [key=value ...]", _demo
     ),
     "prep": Command("raw scans to a corpus", "prep input=DIR output=DIR [key=value ...]", _prep),
+    "split": Command(
+        "folds for a corpus, drawn or nnU-Net's own",
+        "split corpus=DIR [folds=5] [key=value ...]",
+        _split,
+    ),
     "check": Command(
         "verify every byte of a corpus",
         "check CORPUS",

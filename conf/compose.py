@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 
 SETTINGS = {
     "prep": "data_prep.settings:PrepSettings",
+    "split": "data_prep.settings:SplitSettings",
     "pretrain": "pretrain.settings:PretrainSettings",
     "bench": "pretrain.settings:BenchSettings",
     "finetune": "finetune.settings:FinetuneSettings",

@@ -27,17 +27,26 @@ from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE,
 from data_prep.errors import InputError
 from data_prep.files import write_bytes
 from data_prep.fingerprint import as_text
-from data_prep.layouts import Case, Layout, LeftOut
-from data_prep.naming import choose_salt, key_names, keyed_hash, slug
+from data_prep.folds import splits_of_folds, splits_of_numbers
+from data_prep.layouts.case import Case, Layout, LeftOut, case_id
+from data_prep.naming import (
+    KEYMAP_COLUMNS,
+    KEYMAP_FILE,
+    choose_salt,
+    key_names,
+    keyed_hash,
+    private_folder,
+    slug,
+)
 from data_prep.progress import bar
 from data_prep.request import (
     check_request,
     class_rows,
     class_table,
+    combined_rows,
     excluded_names,
     existing_result,
     nothing_left,
-    private_folder,
     versions,
 )
 from data_prep.scan import ScanJob, Scanned, scan
@@ -120,6 +129,8 @@ def _jobs(
     spool: Path,
 ) -> list[ScanJob]:
     names = key_names(layout.cases) if settings.keys == "names" else {}
+    masks = {name for case in layout.cases for name, _ in case.organs}
+    organs = tuple((r["name"], r["value"]) for r in classes or [] if r["name"] in masks)
     jobs = []
     for number, case in enumerate(layout.cases):
         if settings.keys == "names":
@@ -131,13 +142,16 @@ def _jobs(
         jobs.append(
             ScanJob(
                 number=number,
-                case=case if labelled else replace(case, label=None),
+                case=case if labelled else replace(case, label=None, organs=()),
                 key=key,
                 subject=subject,
                 spool=spool,
                 modality=case.modality if settings.modality == "auto" else settings.modality,
                 labelled=labelled,
                 values=frozenset(row["value"] for row in classes) if classes else None,
+                organs=organs,
+                overlap=settings.overlap,
+                minimum=settings.minimum_slices,
                 spacing=settings.spacing,
             )
         )
@@ -172,26 +186,38 @@ def _workers(processes: int) -> Iterator[Mapper]:
 def _survivors(
     jobs: Sequence[ScanJob], scanned: Sequence[Scanned | LeftOut], excluded: set[str]
 ) -> tuple[list[Scanned], list[LeftOut]]:
-    """Samples sorted by key, and files left out; of equal scans the first in the input stays."""
-    kept: list[Scanned] = []
+    """Samples sorted by key, and files left out.
+
+    Of equal scans one stays: one of the test part before one of the validation part before any
+    other, so that a duplicate costs training and not the test; then the first in the input.
+    """
+    kept: dict[str, Scanned] = {}
     left_out: list[LeftOut] = []
-    first: dict[str, str] = {}
-    for job, result in zip(jobs, scanned, strict=True):
-        verdict: LeftOut
+    rank = {"test": 0, "validation": 1}
+    order = sorted(range(len(jobs)), key=lambda n: (rank.get(jobs[n].case.split, 2), n))
+    for job, result in ((jobs[n], scanned[n]) for n in order):
         if isinstance(result, LeftOut):
-            verdict = result
+            left_out.append(result)
+            continue
+        print_text = as_text(result.meta["fingerprint"])
+        if excluded & {result.key, print_text, result.meta["fingerprint"]["value"]}:
+            left_out.append(LeftOut(job.case.name, "excluded", "named by the exclude file"))
+        elif print_text in kept:
+            left_out.append(_duplicate(job, result, kept[print_text], jobs))
         else:
-            print_text = as_text(result.meta["fingerprint"])
-            if excluded & {result.key, print_text, result.meta["fingerprint"]["value"]}:
-                verdict = LeftOut(job.case.name, "excluded", "named by the exclude file")
-            elif print_text in first:
-                verdict = LeftOut(job.case.name, "duplicate", f"duplicate of {first[print_text]}")
-            else:
-                first[print_text] = result.key
-                kept.append(result)
-                continue
-        left_out.append(verdict)
-    return sorted(kept, key=lambda sample: sample.key), left_out
+            kept[print_text] = result
+    return sorted(kept.values(), key=lambda sample: sample.key), left_out
+
+
+def _duplicate(job: ScanJob, sample: Scanned, first: Scanned, jobs: Sequence[ScanJob]) -> LeftOut:
+    """The verdict on a scan that another case has already; says what makes it worse."""
+    here, there = job.case.split or "no part", jobs[first.number].case.split or "no part"
+    code, detail = "duplicate", f"duplicate of {first.key}"
+    if here != there:
+        code, detail = "duplicate_across_splits", f"{detail}, which is in {there}, this in {here}"
+    if sample.meta.get("class_counts") != first.meta.get("class_counts"):
+        detail += "; their labels differ"
+    return LeftOut(job.case.name, code, detail)
 
 
 def _write(
@@ -209,13 +235,17 @@ def _write(
     if labelled and classes is None:
         values = {int(v) for sample in kept for v in sample.meta["class_counts"]}
         classes = class_rows({0: "background", **{v: f"class_{v}" for v in values}})
-    annotated = [row["value"] for row in classes or [] if row["value"] and not row["ignore"]]
+    if labelled and classes and any(s.meta["seg_encoding"] == "bits" for s in kept):
+        classes = combined_rows(classes, {int(v) for s in kept for v in s.meta["class_counts"]})
+    known = [row["value"] for row in classes or [] if row["value"] and not row["ignore"]]
 
     root = work / "corpus"
     (root / "shards").mkdir(parents=True)
     samples = []
     for sample in kept:
-        meta = {**sample.meta, "annotated": annotated} if labelled else sample.meta
+        meta = sample.meta
+        if labelled:
+            meta = {**meta, "annotated": _annotated(meta, known)}
         samples.append((sample.number, sample.key, canonical_json(meta), _suffixes(sample)))
     sizes = [
         len(data) + sum(sample.sizes.values())
@@ -230,7 +260,7 @@ def _write(
 
     index_hash = write_index(root / INDEX_FILE, kept, written)
     prints_hash = write_fingerprints(root / FINGERPRINTS_FILE, kept)
-    splits = _write_splits(root, jobs, kept, labelled)
+    splits = _write_splits(root, layout, jobs, kept, labelled)
     files = _account(layout, jobs, kept, left_out)
     rejected = dict(sorted(Counter(row.code for row in left_out).items()))
     metas = [sample.meta for sample in kept]
@@ -243,6 +273,8 @@ def _write(
         "rejected": rejected,
         "files": files,
     }
+    if labelled:
+        counts |= _label_counts(kept, classes or [])
     info = {
         "format": FORMAT,
         "name": settings.name or settings.output.name,
@@ -286,7 +318,43 @@ def _write(
         modalities=_count(m["channels"][0]["modality"] for m in metas),
         splits=splits,
         index_hash=index_hash,
+        notes=_label_notes(counts),
     )
+
+
+def _annotated(meta: dict[str, Any], known: list[int]) -> list[int]:
+    """Label values that were looked for in a case: all known ones, unless it lacks masks."""
+    looked_for = meta.get("annotated", known)
+    if meta["seg_encoding"] == "values":
+        return sorted(looked_for)
+    planes = sum(looked_for)
+    return [value for value in known if not value & ~planes]
+
+
+def _label_counts(kept: Sequence[Scanned], classes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cases by class, and those whose label is empty: sound, but worth a look."""
+    found = [{int(value) for value in sample.meta["class_counts"]} for sample in kept]
+    return {
+        "cases_by_class": {
+            row["name"]: sum(row["value"] in values for values in found)
+            for row in classes
+            if row["value"]
+        },
+        "empty_labels": [s.key for s, values in zip(kept, found, strict=True) if not values],
+    }
+
+
+def _label_notes(counts: dict[str, Any]) -> list[str]:
+    notes = []
+    empty = counts.get("empty_labels", [])
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        notes.append(f"{len(empty)} labels are empty: {shown}")
+    absent = [name for name, n in counts.get("cases_by_class", {}).items() if not n]
+    if absent:
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        notes.append(f"no case has a voxel of {shown}")
+    return notes
 
 
 def _suffixes(sample: Scanned) -> list[str]:
@@ -299,20 +367,25 @@ def _suffixes(sample: Scanned) -> list[str]:
 
 
 def _write_splits(
-    root: Path, jobs: Sequence[ScanJob], kept: Sequence[Scanned], labelled: bool
+    root: Path, layout: Layout, jobs: Sequence[ScanJob], kept: Sequence[Scanned], labelled: bool
 ) -> list[str]:
-    """`official` from the list's split column, else `default` by subject for labelled corpora."""
+    """What the input says, `official` and `fold-N`; else `default` by subject, with labels."""
     keys = [sample.key for sample in kept]
     subjects = [sample.meta["subject"] for sample in kept]
-    parts = [jobs[sample.number].case.split for sample in kept]
-    if any(parts):
-        split = split_from("official", keys, subjects, parts)
+    cases = [jobs[sample.number].case for sample in kept]
+    splits = []
+    if any(case.split for case in cases):
+        splits.append(split_from("official", keys, subjects, [case.split for case in cases]))
     elif labelled:
-        split = make_split(keys, subjects)
-    else:
-        return []
-    write_split(split, root / "splits")
-    return [str(split["name"])]
+        splits.append(make_split(keys, subjects))
+    if labelled and layout.folds is not None:
+        key_of = {case_id(job.case): job.key for job in jobs}
+        splits += splits_of_folds(layout.folds, key_of, keys, subjects)
+    elif labelled and any(case.fold is not None for case in cases):
+        splits += splits_of_numbers([case.fold for case in cases], keys, subjects)
+    for split in splits:
+        write_split(split, root / "splits")
+    return [str(split["name"]) for split in splits]
 
 
 def _account(
@@ -320,20 +393,23 @@ def _account(
 ) -> dict[str, int]:
     """How every file of the input ended; unused labels are added to `left_out`."""
     stored = [jobs[sample.number].case for sample in kept]
-    counts = {"images": len({case.image for case in stored})}
-    used: set[Path] = set()
-    for what in ("label", "mask"):
-        paths = {path for case in stored if (path := getattr(case, what)) is not None}
-        counts[f"{what}s"] = len(paths - used)
+    used = {path for case in stored for path in case.images}
+    counts = {"images": len(used)}
+    for what, paths in (
+        ("labels", {path for case in stored for path in case.label_files}),
+        ("masks", {case.mask for case in stored if case.mask is not None}),
+    ):
+        counts[what] = len(paths - used)
         used |= paths
     ignored = len(layout.ignored)
     lost: set[Path] = set()
     for case, job in zip(layout.cases, jobs, strict=True):
-        for path in (case.label, case.mask):
-            if path is None or path in used or path in lost:
+        # The first image of a case that is left out stands in the books already.
+        for path in case.files[1:]:
+            if path in used or path in lost:
                 continue
             lost.add(path)
-            if path == case.label and not job.labelled:
+            if path in case.label_files and not job.labelled:
                 ignored += 1
             else:
                 left_out.append(
@@ -347,7 +423,7 @@ def _account(
 
 def _beside(case: Case, path: Path) -> str:
     """A label's name in the terms of the input: relative to the same root as its image's."""
-    root = Path(str(case.image)[: -len(case.name)] or ".")
+    root = Path(str(case.images[0])[: -len(case.name)] or ".")
     try:
         return path.relative_to(root).as_posix()
     except ValueError:
@@ -380,10 +456,10 @@ def _publish(
     if settings.keys == "hmac" and settings.salt is None:
         write_bytes(private / "salt", salt + b"\n", mode=0o600)
     keymap = [
-        [job.key, job.subject, job.case.name, job.case.subject]
+        [job.key, job.subject, job.case.name, job.case.subject, case_id(job.case)]
         for job in (jobs[sample.number] for sample in kept)
     ]
-    _write_csv(private / "keymap.csv", ["key", "subject", "input", "input_subject"], keymap)
+    _write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
     rows = sorted([row.name, row.code, row.detail] for row in left_out)
     _write_csv(private / "quarantine.csv", ["input", "code", "detail"], rows)
 
@@ -436,5 +512,7 @@ def _report(
         say(f"  left out, {code}: {count}, for example {example.name} ({example.detail})")
     if left_out:
         say(f"  all of them: {result.private / 'quarantine.csv'}")
+    for note in result.notes:
+        say(note)
     if result.splits:
         say(f"split: {', '.join(result.splits)} ({result.output / 'splits'})")

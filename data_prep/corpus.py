@@ -294,6 +294,18 @@ class Corpus:
         table = _read_parquet(data)
         return {row["key"]: as_text(row) for row in table.to_pylist()}
 
+    def scan_prints(self) -> dict[str, set[str]]:
+        """Per key all fingerprints under which its scans may be known elsewhere.
+
+        That of the sample, and of a sample with several channels that of each channel: who has
+        seen one of them has seen the case.
+        """
+        found = {key: {value} for key, value in self.fingerprints().items()}
+        for i in np.flatnonzero(self.shapes[:, 0] > 1):
+            channels = self.meta(int(i))["channels"]
+            found[self.keys[i]] |= {as_text(c["fingerprint"]) for c in channels}
+        return found
+
     def _map(self, shard: int) -> mmap.mmap:
         if os.getpid() != self._pid:
             # After a fork the maps are the parent's; leave them to it and start afresh.

@@ -12,11 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.layouts import Case, stem
+from data_prep.layouts.case import Case, case_id
 from data_prep.settings import PrepSettings
 
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
+KEYMAP_FILE = "keymap.csv"
+KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
+
+
+def private_folder(output: Path) -> Path:
+    """Where a corpus keeps what must not travel with it: salt, key map, quarantine."""
+    return output.with_name(output.name + ".private")
 
 
 def slug(text: str) -> str:
@@ -29,7 +36,7 @@ def slug(text: str) -> str:
 
 def key_names(cases: Sequence[Case]) -> dict[str, str]:
     """Keys from file names; from whole paths where names repeat, with a hash where those do."""
-    short = {case.name: slug(stem(Path(case.name))) for case in cases}
+    short = {case.name: slug(case_id(case)) for case in cases}
     # A list may hold absolute paths; where all of them lead is nobody's business.
     absolute = [case.name for case in cases if Path(case.name).is_absolute()]
     base = os.path.commonpath([str(Path(name).parent) for name in absolute]) if absolute else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.errors import InputError
-from data_prep.layouts import Case, Layout, LeftOut, find_cases
-from data_prep.naming import read_salt
+from data_prep.folds import splits_of_folds, splits_of_numbers
+from data_prep.layouts.case import Layout, LeftOut, case_id
+from data_prep.layouts.find import find_cases
+from data_prep.naming import private_folder, read_salt
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.shards import canonical_json
 from data_prep.splits import split_from
 
-
-def private_folder(output: Path) -> Path:
-    """Where a corpus keeps what must not travel with it: salt, key map, quarantine."""
-    return output.with_name(output.name + ".private")
+BITS = 16
+"""Structures that bit planes of uint16 can tell apart."""
 
 
 def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
@@ -43,7 +43,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
         problems.append(f"output={settings.output}: is not a directory one can create")
     layout = None
     try:
-        layout = find_cases(settings.input)
+        layout = find_cases(settings.input, settings.channels, settings.subject_pattern)
         if not layout.cases:
             problems.append(nothing_left(settings, layout, layout.left_out))
     except InputError as error:
@@ -59,7 +59,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
             problems += error.problems
     labelled = False
     if layout is not None:
-        has = any(case.label is not None for case in layout.cases)
+        has = any(case.label_files for case in layout.cases)
         labelled = has if settings.labels is None else settings.labels
         if labelled and not has:
             problems.append(
@@ -71,17 +71,37 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
                 "spacing: a labelled corpus is never resampled, so that scores are those of the "
                 "scans as they are; leave spacing out, or set labels=false"
             )
-        if labelled and any(case.split for case in layout.cases):
-            problems += _torn_subjects(layout.cases)
+        if labelled:
+            problems += _split_problems(layout)
+            problems += _class_problems(settings, layout)
     if problems or layout is None:
-        raise InputError(problems)
+        raise InputError(list(dict.fromkeys(problems)))
     return layout, labelled, _request(settings, layout)
 
 
-def _torn_subjects(cases: Sequence[Case]) -> list[str]:
+def _split_problems(layout: Layout) -> list[str]:
+    """Subjects that a given split tears, and names in it that no case has."""
+    names = [case_id(case) for case in layout.cases]
+    subjects = [case.subject or case.name for case in layout.cases]
+    problems = []
     try:
-        subjects = [case.subject or case.name for case in cases]
-        split_from("official", [c.name for c in cases], subjects, [c.split for c in cases])
+        if any(case.split for case in layout.cases):
+            split_from("official", names, subjects, [case.split for case in layout.cases])
+    except InputError as error:
+        problems += error.problems
+    try:
+        if layout.folds is not None:
+            splits_of_folds(layout.folds, dict(zip(names, names, strict=True)), names, subjects)
+        if any(case.fold is not None for case in layout.cases):
+            splits_of_numbers([case.fold for case in layout.cases], names, subjects)
+    except InputError as error:
+        problems += error.problems
+    return problems
+
+
+def _class_problems(settings: PrepSettings, layout: Layout) -> list[str]:
+    try:
+        class_table(settings, layout)
     except InputError as error:
         return error.problems
     return []
@@ -92,11 +112,13 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
     options = settings.model_dump(mode="json", exclude={"overwrite", "processes", "output"})
     files = []
     for case in layout.cases:
-        for path in (case.image, case.label, case.mask):
-            if path is not None and path.exists():
+        for path in case.files:
+            if path.exists():
                 state = path.stat()
                 files.append([str(path), state.st_size, state.st_mtime_ns])
-        files.append([case.subject, case.sequence, case.source, case.licence, case.split])
+        told = [case.subject, case.sequence, case.source, case.licence, case.split, case.fold]
+        files.append([*told, [list(pair) for pair in case.group]])
+    files.append([layout.folds])
     for option in (settings.exclude, settings.classes, settings.salt):
         if isinstance(option, Path):
             files.append([hashlib.sha256(option.read_bytes()).hexdigest()])
@@ -174,19 +196,68 @@ def named_classes(settings: PrepSettings) -> dict[int, str] | None:
 
 
 def class_table(settings: PrepSettings, layout: Layout) -> list[dict[str, Any]] | None:
-    """Rows of value, name, regions, ignore; None if the labels themselves must tell."""
+    """Rows of value, name, regions, ignore; None if the labels themselves must tell.
+
+    Raises InputError if the names are no names: empty, twice the same, or not those of the masks.
+    """
     named = named_classes(settings) or layout.classes
     if named is None:
         return None
-    return class_rows({0: "background", **named})
+    where = "classes" if settings.classes else f"the classes of {settings.input}"
+    problems = []
+    for value, name in named.items():
+        if not 1 <= len(name.strip()) <= 64:
+            problems.append(f"{where}: value {value} is called {name!r}; 1 to 64 letters needed")
+    twice = sorted({n for n in named.values() if list(named.values()).count(n) > 1})
+    if twice:
+        problems.append(f"{where}: {', '.join(twice)} has several values; each needs its own name")
+    masks = {name for case in layout.cases for name, _ in case.organs}
+    strange = sorted(masks - set(named.values()))
+    if strange:
+        problems.append(
+            f"{where}: no value is called {', '.join(strange[:5])}, as the masks are; name all of "
+            "the structures that have masks"
+        )
+    bits = max(named, default=0)
+    if masks and settings.overlap == "bits" and bits > BITS:
+        problems.append(
+            f"overlap=bits: value {bits} is called {named[bits]}, and a label has {BITS} bits; "
+            "choose fewer structures with classes={1: liver, ...}, or overlap=last"
+        )
+    if problems:
+        raise InputError(problems)
+    if masks and settings.overlap == "bits":
+        named = {1 << (value - 1): name for value, name in named.items() if value}
+    return class_rows({0: "background", **named}, layout.regions)
 
 
-def class_rows(named: dict[int, str]) -> list[dict[str, Any]]:
+def class_rows(
+    named: dict[int, str], regions: Mapping[str, Sequence[int]] | None = None
+) -> list[dict[str, Any]]:
     """The class table of corpus.json; a class named `ignore` is not scored and not learnt."""
     return [
-        {"value": value, "name": name, "regions": [], "ignore": name == "ignore"}
+        {
+            "value": value,
+            "name": name,
+            "regions": sorted(r for r, members in (regions or {}).items() if value in members),
+            "ignore": name == "ignore",
+        }
         for value, name in sorted(named.items())
     ]
+
+
+def combined_rows(rows: list[dict[str, Any]], codes: Collection[int]) -> list[dict[str, Any]]:
+    """The table of bit planes with a row for each combination of structures that occurs.
+
+    So every code is a value like any other to those who read it: a task lists the values of all
+    combinations that hold its structure.
+    """
+    names = {int(row["value"]): str(row["name"]) for row in rows}
+    more = []
+    for code in sorted(set(codes) - names.keys()):
+        parts = [name for value, name in names.items() if value and code & value]
+        more.append({"value": code, "name": " + ".join(parts), "regions": parts, "ignore": False})
+    return [*rows, *more]
 
 
 def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[LeftOut]) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data_prep.fingerprint import fingerprint
 from data_prep.intensity import Statistics, encode, ranks, volume_statistics
-from data_prep.layouts import Case, LeftOut
+from data_prep.layouts.case import Case, LeftOut
 from data_prep.preprocess import as_physical, resample
 from data_prep.shards import array_suffix, encode_array, table_suffix
-from data_prep.volume import Reject, Volume, read_label, read_nifti
+from data_prep.volume import MINIMUM_SLICES, Reject, Volume, read_channels, read_label
 
 FORMAT = 1
 # A picture with fewer distinct values is a label map or a mask that goes by another name.
@@ -31,9 +31,16 @@ SIGNAL_SHARE = 0.05
 SLAB_SHARE = 0.001
 
 
+Overlap = Literal["refuse", "last", "bits"]
+
+
 @dataclass(frozen=True)
 class ScanJob:
-    """One case and what scanning needs to know; `values` are the permitted label values."""
+    """One case and what scanning needs to know.
+
+    `values` are the permitted label values; `organs` the value of each structure that has a mask
+    of its own, and `overlap` what becomes of voxels in two of them.
+    """
 
     number: int
     case: Case
@@ -43,6 +50,9 @@ class ScanJob:
     modality: str | None
     labelled: bool
     values: frozenset[int] | None = None
+    organs: tuple[tuple[str, int], ...] = ()
+    overlap: Overlap = "refuse"
+    minimum: int = MINIMUM_SLICES
     spacing: tuple[float, float, float] | None = None
 
 
@@ -69,6 +79,13 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
         return LeftOut(job.case.name, "looks_like_a_label", f"it holds only {values} values")
     statistics = volume_statistics(coded)
     found = fingerprint(coded.array, coded.slope)
+    alone = [
+        {"fingerprint": fingerprint(coded.array[c : c + 1], coded.slope[c : c + 1])}
+        # One of several channels may be a scan of its own elsewhere.
+        if len(coded.array) > 1
+        else {}
+        for c in range(len(coded.array))
+    ]
     if job.spacing is not None:
         if mask is not None:
             # A new voxel that any masked one reaches is masked: nothing anonymised slips through.
@@ -83,6 +100,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
         "key": job.key,
         "subject": job.subject,
         "sequence": job.case.sequence,
+        "group": dict(job.case.group),
         "source": job.case.source,
         "licence": job.case.licence,
         "shape": list(coded.array.shape),
@@ -96,6 +114,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
                 "slope": coded.slope[c],
                 "intercept": coded.intercept[c],
                 "statistics": statistics[c],
+                **alone[c],
             }
             for c in range(len(coded.array))
         ],
@@ -110,7 +129,11 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
         payloads["mask"] = mask
     meta["payloads"] = {name: str(array.dtype) for name, array in payloads.items()}
     if label is not None:
-        meta["seg_encoding"] = "values"
+        meta["seg_encoding"] = "bits" if job.case.organs and job.overlap == "bits" else "values"
+        if job.case.organs:
+            # A structure without a mask was not looked for: it is not absent.
+            have = {name for name, _ in job.case.organs}
+            meta["annotated"] = [value for name, value in job.organs if name in have]
     sizes = {}
     for name, array in payloads.items():
         frame, table = encode_array(array)
@@ -177,33 +200,71 @@ def class_voxels(label: np.ndarray) -> tuple[dict[str, list[list[int]]], dict[st
 def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
     """Image, label and mask of a case on canonical axes; Reject says why it cannot be used."""
     case = job.case
-    for path in (case.image, case.label, case.mask):
-        if path is not None and not path.is_file():
+    for path in case.files:
+        if not path.is_file():
             raise Reject("missing_file", f"{path.name} does not exist")
-    if job.labelled and case.label is None:
+    if job.labelled and not case.label_files:
         raise Reject("label_missing", "the corpus is labelled and this image has no label")
     try:
-        volume = read_nifti(case.image, job.modality, case.sequence or None)
+        volume = read_channels(case.images, job.modality, case.channels, job.minimum)
     except Reject:
         raise
     except Exception as error:
         # Headers in the wild break nibabel in many ways; one scan must not stop the others.
         raise Reject("unreadable", f"{type(error).__name__}: {error}") from error
     label = mask = None
-    if job.labelled and case.label is not None:
-        label = _on_grid_of(volume, case.label, "label")
-        if job.values is not None:
-            strange = sorted({int(v) for v in np.unique(label)} - job.values)
-            if strange:
-                raise Reject("label_values", f"the label holds {strange[:8]}, not in classes")
-    if case.mask is not None:
-        mask = (_on_grid_of(volume, case.mask, "mask") != 0).astype(np.uint8)
+    problems: list[Reject] = []
+    try:
+        if job.labelled:
+            label = _label(job, volume)
+    except Reject as error:
+        problems.append(error)
+    try:
+        if case.mask is not None:
+            mask = (_on_grid_of(volume, case.mask, "mask") != 0).astype(np.uint8)
+    except Reject as error:
+        problems.append(error)
+    if problems:
+        raise Reject(problems[0].code, "; ".join(error.detail for error in problems))
     return volume, label, mask
 
 
-def _on_grid_of(volume: Volume, path: Path, what: str) -> np.ndarray:
+def _label(job: ScanJob, volume: Volume) -> np.ndarray:
+    """The label map of a case, or the one that its masks make."""
+    if job.case.label is not None:
+        return _on_grid_of(volume, job.case.label, "label", job.values)
+    values = dict(job.organs)
+    merged = np.zeros(volume.array.shape[1:], dtype=np.uint16)
+    problems: list[Reject] = []
+    shared: list[str] = []
+    for name, path in sorted(job.case.organs, key=lambda organ: values[organ[0]]):
+        try:
+            inside = _on_grid_of(volume, path, "label") != 0
+        except Reject as error:
+            problems.append(Reject(error.code, f"{name}: {error.detail}"))
+            continue
+        if job.overlap == "bits":
+            merged[inside] |= values[name]
+            continue
+        taken = np.unique(merged[inside])
+        if job.overlap == "refuse" and taken.any():
+            others = [other for other, value in job.organs if value in taken[taken > 0]]
+            count = int(np.count_nonzero(merged[inside]))
+            shared.append(f"{name} shares {count} voxels with {', '.join(others[:3])}")
+        merged[inside] = values[name]
+    if shared:
+        ways = "overlap=last gives them to the later one, overlap=bits keeps both"
+        problems.append(Reject("label_overlap", f"{'; '.join(shared[:5])} ({ways})"))
+    if problems:
+        raise Reject(problems[0].code, "; ".join(error.detail for error in problems))
+    return merged if merged.max() > 255 else merged.astype(np.uint8)
+
+
+def _on_grid_of(
+    volume: Volume, path: Path, what: str, permitted: frozenset[int] | None = None
+) -> np.ndarray:
     try:
-        return read_label(path, volume)
+        return read_label(path, volume, permitted)
     except Reject as error:
         if error.code.startswith("label_"):
             raise

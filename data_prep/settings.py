@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data_prep.volume import MINIMUM_SLICES
 
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
@@ -33,6 +36,14 @@ class PrepSettings(BaseModel):
         exclude: File with keys or fingerprints to leave out, one a line.
         modality: `auto` takes it from the list, the names, or the intensities.
         spacing: Resample to this spacing (d, h, w) in mm; unlabelled corpora only.
+        channels: Names of the channels where the input does not tell them: BIDS suffixes, or what
+            the volumes of 4D files are.
+        subjects: Regular expression that finds the subject in the id of a case, `patient[0-9]+`;
+            its first group if it has one. Only for inputs that name no subjects.
+        overlap: What becomes of voxels that lie in the masks of two structures: the case is
+            refused, the structure with the larger label value gets them, or each structure gets
+            a bit of its own.
+        minimum_slices: Fewest slices along any axis; 1 lets single slices and 2D files in.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +61,26 @@ class PrepSettings(BaseModel):
     exclude: Path | None = None
     modality: Literal["auto", "CT", "MR"] = "auto"
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
+    channels: tuple[Annotated[str, Field(pattern=r"^[^;]{1,64}$")], ...] = ()
+    subjects: str | None = None
+    overlap: Literal["refuse", "last", "bits"] = "refuse"
+    minimum_slices: int = Field(default=MINIMUM_SLICES, ge=1, le=64)
+
+    @property
+    def subject_pattern(self) -> re.Pattern[str] | None:
+        """The expression of `subjects`."""
+        return None if self.subjects is None else re.compile(self.subjects)
+
+    @field_validator("subjects")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(
+                f"a regular expression such as patient[0-9]+ is needed ({error})"
+            ) from error
+        return value
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -72,6 +103,35 @@ class PrepSettings(BaseModel):
         return self
 
 
+class SplitSettings(BaseModel):
+    """What `voxelith split` can be told; `conf/split.yaml` holds the same defaults.
+
+    Attributes:
+        corpus: A labelled corpus; its splits/ gets `fold-0`, `fold-1`, ... or lends them.
+        folds: Number of folds to make.
+        seed: Another seed is another draw.
+        keep: A corpus whose folds are kept for the subjects that it has; new subjects fill up.
+        read: splits_final.json to take the folds from, instead of drawing them.
+        write: splits_final.json to write from the corpus' folds, instead of making any.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    corpus: Path
+    folds: int = Field(default=5, ge=2, le=100)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    keep: Path | None = None
+    read: Path | None = None
+    write: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> SplitSettings:
+        given = [name for name in ("keep", "read", "write") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
+
+
 @dataclass(frozen=True)
 class PrepResult:
     """What a prep did; `files` accounts for every file of the input."""
@@ -89,6 +149,7 @@ class PrepResult:
     modalities: dict[str, int] = field(default_factory=dict)
     splits: list[str] = field(default_factory=list)
     index_hash: str = ""
+    notes: list[str] = field(default_factory=list)
     already_there: bool = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ MINIMUM_SLICES = 4
 SHEAR_TOLERANCE = 5e-3
 # deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
 GZIP_MAXIMUM_RATIO = 1100
+# Share of a voxel by which two grids may differ and still count as one.
+GRID_TOLERANCE = 0.1
 # Air on CT is -1000 HU; signed MR maps (phase, ADC) stay far above -500.
 CT_MINIMUM_HU = -500.0
 
@@ -179,30 +181,65 @@ def canonical_array(native: np.ndarray, matrix: FloatArray) -> np.ndarray:
 def read_nifti(path: str | Path, modality: str | None = None, name: str | None = None) -> Volume:
     """Read one 3D NIfTI scan of any orientation onto canonical axes, without interpolation.
 
+    As `read_channels` with one channel.
+    """
+    return read_channels([Path(path)], modality, [name] if name else [])
+
+
+def read_channels(
+    paths: Sequence[Path],
+    modality: str | None = None,
+    names: Sequence[str] = (),
+    minimum: int = MINIMUM_SLICES,
+) -> Volume:
+    """Read one NIfTI scan onto canonical axes: a 3D file for each channel, or one 4D file.
+
     Integer files keep their stored integers with slope and intercept; all others become float32
     physical values. Without `modality` it is taken from the intensities: a minimum of -500 or
     less is CT.
 
+    Args:
+        paths: One file per channel, all on one grid in any orientation; or one file.
+        modality: Of all channels.
+        names: Of the channels. With several of them, one file has to be 4D with as many volumes.
+        minimum: Fewest slices along any axis; 1 lets single slices and 2D files in, as
+            `[C, 1, H, W]`.
+
     Raises:
-        Reject: the file is not one finite, three-dimensional scalar volume on an orthogonal
-            grid; the code says why.
+        Reject: the files are not finite scalar volumes on one orthogonal grid; the code says why.
     """
     if modality is not None and modality not in MODALITIES:
         raise Reject("unsupported_modality", f"{modality} is neither CT nor MR")
-    image = _open(Path(path))
-    raw, slope, intercept = _values(image, Path(path))
-    array, affine, native = _canonical(image, raw)
-    if modality is None:
-        modality = guess_modality(array, slope, intercept)
-    _check_content(array)
+    within = len(names) if len(paths) == 1 and len(names) > 1 else 1
+    channels, scales, grids = [], [], []
+    for path in paths:
+        image = _open(path, within, minimum)
+        raw, slope, intercept = _values(image, path, within)
+        for volume in np.moveaxis(raw, 3, 0):
+            array, affine, native = _canonical(image, volume)
+            channels.append(array)
+            scales.append((slope, intercept))
+            grids.append((affine, native))
+    affine, native = grids[0]
+    shape = channels[0].shape
+    for path, array, (other, _) in zip(paths, channels, grids, strict=False):
+        for code, detail in _grid_problems("channel", array.shape, other, shape, affine):
+            raise Reject(code, f"{path.name}: {detail}")
+    modalities = tuple(
+        modality or guess_modality(array, *scale)
+        for array, scale in zip(channels, scales, strict=True)
+    )
+    names = tuple(names) or modalities
+    for array, name in zip(channels, names, strict=True):
+        _check_content(array, name if len(channels) > 1 else "")
     return Volume(
-        array=array[None],
+        array=channels[0][None] if len(channels) == 1 else np.stack(channels),
         affine=affine,
-        modality=(modality,),
-        names=(name or modality,),
+        modality=modalities,
+        names=names,
         native=native,
-        slope=(slope,),
-        intercept=(intercept,),
+        slope=tuple(slope for slope, _ in scales),
+        intercept=tuple(intercept for _, intercept in scales),
     )
 
 
@@ -275,37 +312,41 @@ def volume_from_array(
     )
 
 
-def read_label(path: str | Path, like: Volume) -> np.ndarray:
+def read_label(
+    path: str | Path, like: Volume, permitted: Collection[int] | None = None
+) -> np.ndarray:
     """Read a label map onto the canonical grid of its image: `[D, H, W]`, uint8 or uint16.
+
+    Args:
+        path: The label map.
+        like: Its image.
+        permitted: Values that it may hold; any class number if absent.
 
     Raises:
         Reject: the file is unreadable, lies on another grid than `like` (`label_geometry_mismatch`)
-            or holds values that are no class numbers (`label_values`).
+            or holds values that are no class numbers, or none of the permitted (`label_values`);
+            the detail tells all that is wrong, the code the first.
     """
-    image = _open(Path(path))
+    image = _open(Path(path), minimum=1)
     raw, slope, intercept = _values(image, Path(path))
-    array, affine, _ = _canonical(image, raw)
-    expected = like.array.shape[1:]
-    if array.shape != expected:
-        raise Reject(
-            "label_geometry_mismatch",
-            f"the label has {array.shape} voxels (d, h, w), its image {expected}",
-        )
-    shift = _largest_shift(affine, like.affine, expected)
-    if shift > 0.1 * min(like.spacing):
-        raise Reject(
-            "label_geometry_mismatch",
-            f"the label's grid lies up to {shift:.2f} mm from its image's",
-        )
+    array, affine, _ = _canonical(image, raw[..., 0])
+    problems = _grid_problems("label", array.shape, affine, like.array.shape[1:], like.affine)
     values = array if (slope, intercept) == (1.0, 0.0) else array * slope + intercept
     if values.dtype.kind == "f":
         rounded = np.rint(values)
         if np.abs(values - rounded).max(initial=0.0) > 1e-3:
-            raise Reject("label_values", "the label holds fractions, not class numbers")
+            problems.append(("label_values", "the label holds fractions, not class numbers"))
         values = rounded
     low, high = values.min(), values.max()
     if low < 0 or high > np.iinfo(np.uint16).max:
-        raise Reject("label_values", f"the label holds values from {low} to {high}")
+        problems.append(("label_values", f"the label holds values from {low} to {high}"))
+    elif permitted is not None:
+        strange = sorted({int(v) for v in np.unique(values)} - set(permitted))
+        if strange:
+            shown = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
+            problems.append(("label_values", f"the label holds {shown}, not in classes"))
+    if problems:
+        raise Reject(problems[0][0], "; ".join(detail for _, detail in problems))
     return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)
 
 
@@ -333,7 +374,7 @@ def guess_modality(array: np.ndarray, slope: float, intercept: float) -> str:
     return "CT" if min(ends) <= CT_MINIMUM_HU else "MR"
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, channels: int = 1, minimum: int = MINIMUM_SLICES) -> Any:
     """The NIfTI image object, header read, voxels not yet."""
     try:
         size = path.stat().st_size
@@ -351,13 +392,16 @@ def _open(path: Path) -> Any:
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind == "c":
         raise Reject("rgb_or_complex", f"voxels are {dtype}, one real number each is needed")
-    shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        raise Reject("not_3d", f"the image has shape {shape}; one 3D volume is needed")
-    if min(shape) < MINIMUM_SLICES:
-        raise Reject("too_few_slices", f"shape {shape}; at least {MINIMUM_SLICES} an axis needed")
+    shape = _shape(image)
+    if shape[3] != channels or (len(image.shape) < 3 and minimum > 1):
+        found = tuple(int(n) for n in image.shape)
+        wanted = "one 3D volume is" if channels == 1 else f"{channels} volumes, one per name, are"
+        raise Reject("not_3d", f"the image has shape {found}; {wanted} needed")
+    if min(shape[:3]) < minimum:
+        raise Reject(
+            "too_few_slices",
+            f"shape {shape[:3]}; at least {minimum} an axis needed (minimum_slices=1 takes slices)",
+        )
     claimed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     ratio = GZIP_MAXIMUM_RATIO if path.name.lower().endswith((".gz", ".bz2", ".zst")) else 1
     if isinstance(image, nib.Nifti1Image) and claimed > size * ratio:
@@ -365,8 +409,15 @@ def _open(path: Path) -> Any:
     return image
 
 
-def _values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
-    """Stored voxels `[I, J, K]` with slope and intercept; float32 physical if not integers."""
+def _shape(image: Any) -> tuple[int, int, int, int]:
+    """(I, J, K, volumes) of a 2D, 3D or 4D image; a vector image counts its components."""
+    shape = [int(n) for n in image.shape] + [1] * (3 - len(image.shape))
+    volumes = [n for n in shape[3:] if n > 1]
+    return shape[0], shape[1], shape[2], int(np.prod(volumes, dtype=np.int64))
+
+
+def _values(image: Any, path: Path, channels: int = 1) -> tuple[np.ndarray, float, float]:
+    """Stored voxels `[I, J, K, C]` with slope and intercept; float32 physical if not integers."""
     try:
         raw = np.asanyarray(image.dataobj.get_unscaled())
     except EOFError as error:
@@ -377,7 +428,7 @@ def _values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
         # nibabel says "Expected N bytes, got M bytes" and "mmap length is greater than file size".
         code = "truncated" if "xpected" in str(error) or "mmap" in str(error) else "unreadable"
         raise Reject(code, _plain(error, path)) from error
-    raw = raw.reshape(raw.shape[:3])
+    raw = raw.reshape((*_shape(image)[:3], channels), order="F")
     slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
     if not np.isfinite([slope, intercept]).all() or slope == 0:
         raise Reject("nan_or_inf", f"the header's slope {slope} or intercept {intercept}")
@@ -419,9 +470,27 @@ def _canonical(image: Any, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, Nat
     return canonical_array(raw, matrix), affine @ matrix + 0.0, native
 
 
-def _check_content(array: np.ndarray) -> None:
+def _check_content(array: np.ndarray, channel: str) -> None:
     if array.min() == array.max():
-        raise Reject("constant", f"every voxel is {array.flat[0]}")
+        where = f" of channel {channel}" if channel else ""
+        raise Reject("constant", f"every voxel{where} is {array.flat[0]}")
+
+
+def _grid_problems(
+    what: str,
+    shape: tuple[int, ...],
+    affine: FloatArray,
+    wanted: tuple[int, ...],
+    like: FloatArray,
+) -> list[tuple[str, str]]:
+    """Why a grid is not that of the image it belongs to, as (code, detail)."""
+    code = f"{what}_geometry_mismatch"
+    if shape != wanted:
+        return [(code, f"the {what} has {shape} voxels (d, h, w), its image {wanted}")]
+    shift = _largest_shift(affine, like, wanted)
+    if shift > GRID_TOLERANCE * min(spacing_of(like)):
+        return [(code, f"the {what}'s grid lies up to {shift:.2f} mm from its image's")]
+    return []
 
 
 def _largest_shift(one: FloatArray, other: FloatArray, shape: Sequence[int]) -> float:

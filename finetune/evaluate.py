@@ -112,13 +112,13 @@ def score(
         read: gives the label values [D, H, W] that were predicted for a key, on the stored grid.
         origin: where they come from.
     """
-    prints = corpus.fingerprints()
+    prints = corpus.scan_prints()
     rows: list[Row] = []
     for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
-        doubt = "unknown" if origin.seen is None else "tainted" * (prints[key] in origin.seen)
+        doubt = "unknown" if origin.seen is None else "tainted" * bool(prints[key] & origin.seen)
         scores = score_case(corpus, i, task, read(key))
-        for index, (chosen, found) in enumerate(zip(task.classes, scores, strict=True), start=1):
+        for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
             rows.append(
                 Row(
                     dataset=task.name,
@@ -166,7 +166,7 @@ def comparable(fingerprints: Collection[str]) -> frozenset[str] | None:
 
 
 def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -> list[Score]:
-    """Scores each class of the task in one case; `prediction` holds label values [D, H, W]."""
+    """Scores what the task wants scored in one case; `prediction` holds label values [D, H, W]."""
     truth = corpus.read(i, "seg")
     meta = corpus.meta(i)
     annotated = set(meta["annotated"])
@@ -181,7 +181,7 @@ def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -
             chosen.tolerance_mm,
             annotated=annotated.issuperset(chosen.values),
         )
-        for chosen in task.classes
+        for chosen in task.scored
     ]
 
 

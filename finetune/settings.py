@@ -17,29 +17,80 @@ RECIPE_VERSION = 1
 """Raised when the same settings no longer give the same training."""
 
 
+Value = Annotated[int, Field(ge=1, le=65535)]
+
+
 class TaskClass(BaseModel):
     """One structure to segment: label values that belong to it, and how exact is exact enough."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
-    values: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], Field(min_length=1)]
+    values: Annotated[tuple[Value, ...], Field(min_length=1)]
     tolerance_mm: Annotated[float, Field(gt=0, le=50)]
+
+
+class TaskAbout(BaseModel):
+    """What a user must know of a data set before training on it; nothing here is computed with.
+
+    Attributes:
+        source: Where the data set comes from: an address, a DOI, an arXiv number.
+        licence: Of the data.
+        layout: What `voxelith prep` reads, as a file of data_prep/layouts.
+        prepare: Words for `voxelith prep` and anything to do before it.
+        split: The official split, and how it comes in.
+        class_map: Where the label values were read.
+        tolerances: Where the tolerances of the surface Dice come from; `ours` where nobody
+            publishes any.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: Annotated[str, Field(min_length=8)]
+    licence: Annotated[str, Field(min_length=3)]
+    layout: Literal["decathlon", "nnunet", "folders", "bids", "lists", "piles"]
+    prepare: str = ""
+    split: Annotated[str, Field(min_length=3)]
+    class_map: Annotated[str, Field(min_length=3)]
+    tolerances: Annotated[str, Field(min_length=3)]
+
+
+SIDES = (
+    (2, {"left", "right"}),
+    (1, {"anterior", "posterior", "front", "back", "ventral", "dorsal"}),
+    (0, {"superior", "inferior", "upper", "lower", "top", "bottom"}),
+)
+"""Words of a class's name that a mirror along an axis (D, H, W) makes wrong."""
 
 
 class TaskSettings(BaseModel):
     """A file of conf/task: what is segmented in a data set.
 
-    `flip` names the axes (D, H, W) along which a mirrored crop is still a correct example;
-    `ignore` is a label value whose voxels count neither in training nor in scores.
+    Attributes:
+        classes: What the network tells apart; a label value belongs to one class at most.
+        regions: What is scored instead of the classes: unions of them, which may overlap, such as
+            the tumour core within the whole tumour. Training stays on the classes; that of
+            nnU-Net on regions, a sigmoid for each, is not offered.
+        ignore: A label value whose voxels count neither in training nor in scores.
+        flip: Axes (D, H, W) along which a mirrored crop is still a correct example.
+        swap: Pairs of label values that a mirror along W exchanges: left and right kidney.
+        about: Where the data set comes from, and under which licence.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     classes: Annotated[tuple[TaskClass, ...], Field(min_length=1, max_length=255)]
+    regions: tuple[TaskClass, ...] = ()
     ignore: Annotated[int, Field(ge=1, le=65535)] | None = None
     flip: tuple[bool, bool, bool] = (False, False, False)
+    swap: tuple[tuple[Value, Value], ...] = ()
+    about: TaskAbout | None = None
+
+    @property
+    def scored(self) -> tuple[TaskClass, ...]:
+        """What rows are about: the regions, or the classes of a task without any."""
+        return self.regions or self.classes
 
     @model_validator(mode="after")
     def _values_are_distinct(self) -> Self:
@@ -48,9 +99,45 @@ class TaskSettings(BaseModel):
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
             raise ValueError(f"label values {twice} belong to more than one class")
-        names = [c.name for c in self.classes]
-        if len(set(names)) < len(names):
-            raise ValueError("two classes have the same name")
+        for group in (self.classes, self.regions):
+            names = [c.name for c in group]
+            if len(set(names)) < len(names):
+                raise ValueError("two classes have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def _regions_are_unions_of_classes(self) -> Self:
+        for region in self.regions:
+            chosen = set(region.values)
+            inside = {value for c in self.classes if chosen >= set(c.values) for value in c.values}
+            if chosen != inside:
+                raise ValueError(
+                    f"region {region.name}: values {sorted(chosen - inside)} are no whole classes, "
+                    "and a prediction holds nothing smaller"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _mirrors_are_correct(self) -> Self:
+        """A mirror along an axis may not turn a class into another under its old name."""
+        class_of = {value: c.name for c in self.classes for value in c.values}
+        swapped = [value for pair in self.swap for value in pair]
+        twice = sorted({value for value in swapped if swapped.count(value) > 1})
+        if twice:
+            raise ValueError(f"swap: values {twice} have more than one partner")
+        for pair in self.swap:
+            lone = [value for value in pair if value not in class_of]
+            if len(lone) == 1 or self.ignore in pair:
+                raise ValueError(f"swap: of {list(pair)}, {lone or [self.ignore]} is in no class")
+        for axis, sides in SIDES:
+            for c in self.classes:
+                safe = axis == 2 and set(c.values) <= set(swapped)
+                words = set(re.split(r"[^a-z]+", c.name.lower()))
+                if self.flip[axis] and not safe and sides & words:
+                    raise ValueError(
+                        f"flip: a mirror along {'DHW'[axis]} makes {c.name} wrong; set it to false"
+                        + (", or name its partner in swap" if axis == 2 else "")
+                    )
         return self
 
 
@@ -116,7 +203,8 @@ class FinetuneSettings(LoopSettings):
             "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
             "log_every", "save_every", "preview_every", "loggers", "transfer",
         }  # fmt: skip
-        kept = {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
+        dump = self.model_dump(mode="json", exclude={"task": {"about"}})
+        kept = {k: v for k, v in dump.items() if k not in free}
         return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
 
 

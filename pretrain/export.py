@@ -45,7 +45,8 @@ def export(run_path: Path, output: Path) -> Release:
             "its fingerprints are needed: restore it"
         )
     decoder = transferable_decoder(objective)
-    fingerprints = {"format": 1, "values": sorted(set(corpus.fingerprints().values()))}
+    prints = set().union(*corpus.scan_prints().values())
+    fingerprints = {"format": 1, "values": sorted(prints)}
     config = {
         "format": FORMAT,
         "name": run.path.name,

@@ -7,7 +7,8 @@ import pytest
 from phantoms import ras_array, save
 
 from data_prep.errors import InputError
-from data_prep.layouts import find_cases, modality_from_name, subject_from_name
+from data_prep.layouts.case import modality_from_name, subject_from_name
+from data_prep.layouts.find import find_cases
 
 
 def test_images_beside_labels_are_paired(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_csv_gives_everything(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     one, two = find_cases(tmp_path / "list.csv").cases
-    assert (one.name, one.image) == ("a,1.nii.gz", tmp_path / "a,1.nii.gz")
+    assert (one.name, one.images) == ("a,1.nii.gz", (tmp_path / "a,1.nii.gz",))
     assert (one.modality, one.sequence, one.split) == ("MR", "T1w", "validation")
     assert (two.label, two.modality, two.split) == (None, "CT", "")
 

@@ -1,0 +1,140 @@
+"""BIDS: sub-*/[ses-*/]anat/*_T1w.nii.gz, with label maps in derivatives/ or beside the images.
+
+Gorgolewski et al. 2016, doi:10.1038/sdata.2016.44. A label map ends in `_dseg`, in `_msk`
+(ISLES), or is a `_mask` with a `label-` entity (ATLAS). The subject is the group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.errors import InputError
+from data_prep.layouts.case import (
+    BETWEEN_CHANNELS,
+    Case,
+    Layout,
+    is_image,
+    leave_out,
+    looks_like_a_label,
+    modality_from_name,
+    stem,
+)
+
+Session = tuple[str, str]
+
+
+def from_bids(root: Path, files: list[Path], channels: Sequence[str] = ()) -> Layout | None:
+    """The labelled sessions of a BIDS data set; None if no file is a label map of a subject.
+
+    Args:
+        root: The data set.
+        files: All that it holds.
+        channels: Suffixes of the images that make up a case, in order. Without them there must
+            be one suffix that every labelled session has, and T1w wins over others.
+
+    Raises:
+        InputError: it is not clear which images belong to the labels.
+    """
+    images: dict[Session, list[Path]] = defaultdict(list)
+    labels: dict[Session, list[Path]] = defaultdict(list)
+    for path in files:
+        session = _session(path.relative_to(root).as_posix())
+        if session is None or not is_image(path):
+            continue
+        if _is_label(path):
+            labels[session].append(path)
+        elif "derivatives" not in path.parts and not looks_like_a_label(path.name):
+            images[session].append(path)
+    if not labels:
+        return None
+    wanted = list(channels) or [_common_suffix(root, images, labels)]
+    layout = Layout(f"BIDS ({', '.join(wanted)} with label maps)")
+    problems: list[str] = []
+    used: set[Path] = set()
+    for session, found in sorted(images.items()):
+        case = _case(root, session, found, labels.get(session, []), wanted, problems)
+        if case is not None:
+            layout.cases.append(case)
+            used |= set(case.files)
+    if problems:
+        raise InputError(problems)
+    rest = [file for file in files if file not in used]
+    leave_out(root, rest, layout, "not_listed", f"neither {' nor '.join(wanted)} nor its label map")
+    layout.cases.sort(key=lambda case: case.name)
+    return layout
+
+
+def _case(
+    root: Path,
+    session: Session,
+    images: list[Path],
+    labels: list[Path],
+    wanted: list[str],
+    problems: list[str],
+) -> Case | None:
+    chosen = []
+    for suffix in wanted:
+        having = [path for path in images if _suffix(path) == suffix]
+        if len(having) > 1:
+            names = ", ".join(path.relative_to(root).as_posix() for path in having[:4])
+            problems.append(
+                f"{'/'.join(filter(None, session))}: {len(having)} images end in _{suffix} "
+                f"({names}); list the right ones in a CSV"
+            )
+            return None
+        chosen += having
+    if len(labels) > 1:
+        names = ", ".join(path.relative_to(root).as_posix() for path in labels[:4])
+        problems.append(
+            f"{'/'.join(filter(None, session))}: {len(labels)} label maps ({names}); keep one, or "
+            "list the right ones in a CSV"
+        )
+        return None
+    if len(chosen) < len(wanted):
+        return None
+    name = chosen[0].relative_to(root).as_posix()
+    return Case(
+        name,
+        tuple(chosen),
+        labels[0] if labels else None,
+        id="_".join(filter(None, session)),
+        subject=session[0].removeprefix("sub-"),
+        modality=modality_from_name(" ".join(wanted)),
+        sequence=BETWEEN_CHANNELS.join(wanted),
+    )
+
+
+def _common_suffix(
+    root: Path, images: dict[Session, list[Path]], labels: dict[Session, list[Path]]
+) -> str:
+    """The suffix that an image of every labelled session has."""
+    sets = [{_suffix(path) for path in images[session]} for session in labels if images[session]]
+    common = set.intersection(*sets) if sets else set()
+    if len(common) == 1:
+        return common.pop()
+    if "T1w" in common:
+        return "T1w"
+    everything = sorted(set().union(*sets))
+    raise InputError(
+        f"input={root}: the labelled sessions have images {', '.join(everything) or '(none)'}; say "
+        "which belong to the label maps, for example channels=[T1w] or channels=[dwi,adc]"
+    )
+
+
+def _session(name: str) -> Session | None:
+    """(sub-X, ses-Y or nothing) of a path."""
+    subject = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)", name)
+    session = re.search(r"[/_](ses-[A-Za-z0-9]+)", name)
+    return (subject[1], session[1] if session else "") if subject else None
+
+
+def _suffix(path: Path) -> str:
+    return stem(path).rpartition("_")[2]
+
+
+def _is_label(path: Path) -> bool:
+    suffix, name = _suffix(path), stem(path)
+    return suffix in ("dseg", "msk") or (suffix == "mask" and "_label-" in name)

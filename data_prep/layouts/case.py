@@ -1,0 +1,196 @@
+"""What every layout gives: cases with their images and labels, and the books of all other files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+IMAGE_SUFFIXES = (".nii.gz", ".nii")
+# Files that data sets ship beside their scans; they are counted, not judged.
+SIDE_SUFFIXES = (
+    ".json", ".csv", ".tsv", ".md", ".txt", ".rst", ".yaml", ".yml", ".bval", ".bvec", ".xml",
+    ".html", ".pdf", ".xlsx", ".cfg",
+)  # fmt: skip
+SIDE_NAMES = ("license", "licence", "readme", "changes", "citation")
+CT_WORDS = {"ct", "cta", "cect", "ldct"}
+MR_WORDS = {
+    "mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2s", "flair", "dwi", "adc",
+    "swi", "bold", "dce", "tof", "mprage", "cinemri",
+}  # fmt: skip
+OTHER_WORDS = {"pet": "PET", "suv": "PET", "fdg": "PET", "spect": "SPECT"}
+LABEL_WORDS = {
+    "seg", "dseg", "aseg", "label", "labels", "mask", "masks", "segmentation", "segmentations",
+    "gt", "groundtruth", "annotation", "annotations", "parcellation",
+}  # fmt: skip
+# Between the channels of a case in one cell or word: names of sequences, paths of images.
+BETWEEN_CHANNELS = ";"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of the input.
+
+    Attributes:
+        name: Path of the (first) image as the input gives it; never stored.
+        images: One file, or one file per channel on a common grid.
+        label: A label map.
+        organs: Instead of a label map, a mask file per structure: (name of the structure, file).
+        mask: Voxels that are not valid.
+        id: What the data set calls the case, as in its lists of folds; the file's stem if empty.
+        sequence: Name of the channel; of several channels with ';' between them. Several names
+            and one image mean a 4D file.
+        split: train, validation, test or empty.
+        fold: Number of the fold that validates on this case; None if it is in none.
+        group: What fairness is judged by: sex, age, site.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    organs: tuple[tuple[str, Path], ...] = ()
+    mask: Path | None = None
+    id: str = ""
+    subject: str = ""
+    modality: str | None = None
+    sequence: str = ""
+    source: str = ""
+    licence: str = ""
+    split: str = ""
+    fold: int | None = None
+    group: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels as far as the input tells them."""
+        return tuple(self.sequence.split(BETWEEN_CHANNELS)) if self.sequence else ()
+
+    @property
+    def label_files(self) -> tuple[Path, ...]:
+        """The label map or the masks of the structures; empty for a case without labels."""
+        return (self.label,) if self.label else tuple(path for _, path in self.organs)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the case."""
+        return (*self.images, *self.label_files, *((self.mask,) if self.mask else ()))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is no sample: its name in the input, a stable code, and what was found."""
+
+    name: str
+    code: str
+    detail: str
+
+
+@dataclass
+class Layout:
+    """What was recognised in the input.
+
+    Attributes:
+        classes: Label values and their names, where the data set states them.
+        regions: Names of unions of label values, where the data set states them.
+        folds: The content of splits_final.json where the data set has one.
+    """
+
+    description: str
+    cases: list[Case] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    classes: dict[int, str] | None = None
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    folds: list[dict[str, list[str]]] | None = None
+
+
+def case_id(case: Case) -> str:
+    """What the data set calls a case."""
+    return case.id or stem(Path(case.name))
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is that of a NIfTI file."""
+    return path.name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def stem(path: Path) -> str:
+    """The file name without .nii or .nii.gz."""
+    lower = path.name.lower()
+    for suffix in IMAGE_SUFFIXES:
+        if lower.endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def words(name: str) -> list[str]:
+    """Lower-case words of a relative path, split at everything but letters and digits."""
+    lower = name.lower()
+    for suffix in IMAGE_SUFFIXES:
+        lower = lower.removesuffix(suffix)
+    return [word for word in re.split(r"[^a-z0-9]+", lower) if word]
+
+
+def looks_like_a_label(name: str) -> bool:
+    """Whether a word of the path says label or mask."""
+    return any(word in LABEL_WORDS or word.startswith("labels") for word in words(name))
+
+
+def modality_from_name(name: str) -> str | None:
+    """CT, MR or another modality, if a word of the path says so; the file's own name wins."""
+    for part in reversed(name.split("/")):
+        found = words(part)
+        for word in reversed(found):
+            if word in OTHER_WORDS:
+                return OTHER_WORDS[word]
+            if word in CT_WORDS:
+                return "CT"
+            if word in MR_WORDS:
+                return "MR"
+    return None
+
+
+def subject_from_name(name: str) -> str:
+    """The subject of a BIDS path (`sub-01/...`), or an empty string."""
+    found = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", name)
+    return found.group(1) if found else ""
+
+
+def files_below(root: Path) -> list[Path]:
+    """All files below a folder but hidden ones, in a fixed order."""
+    return sorted(
+        (
+            path
+            for path in root.rglob("*")
+            if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        ),
+        key=lambda path: path.relative_to(root).as_posix(),
+    )
+
+
+def sort_out(root: Path, files: list[Path], layout: Layout) -> list[Path]:
+    """The images among the files; side files and strangers go to the layout's books."""
+    images = []
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        if is_image(path):
+            images.append(path)
+        elif _is_side_file(path):
+            layout.ignored.append(name)
+        else:
+            layout.left_out.append(
+                LeftOut(name, "not_an_image", "only .nii and .nii.gz files are read")
+            )
+    return images
+
+
+def leave_out(root: Path, files: list[Path], layout: Layout, code: str, detail: str) -> None:
+    """Books files that a layout has no use for: images under a code, all others as `sort_out`."""
+    for path in sort_out(root, files, layout):
+        layout.left_out.append(LeftOut(path.relative_to(root).as_posix(), code, detail))
+
+
+def _is_side_file(path: Path) -> bool:
+    lower = path.name.lower()
+    return lower.endswith(SIDE_SUFFIXES) or lower.split(".")[0] in SIDE_NAMES

@@ -1,0 +1,81 @@
+"""Which layout the input has. Each one is a file beside this; the first that fits is taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep.errors import InputError
+from data_prep.folds import FOLDS_FILE, read_folds
+from data_prep.layouts.bids import from_bids
+from data_prep.layouts.case import BETWEEN_CHANNELS, Case, Layout, case_id, files_below
+from data_prep.layouts.decathlon import from_decathlon
+from data_prep.layouts.folders import from_folders
+from data_prep.layouts.lists import from_csv
+from data_prep.layouts.nnunet import from_nnunet
+from data_prep.layouts.piles import from_pairs, from_pile
+
+READERS: tuple[Callable[[Path, list[Path]], Layout | None], ...] = (
+    from_nnunet,
+    from_decathlon,
+    from_folders,
+    from_pairs,
+)
+
+
+def find_cases(
+    source: Path, channels: Sequence[str] = (), subjects: re.Pattern[str] | None = None
+) -> Layout:
+    """Recognise the layout of an input folder or list and name its cases, sorted.
+
+    Args:
+        source: A folder, or a CSV list.
+        channels: Names of the channels, in order, where the layout does not state them: BIDS
+            suffixes, or what the volumes of 4D files are.
+        subjects: Finds the subject in a case's id where the layout names none: its first group,
+            or all that it matches.
+
+    Raises:
+        InputError: the input is missing, empty, or a list or description with mistakes (all at
+            once).
+    """
+    layout = _recognise(source, channels)
+    if subjects is not None:
+        layout.cases = [replace(c, subject=_subject(c, subjects)) for c in layout.cases]
+    if channels:
+        joined = BETWEEN_CHANNELS.join(channels)
+        layout.cases = [c if c.sequence else replace(c, sequence=joined) for c in layout.cases]
+    return layout
+
+
+def _recognise(source: Path, channels: Sequence[str]) -> Layout:
+    if not source.exists():
+        raise InputError(f"input={source}: no such file or folder")
+    if source.is_file():
+        if source.suffix.lower() == ".csv":
+            return from_csv(source)
+        raise InputError(
+            f"input={source}: a folder of scans or a .csv list is needed; for one scan, give the "
+            "folder that holds it"
+        )
+    files = files_below(source)
+    if not files:
+        raise InputError(f"input={source}: the folder is empty")
+    found = None
+    for reader in READERS:
+        found = reader(source, files)
+        if found is not None:
+            break
+    layout = found or from_bids(source, files, channels) or from_pile(source, files)
+    if (source / FOLDS_FILE).is_file():
+        layout.folds = read_folds(source / FOLDS_FILE)
+    return layout
+
+
+def _subject(case: Case, pattern: re.Pattern[str]) -> str:
+    found = None if case.subject else pattern.search(case_id(case))
+    if found is None:
+        return case.subject
+    return found.group(1) if pattern.groups and found.group(1) else found.group(0)

@@ -1,0 +1,121 @@
+"""A CSV that lists the scans: the layout for whatever has no layout of its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.layouts.case import (
+    BETWEEN_CHANNELS,
+    Case,
+    Layout,
+    modality_from_name,
+    subject_from_name,
+)
+from data_prep.splits import SPELLINGS
+
+GROUPS = ("sex", "age", "site")
+COLUMNS = (
+    "image", "label", "mask", "subject", "modality", "sequence", "source", "licence", "split",
+    "fold", *GROUPS,
+)  # fmt: skip
+
+
+def from_csv(path: Path) -> Layout:
+    """The cases of a list with the columns above, of which only `image` is needed.
+
+    A case of several channels has their files in one cell, `t1.nii.gz;flair.nii.gz`, and their
+    names in `sequence`, `T1w;FLAIR`; one 4D file with several names is taken apart.
+
+    Raises InputError with all mistakes of the list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"input={path}: not readable as UTF-8 text ({error})") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    header = [str(name).strip() for name in reader.fieldnames or []]
+    reader.fieldnames = header
+    problems = []
+    if "image" not in header:
+        problems.append(f"{path}: has no column 'image'; the columns can be {', '.join(COLUMNS)}")
+    for name in header:
+        if name not in COLUMNS:
+            problems.append(f"{path}: unknown column {name!r}; known are {', '.join(COLUMNS)}")
+    if problems:
+        raise InputError(problems)
+    layout = Layout(f"list {path.name}")
+    seen: dict[str, int] = {}
+    counts: dict[int, int] = {}
+    for line, row in enumerate(reader, start=2):
+        cells = {str(name): (value or "").strip() for name, value in row.items() if name}
+        if not any(cells.values()):
+            continue
+        wrong = _row_problems(f"{path}, line {line}", row, cells, seen, line)
+        problems += wrong
+        if not wrong:
+            case = _row_case(path.parent, cells)
+            layout.cases.append(case)
+            counts.setdefault(max(len(case.images), len(case.channels)), line)
+    if len(counts) > 1:
+        shown = ", ".join(f"{n} in line {line}" for n, line in sorted(counts.items()))
+        problems.append(f"{path}: the cases differ in their number of channels ({shown})")
+    if problems:
+        raise InputError(problems)
+    if not layout.cases:
+        raise InputError(f"input={path}: the list is empty")
+    return layout
+
+
+def _row_problems(
+    where: str, row: dict[Any, Any], cells: dict[str, str], seen: dict[str, int], line: int
+) -> list[str]:
+    problems = []
+    if None in row:
+        problems.append(f"{where}: more cells than columns; quote cells that hold commas")
+    image = cells.get("image", "")
+    if not image:
+        problems.append(f"{where}: the image is missing")
+    elif image in seen:
+        problems.append(f"{where}: {image} is listed in line {seen[image]} already")
+    seen.setdefault(image, line)
+    split = cells.get("split", "")
+    if split and split.lower() not in SPELLINGS:
+        problems.append(f"{where}: split {split!r}; use train, validation or test")
+    fold = cells.get("fold", "")
+    if fold and not fold.isdigit():
+        problems.append(f"{where}: fold {fold!r}; use 0, 1, 2, ..., the fold that validates on it")
+    images = len(image.split(BETWEEN_CHANNELS))
+    names = len(cells.get("sequence", "").split(BETWEEN_CHANNELS))
+    if images > 1 and names != images:
+        problems.append(
+            f"{where}: {images} images and {names} names in sequence; name each channel, T1w;FLAIR"
+        )
+    for name in ("sequence", "source", "licence", *GROUPS):
+        if len(cells.get(name, "")) > 64:
+            problems.append(f"{where}: {name} is longer than 64 characters")
+    return problems
+
+
+def _row_case(folder: Path, cells: dict[str, str]) -> Case:
+    image = cells["image"]
+    modality = cells.get("modality", "").upper()
+    first, *_ = names = [part.strip() for part in image.split(BETWEEN_CHANNELS)]
+    known = {"MRI": "MR", "": None}.get(modality, modality)
+    return Case(
+        name=first,
+        images=tuple(folder / name for name in names),
+        label=folder / cells["label"] if cells.get("label") else None,
+        mask=folder / cells["mask"] if cells.get("mask") else None,
+        subject=cells.get("subject", "") or subject_from_name(image),
+        modality=known or modality_from_name(first),
+        sequence=cells.get("sequence", ""),
+        source=cells.get("source", ""),
+        licence=cells.get("licence", ""),
+        split=SPELLINGS.get(cells.get("split", "").lower(), ""),
+        fold=int(cells["fold"]) if cells.get("fold") else None,
+        group=tuple((name, cells[name]) for name in GROUPS if cells.get(name)),
+    )
