@@ -40,7 +40,7 @@ BASE = Row(
     config_hash="recipe",
     assd=0.7,
     volume_error_ml=-0.1,
-    volume_error_relative=-0.1 / 1.1,
+    volume_error_relative=-0.09,
 )
 
 
