@@ -7,7 +7,7 @@ doi:10.1109/TMI.2009.2013851). `volume_error_ml` is prediction minus truth,
 `volume_error_relative` the same as a share of the truth. `lesion_*` are of classes that a task
 declares to be made of lesions (lesions.py).
 
-What happens with empty masks decides whether missing an organ is punished (metric version 1):
+What happens with empty masks decides whether missing an organ is punished (metric version 2):
 
 | truth | prediction | status | dsc, nsd | hd95, assd | volume_error_ml | _relative |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -46,7 +46,7 @@ from finetune.lesions import count_lesions
 from finetune.settings import TaskClass
 from finetune.surfaces import Floats, Mask, distances, surface
 
-METRIC_VERSION = 1
+METRIC_VERSION = 2
 """Raised when the same masks no longer give the same score."""
 
 STATUSES = ("scored", "true_negative", "missed", "false_positive", "not_annotated")

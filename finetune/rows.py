@@ -109,9 +109,9 @@ def read_rows(path: Path) -> list[Row]:
     other = {record["format"] for record in records if "format" in record} - {str(ROW_FORMAT)}
     if other:
         raise InputError(
-            f"{path}: row format {min(other)}, expected {ROW_FORMAT}; rows of format 1 lack ASSD, "
-            "volume errors and lesions. `voxelith evaluate` scores kept predictions again; to "
-            "compare arms, remove the run's folder and start the same finetune command again"
+            f"{path}: row format {min(map(str, other))}, expected {ROW_FORMAT}; rows of format 1 "
+            "lack ASSD, volume errors and lesions. `voxelith evaluate` scores kept predictions "
+            "again; to compare arms, remove the run's folder and start the same finetune command"
         )
     fields = dataclasses.fields(Row)
     missing = [f.name for f in fields if f.name not in (reader.fieldnames or [])]

@@ -3,8 +3,8 @@
 The surface of a mask is made of surfels: the mask's corner-to-corner cells of 2x2x2 voxels that
 hold both inside and outside, each weighted with the area in mm² that the surface has in it
 (marching cubes with vertices in the middle of edges: Lorensen and Cline, SIGGRAPH 1987; surfels
-as in Nikolov et al. 2018, arXiv:1809.04430). Voxel counting, which others use, makes scores depend
-on how a surface lies in the grid.
+and their areas as in Nikolov et al. 2018, arXiv:1809.04430). Voxel counting, which others use,
+makes scores depend on how a surface lies in the grid.
 
 Surfels of both masks stand on one lattice, that of voxel corners, so most distances need no search
 structure: a prediction worth scoring lies within a few voxels of the truth, and the nearest surfel
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,8 @@ Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Cells = NDArray[np.int64]
 Spacing = tuple[float, float, float]
+Point = tuple[float, ...]
+Loop = list[Point]
 
 STEPS = 250
 """About as many lattice steps are tried before the tree is built."""
@@ -139,24 +141,49 @@ def _steps(spacing: Spacing) -> _Steps:
 @lru_cache(maxsize=64)
 def _areas(spacing: Spacing) -> Floats:
     """Surface area in mm² within a cell, for each of the 256 codes."""
-    areas = np.zeros(256)
-    for code in range(256):
-        for loop in _loops(code):
-            points = np.array(loop) * spacing
-            centre = points.mean(axis=0)  # a fan around the centre keeps mirror symmetry
-            fan = np.cross(points - centre, np.roll(points, -1, axis=0) - centre)
-            areas[code] += np.linalg.norm(fan, axis=1).sum() / 2
-    return areas
+    # A mask and its complement have the same surface.
+    few = [code if code.bit_count() <= 4 else 255 - code for code in range(256)]
+    return np.array([_area(_triangles(code), spacing) for code in few])
 
 
-def _loops(code: int) -> list[list[tuple[float, ...]]]:
+def _area(triangles: Sequence[Loop], spacing: Spacing) -> float:
+    if not triangles:
+        return 0.0
+    corners = np.asarray(triangles) * spacing  # [N, 3, 3]
+    sides = corners[:, 1:] - corners[:, :1]
+    return float(np.linalg.norm(np.cross(sides[:, 0], sides[:, 1]), axis=1).sum() / 2)
+
+
+@lru_cache(maxsize=256)
+def _triangles(code: int) -> list[Loop]:
+    """The triangles of a cell's surface.
+
+    A polygon that is not flat can be cut in several ways. Marching cubes' own is that of the
+    largest area in a cubic cell.
+    """
+    cube = (1.0, 1.0, 1.0)
+    best = [max(_cuts(loop), key=lambda cut: _area(cut, cube)) for loop in _loops(code)]
+    return [triangle for cut in best for triangle in cut]
+
+
+def _cuts(loop: Loop) -> Iterator[list[Loop]]:
+    """Every way to cut a polygon into triangles."""
+    if len(loop) < 3:
+        yield []
+        return
+    for third in range(1, len(loop) - 1):
+        for before, after in itertools.product(_cuts(loop[: third + 1]), _cuts(loop[third:])):
+            yield [*before, [loop[0], loop[third], loop[-1]], *after]
+
+
+def _loops(code: int) -> list[Loop]:
     """The closed polygons that part inside from outside corners of a cell.
 
     On each face the middles of the edges that change side are joined; where all four do, each
     inside corner is cut off by itself. Joining the pieces over the faces closes the loops.
     """
     inside = [bool(code >> i & 1) for i in range(8)]
-    joined: dict[tuple[float, ...], list[tuple[float, ...]]] = {}
+    joined: dict[Point, list[Point]] = {}
     for axis, side in itertools.product(range(3), (0, 1)):
         face = [i for i in range(8) if _CORNERS[i][axis] == side]
         ring = [face[0], face[1], face[3], face[2]]  # neighbours in the ring share an edge
