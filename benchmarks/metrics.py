@@ -14,8 +14,9 @@ machine slows all, and a ratio is of neighbours.
 
 surface-distance weighs surfaces by area, as we do: all four numbers must agree to 1e-5, or nothing
 is written. Of MONAI, Dice and surface Dice (use_subvoxels) must; its HD95 and mean surface distance
-count voxels, and what they differ by is printed. Our distances are also compared with an exact distance transform. Without the
-package surface-distance (`pip install "voxelith[dev]"` has it) its part is left out, and said so.
+count voxels, and what they differ by is printed. Our distances are also compared with an exact
+distance transform. Without the package surface-distance (`pip install "voxelith[dev]"` brings it)
+its part is left out, and said so.
 """
 
 from __future__ import annotations
