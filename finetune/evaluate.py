@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus, open_corpus
@@ -15,7 +14,7 @@ from data_prep.errors import InputError, attempt
 from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.progress import bar
 from data_prep.volume import Reject, read_label
-from finetune.metrics import METRIC_VERSION, Score, score_class
+from finetune.metrics import METRIC_VERSION, Score, score_labels
 from finetune.rows import Row, write_rows
 from finetune.settings import EvaluateSettings, TaskSettings
 
@@ -119,6 +118,7 @@ def score(
         doubt = "unknown" if origin.seen is None else "tainted" * bool(prints[key] & origin.seen)
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
+            values = {k: v for k, v in asdict(found).items() if k != "status"}
             rows.append(
                 Row(
                     dataset=task.name,
@@ -130,12 +130,7 @@ def score(
                     class_name=chosen.name,
                     status=doubt or found.status,
                     outcome=found.status,
-                    dsc=found.dsc,
-                    nsd=found.nsd,
                     nsd_tolerance_mm=chosen.tolerance_mm,
-                    hd95=found.hd95,
-                    volume_pred_ml=found.volume_pred_ml,
-                    volume_true_ml=found.volume_true_ml,
                     arm=origin.arm,
                     labels=origin.labels,
                     n_labels=origin.n_labels,
@@ -148,6 +143,7 @@ def score(
                     checkpoint_digest=origin.checkpoint_digest,
                     config_hash=origin.config_hash,
                     metric_version=METRIC_VERSION,
+                    **values,
                 )
             )
     return rows
@@ -169,20 +165,18 @@ def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -
     """Scores what the task wants scored in one case; `prediction` holds label values [D, H, W]."""
     truth = corpus.read(i, "seg")
     meta = corpus.meta(i)
-    annotated = set(meta["annotated"])
-    counts = np.ones(truth.shape, bool) if task.ignore is None else truth != task.ignore
+    counts = None if task.ignore is None else truth != task.ignore
     if corpus.sample_has(i, "mask"):
-        counts &= corpus.read(i, "mask") == 0
-    return [
-        score_class(
-            np.isin(prediction, chosen.values) & counts,
-            np.isin(truth, chosen.values) & counts,
-            meta["spacing"],
-            chosen.tolerance_mm,
-            annotated=annotated.issuperset(chosen.values),
-        )
-        for chosen in task.scored
-    ]
+        valid = corpus.read(i, "mask") == 0
+        counts = valid if counts is None else counts & valid
+    return score_labels(
+        prediction,
+        truth,
+        task.scored,
+        meta["spacing"],
+        annotated=meta["annotated"],
+        counts=counts,
+    )
 
 
 def choose_split(corpus: Corpus, name: str, part: str) -> Split:

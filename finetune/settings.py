@@ -21,13 +21,17 @@ Value = Annotated[int, Field(ge=1, le=65535)]
 
 
 class TaskClass(BaseModel):
-    """One structure to segment: label values that belong to it, and how exact is exact enough."""
+    """One structure to segment: label values that belong to it, and how exact is exact enough.
+
+    `lesion` says that it is made of any number of lesions, which are also counted one by one.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     values: Annotated[tuple[Value, ...], Field(min_length=1)]
     tolerance_mm: Annotated[float, Field(gt=0, le=50)]
+    lesion: bool = False
 
 
 class TaskAbout(BaseModel):

@@ -215,7 +215,8 @@ def test_evaluate_scores_kept_predictions_alike(
             other.class_name,
             other.outcome,
         )
-        assert np.allclose([one.dsc, one.nsd, one.hd95], [other.dsc, other.nsd, other.hd95])
+        for name in ("dsc", "nsd", "hd95", "assd", "volume_error_ml", "volume_error_relative"):
+            assert np.allclose(getattr(one, name), getattr(other, name), equal_nan=True)
         assert (one.arm, one.status) == ("external", "unknown")
     with pytest.raises(InputError, match="4 of 4 cases"):
         evaluate(EvaluateSettings.model_validate({**settings, "predictions": tmp_path}))
