@@ -245,6 +245,8 @@ def _text_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
 def _kinds(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [k for part in typing.get_args(annotation) for k in _kinds(part)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
     return [annotation]
 
 
