@@ -12,6 +12,7 @@ This module is the public API and the `voxelith` command: a dispatcher, nothing 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import traceback
@@ -124,12 +125,48 @@ def _export(words: list[str]) -> Any:
 
 
 def _finetune(words: list[str]) -> Any:
+    if "-m" in words:
+        return _sweep([word for word in words if word != "-m"])
     settings = _configured("finetune", words)
     from finetune.train import finetune
 
     run = finetune(settings)
     print(f"Next: voxelith table {shlex.quote(str(run.parent))} output=table/")
     return {"run": str(run)}
+
+
+def _sweep(words: list[str]) -> Any:
+    from data_prep.errors import InputError
+
+    rest, options = [], {"jobs": "", "twins": "true"}
+    queue = iter(words)
+    for word in queue:
+        if word == "--config-dir":
+            word = f"{word}={next(queue, '')}"
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        elif word != "--dry-run":
+            rest.append(word)
+    if not re.fullmatch("|[1-9][0-9]*", options["jobs"]) or options["twins"] not in (
+        "true",
+        "false",
+    ):
+        raise InputError(
+            f"jobs={options['jobs']} twins={options['twins']}: jobs is a number of runs at a time, "
+            "twins is true or false"
+        )
+    from finetune.sweep import sweep
+
+    found = sweep(
+        rest,
+        jobs=int(options["jobs"] or 0) or None,
+        twins=options["twins"] == "true",
+        dry_run="--dry-run" in words,
+    )
+    if "--dry-run" not in words:
+        print("Next: voxelith table RUNS output=table/, where RUNS is the folder of the runs")
+    return found
 
 
 def _evaluate(words: list[str]) -> Any:
@@ -298,7 +335,9 @@ example: voxelith features release/ scan.nii.gz features.npz""",
     "finetune": Command(
         "a release to a segmentation network and its scores",
         "finetune task=NAME corpus=DIR ckpt=RELEASE [run=NAME] [init=pretrained|scratch] "
-        "[labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] [--config-dir DIR]",
+        "[labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] [--config-dir DIR]\n"
+        "voxelith finetune -m task=NAME corpus=DIR ckpt=A,B labels=4,16 seed=0,1,2 runs=DIR "
+        "[jobs=N] [twins=false] [--dry-run] [key=value,value ...]",
         _finetune,
     ),
     "predict": Command(

@@ -349,6 +349,8 @@ def _absent(model: type[BaseModel], line: Line) -> list[str]:
 def _kinds(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [k for part in typing.get_args(annotation) for k in _kinds(part)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
     return [annotation]
 
 

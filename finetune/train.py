@@ -82,11 +82,11 @@ class Plan:
         """What a run is; a run folder holds one of these for life."""
         return {
             "config_hash": config_hash(self.recipe),
-            "checkpoint_digest": self.release.digest,
+            "checkpoint_digest": self.release.digest if self._pretrained else None,
             "init": self.settings.init,
             "seed": self.settings.seed,
             "label_seed": self.label_seed,
-            # Scratch takes nothing over, so checkpoints of one architecture share its runs.
+            # Scratch takes nothing over: checkpoints of one architecture share its runs.
             "transfer": self.transfer if self._pretrained and self.transfer == "network" else None,
         }
 
@@ -117,7 +117,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     check_machine(settings.trainer)
     plan = make_plan(settings)
     run = RunFolder(settings.runs / settings.run_name)
-    if _is_finished(run, plan):
+    if is_finished(run, plan):
         print(f"finetune: {run.path} is finished already, nothing to do")
         return run.path
     main = rank_zero_only.rank in (None, 0)
@@ -140,14 +140,18 @@ def finetune(settings: FinetuneSettings) -> Path:
     return run.path
 
 
-def make_plan(settings: FinetuneSettings) -> Plan:
+def make_plan(settings: FinetuneSettings, release: Release | None = None) -> Plan:
     """Opens what the settings name and checks that it fits together.
+
+    Args:
+        settings: of one run.
+        release: what `ckpt` names, where it is open already.
 
     Raises:
         InputError: it does not.
     """
     problems: list[str] = []
-    release = attempt(problems, load_release, settings.ckpt)
+    release = release or attempt(problems, load_release, settings.ckpt)
     corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     if release is None or corpus is None:
         raise InputError(problems)
@@ -265,7 +269,7 @@ def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings)
     return tuple(c.name for c in settings.task.classes if not present & set(c.values))
 
 
-def _is_finished(run: RunFolder, plan: Plan) -> bool:
+def is_finished(run: RunFolder, plan: Plan) -> bool:
     """Whether the folder holds this run, finished; refuses a folder that holds another."""
     file = run.path / "run.json"
     if not file.exists():
