@@ -27,6 +27,7 @@ from pretrain.decoders import (
     build_decoder,
     unet_decoder,
 )
+from pretrain.probe import NEIGHBOURS, counted_maps
 
 
 def choose_decoder(
@@ -46,6 +47,8 @@ def choose_decoder(
     where = f"decoder={kind}: {type(encoder).__name__}"
     if kind == "linear":
         decoder: nn.Module = LinearDecoder(encoder.channels, out_channels)
+    elif kind == "knn":
+        decoder = NeighbourDecoder(encoder.channels, encoder.strides, out_channels)
     elif kind == "mlp":
         decoder = MLPDecoder(encoder.channels, out_channels)
     elif kind == "unet" or (kind == "auto" and deep and _takes_unet(encoder)):
@@ -147,6 +150,69 @@ class LinearDecoder(nn.Module):
         """Scores [B, K, D, H, W] from maps [B, C_i, D_i, H_i, W_i]."""
         scores = [head(x) for head, x in zip(self.heads, features, strict=True)]
         return _summed(scores, image.shape[2:])
+
+
+class NeighbourDecoder(nn.Module):
+    """Nearest neighbours: a cell's classes by the labelled voxels whose features are most like its.
+
+    Dense k-NN on frozen features, as DINO evaluates images by it (Caron et al. 2021,
+    arXiv:2104.14294): the 10 most similar of a bank of voxels vote with exp(cosine / 0.07), on
+    standardised features. Cells are those of the finest map that counts (`counted_maps`), and the
+    shares of votes are interpolated. It has no parameters; `finetune.probes` fills the bank.
+
+    Args:
+        channels: C_i of the maps.
+        strides: their strides, finest first.
+        out_channels: K.
+    """
+
+    BANK = 4096
+    """Voxels of the bank. Where fewer could be had, the rest is of no class and votes for none."""
+    AT_ONCE = 4096
+    """Cells that are compared with the bank at a time."""
+    TEMPERATURE = 0.07
+
+    mean: Tensor
+    scale: Tensor
+    bank: Tensor
+    classes: Tensor
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[tuple[int, int, int]],
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.maps = counted_maps(strides)
+        width = sum(channels[i] for i in self.maps)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("bank", torch.zeros(self.BANK, width))
+        self.register_buffer("classes", torch.full((self.BANK,), -1))
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Standardised features [n, F] of length 1."""
+        return F.normalize((features - self.mean) / self.scale, dim=1)
+
+    def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
+        """Logarithms of the shares of votes, [B, K, D, H, W]."""
+        finest = features[self.maps[0]].shape[2:]
+        cells = torch.cat([_resized(features[i].float(), finest) for i in self.maps], dim=1)
+        rows = self.scaled(cells.movedim(1, -1).flatten(0, -2))  # [B N, F]
+        votes = torch.cat([self._votes(part) for part in rows.split(self.AT_ONCE)])
+        shares = votes.unflatten(0, (len(image), *finest)).movedim(-1, 1)  # [B, K, d, h, w]
+        return _resized(shares, image.shape[2:]).clamp(min=1e-6).log()
+
+    def _votes(self, rows: Tensor) -> Tensor:
+        """Shares of votes [n, K] for features [n, F]."""
+        cosine = (rows @ self.bank.T).masked_fill(self.classes < 0, -1.0)
+        nearest, index = cosine.topk(NEIGHBOURS, dim=1)
+        weight = ((nearest - 1) / self.TEMPERATURE).exp()
+        chosen = F.one_hot(self.classes[index] + 1, self.out_channels + 1)[..., 1:]
+        votes = (weight[..., None] * chosen).sum(1)
+        return votes / votes.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 class MLPDecoder(nn.Module):

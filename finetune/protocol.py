@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Freeze = Literal["none", "encoder"] | Annotated[int, Field(ge=1, le=1000)]
 """What of the encoder is not trained: nothing, all, or its first layers (`Backbone.layers`)."""
 
-DecoderKind = Literal["auto", "unet", "unetr", "patch", "aggregate", "linear", "mlp"]
+DecoderKind = Literal["auto", "unet", "unetr", "patch", "aggregate", "linear", "mlp", "knn"]
 
 Rate = Annotated[float, Field(gt=0, lt=10)]
 

@@ -71,7 +71,7 @@ class FinetuneSettings(LoopSettings):
     seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
     `default`. With `phases`, `freeze`, `warmup` and `schedule` are those of the training that
     follows them. `fit` descent trains; ridge and knn make a probe of frozen features in closed
-    form, and what concerns steps has no meaning there. `recipe_of` own is scratch with the changes
+    form, from `steps` x `batch_size` crops. `recipe_of` own is scratch with the changes
     of `own`.
     """
 
@@ -123,6 +123,12 @@ class FinetuneSettings(LoopSettings):
                 f"fit={self.fit} reads frozen features and trains nothing: it goes with "
                 "freeze=encoder, and without phases, lora and ema"
             )
+        wanted = {"ridge": "linear", "knn": "knn"}.get(self.fit)
+        if self.decoder != wanted if wanted else self.decoder == "knn":
+            raise ValueError(
+                f"fit={self.fit} with decoder={self.decoder}: ridge fits decoder=linear, knn fits "
+                "decoder=knn, and descent fits every other"
+            )
         if self.lora and self.freeze != "none":
             raise ValueError(
                 f"lora with freeze={self.freeze}: adapters keep the encoder's own weights as they "
@@ -134,6 +140,8 @@ class FinetuneSettings(LoopSettings):
     def _own_recipe_is_found_fairly(self) -> Self:
         if self.recipe_of == "twin":
             return self
+        if self.fit != "descent":
+            raise ValueError(f"recipe_of=own: fit={self.fit} has no rate that could be chosen")
         if self.init != "scratch":
             raise ValueError(
                 "recipe_of=own is scratch at its own best; the recipe of the pretrained arm is the "

@@ -44,6 +44,7 @@ from finetune.infer import MODEL_FORMAT, Segmenter
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.phases import PhasedLoop
+from finetune.probes import fit_probe
 from finetune.protocol import freeze_problem
 from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
@@ -392,6 +393,10 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         foreground=settings.foreground,
         classes=[value for c in settings.task.classes for value in c.values],
     )
+    if settings.fit != "descent":
+        # No trainer, which would start the other ranks: this process is the only one.
+        fit_probe(model.to(_device(settings)), dataset, settings.steps * settings.batch_size)
+        return
     PhasedLoop(
         settings,
         dataset,
@@ -400,6 +405,11 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
+
+
+def _device(settings: FinetuneSettings) -> torch.device:
+    accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if accelerated else "cpu")
 
 
 def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
@@ -430,8 +440,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
             "decoder": settings.decoder,
         },
     )
-    accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    model.to("cuda" if accelerated else "cpu").eval()
+    model.to(_device(settings)).eval()
     folder = run.path / "predictions"
     folder.mkdir(exist_ok=True)
 
