@@ -154,7 +154,7 @@ def load_segmenter(run: Path, device: str | torch.device | None = None) -> Segme
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: is damaged ({error}); run `voxelith finetune` again") from error
     encoder = build_backbone(name, arguments, f"{path}: backbone")
-    model = Segmentation(encoder=encoder, task=task)
+    model = Segmentation(encoder=encoder, task=task, decoder=config.get("decoder", "auto"))
     load_strictly(model, run / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Segmenter(model.to(device).eval(), preprocess, task, (d, h, w), overlap, modalities)

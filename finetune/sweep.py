@@ -42,8 +42,10 @@ from finetune.train import Plan, build_model, is_finished, make_plan
 from pretrain.release import Release, load_release
 from pretrain.run_folder import RunFolder
 
-VARIED = ("ckpt", "init", "transfer", "labels", "seed", "label_seed")
+VARIED = ("ckpt", "init", "transfer", "labels", "seed", "label_seed", "recipe_of")
 """Keys of which a sweep has many values; the rest is composed once for all of these."""
+TWIN = {"init": "scratch", "transfer": "auto", "recipe_of": "twin"}
+"""How a pretrained run's scratch twin is told."""
 LEDGER = "sweep.csv"
 
 
@@ -184,7 +186,7 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     for combination, settings in _settings(expand(words), problems):
         arms = [settings]
         if twins and settings.init == "pretrained":
-            arms.append(settings.model_copy(update={"init": "scratch", "transfer": "auto"}))
+            arms.append(settings.model_copy(update=TWIN))
         for arm in arms:
             try:
                 if arm.ckpt not in releases:
@@ -193,7 +195,7 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
             except InputError as error:
                 problems += error.problems
                 continue
-            varied = combination | {"init": arm.init, "transfer": arm.transfer}
+            varied = combination | {key: str(getattr(arm, key)) for key in TWIN}
             name = run_name(plan)
             said = tuple(f"{key}={value}" for key, value in varied.items())
             job = Job(name, said, plan, twin=arm is not settings)
@@ -211,14 +213,14 @@ def run_name(plan: Plan) -> str:
     of the recipe, so that checkpoints which share those share the run.
     """
     chosen, identity = plan.settings, plan.identity
-    arm = "scratch"
+    arm = "scratch-own" if chosen.recipe_of == "own" else "scratch"
     if chosen.init == "pretrained":
         arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
         arm += "-network" if plan.transfer == "network" else ""
     draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
     labels = chosen.labels.replace("%", "pct")
     name = (
-        f"{chosen.task.name}-{arm}-{identity['config_hash'][:8]}-labels={labels}"
+        f"{chosen.task.name}-{arm}-{identity['recipe_hash'][:8]}-labels={labels}"
         f"-seed={chosen.seed}{draw}"
     )
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name)[-100:].lstrip("._=-")
@@ -306,7 +308,7 @@ def cost(jobs: Sequence[Job], at_once: int) -> Cost:
     measured: dict[str, tuple[float, float, int]] = {}
     seconds, kept, largest = 0.0, 0, 0
     for job in jobs:
-        plan, recipe = job.plan, str(job.plan.identity["config_hash"])
+        plan, recipe = job.plan, str(job.plan.identity["recipe_hash"])
         if recipe not in measured:
             measured[recipe] = _measure(plan)
         step, window, parameters = measured[recipe]

@@ -23,6 +23,7 @@ DOORS = {
     "losses",
     "objective",
     "previews",
+    "probe",
     "release",
     "run_folder",
     "schedule",
