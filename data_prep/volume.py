@@ -33,6 +33,8 @@ MINIMUM_SLICES = 4
 SHEAR_TOLERANCE = 5e-3
 # deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
 GZIP_MAXIMUM_RATIO = 1100
+# Share of a voxel by which two grids may differ and still count as one.
+GRID_TOLERANCE = 0.1
 # Air on CT is -1000 HU; signed MR maps (phase, ADC) stay far above -500.
 CT_MINIMUM_HU = -500.0
 
@@ -142,7 +144,10 @@ class Volume:
         """Float32 `[C, D, H, W]` of physical values."""
         slope = np.asarray(self.slope, dtype=np.float32)[:, None, None, None]
         intercept = np.asarray(self.intercept, dtype=np.float32)[:, None, None, None]
-        return self.array.astype(np.float32) * slope + intercept
+        values = self.array.astype(np.float32, order="C")  # a scan's own axes are a view of it
+        values *= slope
+        values += intercept
+        return values
 
 
 def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
@@ -203,6 +208,34 @@ def read_nifti(path: str | Path, modality: str | None = None, name: str | None =
         native=native,
         slope=(slope,),
         intercept=(intercept,),
+    )
+
+
+def read_channels(
+    paths: Sequence[Path], modality: str | None = None, names: Sequence[str] = ()
+) -> Volume:
+    """Read one scan of several channels, a 3D NIfTI for each, all on one grid.
+
+    Raises:
+        Reject: as `read_nifti`, or a channel lies on another grid than the first.
+    """
+    volumes = [
+        read_nifti(path, modality, name)
+        for path, name in zip(paths, names or [None] * len(paths), strict=True)
+    ]
+    first = volumes[0]
+    for path, volume in zip(paths, volumes, strict=True):
+        for code, detail in _grid_problems(
+            "channel", volume.array.shape[1:], volume.affine, first.array.shape[1:], first.affine
+        ):
+            raise Reject(code, f"{path.name}: {detail}")
+    return replace(
+        first,
+        array=np.concatenate([volume.array for volume in volumes]),
+        modality=sum((volume.modality for volume in volumes), ()),
+        names=sum((volume.names for volume in volumes), ()),
+        slope=sum((volume.slope for volume in volumes), ()),
+        intercept=sum((volume.intercept for volume in volumes), ()),
     )
 
 
@@ -285,18 +318,10 @@ def read_label(path: str | Path, like: Volume) -> np.ndarray:
     image = _open(Path(path))
     raw, slope, intercept = _values(image, Path(path))
     array, affine, _ = _canonical(image, raw)
-    expected = like.array.shape[1:]
-    if array.shape != expected:
-        raise Reject(
-            "label_geometry_mismatch",
-            f"the label has {array.shape} voxels (d, h, w), its image {expected}",
-        )
-    shift = _largest_shift(affine, like.affine, expected)
-    if shift > 0.1 * min(like.spacing):
-        raise Reject(
-            "label_geometry_mismatch",
-            f"the label's grid lies up to {shift:.2f} mm from its image's",
-        )
+    for code, detail in _grid_problems(
+        "label", array.shape, affine, like.array.shape[1:], like.affine
+    ):
+        raise Reject(code, detail)
     values = array if (slope, intercept) == (1.0, 0.0) else array * slope + intercept
     if values.dtype.kind == "f":
         rounded = np.rint(values)
@@ -307,6 +332,19 @@ def read_label(path: str | Path, like: Volume) -> np.ndarray:
     if low < 0 or high > np.iinfo(np.uint16).max:
         raise Reject("label_values", f"the label holds values from {low} to {high}")
     return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)
+
+
+def check_label_grid(path: str | Path, shape: tuple[int, ...], affine: FloatArray) -> None:
+    """Looks at the header of a label map alone: does it lie on this canonical grid?
+
+    Raises:
+        Reject: as `read_label`, which looks at the values too.
+    """
+    image = _open(Path(path))
+    nothing = np.broadcast_to(np.uint8(0), image.shape[:3])
+    array, found, _ = _canonical(image, nothing)
+    for code, detail in _grid_problems("label", array.shape, found, shape, affine):
+        raise Reject(code, detail)
 
 
 def write_nifti(array: np.ndarray, native: NativeGrid, path: str | Path) -> None:
@@ -422,6 +460,23 @@ def _canonical(image: Any, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, Nat
 def _check_content(array: np.ndarray) -> None:
     if array.min() == array.max():
         raise Reject("constant", f"every voxel is {array.flat[0]}")
+
+
+def _grid_problems(
+    what: str,
+    shape: tuple[int, ...],
+    affine: FloatArray,
+    wanted: tuple[int, ...],
+    like: FloatArray,
+) -> list[tuple[str, str]]:
+    """Why a grid is not that of the image it belongs to, as (code, detail)."""
+    code = f"{what}_geometry_mismatch"
+    if shape != wanted:
+        return [(code, f"the {what} has {shape} voxels (d, h, w), its image {wanted}")]
+    shift = _largest_shift(affine, like, wanted)
+    if shift > GRID_TOLERANCE * min(spacing_of(like)):
+        return [(code, f"the {what}'s grid lies up to {shift:.2f} mm from its image's")]
+    return []
 
 
 def _largest_shift(one: FloatArray, other: FloatArray, shape: Sequence[int]) -> float:

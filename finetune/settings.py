@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pretrain.settings import LoopSettings, RunName, Side
 
+WindowBatch = Annotated[int, Field(ge=1, le=256)]
+"""Windows that the network gets at a time; the result is the same but for rounding."""
+
 RECIPE_VERSION = 1
 """Raised when the same settings no longer give the same training."""
 
@@ -53,6 +56,19 @@ class TaskSettings(BaseModel):
         return self
 
 
+class SegmentationFacts(BaseModel):
+    """What a finetuned run and its release say of the network beside its encoder.
+
+    `tta`: windows are also seen mirrored along the task's flip axes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: TaskSettings
+    overlap: Annotated[float, Field(ge=0, lt=1)]
+    tta: bool = False
+
+
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
@@ -77,6 +93,8 @@ class FinetuneSettings(LoopSettings):
     crop_size: tuple[Side, Side, Side] | None = None  # type: ignore[assignment]
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    tta: bool = False
+    window_batch: WindowBatch = 1
 
     @model_validator(mode="before")
     @classmethod
@@ -113,7 +131,7 @@ class FinetuneSettings(LoopSettings):
         """
         free = {
             "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
-            "log_every", "save_every", "preview_every", "loggers", "transfer",
+            "log_every", "save_every", "preview_every", "loggers", "transfer", "window_batch",
         }  # fmt: skip
         kept = {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
         return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
@@ -122,7 +140,9 @@ class FinetuneSettings(LoopSettings):
 class EvaluateSettings(BaseModel):
     """The keys of conf/evaluate.yaml: any predictions against a labelled corpus.
 
-    `predictions` holds KEY.nii.gz files with label values on the native grid of each case.
+    `predictions` holds KEY.nii.gz files with label values on the native grid of each case, or files
+    with the names that the scans had: told by `keymap`, the keymap.csv that prep wrote beside the
+    corpus, where keys are not made of names.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -133,17 +153,27 @@ class EvaluateSettings(BaseModel):
     output: Path
     split: str = "auto"
     part: Literal["train", "validation", "test"] = "test"
+    keymap: Path | None = None
     name: str = ""
 
 
 class PredictSettings(BaseModel):
-    """The keys of conf/predict.yaml: a finetuned run over a folder of NIfTI scans."""
+    """The keys of conf/predict.yaml: a finetuned run or its release over a folder of scans.
+
+    `tta` null is what the network was scored with. `resume` leaves scans alone whose output is
+    there; files appear whole, so what is there is finished, whichever network made it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     ckpt: Path
     input: Path
     output: Path
+    tta: bool | None = None
+    window_batch: WindowBatch = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    resume: bool = False
 
 
 class DemoSettings(BaseModel):
