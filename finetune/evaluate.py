@@ -51,6 +51,8 @@ class Origin:
     checkpoint: str = ""
     checkpoint_digest: str = ""
     config_hash: str = ""
+    recipe_hash: str = ""
+    protocol: str = ""
     seen: frozenset[str] | None = None
 
 
@@ -135,6 +137,8 @@ def score(
                     checkpoint=origin.checkpoint,
                     checkpoint_digest=origin.checkpoint_digest,
                     config_hash=origin.config_hash,
+                    recipe_hash=origin.recipe_hash,
+                    protocol=origin.protocol,
                     metric_version=METRIC_VERSION,
                 )
             )

@@ -18,7 +18,7 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 
 ROW_FORMAT = 1
-ARMS = ("pretrained", "scratch", "external")
+ARMS = ("pretrained", "scratch", "scratch-own", "external")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,10 @@ class Row:
     `outcome` is scored, true_negative, missed, false_positive or not_annotated. `status` is the
     same where the case can be believed: it is tainted if the checkpoint has seen the case in
     pretraining, and unknown if the checkpoint does not say what it has seen. `arm` is pretrained,
-    scratch, or external for predictions that were made elsewhere. `config_hash` covers all that
-    twins must share: everything but the arm, the checkpoint's weights and the draws.
+    scratch (its twin), scratch-own (scratch at its own best recipe), or external for predictions
+    that were made elsewhere. `config_hash` covers all that arms share: everything but the arm, the
+    checkpoint's weights and the draws. `recipe_hash` covers what was trained: it is the same for
+    twins, and scratch-own has another. `protocol` is the name that the recipe goes by.
     """
 
     dataset: str
@@ -58,6 +60,8 @@ class Row:
     checkpoint: str
     checkpoint_digest: str
     config_hash: str
+    recipe_hash: str = ""
+    protocol: str = ""
     format: int = ROW_FORMAT
     metric_version: int = 1
 

@@ -20,6 +20,7 @@ from data_prep.files import write_bytes, write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import Volume, read_channels
 from finetune.infer import Network, Size, mirrored, native_scores, segment, swapped_classes
+from finetune.protocol import DecoderKind
 from finetune.segmentation import Segmentation
 from finetune.settings import SegmentationFacts, TaskSettings
 from pretrain.arguments import build_backbone
@@ -121,8 +122,13 @@ def layer_precision(precision: Precision, device: torch.device) -> str:
     return machine_precision(TrainerSettings(precision=precision))
 
 
-def write_segmenter(segmenter: Segmenter, backbone: dict[str, Any], folder: Path) -> None:
+def write_segmenter(
+    segmenter: Segmenter, backbone: dict[str, Any], decoder: DecoderKind, folder: Path
+) -> None:
     """Writes model.safetensors and model.json into a run folder; `load_segmenter` reads them."""
+    facts = SegmentationFacts(
+        task=segmenter.task, decoder=decoder, overlap=segmenter.overlap, tta=segmenter.tta
+    )
     state = segmenter.model.state_dict()
     weights = {name: value.contiguous().cpu() for name, value in state.items()}
     write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
@@ -134,14 +140,9 @@ def write_segmenter(segmenter: Segmenter, backbone: dict[str, Any], folder: Path
             "preprocess": segmenter.preprocess.to_dict(),
             "window": list(segmenter.window),
             "modalities": list(segmenter.modalities),
-            **segmentation_facts(segmenter).model_dump(mode="json"),
+            **facts.model_dump(mode="json"),
         },
     )
-
-
-def segmentation_facts(segmenter: Segmenter) -> SegmentationFacts:
-    """What runs and releases say of a segmenter beside its encoder."""
-    return SegmentationFacts(task=segmenter.task, overlap=segmenter.overlap, tta=segmenter.tta)
 
 
 def load_segmenter(ref: Path, device: str | torch.device | None = None) -> Segmenter:
@@ -169,7 +170,12 @@ def load_segmenter(ref: Path, device: str | torch.device | None = None) -> Segme
     return segmenter
 
 
-def _from_run(run: Path) -> Segmenter:
+def read_model_file(run: Path) -> ModelFile:
+    """What a finetune run says of its network.
+
+    Raises:
+        InputError: it is damaged, or of another version.
+    """
     path = run / "model.json"
     config: dict[str, Any] = json.loads(path.read_text())
     if config.get("format") != MODEL_FORMAT:
@@ -178,13 +184,18 @@ def _from_run(run: Path) -> Segmenter:
             "the run was made by another version of voxelith"
         )
     try:
-        facts = ModelFile.model_validate(config)
+        return ModelFile.model_validate(config)
     except ValidationError as error:
         said = _told(error, "")
         raise InputError(f"{path}: is damaged ({said}); run `voxelith finetune` again") from error
+
+
+def _from_run(run: Path) -> Segmenter:
+    facts = read_model_file(run)
+    where = f"{run / 'model.json'}: backbone"
     preprocess = Preprocess.from_dict(facts.preprocess)
-    encoder = build_backbone(facts.backbone.name, facts.backbone.args, f"{path}: backbone")
-    model = Segmentation(encoder=encoder, task=facts.task)
+    encoder = build_backbone(facts.backbone.name, facts.backbone.args, where)
+    model = Segmentation(encoder=encoder, task=facts.task, decoder=facts.decoder)
     load_strictly(model, run / "model.safetensors")
     return Segmenter(
         model, preprocess, facts.task, facts.window, facts.overlap, facts.modalities, facts.tta
@@ -194,7 +205,7 @@ def _from_run(run: Path) -> Segmenter:
 def _from_release(release: Release) -> Segmenter:
     facts = release_facts(release)
     encoder = release.build_encoder()
-    model = Segmentation(encoder=encoder, task=facts.task)
+    model = Segmentation(encoder=encoder, task=facts.task, decoder=facts.decoder)
     release.load(model.encoder)
     load_strictly(model.decoder, release.path / DECODER)
     return Segmenter(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from finetune.protocol import DecoderKind, Freeze, LoRASettings, Own, Phase, Search
 from pretrain.settings import LoopSettings, RunName, Side
 
 WindowBatch = Annotated[int, Field(ge=1, le=256)]
@@ -17,6 +18,15 @@ WindowBatch = Annotated[int, Field(ge=1, le=256)]
 
 RECIPE_VERSION = 1
 """Raised when the same settings no longer give the same training."""
+
+FREE = frozenset(
+    {
+        "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
+        "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
+        "recipe_of", "own", "search", "window_batch",
+    }
+)  # fmt: skip
+"""Settings that arms and draws of one recipe may differ in; see `FinetuneSettings.recipe`."""
 
 
 class TaskClass(BaseModel):
@@ -65,6 +75,7 @@ class SegmentationFacts(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     task: TaskSettings
+    decoder: DecoderKind = "auto"
     overlap: Annotated[float, Field(ge=0, lt=1)]
     tta: bool = False
 
@@ -75,7 +86,10 @@ class FinetuneSettings(LoopSettings):
     `transfer` auto is what the release says: the encoder, or the decoder but for its head as well.
     `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
     seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
-    `default`.
+    `default`. With `phases`, `freeze`, `warmup` and `schedule` are those of the training that
+    follows them. `fit` descent trains; ridge and knn make a probe of frozen features in closed
+    form, and what concerns steps has no meaning there. `recipe_of` own is scratch with the changes
+    of `own`.
     """
 
     task: TaskSettings
@@ -95,6 +109,83 @@ class FinetuneSettings(LoopSettings):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     tta: bool = False
     window_batch: WindowBatch = 1
+    protocol: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tiny"
+    family: Literal["any", "cnn", "vit"] = "any"
+    fit: Literal["descent", "ridge", "knn"] = "descent"
+    decoder: DecoderKind = "auto"
+    deep_supervision: bool = False
+    freeze: Freeze = "none"
+    phases: Annotated[tuple[Phase, ...], Field(max_length=16)] = ()
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    lora: LoRASettings | None = None
+    recipe_of: Literal["twin", "own"] = "twin"
+    own: Own | None = None
+    search: Search | None = None
+
+    @model_validator(mode="after")
+    def _phases_leave_steps(self) -> Self:
+        before = sum(phase.steps for phase in self.phases)
+        if before >= self.steps:
+            raise ValueError(
+                f"phases take {before} of {self.steps} steps and leave none for the training "
+                "that follows; make steps larger"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.fit != "descent" and (
+            self.lora or self.phases or self.ema or self.freeze != "encoder"
+        ):
+            raise ValueError(
+                f"fit={self.fit} reads frozen features and trains nothing: it goes with "
+                "freeze=encoder, and without phases, lora and ema"
+            )
+        if self.lora and self.freeze != "none":
+            raise ValueError(
+                f"lora with freeze={self.freeze}: adapters keep the encoder's own weights as they "
+                "are already; give freeze=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_recipe_is_found_fairly(self) -> Self:
+        if self.recipe_of == "twin":
+            return self
+        if self.init != "scratch":
+            raise ValueError(
+                "recipe_of=own is scratch at its own best; the recipe of the pretrained arm is the "
+                "shared one: give init=scratch"
+            )
+        if self.own is None or self.search is None:
+            raise ValueError(
+                "recipe_of=own needs own.lr, the rate that validation chose, and search.lr, the "
+                "rates that both arms could choose from, with search.draws"
+            )
+        strange = [lr for lr in (self.lr, self.own.lr) if lr not in self.search.lr]
+        if strange:
+            raise ValueError(
+                f"rates {strange} are not among search.lr={list(self.search.lr)}: what one arm may "
+                "choose, the other must have been given too; add them"
+            )
+        return self
+
+    @property
+    def arm(self) -> str:
+        """What rows call this run: pretrained, its twin scratch, or scratch at its own best."""
+        return "scratch-own" if self.recipe_of == "own" else self.init
+
+    def effective(self) -> FinetuneSettings:
+        """The settings that are trained with: scratch at its own best departs from what is shared.
+
+        Nothing is frozen, adapted or slowed down there, for there is nothing to keep.
+        """
+        if self.recipe_of == "twin" or self.own is None:
+            return self
+        changes = self.own.model_dump(exclude_none=True)
+        plain = {"phases": (), "freeze": "none", "lora": None, "layer_decay": 1.0}
+        return self.model_copy(update={**plain, **changes})
 
     @model_validator(mode="before")
     @classmethod
@@ -119,21 +210,20 @@ class FinetuneSettings(LoopSettings):
             return self.run
         ckpt = re.sub(r"[^A-Za-z0-9._-]+", "-", self.ckpt.resolve().name)
         labels = self.labels.replace("%", "pct")
-        arm = self.init if self.transfer == "auto" else f"{self.init}-{self.transfer}"
-        name = f"{self.task.name}-{ckpt}-{arm}-labels={labels}-seed={self.seed}"
+        arm = self.arm if self.transfer == "auto" else f"{self.arm}-{self.transfer}"
+        name = f"{self.task.name}-{ckpt}-{self.protocol}-{arm}-labels={labels}-seed={self.seed}"
         return name[-100:].lstrip("._=-")
 
     def recipe(self, **resolved: Any) -> dict[str, Any]:
-        """All that twins share: what is left when arm, weights and draws are taken away.
+        """All that arms share: what is left when arm, weights and draws are taken away.
+
+        Names (of the protocol, of its family of networks) do not count, only what they stand for,
+        nor does how scratch may depart from it; of `effective()` settings it is what was trained.
 
         Args:
             resolved: what the settings only point to (architecture, index and split hashes, ...).
         """
-        free = {
-            "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
-            "log_every", "save_every", "preview_every", "loggers", "transfer", "window_batch",
-        }  # fmt: skip
-        kept = {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
+        kept = {k: v for k, v in self.model_dump(mode="json").items() if k not in FREE}
         return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
 
 

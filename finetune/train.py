@@ -40,13 +40,16 @@ from finetune.evaluate import (
     task_problems,
 )
 from finetune.labels import choose_labels
+from finetune.lora import add_adapters
+from finetune.phases import PhasedLoop
+from finetune.protocol import freeze_problem
 from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter, write_segmenter
 from finetune.settings import FinetuneSettings, config_hash
 from pretrain.decoders import without_head
 from pretrain.loader import Augment, CropDataset
-from pretrain.loop import Loop, check_machine
+from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
@@ -67,6 +70,9 @@ class Plan:
     unlabelled: tuple[str, ...]
     test: Split
     recipe: dict[str, Any]
+    """What all arms share; `settings` are those that this run trains with."""
+    trained: dict[str, Any]
+    """The recipe of this run: the same, unless it is scratch at its own best."""
     transfer: str
     """What the pretrained arm takes over: encoder or network."""
 
@@ -81,6 +87,7 @@ class Plan:
         """What a run is; a run folder holds one of these for life."""
         return {
             "config_hash": config_hash(self.recipe),
+            "recipe_hash": config_hash(self.trained),
             "checkpoint_digest": self.release.digest,
             "init": self.settings.init,
             "seed": self.settings.seed,
@@ -132,7 +139,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
             mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
             print(
-                f"finetune: {settings.task.name}, {settings.init}, {len(plan.train_keys)} labels, "
+                f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
                 f"seed {settings.seed}: Dice {100 * mean:.1f} over {len(plan.test.keys)} cases "
                 f"-> {run.path}"
             )
@@ -165,11 +172,8 @@ def make_plan(settings: FinetuneSettings) -> Plan:
             f"corpus={corpus.path}: holds {', '.join(strange)}, the checkpoint was trained on "
             f"{', '.join(release.modalities)} only; choose another ckpt"
         )
-    transfer = release.transfers if settings.transfer == "auto" else settings.transfer
-    if transfer == "network" and not release.has_decoder:
-        problems.append(
-            f"transfer=network: {release.path} has no decoder; transfer=auto takes what it has"
-        )
+    transfer, more = _transfer(settings, release)
+    problems += more + _protocol_problems(settings, release)
     if problems:
         raise InputError(problems)
     train = choose_split(corpus, settings.split, "train")
@@ -177,15 +181,24 @@ def make_plan(settings: FinetuneSettings) -> Plan:
     seed = settings.seed if settings.label_seed is None else settings.label_seed
     subjects = [corpus.subjects[corpus.position(key)] for key in train.keys]
     chosen = choose_labels(train.keys, subjects, settings.labels, seed)
-    recipe = settings.recipe(
-        network=release.equal_but_weights(),
-        index_hash=corpus.index_hash,
-        split_hash=train.hash,
-        preprocess=preprocess.to_dict(),
-    )
-    unlabelled = _absent_classes(corpus, chosen, settings)
+    resolved = {
+        "network": release.equal_but_weights(),
+        "index_hash": corpus.index_hash,
+        "split_hash": train.hash,
+        "preprocess": preprocess.to_dict(),
+    }
+    effective = settings.effective()
     return Plan(
-        settings, release, corpus, preprocess, tuple(chosen), unlabelled, test, recipe, transfer
+        effective,
+        release,
+        corpus,
+        preprocess,
+        tuple(chosen),
+        _absent_classes(corpus, chosen, settings),
+        test,
+        recipe=settings.recipe(**resolved),
+        trained=effective.recipe(**resolved),
+        transfer=transfer,
     )
 
 
@@ -194,18 +207,69 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
 
     So twins start with the same head, and differ in what is transferred alone: the encoder, or
     the decoder but for its head as well. The report lists every tensor of the network once.
+
+    Adapters and the average of the weights begin from there.
     """
-    torch.manual_seed(plan.settings.seed)
-    model = Segmentation(encoder=plan.release.build_encoder(), task=plan.settings.task)
-    _check_crop(model, plan.settings)
+    settings = plan.settings
+    torch.manual_seed(settings.seed)
+    model = Segmentation(
+        encoder=plan.release.build_encoder(),
+        task=settings.task,
+        decoder=settings.decoder,
+        deep_supervision=settings.deep_supervision,
+    )
+    _check_crop(model, settings)
+    _check_freezes(model, settings)
+    report = _load(plan, model)
+    model.layer_decay = settings.layer_decay
+    if settings.lora is not None:
+        add_adapters(model.encoder, settings.lora)
+    model.hold(settings.freeze)
+    if settings.ema is not None:
+        model.start_average(settings.ema)
+    return model, report
+
+
+def _load(plan: Plan, model: Segmentation) -> LoadReport:
     if plan.settings.init == "scratch":
-        return model, LoadReport(new=sorted(model.state_dict()))
+        return LoadReport(new=sorted(model.state_dict()))
     encoder = plan.release.load(model.encoder)
     if plan.transfer == "network":
         decoder = plan.release.load_decoder(model.decoder)
     else:
         decoder = _decoder_left(plan.release, model.decoder)
-    return model, LoadReport.joined(encoder=encoder, decoder=decoder)
+    return LoadReport.joined(encoder=encoder, decoder=decoder)
+
+
+def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[str]]:
+    """What the pretrained arm takes over, and why it cannot."""
+    own = settings.decoder == "auto"
+    if settings.transfer == "auto":
+        return (release.transfers if own else "encoder"), []
+    problems = []
+    if settings.transfer == "network" and not release.has_decoder:
+        problems.append(
+            f"transfer=network: {release.path} has no decoder; transfer=auto takes what it has"
+        )
+    if settings.transfer == "network" and not own:
+        problems.append(
+            f"transfer=network with decoder={settings.decoder}: a release's decoder is the one of "
+            "decoder=auto; give that, or transfer=encoder"
+        )
+    return settings.transfer, problems
+
+
+def _protocol_problems(settings: FinetuneSettings, release: Release) -> list[str]:
+    """Whether the protocol is for another kind of network: it would look like a bad checkpoint."""
+    name = str(release.config["backbone"]["name"])
+    family = "vit" if name.startswith("vit.") else "cnn"
+    if settings.family in ("any", family):
+        return []
+    other = settings.protocol.replace(settings.family, family)
+    return [
+        f"protocol={settings.protocol}: its rates are for a {settings.family} and {release.path} "
+        f"is {name}; take protocol={other}, or family=any if it is meant"
+    ]
 
 
 def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
@@ -251,6 +315,16 @@ def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
         raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
 
 
+def _check_freezes(model: Segmentation, settings: FinetuneSettings) -> None:
+    layers = len(model.encoder.layers())
+    named = {"freeze": settings.freeze}
+    named |= {f"phases[{i}].freeze": phase.freeze for i, phase in enumerate(settings.phases)}
+    found = [freeze_problem(what, layers, name) for name, what in named.items()]
+    problems = [problem for problem in found if problem]
+    if problems:
+        raise InputError(problems)
+
+
 def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
     """Classes of which no chosen training case has a voxel."""
     present = {
@@ -287,6 +361,8 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         sys.argv,
         identity=plan.identity,
         recipe=plan.recipe,
+        arm=plan.settings.arm,
+        trained=plan.trained,
         corpus={"path": str(plan.corpus.path), "index_hash": plan.corpus.index_hash},
         release={"name": plan.release.name, "digest": plan.release.digest},
         label_keys=list(plan.train_keys),
@@ -315,13 +391,13 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         foreground=settings.foreground,
         classes=[value for c in settings.task.classes for value in c.values],
     )
-    Loop(
+    PhasedLoop(
         settings,
         dataset,
         run,
         augment=Augment(settings.task.flip, settings.gain),
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
-        label=f"finetune {settings.init} seed {settings.seed}",
+        label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
 
 
@@ -329,6 +405,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
     """Writes the network and the predictions of the test cases; returns their rows."""
     settings, corpus = plan.settings, plan.corpus
     assert settings.crop_size is not None
+    model.finish()
     segmenter = Segmenter(
         model,
         plan.preprocess,
@@ -340,7 +417,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         settings.trainer.precision,
         settings.window_batch,
     )
-    write_segmenter(segmenter, plan.release.config["backbone"], run.path)
+    write_segmenter(segmenter, plan.release.config["backbone"], settings.decoder, run.path)
     accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
     model.to("cuda" if accelerated else "cpu").eval()
     folder = run.path / "predictions"
@@ -355,7 +432,9 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
     release, pretrained = plan.release, settings.init == "pretrained"
     seen = comparable(release.fingerprints)
     origin = Origin(
-        arm=settings.init,
+        arm=settings.arm,
+        protocol=settings.protocol,
+        recipe_hash=config_hash(plan.trained),
         labels=settings.labels,
         n_labels=len(plan.train_keys),
         seed=settings.seed,

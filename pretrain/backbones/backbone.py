@@ -45,6 +45,14 @@ class Backbone(nn.Module):
         """Returns the modules to compile one by one: those whose calls do all the work."""
         return [self]
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the encoder in the order of its depth, what an image passes first at the start.
+
+        Finetuning freezes the first of them and slows them down. Each parameter belongs to exactly
+        one layer; a backbone that does not say where it can be cut is one layer.
+        """
+        return [[self]]
+
     def own_decoder(self, out_channels: int) -> nn.Module | None:
         """Returns the decoder that was published with this encoder, if it needs one of its own.
 

@@ -158,6 +158,13 @@ class Pyramid(Backbone):
             triple([s // t for s, t in zip(size, stride, strict=True)]) for stride in self.strides
         ]
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the stages; the stem belongs to the first."""
+        stages: list[list[nn.Module | nn.Parameter]] = [[stage] for stage in self.stages]
+        if self.stem is not None:
+            stages[0].insert(0, self.stem)
+        return stages
+
     def visible(self, hidden: Tensor, shape: Sequence[int]) -> list[Tensor | None]:
         """Returns what is visible of each feature map, bool [B, 1, D_i, H_i, W_i].
 

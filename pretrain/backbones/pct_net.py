@@ -355,6 +355,10 @@ class PCTNetEncoder(Backbone):
         """Returns the stages."""
         return list(self.stages)
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the stages."""
+        return [[stage] for stage in self.stages]
+
     def own_decoder(self, out_channels: int) -> PCTDecoder:
         """Returns PCT-Net's decoder."""
         return self._make_decoder(out_channels=out_channels)

@@ -461,6 +461,16 @@ class ViT3D(Backbone):
         """Returns the blocks: alike, so that one compilation serves all of them."""
         return list(self.blocks)
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the embedding with its positions and tokens, then the blocks.
+
+        The final norm belongs to the last block.
+        """
+        tokens = [t for t in (self.cls_token, self.register_tokens) if t is not None]
+        blocks: list[list[nn.Module | nn.Parameter]] = [[block] for block in self.blocks]
+        blocks[-1].append(self.norm)
+        return [[self.patch_embed, self.pos_embed, *tokens], *blocks]
+
     def _run_blocks(
         self, tokens: Tensor, rotary: tuple[Tensor, ...], taps: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
