@@ -219,9 +219,9 @@ def read_channels(
     Raises:
         Reject: as `read_nifti`, or a channel lies on another grid than the first.
     """
+    named = names or [""] * len(paths)
     volumes = [
-        read_nifti(path, modality, name)
-        for path, name in zip(paths, names or [None] * len(paths), strict=True)
+        read_nifti(path, modality, name or None) for path, name in zip(paths, named, strict=True)
     ]
     first = volumes[0]
     for path, volume in zip(paths, volumes, strict=True):
