@@ -117,11 +117,20 @@ def _replay(words: list[str]) -> Any:
 
 def _export(words: list[str]) -> Any:
     run, output = _positional("export", words, ["RUN", "OUT"])
-    from pretrain.export import export
+    from finetune.export import export
 
     release = export(Path(run), Path(output))
     print(f"{release.path}: verified, golden scan included, digest {release.digest[:12]}")
     return {"release": str(release.path), "digest": release.digest}
+
+
+def _inspect(words: list[str]) -> Any:
+    (ref,) = _positional("inspect", words, ["RUN|RELEASE"])
+    from finetune.describe import as_text, describe
+
+    facts = describe(Path(ref))
+    print(as_text(facts))
+    return facts
 
 
 def _finetune(words: list[str]) -> Any:
@@ -250,13 +259,15 @@ def _features(words: list[str]) -> Any:
 
 def _predict(words: list[str]) -> Any:
     settings = _configured("predict", words)
-    from finetune.infer import predict
+    from finetune.predict import predict
 
-    found = predict(settings.ckpt, settings.input, settings.output)
-    print(f"{settings.output}: {len(found.written)} written, {len(found.left_out)} left out")
+    found = predict(settings)
+    there = f", {len(found.there)} there already" if settings.resume else ""
+    print(f"{settings.output}: {len(found.written)} written{there}, {len(found.left_out)} left out")
     return {
         "output": str(settings.output),
         "written": len(found.written),
+        "there": len(found.there),
         "left_out": found.left_out,
     }
 
@@ -332,6 +343,15 @@ SCAN is a NIfTI. OUT.npz gets the feature map [E, d, h, w], its affine, and thei
 
 example: voxelith features release/ scan.nii.gz features.npz""",
     ),
+    "inspect": Command(
+        "what a run or a release is",
+        "inspect RUN|RELEASE",
+        _inspect,
+        """
+Printed are architecture, preprocessing, training, data with licences, classes and digest.
+
+example: voxelith inspect release/""",
+    ),
     "finetune": Command(
         "a release to a segmentation network and its scores",
         "finetune task=NAME corpus=DIR ckpt=RELEASE [run=NAME] [init=pretrained|scratch] "
@@ -341,12 +361,14 @@ example: voxelith features release/ scan.nii.gz features.npz""",
         _finetune,
     ),
     "predict": Command(
-        "segment a folder of scans", "predict ckpt=RUN input=DIR output=DIR", _predict
+        "segment a folder of scans",
+        "predict ckpt=RUN|RELEASE input=DIR output=DIR [tta=true] [key=value ...]",
+        _predict,
     ),
     "evaluate": Command(
         "score any predictions",
-        "evaluate predictions=DIR corpus=DIR task=NAME output=DIR [part=test] [key=value ...] "
-        "[--config-dir DIR]",
+        "evaluate predictions=DIR corpus=DIR task=NAME output=DIR [part=test] [keymap=FILE] "
+        "[key=value ...] [--config-dir DIR]",
         _evaluate,
     ),
     "table": Command(

@@ -186,11 +186,11 @@ class Preprocess:
                 result = resample(result, operation.spacing_mm)
             elif isinstance(operation, Intensity):
                 plain = operation.model_dump()
-                channels = [
-                    normalise(result.array[c], intensity_coefficients(plain, modality, known[c]))
-                    for c, modality in enumerate(result.modality)
-                ]
-                result = replace(result, array=np.stack(channels))
+                # In place and slice by slice: the array is this function's own, and may be large.
+                for c, modality in enumerate(result.modality):
+                    coefficients = intensity_coefficients(plain, modality, known[c])
+                    for values in result.array[c]:
+                        values[...] = normalise(values, coefficients)
             elif isinstance(operation, Pad):
                 result = pad(result, operation.multiple)
         return result
@@ -265,11 +265,13 @@ def pad(volume: Volume, multiple: Sequence[int]) -> Volume:
     far = [-n % m for n, m in zip(volume.array.shape[1:], multiple, strict=True)]
     if not any(far):
         return volume
-    channels = [
-        np.pad(channel, [(0, n) for n in far], constant_values=channel.min())
-        for channel in volume.array
-    ]
-    return replace(volume, array=np.stack(channels))
+    d, h, w = volume.array.shape[1:]
+    larger = (len(volume.array), d + far[0], h + far[1], w + far[2])
+    padded = np.empty(larger, volume.array.dtype)
+    for into, channel in zip(padded, volume.array, strict=True):
+        into[...] = channel.min()
+        into[:d, :h, :w] = channel
+    return replace(volume, array=padded)
 
 
 def _parse(operations: Sequence[Any]) -> list[Reorient | Resample | Intensity | Pad]:

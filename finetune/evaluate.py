@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.progress import bar
 from data_prep.volume import Reject, read_label
 from finetune.metrics import METRIC_VERSION, Score, score_labels
+from finetune.predictions import find_predictions
 from finetune.rows import Row, write_rows
 from finetune.settings import EvaluateSettings, TaskSettings
 
@@ -70,19 +71,10 @@ def evaluate(settings: EvaluateSettings) -> Path:
     if corpus is None or problems:
         raise InputError(problems)
     split = choose_split(corpus, settings.split, settings.part)
-    files = {key: _find(settings.predictions, key) for key in split.keys}
-    absent = [key for key, file in files.items() if file is None]
-    if absent:
-        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        raise InputError(
-            f"predictions={settings.predictions}: {len(absent)} of {len(files)} cases of the "
-            f"{split.part} part are missing ({shown}); expected KEY.nii.gz for each, a case "
-            "without a finding too (all zeros)"
-        )
+    files = find_predictions(settings.predictions, corpus, split.keys, settings.keymap)
 
     def read(key: str) -> Labels:
         file = files[key]
-        assert file is not None
         try:
             return read_label(file, corpus.volume(corpus.position(key)))
         except Reject as reject:
@@ -214,8 +206,3 @@ def task_problems(corpus: Corpus, task: TaskSettings) -> list[str]:
         for c in task.classes
         if (missing := sorted(set(c.values) - known.keys()))
     ]
-
-
-def _find(folder: Path, key: str) -> Path | None:
-    found: Sequence[Path] = [folder / f"{key}.nii.gz", folder / f"{key}.nii"]
-    return next((path for path in found if path.is_file()), None)

@@ -14,6 +14,9 @@ from data_prep.settings import MUST_EXIST
 from finetune.protocol import DecoderKind, Freeze, LoRASettings, Own, Phase, Search
 from pretrain.settings import LoopSettings, RunName, Side
 
+WindowBatch = Annotated[int, Field(ge=1, le=256)]
+"""Windows that the network gets at a time; the result is the same but for rounding."""
+
 RECIPE_VERSION = 1
 """Raised when the same settings no longer give the same training."""
 
@@ -21,7 +24,7 @@ FREE = frozenset(
     {
         "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
         "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
-        "recipe_of", "own", "search",
+        "recipe_of", "own", "search", "window_batch",
     }
 )  # fmt: skip
 """Settings that arms and draws of one recipe may differ in; see `FinetuneSettings.recipe`."""
@@ -155,6 +158,20 @@ class TaskSettings(BaseModel):
         return self
 
 
+class SegmentationFacts(BaseModel):
+    """What a finetuned run and its release say of the network beside its encoder.
+
+    `tta`: windows are also seen mirrored along the task's flip axes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: TaskSettings
+    decoder: DecoderKind = "auto"
+    overlap: Annotated[float, Field(ge=0, lt=1)]
+    tta: bool = False
+
+
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
@@ -182,6 +199,8 @@ class FinetuneSettings(LoopSettings):
     crop_size: tuple[Side, Side, Side] | None = None  # type: ignore[assignment]
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    tta: bool = False
+    window_batch: WindowBatch = 1
     protocol: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tiny"
     family: Literal["any", "cnn", "vit"] = "any"
     fit: Literal["descent", "ridge", "knn"] = "descent"
@@ -312,7 +331,9 @@ class FinetuneSettings(LoopSettings):
 class EvaluateSettings(BaseModel):
     """The keys of conf/evaluate.yaml: any predictions against a labelled corpus.
 
-    `predictions` holds KEY.nii.gz files with label values on the native grid of each case.
+    `predictions` holds KEY.nii.gz files with label values on the native grid of each case, or files
+    with the names that the scans had: told by `keymap`, the keymap.csv that prep wrote beside the
+    corpus, where keys are not made of names.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -323,17 +344,27 @@ class EvaluateSettings(BaseModel):
     output: Path
     split: str = "auto"
     part: Literal["train", "validation", "test"] = "test"
+    keymap: Path | None = None
     name: str = ""
 
 
 class PredictSettings(BaseModel):
-    """The keys of conf/predict.yaml: a finetuned run over a folder of NIfTI scans."""
+    """The keys of conf/predict.yaml: a finetuned run or its release over a folder of scans.
+
+    `tta` null is what the network was scored with. `resume` leaves scans alone whose output is
+    there; files appear whole, so what is there is finished, whichever network made it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     ckpt: Annotated[Path, MUST_EXIST]
     input: Annotated[Path, MUST_EXIST]
     output: Path
+    tta: bool | None = None
+    window_batch: WindowBatch = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    resume: bool = False
 
 
 class DemoSettings(BaseModel):

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save
 from torch import nn
 
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences
-from data_prep.files import write_bytes, write_json
+from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
 from finetune.evaluate import (
@@ -40,7 +39,6 @@ from finetune.evaluate import (
     score,
     task_problems,
 )
-from finetune.infer import MODEL_FORMAT, Segmenter
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.phases import PhasedLoop
@@ -48,6 +46,7 @@ from finetune.probes import fit_probe
 from finetune.protocol import freeze_problem
 from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
+from finetune.segmenter import Segmenter, write_segmenter
 from finetune.settings import FinetuneSettings, config_hash
 from pretrain.decoders import without_head
 from pretrain.loader import Augment, CropDataset
@@ -429,22 +428,11 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         settings.crop_size,
         settings.overlap,
         tuple(sorted(set(corpus.modalities))),
+        settings.tta,
+        settings.trainer.precision,
+        settings.window_batch,
     )
-    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    write_bytes(run.path / "model.safetensors", save(weights, {"format": "pt"}))
-    write_json(
-        run.path / "model.json",
-        {
-            "format": MODEL_FORMAT,
-            "backbone": plan.release.config["backbone"],
-            "preprocess": plan.preprocess.to_dict(),
-            "window": list(settings.crop_size),
-            "overlap": settings.overlap,
-            "modalities": sorted(set(corpus.modalities)),
-            "task": settings.task.model_dump(mode="json"),
-            "decoder": settings.decoder,
-        },
-    )
+    write_segmenter(segmenter, plan.release.config["backbone"], settings.decoder, run.path)
     model.to(_device(settings)).eval()
     folder = run.path / "predictions"
     folder.mkdir(exist_ok=True)

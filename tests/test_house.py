@@ -21,6 +21,7 @@ DOORS = {
     "loader",
     "loop",
     "losses",
+    "manifest",
     "objective",
     "previews",
     "probe",
