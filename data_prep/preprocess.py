@@ -230,6 +230,23 @@ def as_physical(volume: Volume) -> Volume:
     )
 
 
+def spacing_factors(spacing: Sequence[float], spacing_mm: Sequence[float]) -> np.ndarray:
+    """Voxels of a volume per voxel of its resampled self, (d, h, w); 1 where it stays untouched."""
+    factors = np.asarray(spacing_mm, dtype=np.float64) / np.asarray(spacing)
+    factors[np.abs(factors - 1) < SPACING_TOLERANCE] = 1.0
+    return factors
+
+
+def resampled_shape(shape: Sequence[int], factors: Sequence[float] | np.ndarray) -> list[int]:
+    """Voxels (d, h, w) of a volume once it is resampled."""
+    return [max(1, round(int(n) / f)) for n, f in zip(shape, factors, strict=True)]
+
+
+def smoothing(factors: np.ndarray) -> np.ndarray:
+    """Sigma (d, h, w), in voxels of the volume, of the Gaussian that goes before resampling."""
+    return np.maximum(0.0, (factors - 1) / 2)
+
+
 def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     """Resample a float32 volume linearly to a spacing (d, h, w) in mm.
 
@@ -237,14 +254,13 @@ def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     Axes that shrink by a factor f are smoothed first by a Gaussian of (f - 1) / 2 voxels, as
     scikit-image's anti-aliasing does. An axis whose spacing fits within 1 % stays untouched.
     """
-    factors = np.asarray(spacing_mm, dtype=np.float64) / np.asarray(volume.spacing)
-    factors[np.abs(factors - 1) < SPACING_TOLERANCE] = 1.0
+    factors = spacing_factors(volume.spacing, spacing_mm)
     if (factors == 1).all():
         return volume
-    shape = [max(1, round(n / f)) for n, f in zip(volume.array.shape[1:], factors, strict=True)]
+    shape = resampled_shape(volume.array.shape[1:], factors)
     # Voxel i of the result is centred at source index (i + 1/2) f - 1/2.
     offset = factors / 2 - 0.5
-    sigma = np.maximum(0.0, (factors - 1) / 2)
+    sigma = smoothing(factors)
     channels = []
     for channel in volume.array.astype(np.float32, copy=False):
         smooth = ndimage.gaussian_filter(channel, sigma, mode="nearest") if sigma.any() else channel

@@ -48,8 +48,9 @@ from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter, write_segmenter
 from finetune.settings import FinetuneSettings, config_hash
+from pretrain.augment import Augment
 from pretrain.decoders import without_head
-from pretrain.loader import Augment, CropDataset
+from pretrain.loader import CropDataset
 from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
@@ -164,8 +165,7 @@ def make_plan(settings: FinetuneSettings, release: Release | None = None) -> Pla
         raise InputError(problems)
     settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
     problems += task_problems(corpus, settings.task)
-    preprocess, more = _preprocess(settings, release, corpus)
-    problems += more
+    preprocess = _preprocess(settings, release)
     channels = {int(n) for n in corpus.shapes[:, 0]}
     wanted = int(release.config["backbone"]["args"].get("in_channels", 1))
     if channels != {wanted}:
@@ -290,28 +290,18 @@ def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
     )
 
 
-def _preprocess(
-    settings: FinetuneSettings, release: Release, corpus: Corpus
-) -> tuple[Preprocess, list[str]]:
-    """The checkpoint's preprocessing, or, where asked for, the same at the data's own spacing."""
-    spacing = release.preprocess.spacing_mm
-    if spacing is None:
-        return release.preprocess, []
-    if settings.spacing == "native":
-        operations = tuple(
-            {**o, "spacing_mm": None} if o["op"] == "resample" else o
-            for o in release.preprocess.operations
-        )
-        return Preprocess(operations), []
-    factors = corpus.spacings / np.array(spacing)
-    if np.abs(factors - 1).max() < 0.01:
-        return release.preprocess, []
-    return release.preprocess, [
-        f"spacing=checkpoint: the checkpoint was trained at {list(spacing)} mm, the volumes of "
-        f"{corpus.path} differ from that by up to {np.abs(factors - 1).max():.0%}; training on "
-        "resampled labelled crops is not offered yet: spacing=native finetunes at the data's own "
-        "spacing, and records it"
-    ]
+def _preprocess(settings: FinetuneSettings, release: Release) -> Preprocess:
+    """The checkpoint's preprocessing, or, where asked for, the same at the data's own spacing.
+
+    Crops and scans alike are resampled to its spacing; scores are taken on the native grid.
+    """
+    if settings.spacing == "checkpoint":
+        return release.preprocess
+    operations = tuple(
+        {**o, "spacing_mm": None} if o["op"] == "resample" else o
+        for o in release.preprocess.operations
+    )
+    return Preprocess(operations)
 
 
 def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
@@ -396,6 +386,7 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         label=True,
         foreground=settings.foreground,
         classes=[value for c in settings.task.classes for value in c.values],
+        augment=settings.augment,
     )
     if settings.fit != "descent":
         # No trainer, which would start the other ranks: this process is the only one.
@@ -405,7 +396,7 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         settings,
         dataset,
         run,
-        augment=Augment(settings.task.flip, settings.gain),
+        augment=Augment(settings.task.flip, settings.augment),
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)

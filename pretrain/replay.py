@@ -25,6 +25,7 @@ from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
+from pretrain.augment import Augment
 from pretrain.failures import (
     Shape,
     checkpoint_step,
@@ -33,7 +34,7 @@ from pretrain.failures import (
     failure_folder,
     plain,
 )
-from pretrain.loader import Augment, CropDataset, collate, to_device
+from pretrain.loader import CropDataset, collate, to_device
 from pretrain.loop import Loop, autocast_of, machine_precision
 from pretrain.objective import Batch
 from pretrain.previews import PLANES, aspects, planes
@@ -145,7 +146,8 @@ class Replay:
         """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
         settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
         self.device = _device(settings)
-        loop = Loop(settings, self.dataset, self.run, augment=Augment(settings.flip, settings.gain))
+        augment = Augment(settings.flip, settings.augment)
+        loop = Loop(settings, self.dataset, self.run, augment=augment)
         objective = self.objective
         state = self.start(step)
         if state is not None:

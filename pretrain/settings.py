@@ -37,6 +37,41 @@ class TrainerSettings(BaseModel):
     checkpointing: bool = False
 
 
+Chance = Annotated[float, Field(ge=0, le=1)]
+Zoom = Annotated[float, Field(ge=0.25, le=4)]
+
+
+class AugmentSettings(BaseModel):
+    """A file of conf/augment: how crops are changed besides mirroring, and with what chance.
+
+    `rotate` turns about each axis by up to `degrees`; `scale` lets a crop span `zoom` times as many
+    voxels, drawn once or for each axis. From `noise` on, chances alone: what they stand for is in
+    `pretrain.augment`, with the ranges of nnU-Net.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    rotate: Chance = 0.0
+    degrees: Annotated[float, Field(gt=0, le=180)] = 30.0
+    scale: Chance = 0.0
+    zoom: tuple[Zoom, Zoom] = (0.7, 1.4)
+    zoom_per_axis: bool = False
+    gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    noise: Chance = 0.0
+    blur: Chance = 0.0
+    brightness: Chance = 0.0
+    contrast: Chance = 0.0
+    low_resolution: Chance = 0.0
+    inverted_gamma: Chance = 0.0
+    gamma: Chance = 0.0
+
+    @model_validator(mode="after")
+    def _zoom_has_an_order(self) -> Self:
+        if self.zoom[0] > self.zoom[1]:
+            raise ValueError(f"zoom={list(self.zoom)}: the smaller factor comes first")
+        return self
+
+
 class LoopSettings(BaseModel):
     """How long and how fast; shared by pretraining and finetuning."""
 
@@ -59,12 +94,17 @@ class LoopSettings(BaseModel):
     warmup: Annotated[int, Field(ge=0)] = 0
     halve_every: Annotated[int, Field(ge=1)] | None = None
     clip: Annotated[float, Field(gt=0)] | None = 1.0
-    gain: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    augment: AugmentSettings = AugmentSettings(gain=0.1)
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 500
     preview_every: Annotated[int, Field(ge=0)] = 0
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     trainer: TrainerSettings = TrainerSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gain_was_a_key_of_its_own(cls, data: Any) -> Any:
+        return with_augment(data) if isinstance(data, dict) else data
 
     @field_validator("crop_size", mode="before")
     @classmethod
@@ -91,6 +131,14 @@ class LoopSettings(BaseModel):
                 f"be a multiple of devices x nodes x accumulate = {parts}"
             )
         return self
+
+
+def with_augment(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of before `augment`, when `gain` stood alone, in today's words."""
+    if "gain" not in config or "augment" in config:
+        return config
+    rest = {name: value for name, value in config.items() if name != "gain"}
+    return {**rest, "augment": {"gain": config["gain"]}}
 
 
 class IntensitySettings(BaseModel):
@@ -162,6 +210,9 @@ class PretrainSettings(LoopSettings):
             "loggers", "accumulate", "health",
         }  # fmt: skip
         now = {n: v for n, v in self.model_dump(mode="json").items() if n not in free}
+        before = with_augment(before)
+        if "augment" in before:
+            before = {**before, "augment": AugmentSettings.model_validate(before["augment"])}
         # A run of an older version does not name what was added since: it had the defaults.
         defaults = {n: f.get_default() for n, f in type(self).model_fields.items()}
         return differences({n: _plain(before.get(n, defaults[n])) for n in now}, now)

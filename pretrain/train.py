@@ -22,8 +22,9 @@ from data_prep.errors import InputError, attempt
 from data_prep.files import write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
+from pretrain.augment import Augment
 from pretrain.health import Health
-from pretrain.loader import Augment, CropDataset
+from pretrain.loader import CropDataset
 from pretrain.loop import Loop, check_machine
 from pretrain.objective import Batch, Objective
 from pretrain.previews import draw_previews
@@ -67,7 +68,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         settings,
         dataset,
         run,
-        augment=Augment(settings.flip, settings.gain),
+        augment=Augment(settings.flip, settings.augment),
         draw_previews=_draw_pictures,
         health=Health(settings.health, dataset, run.path, probe),
         loggers=make_loggers(settings, run) if main else [],
@@ -122,6 +123,7 @@ def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: int = 1) -> 
         _preprocess(settings, corpus),
         settings.crop_size,
         crops=crops,
+        augment=settings.augment,
     )
 
 

@@ -14,6 +14,7 @@ ORDER = ["data_prep", "pretrain", "finetune"]
 # What finetune may use of pretrain.
 DOORS = {
     "arguments",
+    "augment",
     "backbones",
     "decoders",
     "encoder",
