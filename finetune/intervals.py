@@ -15,10 +15,11 @@ units * draws * var(mean) = MS_poor + max(MS_rich - MS_rest, 0). Of equals the l
 
 Quantile. Satterthwaite's degrees of freedom are liberal at three draws (up to 8 % false
 positives); Cochran's mean of Student quantiles, weighted by the shares of the variance (Cochran
-and Cox, Experimental Designs, 1957, section 4.14), is conservative. The quantile lies between them, `w` of the way to Cochran's, where w = min(2 u / df, 1) with u the share and df
-the degrees of freedom of the poorer side: the more the verdict hangs on few draws, the more
-careful. Satterthwaite grows more liberal in smaller tails, Cochran's does not; below 5 % w goes to
-1 with the level, which is what Holm's smaller levels need.
+and Cox, Experimental Designs, 1957, section 4.14), is conservative. The quantile lies between
+them, `w` of the way to Cochran's, where w = min(2 u / df, 1) with u the share and df the degrees
+of freedom of the poorer side: the more the verdict hangs on few draws, the more careful.
+Satterthwaite grows more liberal in smaller tails, Cochran's does not; below 5 % w goes to 1 with
+the level, which is what Holm's smaller levels need.
 
 What comes of it: docs/results/aa_grid.md, made by benchmarks/aa_grid.py. Why: docs/decisions/0009.
 
