@@ -310,13 +310,16 @@ def _chunks(replications: int, size: int = 1000) -> Iterator[int]:
 # Text
 
 
-def bounds(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def bounds(cells: list[dict[str, Any]], slack: float = 0.0) -> list[dict[str, Any]]:
     """The normal cells that break the promise: above 6.5 %, or below 3.5 % where draws vary."""
     return [
         cell
         for cell in cells
         if cell["shape"] == "normal"
-        and (cell["ours"] > HIGHEST or (cell["draw_sd"] > 0 and cell["ours"] < LOWEST))
+        and (
+            cell["ours"] > HIGHEST + slack
+            or (cell["draw_sd"] > 0 and cell["ours"] < LOWEST - slack)
+        )
     ]
 
 

@@ -235,7 +235,8 @@ def test_every_cell_of_the_grid(seed: int) -> None:
     made = benchmark()
     cells = list(made.grid(20000, seed + 1, shapes=("normal",), others=False))
     assert len(cells) == 108
-    assert made.bounds(cells) == []
+    # The highest cell (8 draws, 10 cases, none varies) has 6.26 % in truth.
+    assert made.bounds(cells, slack=2 * math.sqrt(0.065 * 0.935 / 20000)) == []
 
 
 # Power
