@@ -28,7 +28,14 @@ shared = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not her
 def run(source: Path, output: Path, **options: Any) -> Corpus:
     settings = {"processes": 1, "keys": "names", **options}
     prep(PrepSettings(input=source, output=output, **settings), say=lambda line: None)
-    return Corpus.open(output)
+    corpus = Corpus.open(output)
+    if source.is_dir():
+        # Every file of the input ended as something; a case that only a list knows is no file.
+        there = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+        only_listed = set(quarantine(output)) - there
+        total = corpus.info["counts"]["files"]["total"]
+        assert total == len(there) + len(only_listed)
+    return corpus
 
 
 def quarantine(output: Path) -> dict[str, tuple[str, str]]:
