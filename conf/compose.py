@@ -276,6 +276,8 @@ def _settings_problem(item: Any) -> str:
     if item["type"] == "missing":
         return f"{where}: missing; give {where}=..."
     said = plain_message(item)
+    if isinstance(item["input"], dict):
+        return f"{where}: {said}" if where else said  # a whole file would hide the message
     return f"{where}={item['input']}: {said}" if where else said
 
 
