@@ -12,6 +12,7 @@ This module is the public API and the `voxelith` command: a dispatcher, nothing 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import traceback
@@ -34,11 +35,12 @@ def load_encoder(ref: str | Path, *, device: str = "cpu") -> Encoder:
 
 
 class Command(NamedTuple):
-    """A verb: what it says of itself, how it is called, and what it runs."""
+    """A verb: what it says of itself, how it is called, what it runs, and more for its help."""
 
     summary: str
     usage: str
     run: Callable[[list[str]], Any]
+    more: str = ""
 
 
 def _configured(name: str, words: list[str]) -> Any:
@@ -84,14 +86,16 @@ def _pretrain(words: list[str]) -> Any:
 def _bench(words: list[str]) -> Any:
     from data_prep.errors import InputError
 
-    if not words or words[0] not in ("step", "estimate"):
+    said = [word for word in words if word in ("step", "estimate")]
+    if len(said) != 1:
         raise InputError(
-            f"bench: say what, step or estimate; usage: voxelith {COMMANDS['bench'].usage}"
+            f"bench: say what, step or estimate, and one of them ({' and '.join(said) or 'none'} "
+            f"given); usage: voxelith {COMMANDS['bench'].usage}"
         )
-    settings = _configured("bench", words[1:])
+    settings = _configured("bench", [word for word in words if word not in said])
     from pretrain.bench import bench_estimate, bench_step
 
-    return bench_step(settings) if words[0] == "step" else bench_estimate(settings)
+    return bench_step(settings) if said == ["step"] else bench_estimate(settings)
 
 
 def _replay(words: list[str]) -> Any:
@@ -99,8 +103,13 @@ def _replay(words: list[str]) -> Any:
 
     options = {"step": ""}
     runs = _runs("replay", words, options)
-    if len(runs) > 1 or not (options["step"] or "1").isdigit():
-        raise InputError(f"replay: usage: voxelith {COMMANDS['replay'].usage}")
+    problems = []
+    if len(runs) > 1:
+        problems.append(f"replay: takes one run, {len(runs)} given: {' '.join(map(str, runs))}")
+    if not (options["step"] or "1").isdecimal():
+        problems.append(f"step={options['step']}: must be the number of a step, counted from 1")
+    if problems:
+        raise InputError(problems)
     from pretrain.replay import replay
 
     return replay(runs[0], int(options["step"]) if options["step"] else None)
@@ -108,20 +117,65 @@ def _replay(words: list[str]) -> Any:
 
 def _export(words: list[str]) -> Any:
     run, output = _positional("export", words, ["RUN", "OUT"])
-    from pretrain.export import export
+    from finetune.export import export
 
     release = export(Path(run), Path(output))
     print(f"{release.path}: verified, golden scan included, digest {release.digest[:12]}")
     return {"release": str(release.path), "digest": release.digest}
 
 
+def _inspect(words: list[str]) -> Any:
+    (ref,) = _positional("inspect", words, ["RUN|RELEASE"])
+    from finetune.describe import as_text, describe
+
+    facts = describe(Path(ref))
+    print(as_text(facts))
+    return facts
+
+
 def _finetune(words: list[str]) -> Any:
+    if "-m" in words:
+        return _sweep([word for word in words if word != "-m"])
     settings = _configured("finetune", words)
     from finetune.train import finetune
 
     run = finetune(settings)
     print(f"Next: voxelith table {shlex.quote(str(run.parent))} output=table/")
     return {"run": str(run)}
+
+
+def _sweep(words: list[str]) -> Any:
+    from data_prep.errors import InputError
+
+    rest, options = [], {"jobs": "", "twins": "true"}
+    queue = iter(words)
+    for word in queue:
+        if word == "--config-dir":
+            word = f"{word}={next(queue, '')}"
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        elif word != "--dry-run":
+            rest.append(word)
+    if not re.fullmatch("|[1-9][0-9]*", options["jobs"]) or options["twins"] not in (
+        "true",
+        "false",
+    ):
+        raise InputError(
+            f"jobs={options['jobs']} twins={options['twins']}: jobs is a number of runs at a time, "
+            "twins is true or false"
+        )
+    from finetune.sweep import sweep
+
+    found = sweep(
+        rest,
+        jobs=int(options["jobs"] or 0) or None,
+        twins=options["twins"] == "true",
+        dry_run="--dry-run" in words,
+    )
+    if "--dry-run" not in words:
+        print("Next: voxelith table RUNS output=table/, where RUNS is the folder of the runs")
+    return found
 
 
 def _evaluate(words: list[str]) -> Any:
@@ -135,17 +189,25 @@ def _evaluate(words: list[str]) -> Any:
 
 def _runs(command: str, words: list[str], options: dict[str, str]) -> list[Path]:
     """Run folders; `key=value` words go to the options that the command has."""
-    from data_prep.errors import InputError
+    from data_prep.errors import InputError, near
 
-    runs = []
+    runs, given, problems = [], set(), []
     for word in words:
         key, equals, value = word.partition("=")
         if equals and key in options:
+            if key in given:
+                problems.append(f"{word}: {key}={options[key]} was given before; give one")
+            given.add(key)
             options[key] = value
+        elif word.startswith("-") or (equals and key.isidentifier() and not Path(word).exists()):
+            problems.append(f"{word}: no such option or folder; {near(key, options)}")
         else:
             runs.append(Path(word))
     if not runs:
-        raise InputError(f"{command}: no run given; usage: voxelith {COMMANDS[command].usage}")
+        usage = f"usage: voxelith {COMMANDS[command].usage}"
+        problems.append(f"{command}: no run given, a folder such as runs/NAME; {usage}")
+    if problems:
+        raise InputError(problems)
     return runs
 
 
@@ -197,62 +259,136 @@ def _features(words: list[str]) -> Any:
 
 def _predict(words: list[str]) -> Any:
     settings = _configured("predict", words)
-    from finetune.infer import predict
+    from finetune.predict import predict
 
-    found = predict(settings.ckpt, settings.input, settings.output)
-    print(f"{settings.output}: {len(found.written)} written, {len(found.left_out)} left out")
+    found = predict(settings)
+    there = f", {len(found.there)} there already" if settings.resume else ""
+    print(f"{settings.output}: {len(found.written)} written{there}, {len(found.left_out)} left out")
     return {
         "output": str(settings.output),
         "written": len(found.written),
+        "there": len(found.there),
         "left_out": found.left_out,
     }
 
 
 COMMANDS = {
-    "demo": Command("the whole line on the sample scans", "demo [output=DIR]", _demo),
+    "demo": Command(
+        "the whole line on the sample scans", "demo [output=DIR] [key=value ...]", _demo
+    ),
     "prep": Command("raw scans to a corpus", "prep input=DIR output=DIR [key=value ...]", _prep),
     "split": Command(
         "folds for a corpus, drawn or nnU-Net's own",
         "split corpus=DIR [folds=5] [key=value ...]",
         _split,
     ),
-    "check": Command("verify every byte of a corpus", "check CORPUS", _check),
+    "check": Command(
+        "verify every byte of a corpus",
+        "check CORPUS",
+        _check,
+        """
+CORPUS is a folder that `voxelith prep` wrote. Each damaged or missing part is named, exit code 2.
+
+example: voxelith check corpora/abdomen""",
+    ),
     "pretrain": Command(
         "a corpus to an encoder",
-        "pretrain corpus=DIR run=NAME [objective=mae] [backbone=vit_s] [key=value ...]",
+        "pretrain corpus=DIR run=NAME [experiment=NAME] [objective=mae] [backbone=vit_s] "
+        "[trainer=auto] [key=value ...] [--config-dir DIR]",
         _pretrain,
+        """
+Started again with the same words, a run goes on from its newest checkpoint.
+
+example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small""",
     ),
     "bench": Command(
         "what a step costs: measured, or estimated for a GPU that is not there",
-        "bench step|estimate [objective=mae] [backbone=vit_s] [key=value ...] [output=FILE]",
+        "bench step|estimate [experiment=NAME] [objective=mae] [backbone=vit_s] [trainer=auto] "
+        "[key=value ...] [output=FILE] [--config-dir DIR]",
         _bench,
+        """
+step runs a few steps on this machine; estimate counts operations and memory and runs nothing.
+
+example: voxelith bench estimate experiment=mae""",
     ),
     "replay": Command(
         "find where a run stopped being finite",
         "replay RUN [step=N]",
         _replay,
+        """
+RUN is the folder of a pretraining whose corpus is still there; N is the step to look at, counted
+from 1, by default the last that failed. The run is made again from the checkpoint before that step,
+on this machine. Printed are the micro-step, the rank and the first module whose output or gradient
+is not finite, the loss parts, parameters and gradients that are not, and the samples of that
+micro-step with their values; if all is finite, the samples of step N. The same goes to replay.json
+and replay.png in RUN/failures/step-N.
+
+example: voxelith replay runs/first step=1200""",
     ),
-    "export": Command("a run to a release", "export RUN OUT", _export),
-    "features": Command("a scan to features", "features RELEASE SCAN OUT.npz", _features),
+    "export": Command(
+        "a run to a release",
+        "export RUN OUT",
+        _export,
+        """
+RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not there yet.
+
+example: voxelith export runs/first release/""",
+    ),
+    "features": Command(
+        "a scan to features",
+        "features RELEASE SCAN OUT.npz",
+        _features,
+        """
+SCAN is a NIfTI. OUT.npz gets the feature map [E, d, h, w], its affine, and their mean as a vector.
+
+example: voxelith features release/ scan.nii.gz features.npz""",
+    ),
+    "inspect": Command(
+        "what a run or a release is",
+        "inspect RUN|RELEASE",
+        _inspect,
+        """
+Printed are architecture, preprocessing, training, data with licences, classes and digest.
+
+example: voxelith inspect release/""",
+    ),
     "finetune": Command(
         "a release to a segmentation network and its scores",
-        "finetune task=NAME corpus=DIR ckpt=RELEASE run=NAME init=pretrained|scratch "
-        "[labels=16|10%|all] [seed=0] [key=value ...]",
+        "finetune task=NAME corpus=DIR ckpt=RELEASE [run=NAME] [init=pretrained|scratch] "
+        "[labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] [--config-dir DIR]\n"
+        "voxelith finetune -m task=NAME corpus=DIR ckpt=A,B labels=4,16 seed=0,1,2 runs=DIR "
+        "[jobs=N] [twins=false] [--dry-run] [key=value,value ...]",
         _finetune,
     ),
     "predict": Command(
-        "segment a folder of scans", "predict ckpt=RUN input=DIR output=DIR", _predict
+        "segment a folder of scans",
+        "predict ckpt=RUN|RELEASE input=DIR output=DIR [tta=true] [key=value ...]",
+        _predict,
     ),
     "evaluate": Command(
         "score any predictions",
-        "evaluate predictions=DIR corpus=DIR task=NAME output=DIR [part=test]",
+        "evaluate predictions=DIR corpus=DIR task=NAME output=DIR [part=test] [keymap=FILE] "
+        "[key=value ...] [--config-dir DIR]",
         _evaluate,
     ),
-    "table": Command("finetuning runs to a table", "table RUN [RUN ...] [output=DIR]", _table),
+    "table": Command(
+        "finetuning runs to a table",
+        "table RUN [RUN ...] [output=table]",
+        _table,
+        """
+RUN is the folder of a finetuning, one that holds several, or a rows.csv. The folder `output` gets
+table.md, table.csv and table.json.
+
+example: voxelith table runs/ output=table/""",
+    ),
     "report": Command(
         "runs to one self-contained page",
         "report RUN [RUN ...] [pretrain=RUN] [output=report.html]",
         _report,
+        """
+RUN is what `voxelith table` takes; pretrain=RUN adds the curve and pictures of the pretraining.
+
+example: voxelith report runs/ pretrain=runs/first""",
     ),
 }
 
@@ -272,23 +408,27 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return (
-        "usage: voxelith COMMAND [argument ...] [--json] [--help]\n\n"
+        "usage: voxelith COMMAND [argument ...] [--json] [--help]\n"
+        "       voxelith --version\n\n"
         + "\n".join(lines)
-        + "\n\nvoxelith COMMAND --help shows the keys of a command."
+        + "\n\nvoxelith COMMAND --help shows what a command takes and its keys; --json prints its "
+        "result\nas JSON. Exit code 0: done, 1: failed while running, 2: wrong input."
     )
 
 
-def _command_help(name: str) -> str:
-    text = f"voxelith {COMMANDS[name].usage}\n\n{COMMANDS[name].summary}"
-    from conf.compose import describe
+def _command_help(name: str, words: list[str]) -> str:
+    from conf.help import describe
 
-    keys = describe(name)
-    return f"{text}\n\n{keys}" if keys else text
+    command = COMMANDS[name]
+    usage = f"usage: voxelith {command.usage} [--json]"
+    return f"{usage}\n\n{command.summary}\n{command.more}\n\n{describe(name, words)}".rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0 (done), 1 (failed while running) or 2 (wrong input)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"] and words[1:]:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -303,15 +443,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: {name}: no such command; {near(name, COMMANDS)}", file=sys.stderr)
         return 2
-    if "-h" in words or "--help" in words:
-        print(_command_help(name))
-        return 0
     # torchvision, which timm imports, uses what torch deprecates; no user can act on it.
     warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
     as_json = "--json" in words
-    words = [word for word in words if word != "--json"]
+    wants_help = "-h" in words or "--help" in words
+    words = [word for word in words if word not in ("--json", "-h", "--help")]
     try:
-        if as_json:
+        if wants_help:
+            print(_command_help(name, words))
+        elif as_json:
             # The result alone goes to standard output, what is said on the way to standard error.
             import contextlib
 

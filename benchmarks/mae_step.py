@@ -13,6 +13,8 @@ What differs is how the same result is had: MONAI embeds all patches and rebuild
 embeds the visible ones and rebuilds the hidden ones; MONAI's attention writes out its scores, ours
 is fused, and so is our AdamW. Parameters and operations of both are printed, so that equality can
 be seen. The fewer the tokens, the more of the time is matrix products that both do alike.
+The peak of memory is that of all tensors of one step, weights and optimiser included; what lives
+within an operation, such as a matrix product's workspace, is not seen.
 Ours in bf16, and compiled, is timed beside it; MONAI's net (1.6.1) stops in bf16 autocast, where it
 writes bf16 tokens into float32 mask tokens.
 """
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from pretrain.backbones.vit import ViT3D
 from pretrain.bench import machine, spread
-from pretrain.estimate import counted_flops
+from pretrain.estimate import StorageCounter, counted_flops
 from pretrain.loop import compile_parts
 from pretrain.objective import Batch
 from pretrain.objectives.mae import MAE
@@ -65,17 +67,18 @@ def main() -> None:
             f"{cost['flops_per_step'] / 1e9:.1f} GFLOP a step"
         )
 
+    adamw = {"monai": _plain_adamw(monai), "ours": _our_adamw(ours)}
     steps = {
-        "monai float32": _step(forward["monai"], monai, _plain_adamw(monai), device),
-        "ours float32": _step(forward["ours"], ours, _our_adamw(ours), device),
+        "monai float32": _step(forward["monai"], monai, adamw["monai"], device),
+        "ours float32": _step(forward["ours"], ours, adamw["ours"], device),
         "ours bf16": _step(forward["ours"], ours, _our_adamw(ours), device, bf16=True),
     }
     if chosen.compile:
         compiled = _ours(chosen).to(device)
         compile_parts(compiled)
-        loss, adamw = _our_loss(compiled, image), _our_adamw(compiled)
-        steps["ours float32 compiled"] = _step(loss, compiled, adamw, device)
-        steps["ours bf16 compiled"] = _step(loss, compiled, adamw, device, bf16=True)
+        loss, optimizer = _our_loss(compiled, image), _our_adamw(compiled)
+        steps["ours float32 compiled"] = _step(loss, compiled, optimizer, device)
+        steps["ours bf16 compiled"] = _step(loss, compiled, optimizer, device, bf16=True)
     seconds: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in PARTS} for name in steps
     }
@@ -84,6 +87,12 @@ def main() -> None:
             for part, spent in zip(PARTS, step(), strict=True):
                 if repeat >= chosen.discard:
                     seconds[name][part].append(spent)
+
+    peaks = {  # compiled code hides from this count what it keeps
+        name: _peak(step, *((monai, adamw["monai"]) if "monai" in name else (ours, adamw["ours"])))
+        for name, step in steps.items()
+        if "compiled" not in name
+    }
 
     base = seconds["monai float32"]
     against = {
@@ -103,12 +112,15 @@ def main() -> None:
                 f"; {ratio['median']:.2f}x as fast as MONAI ({ratio['low']:.2f} to "
                 f"{ratio['high']:.2f}), without optimiser {inner['median']:.2f}x"
             )
+        if name in peaks:
+            line += f"; peak {peaks[name] / 2**20:.0f} MiB"
         print(line)
     result = {
         "sizes": {name: value for name, value in vars(chosen).items() if name != "output"},
         "work": work,
         "seconds_per_step": {name: spread(spent["step"]) for name, spent in seconds.items()},
         "speed_over_monai": against,
+        "peak_bytes": peaks,
         "seconds": seconds,
         "machine": {**machine(device), "load_before": load},
         "versions": versions(),
@@ -240,6 +252,19 @@ def _step(
         return _now(device) - began, middle - began
 
     return step
+
+
+def _peak(
+    step: Callable[[], object], net: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Most bytes that tensors hold at once in a step that follows another one."""
+    with StorageCounter() as storages:
+        state = [list(one.values()) for one in optimizer.state.values()]
+        storages.count([*net.parameters(), *net.buffers(), *state])
+        net.zero_grad()
+        storages.peak = storages.live
+        step()
+        return storages.peak
 
 
 def _now(device: torch.device) -> float:

@@ -1,23 +1,29 @@
 """From the words of a command line to checked settings, all mistakes listed at once.
 
 Hydra composes the groups; before it sees the words, paths are quoted (its grammar has no place for
-`Scan (1)`, `dcm_PE=AP_3`, `x-{000..127}.tar`, signed URLs or umlauts) and unknown keys are
-collected with what was probably meant, since Hydra stops at the first.
+`Scan (1)`, `dcm_PE=AP_3`, `x-{000..127}.tar`, signed URLs or umlauts), and unknown keys and values
+that its grammar cannot read are collected with what was probably meant, since Hydra stops at the
+first.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from data_prep.errors import InputError, near, plain_message
+from conf.signatures import class_arguments
+from data_prep.errors import InputError, config_text, near, plain_message
+from data_prep.settings import MUST_EXIST
 
 HERE = Path(__file__).parent
 
@@ -34,6 +40,9 @@ SETTINGS = {
 GIVEN = {"objective": ("encoder",)}
 """Arguments that the program passes itself to what a group names."""
 
+RECIPE = "experiment"
+"""The group whose options set keys of all others."""
+
 
 def settings_for(command: str, words: list[str]) -> Any:
     """Composes and checks the settings of a command.
@@ -44,180 +53,266 @@ def settings_for(command: str, words: list[str]) -> Any:
             with groups of the user's own.
 
     Raises:
-        InputError: anything unknown, missing or out of range; everything that can be found.
+        InputError: anything unknown, missing, given twice or out of range; everything that can be
+            found.
     """
-    model = _model(command)
-    words, own = _take_config_dir(words)
-    roots = [HERE, *([own] if own else [])]
-    groups = _groups(command)
-    chosen, values, problems = _sort_words(words, groups, roots)
-    for group in _required(command):
-        if not any(word.startswith(f"{group}=") for word in words):
-            options = sorted(_options(group, roots))
-            problems.append(f"{group}: missing; give {group}= one of {', '.join(options)}")
-        if not any(word.startswith(f"{group}=") for word in chosen):
-            # Any option will do to look for what else is wrong.
-            chosen.append(f"{group}={min(_options(group, roots))}")
+    model = settings_class(command)
+    line = read_words(command, words)
+    problems = line.problems
+    for group in line.missing:
+        options = ", ".join(sorted(line.options(group)))
+        problems.append(f"{group}: missing; give {group}= one of {options}")
     try:
-        config = _compose(command, chosen, own)
-    except Exception as error:  # a YAML of the user's own that cannot be read
-        raise InputError([*problems, f"{' '.join(chosen)}: {_first_line(error)}"]) from error
-    accepted, unknown = _known_only(values, config, _text_keys(model))
-    problems += unknown
-    try:
-        config = _compose(command, chosen + accepted, own)
+        line.compose([])
+        line.compose(line.accepted())
     except Exception as error:  # Hydra raises a dozen kinds; the message is what matters.
-        problems.append(f"{' '.join(accepted)}: cannot be read ({_first_line(error)})")
-        raise InputError(problems) from error
-    problems += _target_problems(config)
+        raise InputError([*problems, line.unreadable(error)]) from error
+    problems += _target_problems(model, line)
     settings = None
     try:
-        settings = model.model_validate(_without_missing(config))
+        settings = model.model_validate(
+            {key: value for key, value in line.config.items() if value != "???"}
+        )
     except ValidationError as error:
-        problems += [_settings_problem(item) for item in error.errors(include_url=False)]
+        problems += _settings_problems(error, line)
     if problems:
-        raise InputError(problems)
+        raise InputError(problems + _absent(model, line))
     return settings
 
 
 def recipes(*, small: bool) -> list[str]:
     """Names of the recipes in conf/experiment: as the papers state them, or for two CPU cores."""
-    found = (file.stem for file in (HERE / "experiment").glob("*.yaml"))
+    found = (file.stem for file in (HERE / RECIPE).glob("*.yaml"))
     return sorted(name for name in found if name.endswith("_small") == small)
 
 
-def describe(command: str) -> str:
-    """The keys of a command with their defaults and comments, and the options of its groups."""
-    file = HERE / f"{command}.yaml"
-    if not file.exists():
-        return ""
-    groups = {group: ", ".join(sorted(_options(group, [HERE]))) for group in _groups(command)}
-    listed = "\n".join(f"  {group}= {options}" for group, options in groups.items())
-    lines = file.read_text().splitlines()
-    keys = "\n".join(f"  {line}" for line in _after_defaults(lines)).rstrip()
-    return (f"groups:\n{listed}\n\n" if listed else "") + f"keys and defaults:\n{keys}"
+@dataclass
+class Line:
+    """A command line, sorted into options of groups and values of keys, and what it comes to."""
+
+    command: str
+    groups: dict[str, Any]
+    """The groups of the command with their default options."""
+    own: Path | None
+    chosen: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+    """The option of each group that the composed `config` has, by words, recipe or default."""
+
+    def options(self, group: str) -> set[str]:
+        """The options of a group, the user's own among them."""
+        roots = [HERE, *([self.own] if self.own else [])]
+        found = {file.stem for root in roots for file in (root / group).glob("*.yaml")}
+        return found | ({"null"} if self.groups[group] is None else set())
+
+    def file(self, group: str) -> Path:
+        """The YAML that a group's option was taken from."""
+        name = f"{self.choices[group]}.yaml"
+        own = (self.own or HERE) / group / name
+        return own if own.is_file() else HERE / group / name
+
+    @property
+    def missing(self) -> list[str]:
+        """Groups without a default of which no option was given."""
+        return [g for g, o in self.groups.items() if o == "???" and g not in self.chosen]
+
+    def compose(self, values: list[str]) -> None:
+        """Fills `config` and `choices`; raises whatever Hydra raises."""
+        from hydra import compose, initialize_config_dir
+        from omegaconf import OmegaConf, open_dict
+
+        search = [f"hydra.searchpath=[{_quoted(f'file://{self.own}')}]"] if self.own else []
+        # Any option will do to look for what else is wrong.
+        some = {group: min(self.options(group)) for group in self.missing}
+        options = {**self.chosen, **some}.items()
+        chosen = [f"{group}={option}" for group, option in options if option != "null"]
+        with initialize_config_dir(version_base="1.3", config_dir=str(HERE)):
+            config = compose(self.command, [*search, *chosen, *values], return_hydra_config=True)
+        with open_dict(config):
+            choices = config.pop("hydra").runtime.choices
+        self.choices = {group: choices[group] for group in self.groups}
+        plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
+        self.config = {str(key): value for key, value in plain.items()}
+
+    def accepted(self) -> list[str]:
+        """Overrides of keys that exist; the others are problems."""
+        found: list[str] = []
+        if not self.values:
+            return found  # help alone does not wait for what settings import
+        texts = _text_keys(settings_class(self.command))
+        for key, value in self.values.items():
+            parent = self.config
+            *above, last = key.split(".")
+            for part in above:
+                child = parent.get(part)
+                parent = child if isinstance(child, dict) else {}
+            # Arguments of a class are checked against its signature, which knows more than the
+            # YAML.
+            if last not in parent and "_target_" not in parent:
+                self.problems.append(f"{key}={value}: no such key; {self.near(key)}")
+                continue
+            # null stays null where the default is; else it is a name like any other.
+            literal = key in texts and not (value == "null" and parent.get(last) is None)
+            override = f"++{key}={_quoted(value) if literal else _bare(value)}"
+            if _is_readable(override):
+                found.append(override)
+            else:
+                self.problems.append(
+                    f"{key}={value}: cannot be read; a list is written [1,2,3], a mapping "
+                    "{a: 1}, each in quotes for the shell if there are spaces in it"
+                )
+        return found
+
+    def near(self, key: str) -> str:
+        """A hint at the key that was probably meant."""
+        known = {*_flat(self.config), *self.groups}
+        for group, node in self.config.items():
+            if isinstance(node, dict) and "_target_" in node:
+                known |= {f"{group}.{name}" for name in class_arguments(node["_target_"])}
+        return near(key, known - {key}, f"voxelith {self.command} --help lists them")
+
+    def origin(self, key: str) -> str:
+        """` (set in FILE)` for a key that nobody typed."""
+        if any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in self.values):
+            return ""
+        if self.choices.get(RECIPE) and key in _flat(_load(self.file(RECIPE))):
+            return f" (set in {_name(self.file(RECIPE))})"
+        group = key.partition(".")[0]
+        return f" (set in {_name(self.file(group))})" if self.choices.get(group) else ""
+
+    def unreadable(self, error: Exception) -> str:
+        """What stopped Hydra, said in a line."""
+        from hydra.errors import MissingConfigException
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import MarkedYAMLError  # type: ignore[import-untyped]
+
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+            mark = error.problem_mark
+            return f"{mark.name}, line {mark.line + 1}: is no YAML ({error.problem})"
+        if isinstance(error, OmegaConfBaseException) and error.full_key:
+            return f"{error.full_key}: {first}"
+        words = " ".join(f"{group}={option}" for group, option in self.chosen.items())
+        if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+            return f"{words}: {first}; {near(Path(error.missing_cfg_file).name, error.options)}"
+        return f"{words}: {first}"
 
 
-def _after_defaults(lines: list[str]) -> list[str]:
-    kept: list[str] = []
-    skipping = False
-    for line in lines:
-        if line.startswith("defaults:"):
-            skipping = True
-        elif skipping and not line.startswith((" ", "-")):
-            skipping = False
-        if not skipping and not (line.startswith("#") and not kept):
-            kept.append(line)
-    return kept
+def read_words(command: str, words: Iterable[str]) -> Line:
+    """Sorts the words of a command line.
+
+    Raises:
+        InputError: there is something wrong with `--config-dir`, so that nothing else can be said.
+    """
+    groups = _defaults(command)
+    rest, own = _take_config_dir(words, groups)
+    line = Line(command, groups, own)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        key = key.lstrip("+")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            line.problems.append(
+                f"{word}: expected key=value, without dashes before it or spaces in it"
+            )
+            continue
+        known = line.chosen if key in groups else line.values
+        if known.get(key, value) != value:
+            line.problems.append(f"{key}={value}: {key}={known[key]} was given before; give one")
+        elif key in groups and value not in line.options(key):
+            hint = near(value.removesuffix(".yaml"), line.options(key))
+            line.problems.append(f"{key}={value}: no such {key}; {hint}")
+        else:
+            known[key] = value
+    return line
 
 
-def _model(command: str) -> type[BaseModel]:
+def extended(command: str) -> str | None:
+    """The command whose configuration this one's extends."""
+    entries = _load(HERE / f"{command}.yaml").get("defaults", [])
+    return next((e for e in entries if isinstance(e, str) and e != "_self_"), None)
+
+
+def _defaults(command: str) -> dict[str, Any]:
+    """The groups of a command with their default options, ??? where there is none."""
+    more = extended(command)
+    found = _defaults(more) if more else {}
+    for entry in _load(HERE / f"{command}.yaml").get("defaults", []):
+        if isinstance(entry, dict):
+            found |= {str(k): v for k, v in entry.items()}
+    return found
+
+
+def _load(file: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(OmegaConf.load(file))
+    return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _name(file: Path) -> str:
+    """A file of ours from conf on, another one as it is."""
+    return str(file.relative_to(HERE.parent) if file.is_relative_to(HERE.parent) else file)
+
+
+def settings_class(command: str) -> type[BaseModel]:
+    """The model that a command's configuration must fit."""
     module, _, name = SETTINGS[command].partition(":")
     found: type[BaseModel] = getattr(importlib.import_module(module), name)
     return found
 
 
-def _take_config_dir(words: list[str]) -> tuple[list[str], Path | None]:
-    rest, own = [], None
+def _take_config_dir(words: Iterable[str], groups: Iterable[str]) -> tuple[list[str], Path | None]:
+    rest, own = [], []
     queue = iter(words)
     for word in queue:
         if word == "--config-dir" or word.startswith("--config-dir="):
-            value = word.partition("=")[2] or next(queue, "")
-            own = Path(value).resolve()
-            if not value or not own.is_dir():
-                raise InputError(f"--config-dir {value}: no such folder; give one with YAML groups")
+            own.append(word.partition("=")[2] or next(queue, ""))
         else:
             rest.append(word)
-    return rest, own
+    if not own:
+        return rest, None
+    if len(own) > 1:
+        raise InputError(f"--config-dir: given {len(own)} times; give one folder")
+    folder = Path(own[0]).resolve()
+    if not own[0] or not folder.is_dir():
+        raise InputError(f"--config-dir {own[0]}: no such folder; give one with YAML groups")
+    files = [file for group in groups for file in (folder / group).glob("*.yaml")]
+    if not files:
+        wanted = ", ".join(f"{group}/NAME.yaml" for group in groups) or "this command has no groups"
+        raise InputError(f"--config-dir {own[0]}: holds no options of groups ({wanted})")
+    ours = [f for f in files if (HERE / f.parent.name / f.name).exists()]
+    if ours:
+        raise InputError(
+            [f"{f}: {f.parent.name}={f.stem} is one of voxelith; rename the file" for f in ours]
+        )
+    return rest, folder
 
 
-def _defaults(command: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    root = OmegaConf.to_container(OmegaConf.load(HERE / f"{command}.yaml"))
-    found: dict[str, Any] = {}
-    for entry in root.get("defaults", []) if isinstance(root, dict) else []:
-        if isinstance(entry, dict):
-            found |= {str(k): v for k, v in entry.items()}
-        elif entry != "_self_":  # another command's configuration, extended here
-            found |= _defaults(entry)
-    return found
-
-
-def _groups(command: str) -> list[str]:
-    return list(_defaults(command))
-
-
-def _required(command: str) -> list[str]:
-    return [group for group, option in _defaults(command).items() if option == "???"]
-
-
-def _options(group: str, roots: Iterable[Path]) -> set[str]:
-    return {file.stem for root in roots for file in (root / group).glob("*.yaml")}
-
-
-def _sort_words(
-    words: list[str], groups: list[str], roots: list[Path]
-) -> tuple[list[str], dict[str, str], list[str]]:
-    chosen, values, problems = [], {}, []
-    for word in words:
-        key, equals, value = word.partition("=")
-        key = key.lstrip("+~")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-            problems.append(f"{word}: expected key=value")
-        elif key in groups:
-            options = _options(key, roots)
-            if value in options:
-                chosen.append(f"{key}={value}")
-            else:
-                problems.append(f"{key}={value}: no such {key}; {near(value, options)}")
-        else:
-            values[key] = value
-    return chosen, values, problems
-
-
-def _compose(command: str, overrides: list[str], own: Path | None) -> dict[str, Any]:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    search = [f"hydra.searchpath=[{_quoted(f'file://{own}')}]"] if own else []
-    with initialize_config_dir(version_base="1.3", config_dir=str(HERE)):
-        config = compose(config_name=command, overrides=search + overrides)
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _known_only(
-    values: dict[str, str], config: dict[str, Any], texts: set[str]
-) -> tuple[list[str], list[str]]:
-    """Overrides of keys that exist, and a problem for each that does not."""
-    names = list(_flat(config))
-    accepted, problems = [], []
-    for key, value in values.items():
-        parent = config
-        *above, last = key.split(".")
-        for part in above:
-            child = parent.get(part)
-            parent = child if isinstance(child, dict) else {}
-        # Arguments of a class are checked against its signature, which knows more than the YAML.
-        if last in parent or "_target_" in parent:
-            # null stays null where the default is; else it is a name like any other.
-            literal = key in texts and not (value == "null" and parent.get(last) is None)
-            quoted = _quoted(value) if literal else value
-            accepted.append(f"++{key}={quoted}")
-        else:
-            problems.append(f"{key}={value}: no such key; {near(key, names)}")
-    return accepted, problems
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _flat(value, f"{name}.")
         if key != "_target_":
             yield name
+
+
+def _is_readable(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return not OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:
+        return False
+
+
+def _bare(value: str) -> str:
+    """Without quotes around a list or mapping, which would make it a text."""
+    return re.sub(r"""^(['"])([\[{].*[\]}])\1$""", r"\2", value)
 
 
 def _quoted(value: str) -> str:
@@ -230,56 +325,129 @@ def _quoted(value: str) -> str:
     return "'" + re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped) + "'"
 
 
-def _text_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Names of the settings that are paths or free text, which Hydra must not parse."""
-    found = set()
-    for name, field in model.model_fields.items():
-        kinds = _kinds(field.annotation)
-        if Path in kinds or str in kinds:
-            found.add(prefix + name)
-        for kind in kinds:
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The settings of a model, those of its parts with dotted names."""
+    for name, setting in model.model_fields.items():
+        yield prefix + name, setting
+        for kind in _kinds(setting.annotation):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _text_keys(kind, f"{prefix}{name}.")
-    return found
+                yield from _fields(kind, f"{prefix}{name}.")
+
+
+def _text_keys(model: type[BaseModel]) -> set[str]:
+    """Names of the settings that are paths or free text, which Hydra must not parse."""
+    return {key for key, f in _fields(model) if {Path, str} & set(_kinds(f.annotation))}
+
+
+def _absent(model: type[BaseModel], line: Line) -> list[str]:
+    """Inputs that are not there: said here along with other problems, else by who opens them."""
+    wanted = [key for key, setting in _fields(model) if MUST_EXIST in setting.metadata]
+    given = {key: line.values[key] for key in wanted if key in line.values}
+    return [f"{k}={v}: is not there" for k, v in given.items() if not Path(v).exists()]
 
 
 def _kinds(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [k for part in typing.get_args(annotation) for k in _kinds(part)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
     return [annotation]
 
 
-def _target_problems(config: dict[str, Any]) -> list[str]:
-    named = {k: v for k, v in config.items() if isinstance(v, dict) and "_target_" in v}
+def _target_problems(model: type[BaseModel], line: Line) -> list[str]:
+    """What is wrong with the arguments of the classes that groups name."""
+    named = [
+        name
+        for name, setting in model.model_fields.items()
+        if name in line.groups and typing.get_origin(setting.annotation) is dict
+    ]
     if not named:
         return []  # prep and predict do not wait for torch here
     from pretrain.arguments import check_arguments, locate, split_target
 
     problems = []
-    for where, node in named.items():
+    for where in named:
+        node = line.config[where]
+        if not isinstance(node, dict):
+            problems.append(
+                f"{where}={node}{line.origin(where)}: options are chosen in a YAML's list of "
+                f"defaults; write `defaults: [override /{where}: {node}]` there"
+            )
+            continue
+        if "_target_" not in node:
+            problems.append(
+                f"{where}{line.origin(where)}: has no _target_; give package.module.Class there"
+            )
+            continue
         path, arguments = split_target(node)
         try:
             target = locate(path, where)
         except InputError as error:
             problems += error.problems
             continue
+        foreign = _foreign(where, set(inspect.signature(target).parameters), line)
+        if foreign:
+            problems.append(_not_of_the_recipe(where, foreign, line))
+        arguments = {name: value for name, value in arguments.items() if name not in foreign}
         problems += check_arguments(target, arguments, where, GIVEN.get(where, ()))[1]
     return problems
 
 
-def _without_missing(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if value != "???"}
+def _foreign(where: str, taken: set[str], line: Line) -> list[str]:
+    """Arguments that the recipe sets for its own option and the chosen one does not take."""
+    if where not in line.chosen or not line.choices.get(RECIPE):
+        return []
+    names = _load(line.file(RECIPE)).get(where, {})
+    return [n for n in names if n not in taken and f"{where}.{n}" not in line.values]
 
 
-def _settings_problem(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "missing":
-        return f"{where}: missing; give {where}=..."
-    said = plain_message(item)
-    if isinstance(item["input"], dict):
-        return f"{where}: {said}" if where else said  # a whole file would hide the message
-    return f"{where}={item['input']}: {said}" if where else said
+def _not_of_the_recipe(where: str, foreign: list[str], line: Line) -> str:
+    def of(recipe: dict[str, Any]) -> Any:
+        entries = [e for e in recipe.get("defaults", []) if isinstance(e, dict)]
+        return next((e[k] for e in entries for k in e if k.endswith(f"/{where}")), None)
+
+    file, option = line.file(RECIPE), line.chosen[where]
+    others = sorted(f.stem for f in file.parent.glob("*.yaml") if of(_load(f)) == option)
+    also = f", or take a recipe with it, {RECIPE}= {', '.join(others)}" if others else ""
+    return (
+        f"{where}={option}: does not take {', '.join(foreign)}, which {_name(file)} sets for its "
+        f"own {where}={of(_load(file)) or line.groups[where]}; leave out {where}={option} or "
+        f"{RECIPE}={file.stem}{also}"
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _settings_problems(error: ValidationError, line: Line) -> list[str]:
+    """One line for each key that is wrong."""
+    found: dict[str, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        path: list[str] = []
+        node: Any = line.config
+        for part in item["loc"]:
+            if not isinstance(node, dict):
+                break  # a place in a list, or one of several allowed types
+            path.append(str(part))
+            node = node.get(part)
+        found.setdefault(".".join(path), []).append(item)
+    said = [re.split("[=: ]", problem, maxsplit=1)[0] for problem in line.problems]
+    return [_setting_problem(key, items, line) for key, items in found.items() if key not in said]
+
+
+def _setting_problem(key: str, items: list[Any], line: Line) -> str:
+    if not key:
+        return plain_message(items)
+    depth = key.count(".") + 1
+    if items[0]["type"] == "missing" and len(items[0]["loc"]) == depth:
+        return f"{key}: missing; give {key}=..."
+    if items[0]["type"] == "extra_forbidden":
+        hint = f"no such key; {line.near(key)}"
+        if key in line.groups:
+            hint = (
+                "its YAML must begin with the line `# @package _global_` to set keys of all groups"
+            )
+        return f"{key}{line.origin(key)}: {hint}"
+    value: Any = line.config
+    for part in key.split("."):
+        value = value[part]
+    shown = line.values.get(key, config_text(value))
+    value = "" if isinstance(value, dict) else f"={shown}"
+    return f"{key}{value}{line.origin(key)}: {plain_message(items, depth)}"

@@ -377,6 +377,21 @@ class Corpus:
         )
 
 
+def open_corpus(path: Path, key: str) -> Corpus:
+    """Opens the corpus that a setting names and looks for its shards.
+
+    Raises:
+        InputError: it is not there, no corpus or not whole; each problem begins with `key=path`.
+    """
+    try:
+        corpus = Corpus.open(path)
+        corpus.require_shards()
+    except InputError as error:
+        problems = [f"{key}={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
+        raise type(error)(problems) from error
+    return corpus
+
+
 def split_hash(data: dict[str, Any]) -> str:
     """Sha256 over a split without its hash, in canonical JSON."""
     content = {name: value for name, value in data.items() if name != "hash"}

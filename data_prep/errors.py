@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class InputError(Exception):
@@ -26,16 +31,99 @@ class CorruptionError(InputError):
     """Stored bytes are not the bytes that were written: a damaged shard, index or release."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    """A hint at what was probably meant; a dotted key is also found by its last part."""
+def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint at what was probably meant; a dotted key is also found by its last part.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        otherwise: the hint where nothing is near; by default all that there is.
+    """
     options = sorted(known)
     match = difflib.get_close_matches(name, options, n=1) or [
         option for option in options if option.rpartition(".")[2] == name
     ]
-    return f"did you mean {match[0]}?" if match else f"known: {', '.join(options)}"
+    return f"did you mean {match[0]}?" if match else otherwise or f"known: {', '.join(options)}"
 
 
-def plain_message(item: Mapping[str, Any]) -> str:
-    """One entry of pydantic's errors, without the library's way of saying it."""
+def attempt(
+    problems: list[str], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T | None:
+    """What `work` returns; wrong input joins the problems, to be told with what else is wrong."""
+    try:
+        return work(*args, **kwargs)
+    except InputError as error:
+        problems += error.problems
+        return None
+
+
+def plain_message(items: Sequence[Mapping[str, Any]], depth: int = 0) -> str:
+    """Pydantic's errors of one value, without the library's way of saying it.
+
+    Args:
+        items: entries of `ValidationError.errors()`.
+        depth: length of the path that leads to the value; what comes below it is a place in a list
+            or one of several allowed types.
+    """
+    places = [(item, item["loc"][depth:]) for item in items]
+    # Of several types the one that was meant counts; a list without its wrong items is too short.
+    meant = [(item, below) for item, below in places if not item["type"].endswith("_type")]
+    kept = [(item, below) for item, below in meant if item["type"] != "too_short"]
+    shown = kept or meant or places
+    types = {below[0] for _, below in shown if below and isinstance(below[0], str)}
+    said = dict.fromkeys(_plain_item(item, below) for item, below in shown)
+    return (", or " if len(types) > 1 else "; ").join(said)
+
+
+def _plain_item(item: Mapping[str, Any], below: Sequence[int | str]) -> str:
+    if item["type"] == "missing" and below:
+        return f"has no value number {int(below[-1]) + 1}"
     message = str(item["msg"]).removeprefix("Value error, ")
-    return message.replace("Input should be", "must be")
+    for pattern, plain in _PLAIN:
+        message = re.sub(pattern, plain, message)
+    return f"{item['input']} {message}" if any(isinstance(p, int) for p in below) else message
+
+
+_PLAIN = (
+    (r"Input should be a valid tuple", "must be a list, such as [a,b]"),
+    (r"Input should be a valid dictionary.*", "has keys of its own, to be given one by one"),
+    (r"Input should be", "must be"),
+    (r"Tuple should have (.*) after validation, not", r"must have \1, found"),
+)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, as `key: old -> new`; of nested ones the innermost.
+
+    Where another class is named, its arguments are not compared.
+    """
+    was, found = dict(_leaves(before)), dict(_leaves(now))
+    other = [key for key in {**was, **found} if was.get(key, _UNSET) != found.get(key, _UNSET)]
+    classes = tuple(key.removesuffix("_target_") for key in other if key.endswith("._target_"))
+    return [
+        f"{key}: {config_text(was.get(key, _UNSET))} -> {config_text(found.get(key, _UNSET))}"
+        for key in other
+        if key.endswith("._target_") or not key.startswith(classes)
+    ]
+
+
+_UNSET = "not set"
+
+
+def config_text(value: Any) -> str:
+    """A value as it is written in a configuration and on the command line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {config_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(config_text, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _leaves(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

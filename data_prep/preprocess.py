@@ -186,11 +186,11 @@ class Preprocess:
                 result = resample(result, operation.spacing_mm)
             elif isinstance(operation, Intensity):
                 plain = operation.model_dump()
-                channels = [
-                    normalise(result.array[c], intensity_coefficients(plain, modality, known[c]))
-                    for c, modality in enumerate(result.modality)
-                ]
-                result = replace(result, array=np.stack(channels))
+                # In place and slice by slice: the array is this function's own, and may be large.
+                for c, modality in enumerate(result.modality):
+                    coefficients = intensity_coefficients(plain, modality, known[c])
+                    for values in result.array[c]:
+                        values[...] = normalise(values, coefficients)
             elif isinstance(operation, Pad):
                 result = pad(result, operation.multiple)
         return result
@@ -230,6 +230,23 @@ def as_physical(volume: Volume) -> Volume:
     )
 
 
+def spacing_factors(spacing: Sequence[float], spacing_mm: Sequence[float]) -> np.ndarray:
+    """Voxels of a volume per voxel of its resampled self, (d, h, w); 1 where it stays untouched."""
+    factors = np.asarray(spacing_mm, dtype=np.float64) / np.asarray(spacing)
+    factors[np.abs(factors - 1) < SPACING_TOLERANCE] = 1.0
+    return factors
+
+
+def resampled_shape(shape: Sequence[int], factors: Sequence[float] | np.ndarray) -> list[int]:
+    """Voxels (d, h, w) of a volume once it is resampled."""
+    return [max(1, round(int(n) / f)) for n, f in zip(shape, factors, strict=True)]
+
+
+def smoothing(factors: np.ndarray) -> np.ndarray:
+    """Sigma (d, h, w), in voxels of the volume, of the Gaussian that goes before resampling."""
+    return np.maximum(0.0, (factors - 1) / 2)
+
+
 def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     """Resample a float32 volume linearly to a spacing (d, h, w) in mm.
 
@@ -237,14 +254,13 @@ def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     Axes that shrink by a factor f are smoothed first by a Gaussian of (f - 1) / 2 voxels, as
     scikit-image's anti-aliasing does. An axis whose spacing fits within 1 % stays untouched.
     """
-    factors = np.asarray(spacing_mm, dtype=np.float64) / np.asarray(volume.spacing)
-    factors[np.abs(factors - 1) < SPACING_TOLERANCE] = 1.0
+    factors = spacing_factors(volume.spacing, spacing_mm)
     if (factors == 1).all():
         return volume
-    shape = [max(1, round(n / f)) for n, f in zip(volume.array.shape[1:], factors, strict=True)]
+    shape = resampled_shape(volume.array.shape[1:], factors)
     # Voxel i of the result is centred at source index (i + 1/2) f - 1/2.
     offset = factors / 2 - 0.5
-    sigma = np.maximum(0.0, (factors - 1) / 2)
+    sigma = smoothing(factors)
     channels = []
     for channel in volume.array.astype(np.float32, copy=False):
         smooth = ndimage.gaussian_filter(channel, sigma, mode="nearest") if sigma.any() else channel
@@ -265,11 +281,13 @@ def pad(volume: Volume, multiple: Sequence[int]) -> Volume:
     far = [-n % m for n, m in zip(volume.array.shape[1:], multiple, strict=True)]
     if not any(far):
         return volume
-    channels = [
-        np.pad(channel, [(0, n) for n in far], constant_values=channel.min())
-        for channel in volume.array
-    ]
-    return replace(volume, array=np.stack(channels))
+    d, h, w = volume.array.shape[1:]
+    larger = (len(volume.array), d + far[0], h + far[1], w + far[2])
+    padded = np.empty(larger, volume.array.dtype)
+    for into, channel in zip(padded, volume.array, strict=True):
+        into[...] = channel.min()
+        into[:d, :h, :w] = channel
+    return replace(volume, array=padded)
 
 
 def _parse(operations: Sequence[Any]) -> list[Reorient | Resample | Intensity | Pad]:

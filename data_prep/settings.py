@@ -15,6 +15,10 @@ from data_prep.volume import MINIMUM_SLICES
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
 
+MUST_EXIST = "must exist"
+"""Marks a setting that names a file or folder to read."""
+
+
 class PrepSettings(BaseModel):
     """Settings of one prep; `conf/prep.yaml` holds the same defaults.
 
@@ -45,7 +49,7 @@ class PrepSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    input: Path
+    input: Annotated[Path, MUST_EXIST]
     output: Path
     name: str | None = Field(default=None, min_length=1, max_length=64)
     classes: dict[Annotated[int, Field(ge=0, le=65535)], str] | Path | None = None

@@ -144,7 +144,10 @@ class Volume:
         """Float32 `[C, D, H, W]` of physical values."""
         slope = np.asarray(self.slope, dtype=np.float32)[:, None, None, None]
         intercept = np.asarray(self.intercept, dtype=np.float32)[:, None, None, None]
-        return self.array.astype(np.float32) * slope + intercept
+        values = self.array.astype(np.float32, order="C")  # a scan's own axes are a view of it
+        values *= slope
+        values += intercept
+        return values
 
 
 def spacing_of(affine: FloatArray) -> tuple[float, float, float]:
@@ -348,6 +351,19 @@ def read_label(
     if problems:
         raise Reject(problems[0][0], "; ".join(detail for _, detail in problems))
     return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)
+
+
+def check_label_grid(path: str | Path, shape: tuple[int, ...], affine: FloatArray) -> None:
+    """Looks at the header of a label map alone: does it lie on this canonical grid?
+
+    Raises:
+        Reject: as `read_label`, which looks at the values too.
+    """
+    image = _open(Path(path), minimum=1)
+    nothing = np.broadcast_to(np.uint8(0), _shape(image)[:3])
+    array, found, _ = _canonical(image, nothing)
+    for code, detail in _grid_problems("label", array.shape, found, shape, affine):
+        raise Reject(code, detail)
 
 
 def write_nifti(array: np.ndarray, native: NativeGrid, path: str | Path) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import InputError, attempt
 from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.progress import bar
 from data_prep.volume import Reject, read_label
-from finetune.metrics import METRIC_VERSION, Score, score_class
+from finetune.metrics import METRIC_VERSION, Score, score_labels
+from finetune.predictions import find_predictions
 from finetune.rows import Row, write_rows
 from finetune.settings import EvaluateSettings, TaskSettings
 
@@ -50,6 +50,8 @@ class Origin:
     checkpoint: str = ""
     checkpoint_digest: str = ""
     config_hash: str = ""
+    recipe_hash: str = ""
+    protocol: str = ""
     seen: frozenset[str] | None = None
 
 
@@ -60,26 +62,19 @@ def evaluate(settings: EvaluateSettings) -> Path:
         InputError: corpus and task do not fit, or predictions are missing or on another grid; all
             of them are named.
     """
-    corpus = Corpus.open(settings.corpus)
-    problems = task_problems(corpus, settings.task)
-    if problems:
+    problems: list[str] = []
+    if not settings.predictions.is_dir():
+        problems.append(f"predictions={settings.predictions}: no such folder")
+    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    if corpus is not None:
+        problems += task_problems(corpus, settings.task)
+    if corpus is None or problems:
         raise InputError(problems)
     split = choose_split(corpus, settings.split, settings.part)
-    if not settings.predictions.is_dir():
-        raise InputError(f"predictions={settings.predictions}: no such folder")
-    files = {key: _find(settings.predictions, key) for key in split.keys}
-    absent = [key for key, file in files.items() if file is None]
-    if absent:
-        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        raise InputError(
-            f"predictions={settings.predictions}: {len(absent)} of {len(files)} cases of the "
-            f"{split.part} part are missing ({shown}); expected KEY.nii.gz for each, a case "
-            "without a finding too (all zeros)"
-        )
+    files = find_predictions(settings.predictions, corpus, split.keys, settings.keymap)
 
     def read(key: str) -> Labels:
         file = files[key]
-        assert file is not None
         try:
             return read_label(file, corpus.volume(corpus.position(key)))
         except Reject as reject:
@@ -117,6 +112,7 @@ def score(
         doubt = "unknown" if origin.seen is None else "tainted" * bool(prints[key] & origin.seen)
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
+            values = {k: v for k, v in asdict(found).items() if k != "status"}
             rows.append(
                 Row(
                     dataset=task.name,
@@ -128,12 +124,7 @@ def score(
                     class_name=chosen.name,
                     status=doubt or found.status,
                     outcome=found.status,
-                    dsc=found.dsc,
-                    nsd=found.nsd,
                     nsd_tolerance_mm=chosen.tolerance_mm,
-                    hd95=found.hd95,
-                    volume_pred_ml=found.volume_pred_ml,
-                    volume_true_ml=found.volume_true_ml,
                     arm=origin.arm,
                     labels=origin.labels,
                     n_labels=origin.n_labels,
@@ -145,7 +136,10 @@ def score(
                     checkpoint=origin.checkpoint,
                     checkpoint_digest=origin.checkpoint_digest,
                     config_hash=origin.config_hash,
+                    recipe_hash=origin.recipe_hash,
+                    protocol=origin.protocol,
                     metric_version=METRIC_VERSION,
+                    **values,
                 )
             )
     return rows
@@ -167,20 +161,18 @@ def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -
     """Scores what the task wants scored in one case; `prediction` holds label values [D, H, W]."""
     truth = corpus.read(i, "seg")
     meta = corpus.meta(i)
-    annotated = set(meta["annotated"])
-    counts = np.ones(truth.shape, bool) if task.ignore is None else truth != task.ignore
+    counts = None if task.ignore is None else truth != task.ignore
     if corpus.sample_has(i, "mask"):
-        counts &= corpus.read(i, "mask") == 0
-    return [
-        score_class(
-            np.isin(prediction, chosen.values) & counts,
-            np.isin(truth, chosen.values) & counts,
-            meta["spacing"],
-            chosen.tolerance_mm,
-            annotated=annotated.issuperset(chosen.values),
-        )
-        for chosen in task.scored
-    ]
+        valid = corpus.read(i, "mask") == 0
+        counts = valid if counts is None else counts & valid
+    return score_labels(
+        prediction,
+        truth,
+        task.scored,
+        meta["spacing"],
+        annotated=meta["annotated"],
+        counts=counts,
+    )
 
 
 def choose_split(corpus: Corpus, name: str, part: str) -> Split:
@@ -214,8 +206,3 @@ def task_problems(corpus: Corpus, task: TaskSettings) -> list[str]:
         for c in task.classes
         if (missing := sorted(set(c.values) - known.keys()))
     ]
-
-
-def _find(folder: Path, key: str) -> Path | None:
-    found: Sequence[Path] = [folder / f"{key}.nii.gz", folder / f"{key}.nii"]
-    return next((path for path in found if path.is_file()), None)

@@ -1,74 +1,135 @@
-"""Scores of one class in one case: Dice, surface Dice and HD95, with every edge case decided.
+"""Scores of one class in one case, with every edge case decided.
 
-The surface of a mask is made of surfels: the mask's corner-to-corner cells of 2x2x2 voxels that
-hold both inside and outside, each weighted with the area in mm² that the surface has in it
-(marching cubes with vertices in the middle of edges: Lorensen and Cline, SIGGRAPH 1987). Surface
-Dice at a tolerance is after Nikolov et al. 2018, arXiv:1809.04430; the 95th percentile of the
-surface distances (HD95) is area-weighted too. Voxel counting, which others use, makes both depend
-on how a surface lies in the grid.
+`dsc` is Dice. `nsd`, `hd95` and `assd` compare surfaces by area (surfaces.py): surface Dice at a
+tolerance after Nikolov et al. 2018, arXiv:1809.04430; HD95, the larger of the two directed 95th
+percentiles; ASSD, the mean distance over both surfaces together (Heimann et al. 2009,
+doi:10.1109/TMI.2009.2013851). `volume_error_ml` is prediction minus truth,
+`volume_error_relative` the same as a share of the truth. `lesion_*` are of classes that a task
+declares to be made of lesions (lesions.py).
 
-What happens with empty masks decides whether missing an organ is punished (metric version 1):
+What happens with empty masks decides whether missing an organ is punished (metric version 2):
 
-| truth | prediction | status | dsc | nsd | hd95 |
+| truth | prediction | status | dsc, nsd | hd95, assd | volume_error_ml | _relative |
+| --- | --- | --- | --- | --- | --- | --- |
+| present | present | scored | computed | computed | computed | computed |
+| absent | absent | true_negative | NaN | NaN | NaN | NaN |
+| absent | present | false_positive | 0 | image diagonal | computed | NaN |
+| present | absent | missed | 0 | image diagonal | computed | -1 |
+| not annotated | any | not_annotated | NaN | NaN | NaN | NaN |
+
+| truth | prediction | lesion_tp | lesion_fp | lesion_fn | lesion_f1, lesion_rq, lesion_pq |
 | --- | --- | --- | --- | --- | --- |
-| present | present | scored | computed | computed | computed |
-| absent | absent | true_negative | NaN | NaN | NaN |
-| absent | present | false_positive | 0 | 0 | image diagonal |
-| present | absent | missed | 0 | 0 | image diagonal |
-| not annotated | any | not_annotated | NaN | NaN | NaN |
+| present | present | counted | counted | counted | computed |
+| absent | absent | 0 | 0 | 0 | NaN |
+| absent | present | 0 | counted | 0 | 0 |
+| present | absent | 0 | 0 | counted | 0 |
+| not annotated | any | -1 | -1 | -1 | NaN |
+| class without lesions | any | -1 | -1 | -1 | NaN |
 
-NaN means "not averaged". Axes are [D, H, W], spacing is (d, h, w) in mm.
+NaN means "not averaged", -1 "not counted". An invented volume is no share of an absent truth: it
+costs in `volume_error_ml`, and in the relative error it cannot. Axes are [D, H, W], spacing is
+(d, h, w) in mm.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy import ndimage
 
-METRIC_VERSION = 1
+from finetune.lesions import count_lesions
+from finetune.settings import TaskClass
+from finetune.surfaces import Floats, Mask, distances, surface
+
+METRIC_VERSION = 2
+"""Raised when the same masks no longer give the same score."""
+
 STATUSES = ("scored", "true_negative", "missed", "false_positive", "not_annotated")
 
-Mask = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Spacing = Sequence[float]
-
-# Corner i of a cell stands at this (d, h, w) and owns bit i of the cell's code.
-_CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
+Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One class in one case. Volumes in ml, hd95 in mm, dsc and nsd from 0 to 1."""
+    """One class in one case. Volumes in ml, distances in mm, all else from 0 to 1."""
 
     status: str
-    dsc: float
-    nsd: float
-    hd95: float
     volume_pred_ml: float
     volume_true_ml: float
+    dsc: float = math.nan
+    nsd: float = math.nan
+    hd95: float = math.nan
+    assd: float = math.nan
+    volume_error_ml: float = math.nan
+    volume_error_relative: float = math.nan
+    lesion_tp: int = -1
+    lesion_fp: int = -1
+    lesion_fn: int = -1
+    lesion_f1: float = math.nan
+    lesion_rq: float = math.nan
+    lesion_pq: float = math.nan
 
 
-@dataclass(frozen=True)
-class Surface:
-    """Surfels of a mask: positions [N, 3] in mm and areas [N] in mm²."""
+def score_labels(
+    prediction: NDArray[Any],
+    truth: NDArray[Any],
+    classes: Sequence[TaskClass],
+    spacing: Sequence[float],
+    *,
+    annotated: Collection[int],
+    counts: Mask | None = None,
+) -> list[Score]:
+    """Scores each class of a pair of label maps.
 
-    points: Floats
-    areas: Floats
+    A whole map is passed once, to find where its values lie; classes are scored in their boxes.
+
+    Args:
+        prediction: label values [D, H, W], unsigned.
+        truth: label values [D, H, W], unsigned.
+        classes: the classes, which may share values.
+        spacing: (d, h, w) in mm.
+        annotated: the values that were looked for; a class with others is not annotated.
+        counts: False [D, H, W] where voxels count neither for nor against; None if all count.
+
+    Raises:
+        ValueError: the maps differ in shape or are not three-dimensional.
+    """
+    _check(prediction, truth)
+    places = [ndimage.find_objects(labels) for labels in (prediction, truth)]
+    scores = []
+    for chosen in classes:
+        box = _union([boxes[v - 1] for boxes in places for v in chosen.values if v <= len(boxes)])
+        found, there = (_holds(labels[box], chosen.values) for labels in (prediction, truth))
+        if counts is not None:
+            found, there = found & counts[box], there & counts[box]
+        scores.append(
+            score_class(
+                found,
+                there,
+                spacing,
+                chosen.tolerance_mm,
+                annotated=set(annotated).issuperset(chosen.values),
+                lesion=chosen.lesion,
+                image_shape=truth.shape,
+            )
+        )
+    return scores
 
 
 def score_class(
     prediction: Mask,
     truth: Mask,
-    spacing: Spacing,
+    spacing: Sequence[float],
     tolerance_mm: float,
+    *,
     annotated: bool = True,
+    lesion: bool = False,
+    image_shape: Sequence[int] | None = None,
 ) -> Score:
     """Scores one class in one case by the table at the top of this module.
 
@@ -78,64 +139,67 @@ def score_class(
         spacing: (d, h, w) in mm.
         tolerance_mm: distance below which surface Dice counts a surfel as right.
         annotated: False if the class was not looked for in this case; absence then means nothing.
+        lesion: whether the class is made of lesions, to be counted one by one.
+        image_shape: (D, H, W) of the image where the masks are a part of it; its diagonal is the
+            worst distance.
 
     Raises:
         ValueError: the masks differ in shape or are not three-dimensional.
     """
+    _check(prediction, truth)
+    n_pred, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
+    d, h, w = (float(s) for s in spacing)
+    voxel_ml = d * h * w / 1000
+    if not annotated:
+        return Score("not_annotated", n_pred * voxel_ml, math.nan)
+    score = Score("true_negative", n_pred * voxel_ml, n_true * voxel_ml)
+    if n_pred == 0 and n_true == 0:
+        return replace(score, lesion_tp=0, lesion_fp=0, lesion_fn=0) if lesion else score
+    score = replace(
+        score,
+        volume_error_ml=(n_pred - n_true) * voxel_ml,
+        volume_error_relative=(n_pred - n_true) / n_true if n_true else math.nan,
+    )
+    box = _union_box(prediction, truth)
+    prediction, truth_shape, truth = prediction[box], truth.shape, truth[box]
+    if lesion:
+        found = count_lesions(prediction, truth)
+        score = replace(
+            score,
+            lesion_tp=found.tp,
+            lesion_fp=found.fp,
+            lesion_fn=found.fn,
+            lesion_f1=found.f1,
+            lesion_rq=found.rq,
+            lesion_pq=found.pq,
+        )
+    if n_pred == 0 or n_true == 0:
+        worst = math.hypot(
+            *(n * s for n, s in zip(image_shape or truth_shape, (d, h, w), strict=True))
+        )
+        status = "missed" if n_true else "false_positive"
+        return replace(score, status=status, dsc=0.0, nsd=0.0, hd95=worst, assd=worst)
+    a, b = surface(prediction, spacing), surface(truth, spacing)
+    to_truth, to_pred = distances(a, b), distances(b, a)
+    area = a.areas.sum() + b.areas.sum()
+    # Headers hold spacings as float32: 0.8 mm arrives as 0.80000001, and is still within 0.8 mm.
+    limit = tolerance_mm + 1e-5
+    within = a.areas[to_truth <= limit].sum() + b.areas[to_pred <= limit].sum()
+    return replace(
+        score,
+        status="scored",
+        dsc=2 * int(np.count_nonzero(prediction & truth)) / (n_pred + n_true),
+        nsd=float(within / area),
+        hd95=max(_percentile(to_truth, a.areas, 0.95), _percentile(to_pred, b.areas, 0.95)),
+        assd=float((to_truth @ a.areas + to_pred @ b.areas) / area),
+    )
+
+
+def _check(prediction: NDArray[Any], truth: NDArray[Any]) -> None:
     if prediction.shape != truth.shape or truth.ndim != 3:
         raise ValueError(
             f"prediction {prediction.shape} and truth {truth.shape} must be the same [D, H, W]"
         )
-    n_pred, n_true = int(np.count_nonzero(prediction)), int(np.count_nonzero(truth))
-    spacing = tuple(float(s) for s in spacing)
-    voxel_ml = math.prod(spacing) / 1000
-    volumes = (n_pred * voxel_ml, n_true * voxel_ml)
-    if not annotated:
-        return Score("not_annotated", math.nan, math.nan, math.nan, volumes[0], math.nan)
-    if n_pred == 0 and n_true == 0:
-        return Score("true_negative", math.nan, math.nan, math.nan, *volumes)
-    if n_pred == 0 or n_true == 0:
-        worst = math.dist([0, 0, 0], [n * s for n, s in zip(truth.shape, spacing, strict=True)])
-        return Score("missed" if n_true else "false_positive", 0.0, 0.0, worst, *volumes)
-    box = _union_box(prediction, truth)
-    prediction, truth = prediction[box], truth[box]
-    a, b = surface(prediction, spacing), surface(truth, spacing)
-    to_truth, to_pred = distances(a, b), distances(b, a)
-    # Headers hold spacings as float32: 0.8 mm arrives as 0.80000001, and is still within 0.8 mm.
-    limit = tolerance_mm + 1e-5
-    within = a.areas[to_truth <= limit].sum() + b.areas[to_pred <= limit].sum()
-    return Score(
-        "scored",
-        2 * int(np.count_nonzero(prediction & truth)) / (n_pred + n_true),
-        float(within / (a.areas.sum() + b.areas.sum())),
-        max(_percentile(to_truth, a.areas, 0.95), _percentile(to_pred, b.areas, 0.95)),
-        *volumes,
-    )
-
-
-def surface(mask: Mask, spacing: Spacing) -> Surface:
-    """Returns the surfels of a mask; what lies beyond its edges counts as outside.
-
-    Args:
-        mask: [D, H, W], bool.
-        spacing: (d, h, w) in mm.
-    """
-    inside = np.pad(mask, 1).view(np.uint8)
-    codes = np.zeros([n - 1 for n in inside.shape], np.uint8)
-    for bit, (d, h, w) in enumerate(_CORNERS):
-        d_end, h_end, w_end = (n + c for n, c in zip(codes.shape, (d, h, w), strict=True))
-        codes |= inside[d:d_end, h:h_end, w:w_end] << bit
-    # 0 is all outside and 255 all inside; uint8 wraps 255 + 1 to 0, so one comparison finds both.
-    cells = np.nonzero(codes + np.uint8(1) > 1)
-    points = np.stack(cells, axis=1).astype(np.float64) * np.asarray(spacing)
-    return Surface(points, _areas(tuple(float(s) for s in spacing))[codes[cells]])
-
-
-def distances(a: Surface, b: Surface) -> Floats:
-    """Returns [N], for each surfel of `a` the distance in mm to the nearest surfel of `b`."""
-    # Sliding midpoints suit points on a lattice better than median splits, which tie all the time.
-    tree = cKDTree(b.points, balanced_tree=False, compact_nodes=False)
-    return np.asarray(tree.query(a.points)[0], np.float64)
 
 
 def _percentile(values: Floats, weights: Floats, fraction: float) -> float:
@@ -145,62 +209,23 @@ def _percentile(values: Floats, weights: Floats, fraction: float) -> float:
     return float(values[order][min(int(np.searchsorted(share, fraction)), len(values) - 1)])
 
 
-def _union_box(a: Mask, b: Mask) -> tuple[slice, ...]:
+def _holds(labels: NDArray[Any], values: Sequence[int]) -> Mask:
+    """Where one of the values stands; a table is many times faster than numpy's isin."""
+    table = np.zeros(max(*values, int(labels.max(initial=0))) + 1, bool)
+    table[list(values)] = True
+    return np.asarray(table[labels])
+
+
+def _union(boxes: Sequence[Box | None]) -> Box:
+    """The smallest box that holds all; of one voxel if there is none."""
+    some = [box for box in boxes if box is not None]
+    if not some:
+        return (slice(0, 1),) * 3
+    sides = zip(*some, strict=True)
+    return tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in sides)
+
+
+def _union_box(a: Mask, b: Mask) -> Box:
     """The smallest box that holds both masks."""
-    box = []
-    for axis in range(3):
-        others = tuple(i for i in range(3) if i != axis)
-        used = np.flatnonzero(a.any(axis=others) | b.any(axis=others))
-        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    (box,) = ndimage.find_objects((a | b).view(np.uint8))
     return tuple(box)
-
-
-@lru_cache(maxsize=64)
-def _areas(spacing: tuple[float, float, float]) -> Floats:
-    """Surface area in mm² within a cell, for each of the 256 codes."""
-    areas = np.zeros(256)
-    for code in range(256):
-        for loop in _loops(code):
-            points = np.array(loop) * spacing
-            centre = points.mean(axis=0)  # a fan around the centre keeps mirror symmetry
-            fan = np.cross(points - centre, np.roll(points, -1, axis=0) - centre)
-            areas[code] += np.linalg.norm(fan, axis=1).sum() / 2
-    return areas
-
-
-def _loops(code: int) -> list[list[tuple[float, ...]]]:
-    """The closed polygons that part inside from outside corners of a cell.
-
-    On each face the middles of the edges that change side are joined; where all four do, each
-    inside corner is cut off by itself. Joining the pieces over the faces closes the loops.
-    """
-    inside = [bool(code >> i & 1) for i in range(8)]
-    joined: dict[tuple[float, ...], list[tuple[float, ...]]] = {}
-    for axis, side in itertools.product(range(3), (0, 1)):
-        face = [i for i in range(8) if _CORNERS[i][axis] == side]
-        ring = [face[0], face[1], face[3], face[2]]  # neighbours in the ring share an edge
-        middle = [
-            tuple((_CORNERS[p] + _CORNERS[q]) / 2) if inside[p] != inside[q] else None
-            for p, q in zip(ring, ring[1:] + ring[:1], strict=True)
-        ]
-        present = [m for m in middle if m is not None]
-        if len(present) == 2:
-            pairs = [(present[0], present[1])]
-        elif len(present) == 4:
-            # middle[i - 1] and middle[i] are the two edges at corner ring[i]
-            pairs = [(present[i - 1], present[i]) for i in range(4) if inside[ring[i]]]
-        else:
-            pairs = []
-        for p, q in pairs:
-            joined.setdefault(p, []).append(q)
-            joined.setdefault(q, []).append(p)
-    loops = []
-    while joined:
-        loop = [next(iter(joined))]
-        while True:
-            onward = [q for q in joined.pop(loop[-1]) if q in joined]
-            if not onward:
-                break
-            loop.append(onward[0])
-        loops.append(loop)
-    return loops

@@ -105,7 +105,7 @@ def make_report(
             notice=notice,
             title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
             groups=[_group(group) for group in table.groups],
-            losses=draw_losses(_pretraining_curve(pretrain_run), [_curve(run) for run in runs]),
+            losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
             previews=_previews(pretrain_run),
             health=_health(pretrain_run),
             pretraining=_pretraining(pretrain_run),
@@ -238,9 +238,14 @@ def _metrics(folder: Path, name: str = "metrics.csv") -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
-def _curve(run: _Run) -> Curve:
-    log = _metrics(run.path)
-    return Curve(run.arm, run.seed, log["step"], log["loss"])
+def _curves(runs: list[_Run]) -> list[Curve]:
+    """The losses of the runs; probes in closed form have none."""
+    curves = []
+    for run in runs:
+        if (run.path / "metrics.csv").exists():
+            log = _metrics(run.path)
+            curves.append(Curve(run.arm, run.seed, log["step"], log["loss"]))
+    return curves
 
 
 def _pretraining_curve(run: Path | None) -> Curve | None:

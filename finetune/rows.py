@@ -17,8 +17,8 @@ from typing import Any
 from data_prep.errors import InputError
 from data_prep.files import write_text
 
-ROW_FORMAT = 1
-ARMS = ("pretrained", "scratch", "external")
+ROW_FORMAT = 2
+ARMS = ("pretrained", "scratch", "scratch-own", "external")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,11 @@ class Row:
     `outcome` is scored, true_negative, missed, false_positive or not_annotated. `status` is the
     same where the case can be believed: it is tainted if the checkpoint has seen the case in
     pretraining, and unknown if the checkpoint does not say what it has seen. `arm` is pretrained,
-    scratch, or external for predictions that were made elsewhere. `config_hash` covers all that
-    twins must share: everything but the arm, the checkpoint's weights and the draws.
+    scratch (its twin), scratch-own (scratch at its own best recipe), or external for predictions
+    that were made elsewhere. `config_hash` covers all that arms share: everything but the arm, the
+    checkpoint's weights and the draws. `recipe_hash` covers what was trained: it is the same for
+    twins, and scratch-own has another. `protocol` is the name that the recipe goes by.
+    Scores are those of `metrics.Score`; lesion counts are -1 where lesions are not counted.
     """
 
     dataset: str
@@ -58,8 +61,24 @@ class Row:
     checkpoint: str
     checkpoint_digest: str
     config_hash: str
+    recipe_hash: str = ""
+    protocol: str = ""
     format: int = ROW_FORMAT
     metric_version: int = 1
+    assd: float = math.nan
+    volume_error_ml: float = math.nan
+    volume_error_relative: float = math.nan
+    lesion_tp: int = -1
+    lesion_fp: int = -1
+    lesion_fn: int = -1
+    lesion_f1: float = math.nan
+    lesion_rq: float = math.nan
+    lesion_pq: float = math.nan
+
+    @property
+    def volume_difference_ml(self) -> float:
+        """Volume error without its sign: errors of both signs must not cancel in a mean."""
+        return abs(self.volume_error_ml)
 
     @property
     def draw(self) -> str:
@@ -90,22 +109,27 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(f"{path}: not found; expected the rows.csv of a finished finetune run")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        fields = dataclasses.fields(Row)
-        missing = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
-        if missing:
-            raise InputError(
-                f"{path}: columns {', '.join(missing)} are missing; "
-                f"expected rows of format {ROW_FORMAT} as finetune and evaluate write them"
-            )
-        rows = []
-        for line, record in enumerate(reader, start=2):
-            try:
-                rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in fields}))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{path}, line {line}: {error}") from error
-    other = {row.format for row in rows} - {ROW_FORMAT}
+        records = list(reader)
+    other = {record["format"] for record in records if "format" in record} - {str(ROW_FORMAT)}
     if other:
-        raise InputError(f"{path}: row format {sorted(other)[0]}, expected {ROW_FORMAT}")
+        raise InputError(
+            f"{path}: row format {min(map(str, other))}, expected {ROW_FORMAT}; rows of format 1 "
+            "lack ASSD, volume errors and lesions. `voxelith evaluate` scores kept predictions "
+            "again; to compare arms, remove the run's folder and start the same finetune command"
+        )
+    fields = dataclasses.fields(Row)
+    missing = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
+    if missing:
+        raise InputError(
+            f"{path}: columns {', '.join(missing)} are missing; "
+            f"expected rows of format {ROW_FORMAT} as finetune and evaluate write them"
+        )
+    rows = []
+    for line, record in enumerate(records, start=2):
+        try:
+            rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in fields}))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {line}: {error}") from error
     return rows
 
 

@@ -7,23 +7,45 @@ B batch, K classes with background, D, H, W voxels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from finetune.decoders import DeepUNetDecoder, choose_decoder
+from finetune.protocol import DecoderKind
 from finetune.settings import TaskSettings
+from finetune.supervised import Supervised
 from pretrain.backbones.backbone import Backbone
-from pretrain.decoders import build_decoder, full_outputs
+from pretrain.decoders import full_outputs
 from pretrain.losses import IGNORE, cross_entropy, dice_loss
-from pretrain.objective import Batch, Losses, Objective
+from pretrain.objective import Batch, Losses
 
 
-class Segmentation(Objective):
-    """Labels every voxel with one of the task's classes, or background (0)."""
+class Segmentation(Supervised):
+    """Labels every voxel with one of the task's classes, or background (0).
 
-    def __init__(self, *, encoder: Backbone, task: TaskSettings) -> None:
+    Args:
+        encoder: gives the maps.
+        task: whose classes.
+        decoder: which decoder makes labels of the maps.
+        deep_supervision: whether coarser stages of a U-Net's decoder learn from labels too.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Backbone,
+        task: TaskSettings,
+        decoder: DecoderKind = "auto",
+        deep_supervision: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.decoder = build_decoder(encoder, len(task.classes) + 1)
+        self.decoder = choose_decoder(
+            encoder, len(task.classes) + 1, decoder, deep=deep_supervision
+        )
         self.register_buffer("class_of", class_table(task), persistent=False)
 
     def logits(self, image: Tensor) -> Tensor:
@@ -34,16 +56,41 @@ class Segmentation(Objective):
     def forward(self, batch: Batch, progress: float) -> Losses:
         """Dice and cross-entropy over the voxels that are valid and not ignored.
 
-        A decoder with outputs at several scales learns at all of them, as in its publication;
-        `logits` gives the finest.
+        A decoder with outputs at several scales learns at all of them, as in its publication:
+        PCT-Net's are interpolated to the image and count alike, those of a U-Net meet the labels
+        at their own resolution (nearest) and count less the coarser they are. `logits` gives the
+        finest.
         """
         assert batch.label is not None
         target = to_classes(batch.label, self.class_of)  # [B, D, H, W]
         target = target.masked_fill(~batch.valid[:, 0], IGNORE)
-        outputs = full_outputs(self.decoder, batch.image, self.encoder(batch.image))
-        dice = torch.stack([dice_loss(x.float(), target) for x in outputs]).mean()
-        entropy = torch.stack([cross_entropy(x.float(), target) for x in outputs]).mean()
+        features = self.encoder(batch.image)
+        if isinstance(self.decoder, DeepUNetDecoder):
+            outputs = self.decoder.outputs(batch.image, features)
+            weights = self.decoder.output_weights
+        else:
+            outputs = full_outputs(self.decoder, batch.image, features)
+            weights = (1 / len(outputs),) * len(outputs)
+        dice = entropy = torch.zeros((), device=target.device)
+        for weight, output in zip(weights, outputs, strict=True):
+            own = shrunk(target, output.shape[2:])
+            dice = dice + weight * dice_loss(output.float(), own)
+            entropy = entropy + weight * cross_entropy(output.float(), own)
         return Losses(dice + entropy, {"dice": dice, "cross_entropy": entropy})
+
+    def finish(self) -> None:
+        """As every supervised objective's; heads that served training alone go too."""
+        super().finish()
+        if isinstance(self.decoder, DeepUNetDecoder):
+            self.decoder.heads = nn.ModuleList()
+
+
+def shrunk(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Class indices [B, D, H, W] at another resolution: those nearest to each cell's centre."""
+    if target.shape[1:] == tuple(size):
+        return target
+    near = F.interpolate(target[:, None].float(), size=tuple(size), mode="nearest-exact")
+    return near[:, 0].long()
 
 
 def class_table(task: TaskSettings) -> Tensor:

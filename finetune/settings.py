@@ -10,23 +10,41 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from data_prep.settings import MUST_EXIST
+from finetune.protocol import DecoderKind, Freeze, LoRASettings, Own, Phase, Search
 from pretrain.settings import LoopSettings, RunName, Side
+
+WindowBatch = Annotated[int, Field(ge=1, le=256)]
+"""Windows that the network gets at a time; the result is the same but for rounding."""
 
 RECIPE_VERSION = 1
 """Raised when the same settings no longer give the same training."""
+
+FREE = frozenset(
+    {
+        "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
+        "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
+        "recipe_of", "own", "search", "window_batch",
+    }
+)  # fmt: skip
+"""Settings that arms and draws of one recipe may differ in; see `FinetuneSettings.recipe`."""
 
 
 Value = Annotated[int, Field(ge=1, le=65535)]
 
 
 class TaskClass(BaseModel):
-    """One structure to segment: label values that belong to it, and how exact is exact enough."""
+    """One structure to segment: label values that belong to it, and how exact is exact enough.
+
+    `lesion` says that it is made of any number of lesions, which are also counted one by one.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     values: Annotated[tuple[Value, ...], Field(min_length=1)]
     tolerance_mm: Annotated[float, Field(gt=0, le=50)]
+    lesion: bool = False
 
 
 class TaskAbout(BaseModel):
@@ -140,18 +158,35 @@ class TaskSettings(BaseModel):
         return self
 
 
+class SegmentationFacts(BaseModel):
+    """What a finetuned run and its release say of the network beside its encoder.
+
+    `tta`: windows are also seen mirrored along the task's flip axes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: TaskSettings
+    decoder: DecoderKind = "auto"
+    overlap: Annotated[float, Field(ge=0, lt=1)]
+    tta: bool = False
+
+
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
     `transfer` auto is what the release says: the encoder, or the decoder but for its head as well.
     `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
     seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
-    `default`.
+    `default`. With `phases`, `freeze`, `warmup` and `schedule` are those of the training that
+    follows them. `fit` descent trains; ridge and knn make a probe of frozen features in closed
+    form, from `steps` x `batch_size` crops. `recipe_of` own is scratch with the changes
+    of `own`.
     """
 
     task: TaskSettings
-    corpus: Path
-    ckpt: Path
+    corpus: Annotated[Path, MUST_EXIST]
+    ckpt: Annotated[Path, MUST_EXIST]
     init: Literal["pretrained", "scratch"] = "pretrained"
     transfer: Literal["auto", "encoder", "network"] = "auto"
     labels: str = "all"
@@ -164,6 +199,93 @@ class FinetuneSettings(LoopSettings):
     crop_size: tuple[Side, Side, Side] | None = None  # type: ignore[assignment]
     foreground: Annotated[float, Field(ge=0, le=1)] = 0.5
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    tta: bool = False
+    window_batch: WindowBatch = 1
+    protocol: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tiny"
+    family: Literal["any", "cnn", "vit"] = "any"
+    fit: Literal["descent", "ridge", "knn"] = "descent"
+    decoder: DecoderKind = "auto"
+    deep_supervision: bool = False
+    freeze: Freeze = "none"
+    phases: Annotated[tuple[Phase, ...], Field(max_length=16)] = ()
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    lora: LoRASettings | None = None
+    recipe_of: Literal["twin", "own"] = "twin"
+    own: Own | None = None
+    search: Search | None = None
+
+    @model_validator(mode="after")
+    def _phases_leave_steps(self) -> Self:
+        before = sum(phase.steps for phase in self.phases)
+        if before >= self.steps:
+            raise ValueError(
+                f"phases take {before} of {self.steps} steps and leave none for the training "
+                "that follows; make steps larger"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.fit != "descent" and (
+            self.lora or self.phases or self.ema or self.freeze != "encoder"
+        ):
+            raise ValueError(
+                f"fit={self.fit} reads frozen features and trains nothing: it goes with "
+                "freeze=encoder, and without phases, lora and ema"
+            )
+        wanted = {"ridge": "linear", "knn": "knn"}.get(self.fit)
+        if self.decoder != wanted if wanted else self.decoder == "knn":
+            raise ValueError(
+                f"fit={self.fit} with decoder={self.decoder}: ridge fits decoder=linear, knn fits "
+                "decoder=knn, and descent fits every other"
+            )
+        if self.lora and self.freeze != "none":
+            raise ValueError(
+                f"lora with freeze={self.freeze}: adapters keep the encoder's own weights as they "
+                "are already; give freeze=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_recipe_is_found_fairly(self) -> Self:
+        if self.recipe_of == "twin":
+            return self
+        if self.fit != "descent":
+            raise ValueError(f"recipe_of=own: fit={self.fit} has no rate that could be chosen")
+        if self.init != "scratch":
+            raise ValueError(
+                "recipe_of=own is scratch at its own best; the recipe of the pretrained arm is the "
+                "shared one: give init=scratch"
+            )
+        if self.own is None or self.search is None:
+            raise ValueError(
+                "recipe_of=own needs own.lr, the rate that validation chose, and search.lr, the "
+                "rates that both arms could choose from, with search.draws"
+            )
+        strange = [lr for lr in (self.lr, self.own.lr) if lr not in self.search.lr]
+        if strange:
+            raise ValueError(
+                f"rates {strange} are not among search.lr={list(self.search.lr)}: what one arm may "
+                "choose, the other must have been given too; add them"
+            )
+        return self
+
+    @property
+    def arm(self) -> str:
+        """What rows call this run: pretrained, its twin scratch, or scratch at its own best."""
+        return "scratch-own" if self.recipe_of == "own" else self.init
+
+    def effective(self) -> FinetuneSettings:
+        """The settings that are trained with: scratch at its own best departs from what is shared.
+
+        Nothing is frozen, adapted or slowed down there, for there is nothing to keep.
+        """
+        if self.recipe_of == "twin" or self.own is None:
+            return self
+        changes = self.own.model_dump(exclude_none=True)
+        plain = {"phases": (), "freeze": "none", "lora": None, "layer_decay": 1.0}
+        return self.model_copy(update={**plain, **changes})
 
     @model_validator(mode="before")
     @classmethod
@@ -188,50 +310,61 @@ class FinetuneSettings(LoopSettings):
             return self.run
         ckpt = re.sub(r"[^A-Za-z0-9._-]+", "-", self.ckpt.resolve().name)
         labels = self.labels.replace("%", "pct")
-        arm = self.init if self.transfer == "auto" else f"{self.init}-{self.transfer}"
-        name = f"{self.task.name}-{ckpt}-{arm}-labels={labels}-seed={self.seed}"
+        arm = self.arm if self.transfer == "auto" else f"{self.arm}-{self.transfer}"
+        name = f"{self.task.name}-{ckpt}-{self.protocol}-{arm}-labels={labels}-seed={self.seed}"
         return name[-100:].lstrip("._=-")
 
     def recipe(self, **resolved: Any) -> dict[str, Any]:
-        """All that twins share: what is left when arm, weights and draws are taken away.
+        """All that arms share: what is left when arm, weights and draws are taken away.
+
+        Names (of the protocol, of its family of networks) do not count, only what they stand for,
+        nor does how scratch may depart from it; of `effective()` settings it is what was trained.
 
         Args:
             resolved: what the settings only point to (architecture, index and split hashes, ...).
         """
-        free = {
-            "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
-            "log_every", "save_every", "preview_every", "loggers", "transfer",
-        }  # fmt: skip
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
-        kept = {k: v for k, v in dump.items() if k not in free}
+        kept = {k: v for k, v in dump.items() if k not in FREE}
         return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
 
 
 class EvaluateSettings(BaseModel):
     """The keys of conf/evaluate.yaml: any predictions against a labelled corpus.
 
-    `predictions` holds KEY.nii.gz files with label values on the native grid of each case.
+    `predictions` holds KEY.nii.gz files with label values on the native grid of each case, or files
+    with the names that the scans had: told by `keymap`, the keymap.csv that prep wrote beside the
+    corpus, where keys are not made of names.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    predictions: Path
-    corpus: Path
+    predictions: Annotated[Path, MUST_EXIST]
+    corpus: Annotated[Path, MUST_EXIST]
     task: TaskSettings
     output: Path
     split: str = "auto"
     part: Literal["train", "validation", "test"] = "test"
+    keymap: Path | None = None
     name: str = ""
 
 
 class PredictSettings(BaseModel):
-    """The keys of conf/predict.yaml: a finetuned run over a folder of NIfTI scans."""
+    """The keys of conf/predict.yaml: a finetuned run or its release over a folder of scans.
+
+    `tta` null is what the network was scored with. `resume` leaves scans alone whose output is
+    there; files appear whole, so what is there is finished, whichever network made it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    ckpt: Path
-    input: Path
+    ckpt: Annotated[Path, MUST_EXIST]
+    input: Annotated[Path, MUST_EXIST]
     output: Path
+    tta: bool | None = None
+    window_batch: WindowBatch = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    resume: bool = False
 
 
 class DemoSettings(BaseModel):

@@ -40,12 +40,18 @@ class Metric:
     higher_is_better: bool
     best: float
     """The end of the scale that no interval of a mean goes beyond."""
+    of_lesions: bool = False
+    """Whether only classes that are made of lesions have it."""
 
 
 METRICS = (
     Metric("dsc", "Dice", 100.0, "points", True, 100.0),
     Metric("nsd", "Surface Dice", 100.0, "points", True, 100.0),
     Metric("hd95", "HD95", 1.0, "mm", False, 0.0),
+    Metric("assd", "ASSD", 1.0, "mm", False, 0.0),
+    Metric("volume_difference_ml", "Volume difference", 1.0, "ml", False, 0.0),
+    Metric("lesion_f1", "Lesion F1", 100.0, "points", True, 100.0, of_lesions=True),
+    Metric("lesion_pq", "Lesion PQ", 100.0, "points", True, 100.0, of_lesions=True),
 )
 
 
@@ -247,6 +253,8 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
         for name in columns:
             a = _scores(pretrained, metric, name, invented)
             b = _scores(scratch, metric, name, invented)
+            if metric.of_lesions and not a and not b:
+                continue
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b)
@@ -291,6 +299,8 @@ def _scores(
                 "given, leave one out"
             )
         seen.add(cell)
+        if metric.of_lesions and row.lesion_tp < 0:
+            continue
         if class_name in (ALL_CLASSES, row.class_name):
             value = metric.scale * getattr(row, metric.name)
             if row.outcome == "true_negative" and (row.case, row.class_value) in invented:

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import save
 from torch import nn
 
-from data_prep.corpus import Corpus
-from data_prep.errors import InputError
-from data_prep.files import write_bytes, write_json
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import InputError, attempt, differences
+from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
 from finetune.evaluate import (
@@ -40,14 +39,19 @@ from finetune.evaluate import (
     score,
     task_problems,
 )
-from finetune.infer import MODEL_FORMAT, Segmenter
 from finetune.labels import choose_labels
+from finetune.lora import add_adapters
+from finetune.phases import PhasedLoop
+from finetune.probes import fit_probe
+from finetune.protocol import freeze_problem
 from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
+from finetune.segmenter import Segmenter, write_segmenter
 from finetune.settings import FinetuneSettings, config_hash
+from pretrain.augment import Augment
 from pretrain.decoders import without_head
-from pretrain.loader import Augment, CropDataset
-from pretrain.loop import Loop, check_machine
+from pretrain.loader import CropDataset
+from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
@@ -68,6 +72,9 @@ class Plan:
     unlabelled: tuple[str, ...]
     test: Split
     recipe: dict[str, Any]
+    """What all arms share; `settings` are those that this run trains with."""
+    trained: dict[str, Any]
+    """The recipe of this run: the same, unless it is scratch at its own best."""
     transfer: str
     """What the pretrained arm takes over: encoder or network."""
 
@@ -82,11 +89,12 @@ class Plan:
         """What a run is; a run folder holds one of these for life."""
         return {
             "config_hash": config_hash(self.recipe),
-            "checkpoint_digest": self.release.digest,
+            "recipe_hash": config_hash(self.trained),
+            "checkpoint_digest": self.release.digest if self._pretrained else None,
             "init": self.settings.init,
             "seed": self.settings.seed,
             "label_seed": self.label_seed,
-            # Scratch takes nothing over, so checkpoints of one architecture share its runs.
+            # Scratch takes nothing over: checkpoints of one architecture share its runs.
             "transfer": self.transfer if self._pretrained and self.transfer == "network" else None,
         }
 
@@ -117,7 +125,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     check_machine(settings.trainer)
     plan = make_plan(settings)
     run = RunFolder(settings.runs / settings.run_name)
-    if _is_finished(run, plan):
+    if is_finished(run, plan):
         print(f"finetune: {run.path} is finished already, nothing to do")
         return run.path
     main = rank_zero_only.rank in (None, 0)
@@ -133,26 +141,31 @@ def finetune(settings: FinetuneSettings) -> Path:
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
             mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
             print(
-                f"finetune: {settings.task.name}, {settings.init}, {len(plan.train_keys)} labels, "
+                f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
                 f"seed {settings.seed}: Dice {100 * mean:.1f} over {len(plan.test.keys)} cases "
                 f"-> {run.path}"
             )
     return run.path
 
 
-def make_plan(settings: FinetuneSettings) -> Plan:
+def make_plan(settings: FinetuneSettings, release: Release | None = None) -> Plan:
     """Opens what the settings name and checks that it fits together.
+
+    Args:
+        settings: of one run.
+        release: what `ckpt` names, where it is open already.
 
     Raises:
         InputError: it does not.
     """
-    release = load_release(settings.ckpt)
-    corpus = Corpus.open(settings.corpus)
-    corpus.require_shards()
+    problems: list[str] = []
+    release = release or attempt(problems, load_release, settings.ckpt)
+    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    if release is None or corpus is None:
+        raise InputError(problems)
     settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
-    problems = task_problems(corpus, settings.task)
-    preprocess, more = _preprocess(settings, release, corpus)
-    problems += more
+    problems += task_problems(corpus, settings.task)
+    preprocess = _preprocess(settings, release)
     channels = {int(n) for n in corpus.shapes[:, 0]}
     wanted = int(release.config["backbone"]["args"].get("in_channels", 1))
     if channels != {wanted}:
@@ -166,11 +179,8 @@ def make_plan(settings: FinetuneSettings) -> Plan:
             f"corpus={corpus.path}: holds {', '.join(strange)}, the checkpoint was trained on "
             f"{', '.join(release.modalities)} only; choose another ckpt"
         )
-    transfer = release.transfers if settings.transfer == "auto" else settings.transfer
-    if transfer == "network" and not release.has_decoder:
-        problems.append(
-            f"transfer=network: {release.path} has no decoder; transfer=auto takes what it has"
-        )
+    transfer, more = _transfer(settings, release)
+    problems += more + _protocol_problems(settings, release)
     if problems:
         raise InputError(problems)
     train = choose_split(corpus, settings.split, "train")
@@ -178,15 +188,24 @@ def make_plan(settings: FinetuneSettings) -> Plan:
     seed = settings.seed if settings.label_seed is None else settings.label_seed
     subjects = [corpus.subjects[corpus.position(key)] for key in train.keys]
     chosen = choose_labels(train.keys, subjects, settings.labels, seed)
-    recipe = settings.recipe(
-        network=release.equal_but_weights(),
-        index_hash=corpus.index_hash,
-        split_hash=train.hash,
-        preprocess=preprocess.to_dict(),
-    )
-    unlabelled = _absent_classes(corpus, chosen, settings)
+    resolved = {
+        "network": release.equal_but_weights(),
+        "index_hash": corpus.index_hash,
+        "split_hash": train.hash,
+        "preprocess": preprocess.to_dict(),
+    }
+    effective = settings.effective()
     return Plan(
-        settings, release, corpus, preprocess, tuple(chosen), unlabelled, test, recipe, transfer
+        effective,
+        release,
+        corpus,
+        preprocess,
+        tuple(chosen),
+        _absent_classes(corpus, chosen, settings),
+        test,
+        recipe=settings.recipe(**resolved),
+        trained=effective.recipe(**resolved),
+        transfer=transfer,
     )
 
 
@@ -195,18 +214,69 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
 
     So twins start with the same head, and differ in what is transferred alone: the encoder, or
     the decoder but for its head as well. The report lists every tensor of the network once.
+
+    Adapters and the average of the weights begin from there.
     """
-    torch.manual_seed(plan.settings.seed)
-    model = Segmentation(encoder=plan.release.build_encoder(), task=plan.settings.task)
-    _check_crop(model, plan.settings)
+    settings = plan.settings
+    torch.manual_seed(settings.seed)
+    model = Segmentation(
+        encoder=plan.release.build_encoder(),
+        task=settings.task,
+        decoder=settings.decoder,
+        deep_supervision=settings.deep_supervision,
+    )
+    _check_crop(model, settings)
+    _check_freezes(model, settings)
+    report = _load(plan, model)
+    model.layer_decay = settings.layer_decay
+    if settings.lora is not None:
+        add_adapters(model.encoder, settings.lora)
+    model.hold(settings.freeze)
+    if settings.ema is not None:
+        model.start_average(settings.ema)
+    return model, report
+
+
+def _load(plan: Plan, model: Segmentation) -> LoadReport:
     if plan.settings.init == "scratch":
-        return model, LoadReport(new=sorted(model.state_dict()))
+        return LoadReport(new=sorted(model.state_dict()))
     encoder = plan.release.load(model.encoder)
     if plan.transfer == "network":
         decoder = plan.release.load_decoder(model.decoder)
     else:
         decoder = _decoder_left(plan.release, model.decoder)
-    return model, LoadReport.joined(encoder=encoder, decoder=decoder)
+    return LoadReport.joined(encoder=encoder, decoder=decoder)
+
+
+def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[str]]:
+    """What the pretrained arm takes over, and why it cannot."""
+    own = settings.decoder == "auto"
+    if settings.transfer == "auto":
+        return (release.transfers if own else "encoder"), []
+    problems = []
+    if settings.transfer == "network" and not release.has_decoder:
+        problems.append(
+            f"transfer=network: {release.path} has no decoder; transfer=auto takes what it has"
+        )
+    if settings.transfer == "network" and not own:
+        problems.append(
+            f"transfer=network with decoder={settings.decoder}: a release's decoder is the one of "
+            "decoder=auto; give that, or transfer=encoder"
+        )
+    return settings.transfer, problems
+
+
+def _protocol_problems(settings: FinetuneSettings, release: Release) -> list[str]:
+    """Whether the protocol is for another kind of network: it would look like a bad checkpoint."""
+    name = str(release.config["backbone"]["name"])
+    family = "vit" if name.startswith("vit.") else "cnn"
+    if settings.family in ("any", family):
+        return []
+    other = settings.protocol.replace(settings.family, family)
+    return [
+        f"protocol={settings.protocol}: its rates are for a {settings.family} and {release.path} "
+        f"is {name}; take protocol={other}, or family=any if it is meant"
+    ]
 
 
 def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
@@ -220,28 +290,18 @@ def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
     )
 
 
-def _preprocess(
-    settings: FinetuneSettings, release: Release, corpus: Corpus
-) -> tuple[Preprocess, list[str]]:
-    """The checkpoint's preprocessing, or, where asked for, the same at the data's own spacing."""
-    spacing = release.preprocess.spacing_mm
-    if spacing is None:
-        return release.preprocess, []
-    if settings.spacing == "native":
-        operations = tuple(
-            {**o, "spacing_mm": None} if o["op"] == "resample" else o
-            for o in release.preprocess.operations
-        )
-        return Preprocess(operations), []
-    factors = corpus.spacings / np.array(spacing)
-    if np.abs(factors - 1).max() < 0.01:
-        return release.preprocess, []
-    return release.preprocess, [
-        f"spacing=checkpoint: the checkpoint was trained at {list(spacing)} mm, the volumes of "
-        f"{corpus.path} differ from that by up to {np.abs(factors - 1).max():.0%}; training on "
-        "resampled labelled crops is not offered yet: spacing=native finetunes at the data's own "
-        "spacing, and records it"
-    ]
+def _preprocess(settings: FinetuneSettings, release: Release) -> Preprocess:
+    """The checkpoint's preprocessing, or, where asked for, the same at the data's own spacing.
+
+    Crops and scans alike are resampled to its spacing; scores are taken on the native grid.
+    """
+    if settings.spacing == "checkpoint":
+        return release.preprocess
+    operations = tuple(
+        {**o, "spacing_mm": None} if o["op"] == "resample" else o
+        for o in release.preprocess.operations
+    )
+    return Preprocess(operations)
 
 
 def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
@@ -250,6 +310,16 @@ def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
         model.encoder.grids(settings.crop_size)
     except ValueError as error:
         raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
+
+
+def _check_freezes(model: Segmentation, settings: FinetuneSettings) -> None:
+    layers = len(model.encoder.layers())
+    named = {"freeze": settings.freeze}
+    named |= {f"phases[{i}].freeze": phase.freeze for i, phase in enumerate(settings.phases)}
+    found = [freeze_problem(what, layers, name) for name, what in named.items()]
+    problems = [problem for problem in found if problem]
+    if problems:
+        raise InputError(problems)
 
 
 def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
@@ -263,21 +333,20 @@ def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings)
     return tuple(c.name for c in settings.task.classes if not present & set(c.values))
 
 
-def _is_finished(run: RunFolder, plan: Plan) -> bool:
+def is_finished(run: RunFolder, plan: Plan) -> bool:
     """Whether the folder holds this run, finished; refuses a folder that holds another."""
     file = run.path / "run.json"
     if not file.exists():
         return False
-    before = json.loads(file.read_text()).get("identity", {})
-    changed = [
-        f"{name} was {before.get(name)!r} and is {value!r} now"
-        for name, value in plan.identity.items()
-        if before.get(name) != value
-    ]
-    if changed:
+    facts = {"recipe": {}, "identity": {}, **json.loads(file.read_text())}
+    if any(facts["identity"].get(name) != value for name, value in plan.identity.items()):
+        now = json.loads(json.dumps({**plan.recipe, **plan.identity}))
+        changed = differences({**facts["recipe"], **facts["identity"]}, now)
+        # The recipe says what lies behind another hash.
+        changed = [item for item in changed if not item.startswith("config_hash:")] or changed
         raise InputError(
-            [f"{run.path}: holds another run, {item}" for item in changed]
-            + ["choose another run=NAME, remove the folder, or restore the settings"]
+            f"{run.path}: holds another run ({'; '.join(changed)}); choose another run=NAME, "
+            "remove the folder, or restore the settings"
         )
     return (run.path / "rows.csv").exists()
 
@@ -288,6 +357,8 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         sys.argv,
         identity=plan.identity,
         recipe=plan.recipe,
+        arm=plan.settings.arm,
+        trained=plan.trained,
         corpus={"path": str(plan.corpus.path), "index_hash": plan.corpus.index_hash},
         release={"name": plan.release.name, "digest": plan.release.digest},
         label_keys=list(plan.train_keys),
@@ -315,21 +386,32 @@ def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         label=True,
         foreground=settings.foreground,
         classes=[value for c in settings.task.classes for value in c.values],
+        augment=settings.augment,
     )
-    Loop(
+    if settings.fit != "descent":
+        # No trainer, which would start the other ranks: this process is the only one.
+        fit_probe(model.to(_device(settings)), dataset, settings.steps * settings.batch_size)
+        return
+    PhasedLoop(
         settings,
         dataset,
         run,
-        augment=Augment(settings.task.flip, settings.gain),
+        augment=Augment(settings.task.flip, settings.augment),
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
-        label=f"finetune {settings.init} seed {settings.seed}",
+        label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
+
+
+def _device(settings: FinetuneSettings) -> torch.device:
+    accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if accelerated else "cpu")
 
 
 def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
     """Writes the network and the predictions of the test cases; returns their rows."""
     settings, corpus = plan.settings, plan.corpus
     assert settings.crop_size is not None
+    model.finish()
     segmenter = Segmenter(
         model,
         plan.preprocess,
@@ -337,23 +419,12 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         settings.crop_size,
         settings.overlap,
         tuple(sorted(set(corpus.modalities))),
+        settings.tta,
+        settings.trainer.precision,
+        settings.window_batch,
     )
-    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    write_bytes(run.path / "model.safetensors", save(weights, {"format": "pt"}))
-    write_json(
-        run.path / "model.json",
-        {
-            "format": MODEL_FORMAT,
-            "backbone": plan.release.config["backbone"],
-            "preprocess": plan.preprocess.to_dict(),
-            "window": list(settings.crop_size),
-            "overlap": settings.overlap,
-            "modalities": sorted(set(corpus.modalities)),
-            "task": settings.task.model_dump(mode="json"),
-        },
-    )
-    accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    model.to("cuda" if accelerated else "cpu").eval()
+    write_segmenter(segmenter, plan.release.config["backbone"], settings.decoder, run.path)
+    model.to(_device(settings)).eval()
     folder = run.path / "predictions"
     folder.mkdir(exist_ok=True)
 
@@ -366,7 +437,9 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
     release, pretrained = plan.release, settings.init == "pretrained"
     seen = comparable(release.fingerprints)
     origin = Origin(
-        arm=settings.init,
+        arm=settings.arm,
+        protocol=settings.protocol,
+        recipe_hash=config_hash(plan.trained),
         labels=settings.labels,
         n_labels=len(plan.train_keys),
         seed=settings.seed,

@@ -47,8 +47,8 @@ def check_arguments(
             adapter: TypeAdapter[Any] = TypeAdapter(hints.get(name, Any))
             values[name] = adapter.validate_python(value)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            problems.append(f"{where}.{name}={value}: {plain_message(first)}")
+            said = plain_message(error.errors(include_url=False))
+            problems.append(f"{where}.{name}={value}: {said}")
     for name in known:
         if signature.parameters[name].default is inspect.Parameter.empty and name not in arguments:
             problems.append(f"{where}.{name}: missing; {target.__name__} needs it")

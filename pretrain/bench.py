@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data_prep.corpus import Corpus
+from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
@@ -361,7 +361,7 @@ def _processor() -> str:
 def _channels(settings: BenchSettings) -> int:
     if settings.channels is not None:
         return settings.channels
-    return corpus_channels(Corpus.open(settings.corpus)) if settings.corpus else 1
+    return corpus_channels(open_corpus(settings.corpus, "corpus")) if settings.corpus else 1
 
 
 def _setting(settings: BenchSettings) -> dict[str, Any]:

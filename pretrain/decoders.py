@@ -50,11 +50,16 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     return unet_decoder(encoder, out_channels)
 
 
-def unet_decoder(encoder: Backbone, out_channels: int, convs: int | None = None) -> UNetDecoder:
+def unet_decoder(
+    encoder: Backbone,
+    out_channels: int,
+    convs: int | None = None,
+    kind: type[UNetDecoder] | None = None,
+) -> UNetDecoder:
     """A U-Net's decoder; nnU-Net has two convolutions a stage in its plain one, one in ResEnc."""
     if convs is None:
         convs = 2 if isinstance(encoder, UNetEncoder) else 1
-    return UNetDecoder(encoder.channels, encoder.strides, out_channels, convs)
+    return (kind or UNetDecoder)(encoder.channels, encoder.strides, out_channels, convs)
 
 
 def full_outputs(decoder: nn.Module, image: Tensor, features: list[Tensor]) -> list[Tensor]:
@@ -115,12 +120,17 @@ class UNetDecoder(nn.Module):
 
     def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
         """Decodes maps [B, C_i, D_i, H_i, W_i], finest first; the image only lends its size."""
-        x = features[-1]
+        x = self.head(self.decoded(features)[0])
+        return x if self.full_resolution else _resize(x, image.shape[2:])
+
+    def decoded(self, features: list[Tensor]) -> list[Tensor]:
+        """What its stages give, finest first; without a stage the one map that there is."""
+        x, maps = features[-1], []
         levels = zip(self.transpconvs, self.stages, reversed(features[:-1]), strict=True)
         for upsample, stage, skip in levels:
             x = stage(torch.cat([upsample(x), skip], dim=1))
-        x = self.head(x)
-        return x if self.full_resolution else _resize(x, image.shape[2:])
+            maps.append(x)
+        return maps[::-1] or [x]
 
 
 class UNETRDecoder(nn.Module):

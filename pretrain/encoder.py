@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
-from data_prep.volume import Reject, Volume, as_known, read_nifti, volume_from_array
+from data_prep.volume import Reject, Volume, as_known, read_channels, volume_from_array
 from pretrain.backbones.backbone import Backbone
 from pretrain.release import LoadReport, load_release
 
@@ -63,7 +63,7 @@ class Encoder:
     @torch.inference_mode()
     def features(
         self,
-        scan: str | Path | NDArray[Any],
+        scan: str | Path | Sequence[str | Path] | NDArray[Any],
         *,
         spacing: Sequence[float] | None = None,
         modality: str | None = None,
@@ -74,8 +74,9 @@ class Encoder:
         by half and start on whole cells; a cell is the mean over the windows that see it.
 
         Args:
-            scan: path of a NIfTI in any orientation, or an array [D, H, W] or [C, D, H, W] in
-                physical values (HU for CT) whose axes run to S, P, L.
+            scan: path of a NIfTI in any orientation, paths of a scan's channels on one grid, or an
+                array [D, H, W] or [C, D, H, W] in physical values (HU for CT) whose axes run to
+                S, P, L.
             spacing: in mm along D, H, W; needed for an array.
             modality: CT or MR; by default what the encoder knows, or, if it knows both, told
                 from the values (a minimum of -500 or less is CT).
@@ -86,7 +87,7 @@ class Encoder:
         try:
             volume = self._volume(scan, spacing, modality)
         except Reject as reason:
-            name = scan if isinstance(scan, str | Path) else "array"
+            name = scan if isinstance(scan, str | Path | list | tuple) else "array"
             raise InputError(f"{name}: {reason.detail} ({reason.code})") from reason
         ready = self.preprocess.apply(volume)
         device = next(self.module.parameters()).device
@@ -103,15 +104,19 @@ class Encoder:
         return Features(found, ready.affine @ cells, (float(d), float(h), float(w)), vector)
 
     def _volume(
-        self, scan: str | Path | NDArray[Any], spacing: Sequence[float] | None, modality: str | None
+        self,
+        scan: str | Path | Sequence[str | Path] | NDArray[Any],
+        spacing: Sequence[float] | None,
+        modality: str | None,
     ) -> Volume:
         known = self.config["modalities"]
         if modality is not None and modality not in known:
             raise InputError(
                 f"modality={modality!r}: this encoder was trained on {' and '.join(known)}"
             )
-        if isinstance(scan, str | Path):
-            volume = read_nifti(Path(scan), modality=modality)
+        paths = [scan] if isinstance(scan, str | Path) else scan
+        if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
+            volume = read_channels([Path(path) for path in paths], modality)
         else:
             if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
                 raise InputError(

@@ -179,7 +179,8 @@ def raw_batch(
         "seed": torch.arange(samples, dtype=torch.int64),
     }
     return {name: value.to(device) for name, value in raw.items()} | {
-        "key": [f"noise-{i}" for i in range(samples)]
+        "key": [f"noise-{i}" for i in range(samples)],
+        "seeds": list(range(samples)),
     }
 
 

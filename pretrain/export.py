@@ -10,15 +10,13 @@ from torch import nn
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.licences import strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.decoders import build_decoder, without_head
 from pretrain.objective import Objective
 from pretrain.release import FORMAT, Release, write_release
 from pretrain.run_folder import RunFolder, versions
 from pretrain.train import load_trained
-
-# From the strictest to the freest; what is not listed counts as strictest of all.
-_FREEDOM = ("nc-nd", "nc-sa", "nc", "nd", "sa", "by", "mpl", "apache", "bsd", "mit", "pddl", "cc0")
 
 
 def export(run_path: Path, output: Path) -> Release:
@@ -114,16 +112,6 @@ def _described(module: Any, config: dict[str, Any], package: str) -> dict[str, A
     _, arguments = split_target(config)
     values, _ = check_arguments(type(module), arguments, package, ("encoder",))
     return {"name": allowed_name(type(module), package), "args": values}
-
-
-def strictest_first(licences: dict[str, int]) -> list[str]:
-    """Orders licences by what they forbid; unknown ones come first."""
-
-    def freedom(licence: str) -> int:
-        words = licence.lower().replace(" ", "-")
-        return next((i for i, mark in enumerate(_FREEDOM) if mark in words), -1)
-
-    return sorted(licences, key=lambda licence: (freedom(licence), licence))
 
 
 def _decoder_words(config: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """Crops from a corpus: workers read and verify, the device does the arithmetic.
 
 A worker returns int16 crops with the few numbers that make them physical; clipping, scaling, flips
-and intensity changes happen batched on the device. Each draw of a crop (where it lies, its seed) is
-a function of (seed, epoch, position in the epoch's order, number of the crop within its sample),
-never of the worker that makes it.
+and intensity changes happen batched on the device. Where a crop is resampled, turned or zoomed the
+worker returns the box that its voxels come from, and the map (`geometry`). Each draw of a crop
+(where it lies, its seed) is a function of (seed, epoch, position in the epoch's order, number of
+the crop within its sample), never of the worker that makes it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,36 +22,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess, intensity_coefficients
-from pretrain.draws import uniform
+from pretrain.augment import Augment, gained, mirrored, varied
+from pretrain.geometry import Grid, Size, drawn_matrix, grid_of, moved, plan, reach
 from pretrain.objective import Batch
 from pretrain.schedule import Schedule, generator
-
-Size = tuple[int, int, int]
-
-_FLIP, _GAIN = 1, 2
-"""Streams of the augmentation's draws; masks use another (`masking.MASK_STREAM`)."""
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Changes made to a crop on the device.
-
-    Args:
-        flip: which of the axes D, H, W are mirrored, each with probability 1/2.
-        gain: the image becomes `x (1 + a) + b` with a and b uniform in [-gain, gain].
-    """
-
-    flip: tuple[bool, bool, bool] = (False, False, False)
-    gain: float = 0.0
+from pretrain.settings import AugmentSettings
 
 
 class Draw(NamedTuple):
-    """What an index stands for: a volume, where its crop starts, and a seed."""
+    """What an index stands for: a volume, where its crop starts on the grid, a seed, a turn."""
 
     item: int
     meta: dict[str, Any]
     start: NDArray[np.int64]
     seed: int
+    matrix: NDArray[np.float64] | None = None
 
 
 class CropDataset(Dataset[dict[str, Any]]):
@@ -64,12 +49,14 @@ class CropDataset(Dataset[dict[str, Any]]):
         corpus: where the volumes are.
         samples: corpus positions that the schedule's sample ids stand for.
         schedule: the order.
-        preprocess: whose intensity rule travels with each crop as four numbers per channel.
+        preprocess: whose intensity rule travels with each crop as four numbers per channel. Volumes
+            of another spacing than its own are resampled to that.
         crop_size: (D, H, W) in voxels; volumes that are smaller are padded and marked invalid.
         label: read the segmentation too.
         foreground: chance that a labelled crop is centred on a voxel of a random class.
         classes: label values that count as foreground; all of them by default.
         crops: crops of a sample, as its objective declares.
+        augment: how crops are rotated and scaled; the rest of it is left to the device.
     """
 
     def __init__(
@@ -84,6 +71,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         foreground: float = 0.0,
         classes: Collection[int] | None = None,
         crops: int = 1,
+        augment: AugmentSettings | None = None,
     ) -> None:
         self.corpus = corpus
         self.samples = np.asarray(samples, dtype=np.int64)
@@ -94,6 +82,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.foreground = foreground
         self.classes = None if classes is None else {str(value) for value in classes}
         self.crops = crops
+        self.augment = augment or AugmentSettings()
 
     def __len__(self) -> int:
         return len(self.schedule) * self.crops
@@ -108,8 +97,12 @@ class CropDataset(Dataset[dict[str, Any]]):
         rng = generator("crop", self.schedule.seed, epoch, within, number)
         item = int(self.samples[sample])
         meta = self.corpus.meta(item)
-        start = self._place(rng, meta, np.array(self.corpus.shapes[item][1:]))
-        return Draw(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
+        centre = self._centre(rng, meta)
+        seed = int(rng.integers(-(2**63), 2**63 - 1))
+        grid = self._grid(item, meta)
+        matrix = drawn_matrix(seed, self.augment, self.crop_size, grid.spacing)
+        start = self._inside(grid.voxel(centre), grid, matrix)
+        return Draw(item, meta, start, seed, matrix)
 
     def middle(self, item: int, number: int = 0) -> dict[str, Any]:
         """The crop in the middle of a volume's foreground: the same in every run, for pictures.
@@ -118,16 +111,16 @@ class CropDataset(Dataset[dict[str, Any]]):
         lie elsewhere in the volume, as the item and the number alone decide.
         """
         meta = self.corpus.meta(item)
-        shape = np.array(self.corpus.shapes[item][1:])
+        grid = self._grid(item, meta)
         if number:
             rng = generator("middle", item, number)
-            start = self._place(rng, meta, shape)
-            return self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1)))
+            start = self._inside(grid.voxel(self._centre(rng, meta)), grid)
+            return settled(self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1))))
         centre = np.array(meta["foreground_box"]).sum(1) // 2
         voxels = [v for found in meta["class_voxels"].values() for v in found] if self.label else []
         if voxels:
             centre = (np.min(voxels, axis=0) + np.max(voxels, axis=0)) // 2
-        return self._crop(item, meta, self._inside(centre, shape), seed=item)
+        return settled(self._crop(item, meta, self._inside(grid.voxel(centre), grid), seed=item))
 
     def varied(self, count: int) -> list[int]:
         """Volumes to look at: one of each modality before any comes twice, the largest first."""
@@ -140,34 +133,77 @@ class CropDataset(Dataset[dict[str, Any]]):
             order.append((seen[modality], item))
         return [item for _, item in sorted(order)[:count]]
 
+    def _grid(self, item: int, meta: dict[str, Any]) -> Grid:
+        """The grid that crops of a volume lie on."""
+        shape = self.corpus.shapes[item][1:]
+        return grid_of(shape, meta["spacing"], self.preprocess.spacing_mm)
+
     def _crop(
-        self, item: int, meta: dict[str, Any], start: NDArray[np.int64], seed: int
+        self,
+        item: int,
+        meta: dict[str, Any],
+        start: NDArray[np.int64],
+        seed: int,
+        matrix: NDArray[np.float64] | None = None,
     ) -> dict[str, Any]:
+        channels = meta["channels"]
+        grid = self._grid(item, meta)
+        lowest = [_code(c["statistics"]["min"], c) for c in channels]
+        still = matrix is None and grid.native
+        read = self._read if still else self._read_box
+        return {
+            "key": str(self.corpus.keys[item]),
+            **read(item, start, lowest, matrix, grid),
+            "value": torch.tensor([[c["slope"], c["intercept"]] for c in channels]),
+            "window": torch.tensor([self._window(c) for c in channels]),
+            "spacing": torch.tensor(grid.spacing, dtype=torch.float32),
+            "seed": seed,
+        }
+
+    def _read(
+        self, item: int, start: NDArray[np.int64], lowest: list[int], *_: object
+    ) -> dict[str, Any]:
+        """The crop itself."""
         shape = np.array(self.corpus.shapes[item][1:])
         crop = np.array(self.crop_size)
         inside = np.maximum(start, 0)
         stop = np.minimum(start + crop, shape)
         size, where = _triple(stop - inside), _triple(inside)
-        channels = meta["channels"]
-        lowest = [_code(c["statistics"]["min"], c) for c in channels]
         pad = [(int(a), int(b)) for a, b in zip(inside - start, start + crop - stop, strict=True)]
         image = _padded(self.corpus.read(item, "image", where, size), pad, lowest)
         valid = _padded(np.ones((1, *size), dtype=bool), pad, [0])
         if self.corpus.sample_has(item, "mask"):
             hidden = self.corpus.read(item, "mask", where, size)
             valid &= _padded((hidden == 0)[None], pad, [0])
-        out: dict[str, Any] = {
-            "key": str(self.corpus.keys[item]),
-            "image": torch.from_numpy(image),
-            "valid": torch.from_numpy(valid),
-            "value": torch.tensor([[c["slope"], c["intercept"]] for c in channels]),
-            "window": torch.tensor([self._window(c) for c in channels]),
-            "spacing": torch.tensor(meta["spacing"], dtype=torch.float32),
-            "seed": seed,
-        }
+        out = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid)}
         if self.label:
             label = self.corpus.read(item, "seg", where, size).astype(np.int32)
             out["label"] = torch.from_numpy(_padded(label[None], pad, [0])[0])
+        return out
+
+    def _read_box(
+        self,
+        item: int,
+        start: NDArray[np.int64],
+        lowest: list[int],
+        matrix: NDArray[np.float64] | None,
+        grid: Grid,
+    ) -> dict[str, Any]:
+        """The box that the crop comes from, without padding, and how it is made of that."""
+        shape = np.array(self.corpus.shapes[item][1:])
+        first, extent, move = plan(start, self.crop_size, matrix, grid, shape, lowest)
+        where, size = _triple(first), _triple(extent)
+        out: dict[str, Any] = {
+            "move": move,
+            "image": torch.from_numpy(self.corpus.read(item, "image", where, size)),
+            "valid": None,
+        }
+        if self.corpus.sample_has(item, "mask"):
+            hidden = self.corpus.read(item, "mask", where, size)
+            out["valid"] = torch.from_numpy((hidden == 0)[None])
+        if self.label:
+            label = self.corpus.read(item, "seg", where, size).astype(np.int32)
+            out["label"] = torch.from_numpy(label)
         return out
 
     def _window(self, channel: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -177,10 +213,8 @@ class CropDataset(Dataset[dict[str, Any]]):
             return -math.inf, math.inf, 0.0, 1.0
         return intensity_coefficients(rule, channel["modality"], channel["statistics"])
 
-    def _place(
-        self, rng: np.random.Generator, meta: dict[str, Any], shape: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Where the crop starts; negative where the volume is thinner than the crop."""
+    def _centre(self, rng: np.random.Generator, meta: dict[str, Any]) -> NDArray[np.int64]:
+        """The voxel of the volume that a crop is to lie around."""
         voxels = []
         if self.label and rng.random() < self.foreground:
             voxels = [
@@ -190,20 +224,24 @@ class CropDataset(Dataset[dict[str, Any]]):
             ]
         if voxels:
             chosen = voxels[rng.integers(len(voxels))]
-            centre = np.array(chosen[rng.integers(len(chosen))])
-        else:
-            # The centre falls into the foreground's box: air at the border teaches nothing.
-            low, high = np.array(meta["foreground_box"]).T
-            centre = rng.integers(low, np.maximum(high, low + 1))
-        return self._inside(centre, shape)
+            return np.array(chosen[rng.integers(len(chosen))])
+        # The centre falls into the foreground's box: air at the border teaches nothing.
+        low, high = np.array(meta["foreground_box"]).T
+        return rng.integers(low, np.maximum(high, low + 1))
 
-    def _inside(self, centre: NDArray[np.int64], shape: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Start of the crop around a voxel, moved so that it leaves the volume nowhere."""
-        crop = np.array(self.crop_size)
-        start = centre - crop // 2
-        room = shape - crop
+    def _inside(
+        self, centre: NDArray[np.int64], grid: Grid, matrix: NDArray[np.float64] | None = None
+    ) -> NDArray[np.int64]:
+        """Where the crop around a voxel starts, moved so that it leaves the volume nowhere.
+
+        Negative where the volume is thinner than the crop. A zoomed crop is one of what it spans.
+        """
+        span = reach(self.crop_size, matrix, grid)
+        start = centre - span // 2
+        room = grid.shape - span
         # A gap is shared between both ends, the far end getting the odd voxel, as inference does.
-        return np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), -(-room // 2))
+        start = np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), -(-room // 2))
+        return start + (span - np.array(self.crop_size)) // 2
 
 
 def _triple(values: NDArray[np.int64]) -> Size:
@@ -245,13 +283,23 @@ class _Crops(Sampler[list[int]]):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks crops into a raw batch; keys stay a list."""
+    """Stacks crops into a raw batch; keys stay a list, and seeds are known to the host as well.
+
+    Where a crop is still a box, voxels stay a list too, with the move of each beside it.
+    """
+    moves = [item.get("move") for item in items]
+    boxed = ("image", "valid", "label") if any(moves) else ()
     batch: dict[str, Any] = {
-        name: torch.stack([item[name] for item in items])
+        name: [item[name] for item in items]
+        if name in boxed
+        else torch.stack([item[name] for item in items])
         for name in items[0]
-        if name not in ("key", "seed")
+        if name not in ("key", "seed", "move")
     }
+    if boxed:
+        batch["move"] = moves
     batch["seed"] = torch.tensor([item["seed"] for item in items], dtype=torch.int64)
+    batch["seeds"] = [item["seed"] for item in items]
     batch["key"] = [item["key"] for item in items]
     return batch
 
@@ -304,8 +352,12 @@ def _leave_signals(worker: int) -> None:
 
 def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A raw batch on a device, where nobody else moves it; what is no tensor stays."""
+
+    def sent(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     return {
-        name: value.to(device) if isinstance(value, Tensor) else value
+        name: [sent(one) for one in value] if isinstance(value, list) else sent(value)
         for name, value in raw.items()
     }
 
@@ -313,9 +365,11 @@ def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     """Raw crops to normalised float32, on whatever device they are.
 
-    The one interpolation-free form of the device transform: physical value, clip, scale, mirror,
-    gain. Equal to `Preprocess.apply` on the same voxels when `augment` is None.
+    Resampling, physical value, clip, scale, mirror, intensity. Equal to `Preprocess.apply` on the
+    same voxels when `augment` is None and no crop is turned.
     """
+    if "move" in raw:
+        raw = _straightened(raw)
     channel = (slice(None), slice(None), None, None, None)
     slope, intercept = raw["value"].unbind(-1)
     low, high, shift, scale = raw["window"].unbind(-1)
@@ -325,23 +379,33 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     valid: Tensor = raw["valid"]
     label: Tensor | None = raw["label"].long() if "label" in raw else None
     if augment is not None:
-        image, valid, label = _mirror(image, valid, label, raw["seed"], augment.flip)
-        if augment.gain:
-            draw = (uniform(raw["seed"], (2,), _GAIN) * 2 - 1) * augment.gain
-            a, b = (column[:, None, None, None, None] for column in draw.unbind(1))
-            image = image * (1 + a) + b
+        image, valid, label = mirrored(image, valid, label, raw["seed"], augment)
+        change = augment.change
+        if change.gain:
+            image = gained(image, raw["seed"], change.gain)
+        image = varied(image, valid, raw["seed"], raw["seeds"], change)
     return Batch(image, valid, raw["spacing"], raw["seed"], raw["key"], label)
 
 
-def _mirror(
-    image: Tensor, valid: Tensor, label: Tensor | None, seeds: Tensor, axes: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    draw = uniform(seeds, (3,), _FLIP) < 0.5
-    for axis, wanted in enumerate(axes):
-        if wanted:
-            flip = draw[:, axis, None, None, None, None]
-            image = torch.where(flip, image.flip(axis + 2), image)
-            valid = torch.where(flip, valid.flip(axis + 2), valid)
-            if label is not None:
-                label = torch.where(flip[:, 0], label.flip(axis + 1), label)
-    return image, valid, label
+def settled(item: dict[str, Any]) -> dict[str, Any]:
+    """A crop that is still a box to the crop itself, where it is; any other stays as it is."""
+    if "move" not in item:
+        return item
+    hidden = None if item["valid"] is None else ~item["valid"]
+    image, valid, label = moved(item["image"], hidden, item.get("label"), item["move"])
+    made = {**item, "image": image, "valid": valid} | ({} if label is None else {"label": label})
+    del made["move"]
+    return made
+
+
+def _straightened(raw: dict[str, Any]) -> dict[str, Any]:
+    """Boxes and crops to crops: each by itself, since boxes have sizes of their own."""
+    names = [name for name in ("image", "valid", "label") if name in raw]
+    made: dict[str, list[Tensor]] = {name: [] for name in names}
+    for number, move in enumerate(raw["move"]):
+        item: dict[str, Any] = {name: raw[name][number] for name in names}
+        item = item if move is None else settled({**item, "move": move})
+        item["image"] = item["image"].float()
+        for name in names:
+            made[name].append(item[name])
+    return {**raw, **{name: torch.stack(voxels) for name, voxels in made.items()}}

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -28,11 +28,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, differences
 from data_prep.progress import bar
+from pretrain.augment import Augment
 from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health, evaluating
-from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch, to_device
+from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.optim import make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
@@ -40,6 +41,16 @@ from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
 
 CHECKPOINT_FORMAT = 1
+
+
+class Stretch(NamedTuple):
+    """Steps that are trained alike, with an optimiser of their own.
+
+    `settings` are those of a training of just these steps: its rate counts from their first.
+    """
+
+    steps: range
+    settings: LoopSettings
 
 
 class Loop:
@@ -72,6 +83,15 @@ class Loop:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
+    # What a training in several stretches changes.
+
+    def stretch(self) -> Stretch:
+        """The stretch that the next step belongs to: here all of the training is one."""
+        return Stretch(range(self.settings.steps), self.settings)
+
+    def begin(self, objective: Objective) -> None:
+        """Prepares the objective for the stretch that the next step belongs to."""
+
     # What an objective asks of its loop.
 
     @property
@@ -96,7 +116,8 @@ class Loop:
 
     def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """The learning rate is a function of the step, so it needs no state."""
-        lr = self.settings.lr * rate(self.step, self.settings)
+        steps, chosen = self.stretch()
+        lr = chosen.lr * rate(self.step - steps.start, chosen)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -154,13 +175,18 @@ class Loop:
             del state  # or each rank keeps a copy of the model for as long as it trains
         if self.step >= self.settings.steps:
             return
+        if self.step == self.stretch().steps.start:
+            optimizer = None  # of the stretch before, which ended with this checkpoint
         machine = self.settings.trainer
         objective.encoder.set_grad_checkpointing(machine.checkpointing)
         if machine.compile:
             compile_parts(objective)
-        trainer = self._trainer(optimizer)
         try:
-            trainer.fit(objective, datamodule=_Steps(self))
+            while self.step < self.settings.steps:
+                self.begin(objective)
+                # A trainer of its own: DDP learns once, at its start, which weights have gradients.
+                self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
+                optimizer = None
         except SIGTERMException:
             # Lightning would exit with 0; `sbatch --dependency=afterok` and `&&` would go on.
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -181,17 +207,12 @@ class Loop:
         return state
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        expected = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
-        found = {"format": state["format"], **state["schedule"]}
-        different = [
-            f"{name} is {found.get(name)!r} in the checkpoint and {value!r} now"
-            for name, value in expected.items()
-            if found.get(name) != value
-        ]
+        now = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
+        different = differences({"format": state["format"], **state["schedule"]}, now)
         if different:
             raise InputError(
-                f"{self.run.path} cannot be resumed: {'; '.join(different)}; "
-                "restore what was changed, or start another run=NAME"
+                f"{self.run.path}: its checkpoint is of another corpus, seed, batch size or order "
+                f"({'; '.join(different)}); restore what was changed, or start another run=NAME"
             )
 
     def _schedule_state(self, step: int) -> dict[str, Any]:
@@ -303,7 +324,7 @@ class _Steps(L.LightningDataModule):
             self.loop.dataset,
             batch_size=chosen.batch_size,
             first_step=self.loop.step,
-            last_step=chosen.steps,
+            last_step=self.loop.stretch().steps.stop,
             accumulate=chosen.accumulate,
             workers=chosen.trainer.workers,
             rank=trainer.global_rank,

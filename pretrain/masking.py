@@ -78,9 +78,11 @@ def visible_first(hidden: Tensor) -> Tensor:
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Picks rows of each sample: [B, N, P] at int64 [B, M] gives [B, M, P].
 
-    `take_along_dim` would do, but first reduces every index of the expanded [B, M, P] modulo N.
+    Whole rows are copied; `gather` and `take_along_dim` would look up each of their values.
     """
-    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+    B, N, P = rows.shape
+    first = torch.arange(0, B * N, N, device=index.device)[:, None]  # [B, 1]
+    return rows.reshape(-1, P).index_select(0, (index + first).flatten()).view(B, index.shape[1], P)
 
 
 def block_hidden(

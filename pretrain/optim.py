@@ -20,22 +20,28 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     """Splits trainable parameters into decayed and not decayed ones.
 
     Vectors and scalars do not decay, nor does anything that a submodule names in
-    `no_weight_decay()`.
+    `no_weight_decay()`. A module that gives some parameters a share of the rate, by name, in
+    `lr_scales()` has such a pair of groups for each share, the largest first; groups without a
+    parameter are then left out.
     """
     exempt: set[str] = set()
     for prefix, part in module.named_modules():
         listed = getattr(part, "no_weight_decay", None)
         if callable(listed):
             exempt |= {f"{prefix}.{name}" if prefix else name for name in listed()}
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    stated = getattr(module, "lr_scales", None)
+    scales: dict[str, float] = stated() if callable(stated) else {}
+    pairs: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {1.0: ([], [])}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (spared if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+            spared = parameter.ndim <= 1 or name in exempt
+            pairs.setdefault(scales.get(name, 1.0), ([], []))[spared].append(parameter)
+    groups: list[dict[str, object]] = []
+    for scale, (decayed, spared_ones) in sorted(pairs.items(), reverse=True):
+        share = {"lr_scale": scale} if scales else {}
+        groups.append({"params": decayed, "weight_decay": weight_decay, **share})
+        groups.append({"params": spared_ones, "weight_decay": 0.0, **share})
+    return [group for group in groups if group["params"]] if scales else groups
 
 
 def make_optimizer(module: nn.Module, chosen: LoopSettings) -> torch.optim.Optimizer:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_prep.corpus import Corpus
+from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from pretrain.loader import CropDataset, collate, to_batch, to_device
@@ -89,13 +89,14 @@ class Probe:
     def __init__(
         self,
         corpus: Corpus,
-        channels: int,
+        channels: int | None,
         preprocess: Preprocess,
         crop_size: tuple[int, int, int],
     ) -> None:
-        if set(corpus.shapes[:, 0]) != {channels}:
+        found = sorted({int(n) for n in corpus.shapes[:, 0]})
+        if channels is not None and found != [channels]:
             raise InputError(
-                f"health.probe={corpus.path}: its volumes have {sorted(set(corpus.shapes[:, 0]))} "
+                f"health.probe={corpus.path}: its volumes have {found} "
                 f"channels, the run's have {channels}; give a corpus like the run's"
             )
         self.items = probe_cases(corpus)
@@ -111,15 +112,18 @@ class Probe:
 
     @classmethod
     def open(
-        cls, path: Path, channels: int, preprocess: Preprocess, crop_size: tuple[int, int, int]
+        cls,
+        path: Path,
+        channels: int | None,
+        preprocess: Preprocess,
+        crop_size: tuple[int, int, int],
     ) -> Probe:
-        """Opens a labelled corpus.
+        """Opens a labelled corpus; channels None is any number, where the run's is not known.
 
         Raises:
             InputError: it cannot serve as a probe.
         """
-        corpus = Corpus.open(path)
-        corpus.require_shards()
+        corpus = open_corpus(path, "health.probe")
         return cls(corpus, channels, preprocess, crop_size)
 
     def score(self, encode: Encode, strides: Strides, device: torch.device) -> dict[str, float]:
@@ -182,10 +186,8 @@ class Probe:
         """The feature maps of a case that count, each [E, d, h, w]."""
         raw = collate([case.raw])
         moved = to_device(raw, device)
-        deepest = {stride: i for i, stride in enumerate(strides)}
-        coarse = [i for stride, i in deepest.items() if max(stride) >= FINEST]
         found = encode(to_batch(moved).image)
-        return [found[i][0].float() for i in coarse or [len(found) - 1]]
+        return [found[i][0].float() for i in counted_maps(strides)]
 
 
 class _Case:
@@ -205,19 +207,45 @@ class _Case:
         self.usable = len(present) > 1
         if not self.usable:
             return
-        chosen, weights = [], []
-        for index in present:
-            found = np.argwhere(self.counted & (self.label == index))
-            share = VOXELS // 2 // (1 if index == 0 else max(len(present) - 1, 1))
-            taken = found[rng.permutation(len(found))[:share]]
-            chosen.append(taken)
-            # Between what the crop holds and equal shares: with the one, small structures are never
-            # predicted; with the other, everywhere.
-            weights.append(np.full(len(taken), (len(found) / len(taken)) ** 0.5))
-        self.voxels = np.concatenate(chosen)
-        weight = np.concatenate(weights)
-        self.weight = weight / weight.sum()
+        self.voxels, self.weight = choose_voxels(self.label, self.counted, present, rng)
         self.target = np.eye(len(values) + 1)[self.label[tuple(self.voxels.T)]]
+
+
+def counted_maps(strides: Strides) -> list[int]:
+    """Which feature maps describe a voxel: of one stride the deepest, none finer than every 4th.
+
+    The deepest map alone where all are finer.
+    """
+    deepest = {stride: i for i, stride in enumerate(strides)}
+    coarse = [i for stride, i in deepest.items() if max(stride) >= FINEST]
+    return coarse or [len(strides) - 1]
+
+
+def choose_voxels(
+    label: NDArray[np.int64],
+    counted: NDArray[np.bool_],
+    present: Sequence[int],
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Voxels [n, 3] of a crop to learn from, half of them background, and weights [n] of sum 1.
+
+    Args:
+        label: classes [D, H, W], 0 background.
+        counted: which voxels count.
+        present: the classes that have such voxels.
+        rng: draws among them.
+    """
+    chosen, weights = [], []
+    for index in present:
+        found = np.argwhere(counted & (label == index))
+        share = VOXELS // 2 // (1 if index == 0 else max(len(present) - 1, 1))
+        taken = found[rng.permutation(len(found))[:share]]
+        chosen.append(taken)
+        # Between what the crop holds and equal shares: with the one, small structures are never
+        # predicted; with the other, everywhere.
+        weights.append(np.full(len(taken), (len(found) / len(taken)) ** 0.5))
+    weight = np.concatenate(weights)
+    return np.concatenate(chosen), weight / weight.sum()
 
 
 def sample(maps: list[Tensor], voxels: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:

@@ -1,11 +1,12 @@
-"""A released encoder: a directory that says what it is and proves that it is whole.
+"""A release: a directory that says what it is and proves that it is whole.
 
     model.safetensors      weights of the encoder, no pickle
-    decoder.safetensors    of the decoder that was trained with it, where it can be finetuned
+    decoder.safetensors    of the decoder that was trained with it: where it can be finetuned, and
+                           always of a segmenter, head and all
     config.json            architecture, preprocessing, training, data: data only, nothing to run
     fingerprints.json      hashes of the volumes it was trained on, for the leakage gate
     golden_input.nii.gz    a small scan with odd spacing and orientation ...
-    golden_output.safetensors   ... and the features that it must give
+    golden_output.safetensors   ... and what it must give: features, and a segmenter's scores
     README.md              the card
     SHA256SUMS             of all of these
 
@@ -21,103 +22,42 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data_prep.errors import CorruptionError, InputError, plain_message
+from data_prep.errors import CorruptionError, InputError
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
-
-FORMAT = 1
-FILES = (
-    "model.safetensors",
-    "config.json",
-    "fingerprints.json",
-    "golden_input.nii.gz",
-    "golden_output.safetensors",
-    "README.md",
+from pretrain.manifest import (
+    DECODER,
+    FILES,
+    FORMAT,
+    Manifest,
+    Shapes,
+    file_digest,
+    read_manifest,
+    stored_shapes,
 )
-DECODER = "decoder.safetensors"
-"""Beside those where config.json has a `decoder`."""
+
+if TYPE_CHECKING:
+    from pretrain.encoder import Encoder
+
+__all__ = ["DECODER", "FILES", "FORMAT", "file_digest"]
+
 TOLERANCE = 1e-5
 """Of the golden features, relative to their largest value, in float32 on a CPU."""
-MAX_TEXT = 2**20
-"""Bytes of config.json and SHA256SUMS; a larger one is no config."""
-MAX_PRINTS = 2**30
-MAX_CROP = 2**27
-"""Voxels of a crop: 512 cubed."""
-
-
-class Part(BaseModel):
-    """A class of ours and its arguments, which are checked against its signature where used."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    args: dict[str, Any]
-
-
-class DecoderFacts(BaseModel):
-    """What rebuilds the decoder: the backbone says which it is, so its outputs are all it needs."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    out_channels: Annotated[int, Field(ge=1, le=4096)]
-
-
-class ReleaseConfig(BaseModel):
-    """The keys of config.json, format 1; releases without a decoder have the last two or not."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[1]
-    name: Annotated[str, Field(min_length=1, max_length=200)]
-    kind: Literal["encoder"]
-    backbone: Part
-    objective: Part
-    crop_size: Annotated[
-        list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=3, max_length=3)
-    ]
-    modalities: Annotated[list[Literal["CT", "MR"]], Field(min_length=1, max_length=2)]
-    preprocess: dict[str, Any]
-    training: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, str]
-    decoder: DecoderFacts | None = None
-    transfers: Literal["encoder", "network"] = "encoder"
-
-    @model_validator(mode="after")
-    def _network_has_a_decoder(self) -> Self:
-        if self.transfers == "network" and self.decoder is None:
-            raise ValueError("transfers='network', and there is no decoder: one of them is wrong")
-        return self
-
-    @model_validator(mode="after")
-    def _crop_is_sane(self) -> Self:
-        if math.prod(self.crop_size) > MAX_CROP:
-            raise ValueError(f"crop_size={self.crop_size} has more than {MAX_CROP} voxels")
-        return self
-
-
-class Fingerprints(BaseModel):
-    """fingerprints.json, format 1."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[1]
-    values: list[Annotated[str, Field(max_length=200)]]
 
 
 @dataclass
@@ -159,46 +99,8 @@ class LoadReport:
         )
 
 
-@dataclass(frozen=True)
-class Release:
-    """A verified release on disk."""
-
-    path: Path
-    config: dict[str, Any]
-    preprocess: Preprocess
-    digest: str
-
-    @property
-    def name(self) -> str:
-        """What the release calls itself."""
-        return str(self.config["name"])
-
-    @property
-    def crop_size(self) -> tuple[int, int, int]:
-        """(D, H, W) in voxels that it was trained on."""
-        d, h, w = self.config["crop_size"]
-        return int(d), int(h), int(w)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Of the channels' training data, such as CT and MR."""
-        return tuple(self.config["modalities"])
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether the decoder that the encoder was trained with is part of it."""
-        return self.config["decoder"] is not None
-
-    @property
-    def transfers(self) -> Literal["encoder", "network"]:
-        """What its objective means finetuning to take over."""
-        return "network" if self.config["transfers"] == "network" else "encoder"
-
-    @property
-    def fingerprints(self) -> set[str]:
-        """Hashes of the volumes that the encoder was trained on."""
-        file = self.path / "fingerprints.json"
-        return set(_checked(Fingerprints, _read_json(file, MAX_PRINTS), file).values)
+class Release(Manifest):
+    """A verified release on disk, and the networks in it."""
 
     def build_encoder(self) -> Backbone:
         """The encoder with fresh random weights.
@@ -274,18 +176,6 @@ def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     return LoadReport(copied=sorted(found), covered=1.0)
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def stored_shapes(weights: Path) -> Shapes:
-    """Names and shapes of a safetensors file, from its header alone."""
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
-    except (SafetensorError, OSError) as error:
-        raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
-
-
 def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_fit(found, wanted, weights)
@@ -315,126 +205,10 @@ def _differences(
     ]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_release(ref: str | Path) -> Release:
-    """Opens a release and verifies every byte of it.
-
-    Raises:
-        InputError: it is not there, or not a release of a format that we know.
-        CorruptionError: a file is missing or is not what SHA256SUMS says.
-    """
-    path = Path(ref)
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: no such release; give the folder that `voxelith export RUN OUT` wrote"
-        )
-    sums = path / "SHA256SUMS"
-    if not sums.exists():
-        hint = "it is a run: `voxelith export` makes a release of it; " * (
-            (path / "run.json").exists()
-        )
-        raise InputError(f"{path}: is not a release, it has no SHA256SUMS; {hint}check the path")
-    listed = _verify(path, _read_text(sums))
-    file = path / "config.json"
-    raw = _read_json(file, MAX_TEXT)
-    if isinstance(raw, dict) and raw.get("format") != FORMAT:
-        raise InputError(
-            f"{file}: format is {raw.get('format')!r}, this version reads {FORMAT}; "
-            "update voxelith or export again"
-        )
-    problems = [
-        f"{file}: {where}: releases are data and name nothing to import"
-        for where in _find_key(raw, "_target_")
-    ]
-    if problems:
-        raise InputError(problems)
-    config = _checked(ReleaseConfig, raw, file).model_dump(mode="json")
-    if (config["decoder"] is not None) != (DECODER in listed):
-        there = "and SHA256SUMS does not list" if config["decoder"] else "which SHA256SUMS lists,"
-        raise CorruptionError(
-            f"{file}: decoder is {config['decoder']}, {there} {DECODER}; fetch the release again"
-        )
-    preprocess = Preprocess.from_dict(config["preprocess"])
-    digest = hashlib.sha256(sums.read_bytes()).hexdigest()
-    return Release(path, config, preprocess, digest)
-
-
-def _verify(path: Path, sums: str) -> set[str]:
-    """The names that the sums list, once every file has been found to be what they say."""
-    listed: dict[str, str] = {}
-    for line in sums.splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
-    problems = [
-        f"{path}/SHA256SUMS: does not list {name}; the release is incomplete"
-        for name in FILES
-        if name not in listed
-    ]
-    for name, expected in listed.items():
-        file = path / name
-        if name not in (*FILES, DECODER):
-            problems.append(f"{path}/SHA256SUMS: lists {name!r}, which is no part of a release")
-        elif not file.is_file():
-            problems.append(f"{file}: is missing; copy or fetch the release again")
-        elif file_digest(file) != expected:
-            problems.append(
-                f"{file}: its bytes are not those that were released (sha256 differs from "
-                "SHA256SUMS); copy or fetch the release again"
-            )
-    if problems:
-        raise CorruptionError(problems)
-    return set(listed)
-
-
-def _read_text(file: Path, limit: int = MAX_TEXT) -> str:
-    if file.stat().st_size > limit:
-        raise InputError(f"{file}: has {file.stat().st_size} bytes, more than {limit}")
-    try:
-        return file.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise CorruptionError(f"{file}: is not text ({error}); fetch the release again") from error
-
-
-def _read_json(file: Path, limit: int) -> Any:
-    try:
-        return json.loads(_read_text(file, limit))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is not JSON that can be read ({error})") from error
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def _checked(model: type[Model], raw: Any, file: Path) -> Model:
-    """Raw JSON as the model that it should be; every problem is listed."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors(include_url=False):
-            where = ".".join(str(part) for part in item["loc"]) or "content"
-            if item["type"] == "missing":
-                problems.append(f"{file}: {where}: missing; export the release again")
-            elif item["type"] == "extra_forbidden":
-                problems.append(f"{file}: {where}: unknown; this version does not know it")
-            else:
-                problems.append(f"{file}: {where}: {plain_message(item)}")
-        raise InputError(problems) from error
-
-
-def _find_key(value: Any, key: str, where: str = "") -> list[str]:
-    """Where a key occurs; JSON's own parser has bounded the depth."""
-    if isinstance(value, dict):
-        here = [f"{where}{key}"] if key in value else []
-        return here + [f for k, v in value.items() for f in _find_key(v, key, f"{where}{k}.")]
-    if isinstance(value, list):
-        return [f for i, v in enumerate(value) for f in _find_key(v, key, f"{where}{i}.")]
-    return []
+    """Opens a release and verifies every byte of it; raises as `read_manifest`."""
+    read = read_manifest(ref)
+    return Release(read.path, read.config, read.preprocess, read.digest)
 
 
 # Writing.
@@ -466,8 +240,20 @@ def write_release(
     fingerprints: dict[str, Any],
     card: str,
     decoder: nn.Module | None = None,
+    outputs: Callable[[Path], dict[str, torch.Tensor]] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Release:
     """Writes a release beside `output` and moves it there when it is whole and verified.
+
+    Args:
+        output: folder that is made.
+        encoder: with its weights.
+        config: as `ReleaseConfig` has it.
+        fingerprints: as `Fingerprints` has them.
+        card: README.md.
+        decoder: with its weights.
+        outputs: from the folder so far, what the golden scan gives beside features.
+        check: loads the release as its user would and compares; `check_golden` if it is not given.
 
     Raises:
         InputError: `output` exists and is not empty.
@@ -491,11 +277,12 @@ def write_release(
         write_bytes(folder / "golden_input.nii.gz", gzip.compress(scan, mtime=0))
         preprocess = Preprocess.from_dict(config["preprocess"])
         probe = Encoder(encoder.cpu(), preprocess, config)
-        save_file(_golden_features(probe, folder), folder / "golden_output.safetensors")
+        golden = golden_features(probe, folder) | (outputs(folder) if outputs else {})
+        save_file(golden, folder / "golden_output.safetensors")
         names = FILES if decoder is None else (*FILES, DECODER)
         sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
         write_text(folder / "SHA256SUMS", sums)
-        check_golden(folder)
+        (check or check_golden)(folder)
         folder.chmod(0o755)
         for file in folder.iterdir():
             file.chmod(0o644)
@@ -513,9 +300,15 @@ def _save_weights(module: nn.Module, file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def _golden_features(encoder: Any, folder: Path) -> dict[str, torch.Tensor]:
-    modality = "MR" if "MR" in encoder.config["modalities"] else encoder.config["modalities"][0]
-    features = encoder.features(folder / "golden_input.nii.gz", modality=modality)
+def golden_modality(modalities: Sequence[str]) -> str:
+    """What the golden scan is taken for."""
+    return "MR" if "MR" in modalities else modalities[0]
+
+
+def golden_features(encoder: Encoder, folder: Path) -> dict[str, torch.Tensor]:
+    """The features of a release's golden scan, which is every channel of an encoder of several."""
+    scans = [folder / "golden_input.nii.gz"] * encoder.module.in_channels
+    features = encoder.features(scans, modality=golden_modality(encoder.config["modalities"]))
     return {"map": torch.from_numpy(features.map), "vector": torch.from_numpy(features.vector)}
 
 
@@ -530,11 +323,16 @@ def check_golden(path: Path) -> float:
     """
     from pretrain.encoder import load_encoder
 
-    found = _golden_features(load_encoder(path), path)
+    return compare_golden(path, golden_features(load_encoder(path), path))
+
+
+def compare_golden(path: Path, found: dict[str, torch.Tensor]) -> float:
+    """Compares what the golden scan gives now with what a release says; as `check_golden`."""
     worst = 0.0
     with safe_open(path / "golden_output.safetensors", framework="pt") as file:
+        stored = set(file.keys())
         for name, value in found.items():
-            expected = file.get_tensor(name)
+            expected = file.get_tensor(name) if name in stored else value.new_empty(0)
             if value.shape != expected.shape:
                 worst = math.inf
             else:

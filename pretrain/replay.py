@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.corpus import Corpus
+from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
+from pretrain.augment import Augment
 from pretrain.failures import (
     Shape,
     checkpoint_step,
@@ -33,7 +34,7 @@ from pretrain.failures import (
     failure_folder,
     plain,
 )
-from pretrain.loader import Augment, CropDataset, collate, to_device
+from pretrain.loader import CropDataset, collate, to_device
 from pretrain.loop import Loop, autocast_of, machine_precision
 from pretrain.objective import Batch
 from pretrain.previews import PLANES, aspects, planes
@@ -111,14 +112,13 @@ class Replay:
         self.run = run
         self.settings = PretrainSettings.model_validate(config)
         facts = json.loads((run.path / "run.json").read_text())
-        corpus = Corpus.open(self.settings.corpus)
+        corpus = open_corpus(self.settings.corpus, "corpus")
         if corpus.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
                 f"{self.settings.corpus}: is not the corpus that {run.path} was trained on "
                 f"(index {corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
                 "put that one back"
             )
-        corpus.require_shards()
         self.objective = build_objective(self.settings, int(facts["channels"]))
         self.dataset: CropDataset = make_dataset(self.settings, corpus, self.objective.crops)
 
@@ -146,7 +146,8 @@ class Replay:
         """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
         settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
         self.device = _device(settings)
-        loop = Loop(settings, self.dataset, self.run, augment=Augment(settings.flip, settings.gain))
+        augment = Augment(settings.flip, settings.augment)
+        loop = Loop(settings, self.dataset, self.run, augment=augment)
         objective = self.objective
         state = self.start(step)
         if state is not None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic, write_json, write_text
+from data_prep.files import atomic, make_folder, write_json, write_text
 
 HEARTBEAT_SECONDS = 30
 STALE_SECONDS = 300
@@ -105,9 +105,9 @@ class RunFolder:
         """Holds the folder for this process; a second writer is refused.
 
         Raises:
-            InputError: another process holds it.
+            InputError: another process holds it, or it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, "runs")
         file = self.path / "lease.json"
         mine = {
             "host": socket.gethostname(),

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
+from data_prep.settings import MUST_EXIST
 
 Side = Annotated[int, Field(ge=1, le=2048)]
 
@@ -26,6 +35,41 @@ class TrainerSettings(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None = None
     compile: bool = False
     checkpointing: bool = False
+
+
+Chance = Annotated[float, Field(ge=0, le=1)]
+Zoom = Annotated[float, Field(ge=0.25, le=4)]
+
+
+class AugmentSettings(BaseModel):
+    """A file of conf/augment: how crops are changed besides mirroring, and with what chance.
+
+    `rotate` turns about each axis by up to `degrees`; `scale` lets a crop span `zoom` times as many
+    voxels, drawn once or for each axis. From `noise` on, chances alone: what they stand for is in
+    `pretrain.augment`, with the ranges of nnU-Net.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    rotate: Chance = 0.0
+    degrees: Annotated[float, Field(gt=0, le=180)] = 30.0
+    scale: Chance = 0.0
+    zoom: tuple[Zoom, Zoom] = (0.7, 1.4)
+    zoom_per_axis: bool = False
+    gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    noise: Chance = 0.0
+    blur: Chance = 0.0
+    brightness: Chance = 0.0
+    contrast: Chance = 0.0
+    low_resolution: Chance = 0.0
+    inverted_gamma: Chance = 0.0
+    gamma: Chance = 0.0
+
+    @model_validator(mode="after")
+    def _zoom_has_an_order(self) -> Self:
+        if self.zoom[0] > self.zoom[1]:
+            raise ValueError(f"zoom={list(self.zoom)}: the smaller factor comes first")
+        return self
 
 
 class LoopSettings(BaseModel):
@@ -50,12 +94,17 @@ class LoopSettings(BaseModel):
     warmup: Annotated[int, Field(ge=0)] = 0
     halve_every: Annotated[int, Field(ge=1)] | None = None
     clip: Annotated[float, Field(gt=0)] | None = 1.0
-    gain: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    augment: AugmentSettings = AugmentSettings(gain=0.1)
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 500
     preview_every: Annotated[int, Field(ge=0)] = 0
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     trainer: TrainerSettings = TrainerSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gain_was_a_key_of_its_own(cls, data: Any) -> Any:
+        return with_augment(data) if isinstance(data, dict) else data
 
     @field_validator("crop_size", mode="before")
     @classmethod
@@ -84,6 +133,14 @@ class LoopSettings(BaseModel):
         return self
 
 
+def with_augment(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of before `augment`, when `gain` stood alone, in today's words."""
+    if "gain" not in config or "augment" in config:
+        return config
+    rest = {name: value for name, value in config.items() if name != "gain"}
+    return {**rest, "augment": {"gain": config["gain"]}}
+
+
 class IntensitySettings(BaseModel):
     """How values of each modality are normalised; travels with the release."""
 
@@ -100,7 +157,7 @@ class HealthSettings(BaseModel):
 
     every: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     stop: bool = False
-    probe: Path | None = None
+    probe: Annotated[Path | None, MUST_EXIST] = None
 
     @field_validator("every", mode="before")
     @classmethod
@@ -116,13 +173,22 @@ class HealthSettings(BaseModel):
         return self
 
 
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,99}$")]
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,99}", name):
+        raise ValueError(
+            "a name has letters, digits and . _ = - only, at most 100 of them, and begins with a "
+            "letter or digit; the folder that runs lie in is runs=DIR"
+        )
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_run_name)]
 
 
 class PretrainSettings(LoopSettings):
     """The keys of conf/pretrain.yaml."""
 
-    corpus: Path
+    corpus: Annotated[Path, MUST_EXIST]
     run: RunName
     runs: Path = Path("runs")
     resume: Literal["auto", "never"] = "auto"
@@ -134,7 +200,7 @@ class PretrainSettings(LoopSettings):
     health: HealthSettings = HealthSettings()
 
     def changed(self, before: dict[str, Any]) -> list[str]:
-        """Settings that a resumed run must not change, and did.
+        """Settings that a resumed run must not change, and did: `key: old -> new`.
 
         Where it runs, how often it logs and where its folder lies may change; all else is part of
         what the run is.
@@ -143,15 +209,13 @@ class PretrainSettings(LoopSettings):
             "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
             "loggers", "accumulate", "health",
         }  # fmt: skip
-        now = self.model_dump(mode="json")
+        now = {n: v for n, v in self.model_dump(mode="json").items() if n not in free}
+        before = with_augment(before)
+        if "augment" in before:
+            before = {**before, "augment": AugmentSettings.model_validate(before["augment"])}
         # A run of an older version does not name what was added since: it had the defaults.
         defaults = {n: f.get_default() for n, f in type(self).model_fields.items()}
-        was = {n: _plain(before.get(n, defaults[n])) for n in now}
-        return [
-            f"{name} was {was[name]!r} and is {value!r} now"
-            for name, value in now.items()
-            if name not in free and was[name] != value
-        ]
+        return differences({n: _plain(before.get(n, defaults[n])) for n in now}, now)
 
 
 def _plain(value: Any) -> Any:
@@ -164,7 +228,7 @@ Variant = Literal["float32", "bf16", "float32-compiled", "bf16-compiled"]
 class BenchSettings(PretrainSettings):
     """The keys of conf/bench.yaml: a pretraining, and how its step is measured."""
 
-    corpus: Path | None = None  # type: ignore[assignment]
+    corpus: Annotated[Path | None, MUST_EXIST] = None  # type: ignore[assignment]
     channels: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] | None = None
@@ -179,6 +243,6 @@ def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) ->
     changed = settings.changed(before)
     if changed:
         raise InputError(
-            f"{run}: cannot be resumed, since {'; '.join(changed)}; restore what was changed, or "
-            "start another run=NAME"
+            f"{run}: cannot be resumed with other settings ({'; '.join(changed)}); restore them, "
+            "or start another run=NAME"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -16,13 +17,14 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import InputError, attempt
 from data_prep.files import write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
+from pretrain.augment import Augment
 from pretrain.health import Health
-from pretrain.loader import Augment, CropDataset
+from pretrain.loader import CropDataset
 from pretrain.loop import Loop, check_machine
 from pretrain.objective import Batch, Objective
 from pretrain.previews import draw_previews
@@ -42,29 +44,31 @@ def pretrain(settings: PretrainSettings) -> Path:
     Raises:
         InputError: wrong settings, corpus or run folder; all problems that can be seen together.
     """
-    check_machine(settings.trainer)
-    run = RunFolder(settings.runs / settings.run)
-    corpus = Corpus.open(settings.corpus)
-    corpus.require_shards()
-    channels = corpus_channels(corpus)
-    objective = build_objective(settings, channels)
     main = rank_zero_only.rank == 0
-    if main and run.config_path.exists():
-        if settings.resume == "never":
-            raise InputError(
-                f"{run.path}: exists already; choose another run=NAME, remove it, or resume=auto"
-            )
-        if run.checkpoints.paths():  # else nothing has been trained that could differ
-            check_same(settings, run.config(), run.path)
-    dataset = make_dataset(settings, corpus, objective.crops)
+    run = RunFolder(settings.runs / settings.run)
+    problems: list[str] = []
+    attempt(problems, check_machine, settings.trainer)
+    attempt(problems, check_loggers, settings)
+    if main:
+        attempt(problems, _check_run, run, settings)
+    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    channels = None if corpus is None else attempt(problems, corpus_channels, corpus)
+    make = attempt(problems, plan_objective, settings, channels or 1)
+    preprocess = _preprocess(settings, corpus)
     probe = None
     if settings.health.probe is not None:
-        probe = Probe.open(settings.health.probe, channels, dataset.preprocess, settings.crop_size)
+        probe = attempt(
+            problems, Probe.open, settings.health.probe, channels, preprocess, settings.crop_size
+        )
+    if problems or corpus is None or channels is None or make is None:
+        raise InputError(problems)
+    objective = make()
+    dataset = make_dataset(settings, corpus, objective.crops)
     loop = Loop(
         settings,
         dataset,
         run,
-        augment=Augment(settings.flip, settings.gain),
+        augment=Augment(settings.flip, settings.augment),
         draw_previews=_draw_pictures,
         health=Health(settings.health, dataset, run.path, probe),
         loggers=make_loggers(settings, run) if main else [],
@@ -94,6 +98,16 @@ def pretrain(settings: PretrainSettings) -> Path:
     return run.path
 
 
+def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
+    if run.config_path.exists():
+        if settings.resume == "never":
+            raise InputError(
+                f"{run.path}: exists already; choose another run=NAME, remove it, or resume=auto"
+            )
+        if run.checkpoints.paths():  # else nothing has been trained that could differ
+            check_same(settings, run.config(), run.path)
+
+
 def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
     """What the objective shows of a batch, and what its features look like since the start."""
     draw_previews(objective, batch, path)
@@ -106,24 +120,38 @@ def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: int = 1) -> 
         corpus,
         np.arange(len(corpus)),
         Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
-        # The corpus is at its spacing already; the release resamples new scans to it.
-        Preprocess.default(
-            corpus_spacing(corpus), intensity=settings.intensity.model_dump(exclude_none=True)
-        ),
+        _preprocess(settings, corpus),
         settings.crop_size,
         crops=crops,
+        augment=settings.augment,
     )
 
 
-def build_objective(settings: PretrainSettings, channels: int) -> Objective:
-    """Backbone and objective from their config groups; all wrong arguments are listed at once.
+def _preprocess(settings: PretrainSettings, corpus: Corpus | None) -> Preprocess:
+    # The corpus is at its spacing already; the release resamples new scans to it.
+    spacing = None if corpus is None else corpus_spacing(corpus)
+    return Preprocess.default(spacing, intensity=settings.intensity.model_dump(exclude_none=True))
 
-    Weights depend on the seed alone.
+
+def build_objective(settings: PretrainSettings, channels: int) -> Objective:
+    """Backbone and objective from their config groups; weights depend on the seed alone.
+
+    Raises:
+        InputError: see `plan_objective`.
+    """
+    return plan_objective(settings, channels)()
+
+
+def plan_objective(settings: PretrainSettings, channels: int) -> Callable[[], Objective]:
+    """Looks whether backbone, objective, crop and batch fit together, and returns what makes them.
+
+    Raises:
+        InputError: they do not; all wrong arguments are listed at once.
     """
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     backbone = {**settings.backbone, "in_channels": channels}
-    problems = []
+    problems: list[str] = []
     for where, config, given in (
         ("backbone", backbone, ()),
         ("objective", settings.objective, ("encoder",)),
@@ -140,27 +168,31 @@ def build_objective(settings: PretrainSettings, channels: int) -> Objective:
                 f"objective._target_={settings.objective['_target_']}: is no "
                 "pretrain.objective.Objective; derive it from that class"
             )
-        _check_batch(made, settings)
         return made
 
-    _try_step(make, channels, settings.crop_size)
-    torch.manual_seed(settings.seed)
-    return make()
-
-
-def _try_step(
-    make: Callable[[], Objective], channels: int, crop_size: tuple[int, int, int]
-) -> None:
-    """One forward step without memory or arithmetic: what does not fit is found before a start.
-
-    Raises:
-        InputError: backbone, objective and crop do not fit together.
-    """
     try:
         with torch.device("meta"):
             objective = make()
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"backbone and objective cannot be made: {error}") from error
+    attempt(problems, _check_batch, objective, settings)
+    attempt(problems, _try_step, objective, channels, settings.crop_size)
+    if problems:
+        raise InputError(problems)
+
+    def make_seeded() -> Objective:
+        torch.manual_seed(settings.seed)
+        return make()
+
+    return make_seeded
+
+
+def _try_step(objective: Objective, channels: int, crop_size: tuple[int, int, int]) -> None:
+    """One forward step without memory or arithmetic: what does not fit is found before a start.
+
+    Raises:
+        InputError: backbone, objective and crop do not fit together.
+    """
     try:
         with torch.device("meta"):
             count = 2 * objective.crops * objective.batch_multiple
@@ -215,35 +247,52 @@ def data_facts(corpus: Corpus) -> dict[str, Any]:
     return {name: corpus.info["counts"][name] for name in ("modality", "source", "licence")}
 
 
+def check_loggers(settings: LoopSettings) -> None:
+    """Looks whether the wanted loggers can be used; writes nothing.
+
+    Raises:
+        InputError: a logger is wanted that is not installed or has no login.
+    """
+    problems = []
+    if "tensorboard" in settings.loggers and not any(
+        importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")
+    ):
+        problems.append(
+            "loggers: tensorboard is not installed; pip install 'voxelith[tensorboard]'"
+        )
+    if "wandb" in settings.loggers:
+        import wandb
+
+        if not _offline() and not wandb.api.api_key:
+            problems.append(
+                "loggers: wandb has no login on this machine; run `wandb login`, set "
+                "WANDB_API_KEY, or WANDB_MODE=offline and sync later"
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _offline() -> bool:
+    return os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled")
+
+
 def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
     """TensorBoard and W&B where they are asked for; metrics.csv needs neither.
 
     A run keeps one W&B id for life, so that a requeued job goes on in the same chart.
 
     Raises:
-        InputError: a logger is wanted that is not installed.
+        InputError: see `check_loggers`.
     """
+    check_loggers(settings)
     made: list[Logger] = []
     if "tensorboard" in settings.loggers:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        try:
-            made.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
-        except ModuleNotFoundError as error:
-            raise InputError(
-                "loggers: tensorboard is not installed; pip install 'voxelith[tensorboard]'"
-            ) from error
+        made.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
     if "wandb" in settings.loggers:
         from lightning.pytorch.loggers import WandbLogger
 
-        offline = os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled")
-        import wandb
-
-        if not offline and not wandb.api.api_key:
-            raise InputError(
-                "loggers: wandb has no login on this machine; run `wandb login`, set "
-                "WANDB_API_KEY, or WANDB_MODE=offline and sync later"
-            )
         made.append(
             WandbLogger(
                 project="voxelith",
@@ -251,7 +300,7 @@ def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
                 id=_wandb_id(run),
                 resume="allow",
                 save_dir=run.path,
-                offline=offline,
+                offline=_offline(),
                 # Hosts, paths and command lines stay here.
                 settings={
                     "disable_git": True,

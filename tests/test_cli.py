@@ -30,7 +30,7 @@ def test_an_unknown_command_suggests_the_near_one(capsys: pytest.CaptureFixture[
 def test_one_problem_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "corpus=/nowhere", "run=x"]) == 2
     err = capsys.readouterr().err.strip()
-    assert err.startswith("error: /nowhere: ") and "\n" not in err
+    assert err.startswith("error: corpus=/nowhere: no such directory") and "\n" not in err
 
 
 def test_several_problems_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ ORDER = ["data_prep", "pretrain", "finetune"]
 # What finetune may use of pretrain.
 DOORS = {
     "arguments",
+    "augment",
     "backbones",
     "decoders",
     "encoder",
@@ -21,8 +22,10 @@ DOORS = {
     "loader",
     "loop",
     "losses",
+    "manifest",
     "objective",
     "previews",
+    "probe",
     "release",
     "run_folder",
     "schedule",

@@ -12,7 +12,8 @@ ROW = Row(
     class_value=1, class_name="anterior", status="scored", outcome="scored", dsc=0.5, nsd=0.6,
     nsd_tolerance_mm=1.0, hd95=3.0, volume_pred_ml=1.0, volume_true_ml=1.1, arm="scratch",
     labels="4", n_labels=4, seed=0, label_seed=0, init_seed=0, pretrain_seed=-1, steps=10,
-    checkpoint="", checkpoint_digest="", config_hash="recipe",
+    checkpoint="", checkpoint_digest="", config_hash="recipe", assd=0.7, volume_error_ml=-0.1,
+    volume_error_relative=-0.09,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -45,6 +46,14 @@ class Backbone(nn.Module):
         """Returns the modules to compile one by one: those whose calls do all the work."""
         return [self]
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the encoder in the order of its depth, what an image passes first at the start.
+
+        Finetuning freezes the first of them and slows them down. Each parameter belongs to exactly
+        one layer; a backbone that does not say where it can be cut is one layer.
+        """
+        return [[self]]
+
     def own_decoder(self, out_channels: int) -> nn.Module | None:
         """Returns the decoder that was published with this encoder, if it needs one of its own.
 
@@ -68,3 +77,16 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns the feature maps [B, C_i, D_i, H_i, W_i], finest first."""
         raise NotImplementedError
+
+
+def fitting_crop(size: Sequence[int], unit: Sequence[int]) -> list[int]:
+    """A crop near `size` whose sides are multiples of `unit`, both (d, h, w), for messages.
+
+    The same sides in another order if they fit there, as when a slice is given as (h, w, d); else
+    each side rounded, but not to a single unit, of which nothing can be hidden or normalised.
+    """
+    for order in permutations(size):
+        if not any(s % u for s, u in zip(order, unit, strict=True)):
+            return list(order)
+    near = [max(round(s / u), 1) * u for s, u in zip(size, unit, strict=True)]
+    return near if near != list(unit) else [2 * u if u > 1 else 1 for u in unit]

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.backbones.backbone import Backbone
+from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.masking import enlarge, triple
 
 _Each = TypeVar("_Each")
@@ -144,10 +144,10 @@ class Pyramid(Backbone):
         size = tuple(int(s) for s in shape[-3:])
         total = self.strides[-1]
         if any(s % t for s, t in zip(size, total, strict=True)):
-            near = [max(round(s / t), 1) * t for s, t in zip(size, total, strict=True)]
             raise ValueError(
                 f"a crop of {list(size)} voxels does not fit this encoder, whose total stride is "
-                f"{list(total)}; each side must be a multiple, for example {near}"
+                f"{list(total)}; sides are (d, h, w) and must be multiples, for example "
+                f"{fitting_crop(size, total)}"
             )
         if size == total:
             raise ValueError(
@@ -157,6 +157,13 @@ class Pyramid(Backbone):
         return [
             triple([s // t for s, t in zip(size, stride, strict=True)]) for stride in self.strides
         ]
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the stages; the stem belongs to the first."""
+        stages: list[list[nn.Module | nn.Parameter]] = [[stage] for stage in self.stages]
+        if self.stem is not None:
+            stages[0].insert(0, self.stem)
+        return stages
 
     def visible(self, hidden: Tensor, shape: Sequence[int]) -> list[Tensor | None]:
         """Returns what is visible of each feature map, bool [B, 1, D_i, H_i, W_i].

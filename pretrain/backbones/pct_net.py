@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.backbones.backbone import Backbone
+from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.masking import triple
 
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -317,10 +317,10 @@ class PCTNetEncoder(Backbone):
         size = tuple(int(s) for s in shape[-3:])
         total = self.strides[-1]
         if any(s < t or s % t for s, t in zip(size, total, strict=True)):
-            near = [max(round(s / t), 1) * t for s, t in zip(size, total, strict=True)]
             raise ValueError(
                 f"a crop of {list(size)} voxels does not fit PCT-Net, whose total stride is "
-                f"{list(total)}; each side must be a multiple, for example {near}"
+                f"{list(total)}; sides are (d, h, w) and must be multiples, for example "
+                f"{fitting_crop(size, total)}"
             )
         if size == total:
             raise ValueError(
@@ -354,6 +354,10 @@ class PCTNetEncoder(Backbone):
     def compile_parts(self) -> list[nn.Module]:
         """Returns the stages."""
         return list(self.stages)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the stages."""
+        return [[stage] for stage in self.stages]
 
     def own_decoder(self, out_channels: int) -> PCTDecoder:
         """Returns PCT-Net's decoder."""

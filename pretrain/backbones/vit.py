@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep.errors import InputError
-from pretrain.backbones.backbone import Backbone
+from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.masking import patchify, spread, take_rows, triple, visible_first
 
 Side = Annotated[int, Field(ge=1, le=64)]
@@ -382,10 +382,10 @@ class ViT3D(Backbone):
         """
         size = tuple(int(s) for s in shape[-3:])
         if any(s < p or s % p for s, p in zip(size, self.patch_size, strict=True)):
-            near = [max(round(s / p), 1) * p for s, p in zip(size, self.patch_size, strict=True)]
             raise ValueError(
                 f"a crop of {list(size)} voxels cannot be cut into patches of "
-                f"{list(self.patch_size)}; each side must be a multiple, for example {near}"
+                f"{list(self.patch_size)}; sides are (d, h, w) and must be multiples, for example "
+                f"{fitting_crop(size, self.patch_size)}"
             )
         d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
         return d, h, w
@@ -460,6 +460,16 @@ class ViT3D(Backbone):
     def compile_parts(self) -> list[nn.Module]:
         """Returns the blocks: alike, so that one compilation serves all of them."""
         return list(self.blocks)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the embedding with its positions and tokens, then the blocks.
+
+        The final norm belongs to the last block.
+        """
+        tokens = [t for t in (self.cls_token, self.register_tokens) if t is not None]
+        blocks: list[list[nn.Module | nn.Parameter]] = [[block] for block in self.blocks]
+        blocks[-1].append(self.norm)
+        return [[self.patch_embed, self.pos_embed, *tokens], *blocks]
 
     def _run_blocks(
         self, tokens: Tensor, rotary: tuple[Tensor, ...], taps: Sequence[int]

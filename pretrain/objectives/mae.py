@@ -24,6 +24,15 @@ from pretrain.backbones.vit import as_vit, init_transformer, sincos_position
 from pretrain.objectives.masked_patches import MaskedPatches, complete
 
 
+class DecoderBlock(Block):
+    """A transformer block whose first tokens may end with their part in the attention."""
+
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """Maps [B, T, E] to [B, T - first, E]."""
+        x = (x + self.attn(self.norm1(x)))[:, first:]
+        return x + self.mlp(self.norm2(x))
+
+
 class MAE(MaskedPatches):
     """Masked autoencoder with a transformer decoder.
 
@@ -66,7 +75,7 @@ class MAE(MaskedPatches):
         # One-dimensional, so that it is spared from weight decay as biases and norms are.
         self.mask_token = nn.Parameter(torch.empty(decoder_dim))
         self.blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
+            DecoderBlock(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.head = nn.Linear(decoder_dim, vit.in_channels * d * h * w)
@@ -80,6 +89,8 @@ class MAE(MaskedPatches):
         prefix = self.encoder.prefix_tokens
         position = sincos_position(self.encoder.grid(image.shape), self.decoder_dim, image.device)
         x = complete(visible, self.mask_token, position[order], prefix)  # [B, K + N, E]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, prefix + keep :]))
+        # Only hidden patches are rebuilt, so that the last block takes the others no further.
+        rest = prefix + keep
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, rest if number == len(self.blocks) else 0)
+        return self.head(self.norm(x if self.blocks else x[:, rest:]))

@@ -37,10 +37,9 @@ def patch_statistics(patches: Tensor, valid: Tensor, unbiased: bool = True) -> P
     The unbiased variance divides by one less than the number of voxels. A patch with fewer than
     two valid voxels has variance 0.
     """
-    weight = valid.to(patches.dtype)
-    count = weight.sum(-1, keepdim=True)
-    mean = (patches * weight).sum(-1, keepdim=True) / count.clamp(min=1)
-    spread = ((patches - mean) * weight).square().sum(-1, keepdim=True)
+    count = valid.sum(-1, keepdim=True)
+    mean = torch.where(valid, patches, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    spread = torch.where(valid, patches - mean, 0).square().sum(-1, keepdim=True)
     return PatchStatistics(mean, spread / (count - int(unbiased)).clamp(min=1))
 
 
@@ -52,6 +51,11 @@ def normalise(patches: Tensor, statistics: PatchStatistics) -> Tensor:
 def denormalise(patches: Tensor, statistics: PatchStatistics) -> Tensor:
     """Inverts `normalise`."""
     return patches * (statistics.variance + 1e-6).sqrt() + statistics.mean
+
+
+def constant(statistics: PatchStatistics) -> Tensor:
+    """Which patches have no contrast, bool [..., 1]: normalising them magnifies their noise."""
+    return statistics.variance < CONSTANT_VARIANCE
 
 
 def complete(visible: Tensor, mask_token: Tensor, position: Tensor, prefix: int) -> Tensor:
@@ -129,8 +133,8 @@ class MaskedPatches(Objective):
         if self.norm_target:
             target = normalise(target, statistics)
         loss = masked_mse(prediction, target, valid)
-        constant = (statistics.variance < CONSTANT_VARIANCE).float().mean()
-        return Losses(loss, {"mse": loss.detach(), "constant_patches": constant})
+        share = constant(statistics).float().mean()
+        return Losses(loss, {"mse": loss.detach(), "constant_patches": share})
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rebuilds the hidden patches.

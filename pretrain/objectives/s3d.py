@@ -23,6 +23,7 @@ Shape legend: B batch, C channels, D H W voxels, N blocks, P = C * bd * bh * bw 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -30,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
-from pretrain.backbones.backbone import Backbone
+from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.backbones.convolution import InstanceNorm, Pyramid
 from pretrain.decoders import unet_decoder
 from pretrain.losses import masked_mse
@@ -38,6 +39,7 @@ from pretrain.masking import enlarge, patchify, random_hidden, triple, unpatchif
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.objectives.masked_patches import (
     PatchStatistics,
+    constant,
     denormalise,
     normalise,
     patch_statistics,
@@ -140,12 +142,16 @@ class S3D(Objective):
         """Returns the mean squared error over hidden, valid voxels."""
         hidden, output = self.predict(batch)
         target = batch.image.float()
+        parts: dict[str, Tensor] = {}
         if self.norm_target:
-            rows = normalise(self._rows(target), self._statistics(batch))
+            statistics = self._statistics(batch)
+            rows = normalise(self._rows(target), statistics)
             target = unpatchify(rows, self._grid(target), self.block)
+            blocks = self._rows(hidden)[..., :1]  # [B, N, 1]
+            parts["constant_patches"] = (constant(statistics) & blocks).sum() / blocks.sum()
         counted = (hidden & batch.valid).expand_as(output)
         loss = masked_mse(output, target, counted)
-        return Losses(loss, {"mse": loss.detach()})
+        return Losses(loss, {"mse": loss.detach(), **parts})
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the mask, bool [B, 1, D, H, W], and the rebuilt target [B, C, D, H, W]."""
@@ -180,9 +186,11 @@ class S3D(Objective):
         """Blocks of a crop along (d, h, w)."""
         shape = [int(s) for s in image.shape[2:]]
         if any(s % b for s, b in zip(shape, self.block, strict=True)):
+            strides = self.encoder.strides[-1]
+            units = [math.lcm(b, s) for b, s in zip(self.block, strides, strict=True)]
             raise ValueError(
                 f"blocks of {list(self.block)} voxels do not divide a crop of {shape} voxels; "
-                "change objective.block or crop_size"
+                f"change objective.block or crop_size, for example to {fitting_crop(shape, units)}"
             )
         return triple([s // b for s, b in zip(shape, self.block, strict=True)])
 

@@ -60,10 +60,13 @@ class SimMIM(Objective):
         super().__init__()
         self.encoder = as_vit(encoder, "simmim")
         patch = self.encoder.patch_size
-        if any(b % p for b, p in zip(triple(block), patch, strict=True)):
+        pairs = list(zip(triple(block), patch, strict=True))
+        if any(b % p for b, p in pairs):
+            less, more = [max(b // p, 1) * p for b, p in pairs], [-(-b // p) * p for b, p in pairs]
             raise InputError(
                 f"objective.block={block} must be a multiple of the backbone's patch_size="
-                f"{list(patch)} along each axis"
+                f"{list(patch)} along each axis, such as {less} or {more}; one that divides "
+                "crop_size too leaves no block cut"
             )
         self.unit = triple([b // p for b, p in zip(triple(block), patch, strict=True)])
         self.mask_ratio = mask_ratio

@@ -18,7 +18,9 @@ Three forms, by name:
 
 Sizes of the first and the third form were published for crops of 64x128x128. For another crop they
 are scaled along each axis with its side and rounded (at least 1 voxel), so a box covers the same
-share of any crop.
+share of any crop. Boxes have 8 to 40 voxels along d and 8 to 80 along h and w. The grid's blocks
+are those of PyMIC's LUNA demo, 5 to 20 along d and 8 to 32 along h and w; where a config names no
+sizes, PyMIC's class takes 8 to 32 along all three axes.
 
 The reference takes the sample before in the batch as F, which depends on how a batch is split over
 ranks, and is the sample itself in a batch of one. Here sample i of a rank's micro-batch of n goes

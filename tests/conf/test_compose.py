@@ -9,7 +9,7 @@ import pytest
 from conf.compose import HERE, settings_for
 from data_prep.errors import InputError
 
-NEEDED = ["corpus=c", "run=r"]
+NEEDED = ["corpus=.", "run=r"]
 
 
 def problems(command: str, *words: str) -> list[str]:
@@ -48,7 +48,7 @@ def test_missing_keys_are_named() -> None:
 
 
 def test_a_missing_group_is_named_with_its_options() -> None:
-    found = problems("finetune", "corpus=c", "ckpt=r", "stepz=1")
+    found = problems("finetune", "corpus=.", "ckpt=.", "stepz=1")
     assert any(p.startswith("task: missing; give task= one of") for p in found)
     assert any(p.startswith("stepz=1: no such key") for p in found)
 
@@ -160,3 +160,172 @@ def test_a_users_own_objective_comes_by_config_dir(
 def test_a_batch_that_does_not_divide_says_why() -> None:
     (found,) = problems("pretrain", *NEEDED, "trainer.devices=3", "batch_size=64")
     assert "must be a multiple of devices x nodes x accumulate = 3" in found
+
+
+def test_what_is_given_twice_is_not_decided_silently() -> None:
+    words = ["experiment=mae", "experiment=simmim", "lr=1", "lr=2", "trainer=cpu", "trainer=gpu8"]
+    assert problems("pretrain", *NEEDED, *words) == [
+        "experiment=simmim: experiment=mae was given before; give one",
+        "lr=2: lr=1 was given before; give one",
+        "trainer=gpu8: trainer=cpu was given before; give one",
+    ]
+    assert settings_for("pretrain", [*NEEDED, "lr=1", "lr=1"]).lr == 1
+
+
+def test_keys_of_a_recipe_for_another_objective_are_told_as_such() -> None:
+    words = [*NEEDED, "experiment=mae", "objective=cnn_mae"]
+    (found,) = problems("pretrain", *words)
+    assert found == (
+        "objective=cnn_mae: does not take decoder_dim, decoder_depth, decoder_heads, norm_target, "
+        "which conf/experiment/mae.yaml sets for its own objective=mae; leave out "
+        "objective=cnn_mae or experiment=mae, or take a recipe with it, experiment= cnn_mae, "
+        "cnn_mae_small"
+    )
+    # What was typed is the user's own mistake.
+    found = problems("pretrain", *words, "objective.decoder_dim=24")[1]
+    assert found.startswith("objective.decoder_dim: unknown")
+    # The same class in another option of the group takes what the recipe sets.
+    settings_for("pretrain", [*NEEDED, "experiment=volume_fusion", "objective=volume_fusion_b"])
+
+
+@pytest.mark.parametrize(
+    "value", ["(96,96,96)", "96,96,96", "[96,96", "[96, 96", "choice(1,2)", "{a: 1"]
+)
+def test_a_value_that_cannot_be_read_is_named_beside_the_others(value: str) -> None:
+    first, second = problems("pretrain", *NEEDED, f"crop_size={value}", "lr=-1")
+    assert first.startswith(f"crop_size={value}: cannot be read; a list is written [1,2,3]")
+    assert second == "lr=-1: must be greater than 0"
+
+
+def test_a_list_in_quotes_is_a_list() -> None:
+    """As from a script that quotes once too often."""
+    words = [*NEEDED, "crop_size='[32,48,32]'", 'health={every: 5, probe: "a"}']
+    settings = settings_for("pretrain", words)
+    assert settings.crop_size == (32, 48, 32)
+    assert settings.health.every == 5 and settings.health.probe == Path("a")
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "said"),
+    [
+        ("bench", "variants=[fp16]", "fp16 must be 'float32', 'bf16', 'float32-compiled' or 'bf16"),
+        ("pretrain", "crop_size=[96,0,4096]", "0 must be greater than or equal to 1; 4096 must be"),
+        ("pretrain", "crop_size=96", "expected voxels along D, H and W, such as [96,96,96]"),
+        ("pretrain", "betas=[0.9]", "has no value number 2"),
+        ("pretrain", "betas=[0.9,0.9,0.9]", "must have at most 2 items, found 3"),
+        ("pretrain", "loggers=wandb", "must be a list, such as [a,b]"),
+        ("pretrain", "health=off", "has keys of its own, to be given one by one"),
+        ("pretrain", "lr=null", "must be a valid number"),
+        ("pretrain", "run=a/b", "a name has letters, digits and . _ = - only"),
+        ("pretrain", "objective.mask_ratio=no", "must be a valid number"),
+        ("pretrain", "backbone.patch_size=[8,8]", "has no value number 3"),
+        ("pretrain", "backbone.patch_size=[0,8,8]", "0 must be greater than or equal to 1"),
+        ("pretrain", "backbone.patch_size=big", "must be a valid integer"),
+    ],
+)
+def test_a_wrong_value_is_one_problem_of_the_key_that_was_typed(
+    command: str, word: str, said: str
+) -> None:
+    needed = [] if command == "bench" else [w for w in NEEDED if w[:4] != word[:4]]
+    (found,) = problems(command, *needed, word)
+    # Lists that a class takes are shown as Python has them.
+    assert found.replace(", ", ",").startswith(f"{word}: {said}".replace(", ", ","))
+
+
+def test_a_parts_problem_prints_no_mapping() -> None:
+    assert problems("pretrain", *NEEDED, "intensity.CT.low=2000") == [
+        "intensity.CT: a window needs low < high"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("epochs=3", "epochs=3: no such key; voxelith pretrain --help lists them"),
+        ("experiments=mae", "experiments=mae: no such key; did you mean experiment?"),
+        ("drop_path=.1", "drop_path=.1: no such key; did you mean backbone.drop_path?"),
+        ("objective=mae.yaml", "objective=mae.yaml: no such objective; did you mean mae?"),
+        ("~lr=1", "~lr=1: expected key=value"),
+        ("--steps=1", "--steps=1: expected key=value, without dashes"),
+        ("hydra.run.dir=x", "hydra.run.dir=x: no such key"),
+    ],
+)
+def test_words_that_name_nothing_are_explained(word: str, said: str) -> None:
+    (found,) = problems("pretrain", *NEEDED, word)
+    assert found.startswith(said)
+
+
+def test_no_recipe_can_be_said() -> None:
+    with_null = settings_for("pretrain", [*NEEDED, "experiment=null"])
+    assert with_null == settings_for("pretrain", NEEDED)
+
+
+def test_inputs_that_are_not_there_are_told_with_what_else_is_wrong() -> None:
+    words = ["corpus=nowhere", "health.probe=gone", "run=r", "lr=abc"]
+    assert problems("pretrain", *words)[1:] == [
+        "corpus=nowhere: is not there",
+        "health.probe=gone: is not there",
+    ]
+
+
+OWN = {
+    "objective/unread.yaml": "a: [1\nb: {",
+    "objective/bare.yaml": "mask_ratio: 0.5",
+    "objective/gap.yaml": "_target_: pretrain.objectives.mae.MAE\nmask_ratio: ${nowhere}",
+    "objective/gone.yaml": "_target_: nowhere.Mine",
+    "experiment/plain.yaml": "lr: 0.1",
+    "experiment/lost.yaml": "# @package _global_\ndefaults: [override /objective: maee]",
+    "experiment/typo.yaml": "# @package _global_\nstepz: 5\nbetas: [2, 0]",
+    "experiment/key.yaml": "# @package _global_\nobjective: cnn_mae",
+}
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("objective=unread", ["{own}/objective/unread.yaml, line 2: is no YAML (expected ','"]),
+        ("objective=bare", ["objective (set in {own}/objective/bare.yaml): has no _target_; give"]),
+        ("objective=gap", ["objective.mask_ratio: Interpolation key 'nowhere' not found"]),
+        ("objective=gone", ["objective._target_=nowhere.Mine: cannot be imported"]),
+        (
+            "experiment=plain",
+            ["experiment (set in {own}/experiment/plain.yaml): its YAML must begin with the line"],
+        ),
+        (
+            "experiment=lost",
+            ["experiment=lost: In 'pretrain': Could not find 'objective/maee'; did you mean mae?"],
+        ),
+        (
+            "experiment=typo",
+            [
+                "betas=[2,0] (set in {own}/experiment/typo.yaml): 2 must be less than 1",
+                "stepz (set in {own}/experiment/typo.yaml): no such key; did you mean steps?",
+            ],
+        ),
+        (
+            "experiment=key",
+            ["objective=cnn_mae (set in {own}/experiment/key.yaml): options are chosen in"],
+        ),
+    ],
+)
+def test_mistakes_in_a_users_own_groups_name_the_file(
+    word: str, said: list[str], tmp_path: Path
+) -> None:
+    for name, text in OWN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = problems("pretrain", *NEEDED, f"--config-dir={tmp_path}", word)
+    assert len(found) == len(said)
+    for one, expected in zip(found, said, strict=True):
+        assert one.startswith(expected.format(own=tmp_path))
+
+
+def test_a_folder_of_groups_is_looked_at(tmp_path: Path) -> None:
+    own = f"--config-dir={tmp_path}"
+    assert "no options of groups" in problems("pretrain", own)[0]
+    assert "this command has no groups" in problems("prep", own)[0]
+    assert "given 2 times" in problems("pretrain", own, own)[0]
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mae.yaml").write_text("_target_: mine.Mine")
+    # Hydra would take ours and say nothing.
+    assert "objective=mae is one of voxelith; rename the file" in problems("pretrain", own)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,96 @@ FULL, SMALL = recipes(small=False), recipes(small=True)
 
 def test_every_full_recipe_has_a_small_twin() -> None:
     assert sorted(f"{name}_small" for name in FULL) == SMALL
+
+
+IMAGENET = 1_281_167
+NNSSL = {
+    "crop_size": (160, 160, 160), "batch_size": 8, "steps": 1000 * 250, "schedule": "poly",
+    "gain": 0.0, "flip": (True, True, True), "gpus": 4,
+}  # fmt: skip
+RESENC = {
+    **NNSSL, "optimizer": "sgd", "lr": 1e-2, "momentum": 0.99, "weight_decay": 3e-5, "warmup": 0,
+    "clip": 12.0, "objective.block": 16, "objective.mask_ratio": 0.75,
+}  # fmt: skip
+PYMIC = {
+    "crop_size": (64, 128, 128), "optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-5,
+    "betas": (0.9, 0.999), "schedule": "halving", "warmup": 0, "gain": 0.0,
+    "flip": (True, True, True), "objective.coefficients": 4, "objective.dice_weight": 0.5,
+    "objective.entropy_weight": 0.5, "objective.batch_dice": True,
+    "backbone.features": [24, 48, 128, 256, 512],
+}  # fmt: skip
+MAE = {
+    "optimizer": "adamw", "weight_decay": 0.05, "betas": (0.9, 0.95), "schedule": "cosine",
+    "clip": None, "gain": 0.0, "objective.decoder_dim": 512, "objective.decoder_depth": 8,
+    "objective.decoder_heads": 16, "objective.mask_ratio": 0.75, "objective.norm_target": True,
+}  # fmt: skip
+STATED: dict[str, dict[str, Any]] = {
+    "mae": {
+        **MAE, "batch_size": 4096, "lr": 1.5e-4 * 4096 / 256, "gpus": 64,
+        "steps": pytest.approx(800 * IMAGENET / 4096, rel=1e-2),
+        "warmup": pytest.approx(40 * IMAGENET / 4096, rel=1e-2),
+        "backbone.embed_dim": 1024, "backbone.depth": 24, "backbone.num_heads": 16,
+    },
+    "mae_2d": {**MAE, "batch_size": 512, "lr": 1.5e-4 * 512 / 256},
+    "hi_end_mae": {
+        "crop_size": (96, 96, 96), "batch_size": 24 * 8 * 4, "gpus": 4, "optimizer": "adamw",
+        "lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95), "schedule": "cosine", "clip": None,
+        "steps": pytest.approx(1000 * 10_000 / (24 * 4), rel=1e-2),
+        "warmup": pytest.approx(10 * 10_000 / (24 * 4), rel=1e-2),
+        "gain": 0.1, "flip": (True, True, True), "objective.decoder_dim": 528,
+        "objective.decoder_heads": 16, "objective.self_blocks": 2, "objective.mask_ratio": 0.75,
+        "backbone.embed_dim": 1536, "backbone.depth": 12, "backbone.num_heads": 16,
+        "backbone.patch_size": 12, "backbone.cls_token": True,
+    },
+    "cnn_mae": RESENC,
+    "s3d": {**RESENC, "objective.norm_target": False, "objective.densify": "conv"},
+    "primus_mae": {
+        **NNSSL, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.05, "betas": (0.9, 0.98),
+        "warmup": 50 * 250, "clip": 1.0, "objective.decoder_depth": 2, "objective.drop_path": 0.2,
+        "objective.mask_ratio": 0.75, "objective.norm_target": False, "backbone.embed_dim": 864,
+        "backbone.depth": 16, "backbone.num_heads": 12, "backbone.patch_size": 8,
+        "backbone.drop_path": 0.2, "backbone.layer_scale": 0.1,
+    },
+    "simmim": {
+        "batch_size": 2048, "optimizer": "adamw", "lr": 8e-4, "weight_decay": 0.05,
+        "betas": (0.9, 0.999), "schedule": "cosine", "clip": 5.0, "gpus": 16,
+        "steps": pytest.approx(800 * IMAGENET / 2048, rel=1e-2),
+        "warmup": pytest.approx(20 * IMAGENET / 2048, rel=1e-2),
+        "objective.block": 32, "objective.mask_ratio": 0.6, "objective.error": "l1",
+        "objective.head": "linear",
+    },
+    "volume_fusion": {
+        **PYMIC, "batch_size": 4, "steps": 400_000, "halve_every": 50_000, "gpus": 2,
+        "objective.form": "boxes",
+    },
+    "volume_fusion_b": {
+        **PYMIC, "batch_size": 2, "steps": 80_000, "halve_every": 20_000, "gpus": 1,
+        "objective.form": "grid",
+    },
+}  # fmt: skip
+WINDOWS = {
+    "hi_end_mae": (-175.0, 250.0, (0.0, 1.0)),
+    "volume_fusion": (-1000.0, 1000.0, (-1.0, 1.0)),
+    "volume_fusion_b": (-1000.0, 1000.0, (-1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_recipe_has_the_numbers_of_its_source(name: str) -> None:
+    """Worked out from what is stated: epochs, images, crops of a volume, the rate of a batch."""
+    assert name in STATED, "a new recipe states its numbers here too"
+    settings = settings_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"])
+    found: dict[str, Any] = {"gpus": settings.trainer.devices * settings.trainer.nodes}
+    for key in STATED[name]:
+        group, _, argument = key.rpartition(".")
+        if group:
+            found[key] = getattr(settings, group)[argument]
+        elif key != "gpus":
+            found[key] = getattr(settings, key)
+    assert {key: found[key] for key in STATED[name]} == STATED[name]
+    if name in WINDOWS:
+        rule = settings.intensity.CT
+        assert (rule.low, rule.high, rule.onto) == WINDOWS[name]
 
 
 @pytest.mark.parametrize("name", FULL + SMALL)

@@ -18,7 +18,13 @@ from data_prep.layouts.find import find_cases
 from data_prep.layouts.folders import TOTALSEGMENTATOR
 from data_prep.layouts.nnunet import name_values
 from data_prep.settings import PrepSettings
-from data_prep.volume import Reject, canonical_array, canonical_transform, read_channels
+from data_prep.volume import (
+    Reject,
+    canonical_array,
+    canonical_transform,
+    check_label_grid,
+    read_channels,
+)
 
 SHAPE = (12, 10, 14)
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -430,6 +436,12 @@ def test_slices_come_in_when_asked_for(tmp_path: Path, rng: np.random.Generator)
     corpus = run(root, tmp_path / "c", minimum_slices=1)
     assert corpus.shapes.tolist() == [[1, 1, 24, 20]] * 2
     assert corpus.read(0, "seg").shape == (1, 24, 20)
+    # A prediction of a slice is looked at as one of a volume is.
+    grid = np.array(corpus.meta(0)["affine"])
+    for label in (root / "labels").iterdir():
+        check_label_grid(label, (1, 24, 20), grid)
+        with pytest.raises(Reject, match="label_geometry_mismatch"):
+            check_label_grid(label, (1, 20, 24), grid)
 
 
 def test_all_that_is_wrong_with_a_label_is_said(tmp_path: Path, rng: np.random.Generator) -> None:

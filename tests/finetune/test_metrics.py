@@ -1,41 +1,46 @@
-"""Closed forms, the edge-case table, invariances, and the public reference implementation."""
+"""Closed forms, the edge-case table, invariances, and the defects that other libraries have."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
-import os
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from numpy.typing import NDArray
 
-from finetune.metrics import distances, score_class, surface
+from finetune.metrics import Score, score_class, score_labels
+from finetune.settings import TaskClass
+from finetune.surfaces import surface
 
-PARITY = Path(os.environ.get("VOXELITH_PARITY_DIR", Path(__file__).parents[3] / "shared/parity"))
+Mask = NDArray[np.bool_]
+# What a class without lesions is scored by.
+NUMBERS = ("dsc", "nsd", "hd95", "assd", "volume_error_ml", "volume_error_relative")
 
 
-def cube(shape: tuple[int, int, int], start: tuple[int, int, int], side: int) -> np.ndarray:
+def cube(shape: tuple[int, int, int], start: tuple[int, int, int], side: int) -> Mask:
     mask = np.zeros(shape, bool)
     mask[tuple(slice(s, s + side) for s in start)] = True
     return mask
 
 
-def test_agrees_with_surface_distance() -> None:
-    file = PARITY / "surface_metrics.safetensors"
-    if not file.exists():
-        pytest.skip("set VOXELITH_PARITY_DIR to the folder with surface_metrics.safetensors")
-    data = load_file(file)
-    cases = sorted({name.split(".")[0] for name in data})
-    assert cases
-    for case in cases:
-        prediction, truth = data[f"{case}.prediction"], data[f"{case}.reference"]
-        for name in data:
-            if not name.startswith(f"{case}.nsd_"):
-                continue
-            tolerance = float(name.removeprefix(f"{case}.nsd_").removesuffix("mm"))
-            found = score_class(prediction, truth, data[f"{case}.spacing_mm"], tolerance)
-            assert found.dsc == pytest.approx(float(data[f"{case}.dice"]), rel=1e-12)
-            assert found.hd95 == pytest.approx(float(data[f"{case}.hd95_mm"]), rel=0.01)
-            assert found.nsd == pytest.approx(float(data[name]), rel=0.01)
+def ball(
+    radius: float,
+    spacing: tuple[float, float, float],
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    shape: tuple[int, int, int] = (60, 64, 68),
+) -> Mask:
+    """A ball in mm around the middle of the image."""
+    squares = 0
+    for axis, (n, s, m) in enumerate(zip(shape, spacing, shift, strict=True)):
+        at = (np.arange(n) - (n - 1) / 2) * s - m
+        squares = squares + (at**2).reshape([-1 if a == axis else 1 for a in range(3)])
+    return np.asarray(squares < radius**2)
+
+
+def numbers(score: Score) -> list[float]:
+    return [getattr(score, name) for name in NUMBERS]
 
 
 def test_shifted_cube_has_closed_form() -> None:
@@ -44,84 +49,166 @@ def test_shifted_cube_has_closed_form() -> None:
     found = score_class(a, b, spacing, tolerance_mm=1.0)
     assert found.dsc == pytest.approx(9 / 12)
     assert found.volume_pred_ml == found.volume_true_ml == pytest.approx(12**3 * 1.0 / 1000)
+    assert (found.volume_error_ml, found.volume_error_relative) == (0, 0)
     assert found.hd95 == pytest.approx(6.0)
 
 
-def test_distances_are_those_of_brute_force() -> None:
-    rng = np.random.default_rng(3)
-    a, b = (surface(rng.random((7, 8, 6)) > 0.8, (2.0, 0.9, 1.4)) for _ in range(2))
-    brute = np.linalg.norm(a.points[:, None] - b.points[None], axis=2).min(axis=1)
-    assert distances(a, b) == pytest.approx(brute)
-    within = brute <= 1.5
-    share = a.areas[within].sum()
-    assert 0 < share < a.areas.sum()
+def test_shifted_slab_has_closed_form() -> None:
+    """Through the whole image, moved along D by 6 mm."""
+    spacing = (2.0, 1.0, 0.5)
+    a, b = (np.zeros((40, 30, 30), bool) for _ in range(2))
+    a[10:20], b[13:23] = True, True
+    found = score_class(a, b, spacing, tolerance_mm=5.9)
+    areas = surface(a, spacing).areas
+    z, y, x = surface(a, spacing).points.T
+    # Of the sides, what stands out of the other slab; both faces by 6 mm, but the hidden one is
+    # nearer to the other's sides along the rim.
+    side = np.minimum(np.minimum(y, 30 - y), np.minimum(x, 15 - x))
+    apart = np.where(z < 26, 26 - z, np.where(z < 40, 0, np.minimum(6, side)))
+    assert found.assd == pytest.approx((apart * areas).sum() / areas.sum())
+    assert found.nsd == pytest.approx(areas[apart <= 5.9].sum() / areas.sum())
+    assert score_class(a, b, spacing, tolerance_mm=6.0).nsd == 1.0
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 0.8, 1.25)])
+def test_balls_have_closed_forms(spacing: tuple[float, float, float]) -> None:
+    """Concentric: every point is as far as the radii differ, but for half a voxel's diagonal."""
+    small, large = ball(13.0, spacing), ball(18.0, spacing)
+    found = score_class(large, small, spacing, tolerance_mm=1.0)
+    error = math.hypot(*spacing) / 2
+    assert found.assd == pytest.approx(5.0, abs=error)
+    assert found.hd95 == pytest.approx(5.0, abs=2 * error)
+    assert found.nsd == 0.0
+    assert score_class(large, small, spacing, tolerance_mm=5 + 3 * error).nsd == 1.0
+    ratio = (18 / 13) ** 3
+    assert found.dsc == pytest.approx(2 / (1 + ratio), rel=0.02)
+    assert found.volume_error_relative == pytest.approx(ratio - 1, rel=0.03)
+    assert found.volume_error_ml == pytest.approx(4 / 3 * math.pi * (18**3 - 13**3) / 1e3, rel=0.03)
+
+
+def test_a_shifted_ball_has_closed_forms() -> None:
+    """Moved by m: the distance at angle t follows from the law of cosines, cos t is uniform."""
+    radius, m = 22.0, 6.0
+    a, b = ball(radius, (1.0, 1.0, 1.0)), ball(radius, (1.0, 1.0, 1.0), (m, 0.0, 0.0))
+    found = score_class(a, b, (1.0, 1.0, 1.0), tolerance_mm=3.0)
+    cosine = np.linspace(-1, 1, 2001)
+    apart = abs(np.sqrt(radius**2 + m**2 - 2 * radius * m * cosine) - radius)
+    error = math.sqrt(3) / 2  # surfels of a staircase stand that far off the ball at most
+    assert found.hd95 == pytest.approx(np.percentile(apart, 95), abs=error)
+    assert found.assd == pytest.approx(apart.mean(), abs=error / 2)
+    low, high = ((apart <= 3.0 + shift).mean() for shift in (-error, error))
+    assert low < found.nsd < high
+    # Of a ball, the lens that both share: Dice is its volume over the ball's.
+    assert found.dsc == pytest.approx(1 - 3 * m / (4 * radius) + m**3 / (16 * radius**3), rel=0.01)
 
 
 def test_identical_masks_score_perfectly() -> None:
     mask = cube((9, 10, 11), (2, 0, 3), 5)  # touches the border
-    found = score_class(mask, mask, (1.0, 1.0, 3.0), 0.5)
-    assert (found.status, found.dsc, found.nsd, found.hd95) == ("scored", 1.0, 1.0, 0.0)
+    found = score_class(mask, mask, (1.0, 1.0, 3.0), 0.5, lesion=True)
+    assert (found.status, *numbers(found)) == ("scored", 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert (found.lesion_tp, found.lesion_f1, found.lesion_pq) == (1, 1.0, 1.0)
 
 
-def test_surface_area_of_a_sphere() -> None:
-    grid = np.indices((64, 64, 64)) - 31.5
-    radius, exact = 14.4, 4 * math.pi * 14.4**2
-    # A binary mask's surface is a staircase: its area is some percent too large, more so where
-    # voxels are longer. Counting voxel faces instead would give 50 %.
-    for spacing, excess in [((1.0, 1.0, 1.0), 1.10), ((2.0, 1.0, 0.5), 1.17)]:
-        scaled = grid * np.array(spacing)[:, None, None, None]
-        area = surface((scaled**2).sum(0) < radius**2, spacing).areas.sum()
-        assert exact < area < excess * exact
+def test_scores_are_those_of_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    spacing, tolerance = (2.0, 0.9, 1.4), 1.7
+    for _ in range(4):
+        a, b = rng.random((2, 7, 8, 6)) < rng.uniform(0.02, 0.4, (2, 1, 1, 1))
+        a[0, 0, 0] = b[6, 7, 5] = True
+        one, two = surface(a, spacing), surface(b, spacing)
+        gaps = np.linalg.norm(one.points[:, None] - two.points[None], axis=2)
+        apart = [(gaps.min(1), one.areas), (gaps.min(0), two.areas)]
+        area = sum(w.sum() for _, w in apart)
+        hd95 = max(
+            min(limit for limit in d if w[d <= limit].sum() >= 0.95 * w.sum() - 1e-9)
+            for d, w in apart
+        )
+        found = score_class(a, b, spacing, tolerance)
+        assert found.dsc == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        assert found.nsd == pytest.approx(sum(w[d <= tolerance].sum() for d, w in apart) / area)
+        assert found.assd == pytest.approx(sum((d * w).sum() for d, w in apart) / area)
+        assert found.hd95 == pytest.approx(hd95)
 
 
-def test_area_of_a_slab_is_exact_per_axis() -> None:
-    mask = np.zeros((20, 20, 20), bool)
-    mask[8:12] = True
-    spacing = (3.0, 0.7, 1.1)
-    found = surface(mask, spacing)
-    flat = np.isin(found.points[:, 0], [8 * 3.0, 12 * 3.0])
-    inner = flat & ((found.points[:, 1:] > 0).all(1))
-    inner &= (found.points[:, 1] < 20 * 0.7 - 1e-9) & (found.points[:, 2] < 20 * 1.1 - 1e-9)
-    assert found.areas[inner] == pytest.approx(0.7 * 1.1)
+# The table of the module's docstring, row by row.
 
 
-def test_edge_cases_are_decided_as_documented() -> None:
+def test_absent_and_found_absent_is_not_averaged() -> None:
+    empty = np.zeros((8, 8, 8), bool)
+    found = score_class(empty, empty, (3.0, 1.0, 2.0), 1)
+    assert found.status == "true_negative"
+    assert all(math.isnan(v) for v in numbers(found))
+    assert (found.volume_pred_ml, found.volume_true_ml) == (0, 0)
+
+
+def test_an_invented_structure_scores_worst() -> None:
     full, empty = cube((8, 8, 8), (2, 2, 2), 4), np.zeros((8, 8, 8), bool)
-    spacing = (3.0, 1.0, 2.0)
-    worst = math.dist((0, 0, 0), (24, 8, 16))
-    both = score_class(empty, empty, spacing, 1)
-    assert both.status == "true_negative"
-    assert all(math.isnan(v) for v in (both.dsc, both.nsd, both.hd95))
-    invented = score_class(full, empty, spacing, 1)
-    assert (invented.status, invented.dsc, invented.nsd) == ("false_positive", 0, 0)
-    assert invented.hd95 == pytest.approx(worst)
-    assert invented.volume_pred_ml == pytest.approx(64 * 6 / 1000)
-    missed = score_class(empty, full, spacing, 1)
-    assert (missed.status, missed.dsc, missed.nsd) == ("missed", 0, 0)
-    assert missed.hd95 == pytest.approx(worst)
-    unknown = score_class(full, empty, spacing, 1, annotated=False)
-    assert unknown.status == "not_annotated"
-    assert all(math.isnan(v) for v in (unknown.dsc, unknown.nsd, unknown.hd95))
+    found = score_class(full, empty, (3.0, 1.0, 2.0), 1)
+    worst, volume = math.dist((0, 0, 0), (24, 8, 16)), 64 * 6 / 1000
+    assert found.status == "false_positive"
+    assert numbers(found)[:5] == pytest.approx([0, 0, worst, worst, volume])
+    assert math.isnan(found.volume_error_relative)
+    assert (found.volume_pred_ml, found.volume_true_ml) == (pytest.approx(volume), 0)
 
 
-def test_flips_and_permutations_change_nothing() -> None:
-    rng = np.random.default_rng(0)
+def test_a_missed_structure_scores_worst() -> None:
+    full, empty = cube((8, 8, 8), (2, 2, 2), 4), np.zeros((8, 8, 8), bool)
+    found = score_class(empty, full, (3.0, 1.0, 2.0), 1)
+    worst, volume = math.dist((0, 0, 0), (24, 8, 16)), 64 * 6 / 1000
+    assert found.status == "missed"
+    assert numbers(found) == pytest.approx([0, 0, worst, worst, -volume, -1])
+
+
+def test_a_class_that_was_not_annotated_has_no_score() -> None:
+    full, empty = cube((8, 8, 8), (2, 2, 2), 4), np.zeros((8, 8, 8), bool)
+    for prediction in (full, empty):
+        found = score_class(prediction, empty, (3.0, 1.0, 2.0), 1, annotated=False)
+        assert found.status == "not_annotated"
+        assert all(math.isnan(v) for v in [*numbers(found), found.volume_true_ml])
+        assert found.volume_pred_ml == pytest.approx(prediction.sum() * 6 / 1000)
+
+
+# Invariances.
+
+
+def test_flips_and_permutations_change_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
     a, b = (rng.random((2, 12, 9, 11)) > 0.6).astype(bool)
     spacing = np.array([2.5, 1.0, 0.7])
-    expected = score_class(a, b, spacing, 1.2)
+    expected = score_class(a, b, spacing, 1.2, lesion=True)
     for axes in [(0, 1, 2), (2, 0, 1), (1, 0, 2)]:
         for flip in [(), (0,), (1, 2), (0, 1, 2)]:
             moved = [np.flip(m.transpose(axes), flip) for m in (a, b)]
-            found = score_class(moved[0], moved[1], spacing[list(axes)], 1.2)
-            for name in ("dsc", "nsd", "hd95", "volume_pred_ml"):
-                assert getattr(found, name) == pytest.approx(getattr(expected, name))
+            found = score_class(moved[0], moved[1], spacing[list(axes)], 1.2, lesion=True)
+            values, others = (list(dataclasses.asdict(s).values())[1:] for s in (found, expected))
+            assert values == pytest.approx(others)
 
 
-def test_swapping_prediction_and_truth_changes_nothing() -> None:
-    rng = np.random.default_rng(1)
+def test_swapping_prediction_and_truth_turns_the_sign_of_the_volume_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
     a, b = (rng.random((2, 9, 9, 9)) > 0.7).astype(bool)
-    one, other = score_class(a, b, (1, 2, 3), 1), score_class(b, a, (1, 2, 3), 1)
-    assert (one.dsc, one.nsd, one.hd95) == pytest.approx((other.dsc, other.nsd, other.hd95))
+    one, other = (score_class(*masks, (1, 2, 3), 1, lesion=True) for masks in ((a, b), (b, a)))
+    for name in ("dsc", "nsd", "hd95", "assd", "lesion_rq", "lesion_pq"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name))
+    assert one.volume_error_ml == pytest.approx(-other.volume_error_ml)
+
+
+def test_a_larger_tolerance_never_scores_less(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.random((2, 9, 9, 9)) > 0.9).astype(bool)
+    scores = [score_class(a, b, (1, 2, 3), t).nsd for t in np.linspace(0.1, 12, 30)]
+    assert scores == sorted(scores)
+    assert scores[0] < scores[-1] == 1.0
+
+
+def test_a_worse_prediction_never_scores_better() -> None:
+    truth = cube((30, 30, 30), (10, 10, 10), 8)
+    scores = [
+        score_class(np.roll(truth, shift, 0), truth, (1.5, 1, 1), 2.0) for shift in range(0, 10)
+    ]
+    for name, sign in (("dsc", -1), ("nsd", -1), ("hd95", 1), ("assd", 1)):
+        values = [sign * getattr(score, name) for score in scores]
+        assert values == sorted(values) and values[0] < values[-1]
 
 
 def test_tolerance_survives_float32_spacing() -> None:
@@ -133,3 +220,131 @@ def test_tolerance_survives_float32_spacing() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="must be the same"):
         score_class(np.zeros((3, 3, 3), bool), np.zeros((3, 3, 4), bool), (1, 1, 1), 1)
+    with pytest.raises(ValueError, match="must be the same"):
+        score_labels(
+            np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8), [], (1, 1, 1), annotated=()
+        )
+
+
+# What others get wrong, so that it is not wrong here.
+
+
+def mean(scores: list[Score], name: str) -> float:
+    return float(np.nanmean([getattr(score, name) for score in scores]))
+
+
+def test_missing_a_structure_never_pays() -> None:
+    """MONAI gives it no HD95, so the mean over cases improves when a bad case is left out."""
+    truth = cube((20, 20, 20), (2, 2, 2), 5)
+    good, poor = truth, cube((20, 20, 20), (14, 14, 14), 5)
+    empty = np.zeros_like(truth)
+    before = [score_class(p, truth, (1, 1, 1), 1) for p in (good, poor)]
+    after = [score_class(p, truth, (1, 1, 1), 1) for p in (good, empty)]
+    assert mean(after, "dsc") <= mean(before, "dsc")
+    assert mean(after, "nsd") <= mean(before, "nsd")
+    for name in ("hd95", "assd"):
+        assert mean(after, name) > mean(before, name)
+        assert math.isfinite(mean(after, name))  # surface-distance: infinite
+
+
+def test_an_invented_structure_always_costs() -> None:
+    """MONAI's Dice ignores cases whose truth is empty, whatever was predicted."""
+    truth = cube((20, 20, 20), (2, 2, 2), 5)
+    empty = np.zeros_like(truth)
+    one = [score_class(truth, truth, (1, 1, 1), 1), score_class(empty, empty, (1, 1, 1), 1)]
+    two = [score_class(truth, truth, (1, 1, 1), 1), score_class(truth, empty, (1, 1, 1), 1)]
+    assert mean(two, "dsc") < mean(one, "dsc") == 1.0
+    assert mean(two, "hd95") > mean(one, "hd95") == 0.0
+
+
+def test_finding_nothing_where_nothing_is_is_no_success() -> None:
+    """MetricsReloaded gives 1, so empty cases lift the mean; nnU-Net and we do not average them."""
+    truth = cube((20, 20, 20), (2, 2, 2), 5)
+    empty = np.zeros_like(truth)
+    half = score_class(np.roll(truth, 2, 0), truth, (1, 1, 1), 1)
+    both = [half, score_class(empty, empty, (1, 1, 1), 1)]
+    for name in NUMBERS:
+        assert mean(both, name) == pytest.approx(getattr(half, name))
+
+
+def test_areas_weigh_and_not_the_number_of_voxels() -> None:
+    """Of a thin slab across coarse slices, one face is wrong: half of the area, however sampled.
+
+    Counting surface voxels would give the same weight to a voxel of 5 x 1 and of 1 x 1 mm².
+    """
+    fine, coarse = np.zeros((2, 44, 40, 40), bool), np.zeros((2, 44, 40, 8), bool)
+    for masks in (fine, coarse):
+        masks[0, 10:30], masks[1, 10:34] = True, True
+    scores = [
+        score_class(a, b, spacing, 1.0)
+        for (a, b), spacing in ((fine, (1.0, 1.0, 1.0)), (coarse, (1.0, 1.0, 5.0)))
+    ]
+    assert scores[0].nsd == pytest.approx(scores[1].nsd, rel=0.02)
+    assert scores[0].assd == pytest.approx(scores[1].assd, rel=0.03)
+
+
+def test_scores_do_not_hang_on_the_size_of_the_image_where_both_are_present() -> None:
+    """And worst distances do: they are the diagonal of the image, not of a crop of it."""
+    a, b = cube((12, 12, 12), (2, 3, 4), 4), cube((12, 12, 12), (4, 3, 5), 4)
+    wide = [np.pad(m, ((3, 9), (0, 5), (7, 2))) for m in (a, b)]
+    assert numbers(score_class(a, b, (1, 2, 3), 1)) == numbers(score_class(*wide, (1, 2, 3), 1))
+    empty = np.zeros_like(a)
+    part = score_class(empty, a, (1, 2, 3), 1, image_shape=wide[0].shape)
+    assert part.hd95 == score_class(np.zeros_like(wide[0]), wide[0], (1, 2, 3), 1).hd95
+
+
+# Whole label maps.
+
+
+def task_class(name: str, *values: int, **what: Any) -> TaskClass:
+    return TaskClass(name=name, values=values, tolerance_mm=1.5, **what)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_label_maps_are_scored_as_their_masks(kind: type, seed: int) -> None:
+    """Regions that overlap, values that occur nowhere, 16 bits, voxels that do not count."""
+    rng = np.random.default_rng(seed)
+    scale = 1 if kind is np.uint8 else 9000
+    truth, prediction = (scale * rng.integers(0, 6, (2, 9, 8, 11))).astype(kind)
+    truth[:, :, 6:][truth[:, :, 6:] == 2 * scale] = 0
+    prediction[prediction == 5 * scale] = 0
+    counts = rng.random(truth.shape) < 0.8
+    classes = [
+        task_class("whole", *(scale * v for v in (1, 2, 3)), lesion=True),
+        task_class("core", scale * 2, scale * 3),
+        task_class("one", scale * 1),
+        task_class("never predicted", scale * 5, lesion=True),
+        task_class("nowhere", 60000),
+        task_class("not looked for", scale * 4),
+    ]
+    annotated = [scale * v for v in (1, 2, 3, 5)] + [60000]
+    spacing = (2.0, 1.0, 0.7)
+    for counted in (None, counts):
+        found = score_labels(
+            prediction, truth, classes, spacing, annotated=annotated, counts=counted
+        )
+        for score, chosen in zip(found, classes, strict=True):
+            masks = [np.isin(m, chosen.values) for m in (prediction, truth)]
+            masks = masks if counted is None else [m & counted for m in masks]
+            expected = score_class(
+                *masks,
+                spacing,
+                chosen.tolerance_mm,
+                annotated=chosen.name != "not looked for",
+                lesion=chosen.lesion,
+            )
+            one, other = dataclasses.astuple(score), dataclasses.astuple(expected)
+            assert one[0] == other[0]
+            assert one[1:] == pytest.approx(other[1:], nan_ok=True)
+    statuses = ["scored"] * 3 + ["missed", "true_negative", "not_annotated"]
+    assert [score.status for score in found] == statuses
+
+
+def test_scoring_changes_no_map() -> None:
+    truth = cube((9, 9, 9), (1, 2, 3), 4).astype(np.uint8)
+    prediction = np.roll(truth, 1, 0)
+    for labels in (truth, prediction):
+        labels.flags.writeable = False
+    kept = truth.copy()
+    score_labels(prediction, truth, [task_class("a", 1)], (1, 1, 1), annotated=[1])
+    assert (truth == kept).all()

@@ -58,6 +58,12 @@ def test_twins_share_a_recipe_and_nothing_else_does() -> None:
         {"trainer": {"accelerator": "cpu"}},
     ):
         assert config_hash(settings(**same).recipe(network="n")) == base
-    for other in ({"lr": 2e-3}, {"steps": 11}, {"labels": 4}, {"gain": 0.2}, {"foreground": 0.4}):
+    for other in (
+        {"lr": 2e-3},
+        {"steps": 11},
+        {"labels": 4},
+        {"augment": {"gain": 0.2}},
+        {"foreground": 0.4},
+    ):
         assert config_hash(settings(**other).recipe(network="n")) != base
     assert config_hash(settings().recipe(network="m")) != base

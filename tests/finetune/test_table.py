@@ -38,6 +38,9 @@ BASE = Row(
     checkpoint="",
     checkpoint_digest="",
     config_hash="recipe",
+    assd=0.7,
+    volume_error_ml=-0.1,
+    volume_error_relative=-0.09,
 )
 
 
@@ -165,7 +168,7 @@ def test_files_say_with_every_mean_what_it_rests_on(tmp_path: Path) -> None:
     table = make_table([tmp_path], tmp_path / "table")
     with (tmp_path / "table/table.csv").open() as file:
         records = list(csv.DictReader(file))
-    assert len(records) == 9  # 3 metrics x (mean and 2 classes)
+    assert len(records) == 15  # 5 metrics x (mean and 2 classes), none of lesions
     for record in records:
         for arm in ("pretrained", "scratch", "difference"):
             for part in ("mean", "low", "high", "cases", "units", "draws"):
@@ -203,6 +206,71 @@ def test_foreign_rows_are_refused(tmp_path: Path) -> None:
         read_rows(path)
 
 
+def test_rows_of_an_older_format_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    names = [field.name for field in dataclasses.fields(Row)]
+    old = names[: names.index("metric_version") + 1]
+    values = {name: str(getattr(BASE, name)) for name in old} | {"format": "1"}
+    path.write_text(",".join(old) + "\n" + ",".join(values.values()) + "\n")
+    with pytest.raises(InputError, match=r"row format 1, expected 2.*voxelith evaluate"):
+        read_rows(path)
+
+
+def with_lesions(rows: list[Row], found: int) -> list[Row]:
+    """The anterior part is made of two lesions, of which an arm finds some; the other is not."""
+    f1 = 2 * found / (found + 2)
+    return [
+        dataclasses.replace(
+            r, lesion_tp=found, lesion_fp=0, lesion_fn=2 - found, lesion_f1=f1, lesion_pq=f1 / 2
+        )
+        if r.class_name == "anterior"
+        else r
+        for r in rows
+    ]
+
+
+def test_lesions_are_compared_where_a_class_is_made_of_them() -> None:
+    rows = with_lesions(make_rows("scratch"), 1) + with_lesions(make_rows("pretrained"), 2)
+    lines = [x for x in tabulate(rows).groups[0].lines if x.metric.startswith("lesion")]
+    assert [(x.metric, x.class_name) for x in lines] == [
+        (metric, name) for metric in ("lesion_f1", "lesion_pq") for name in ("mean", "anterior")
+    ]
+    for line in lines:
+        assert line.difference is not None
+        assert line.difference.mean == pytest.approx(100 / 3 / (1 + (line.metric == "lesion_pq")))
+        assert line.improved == 1.0
+
+
+def test_an_invented_organ_is_no_lesion_of_its_twin() -> None:
+    """An organ that its twin rightly does not find counts as best Dice, but never as lesions."""
+
+    def absent(rows: list[Row], outcome: str, dsc: float) -> list[Row]:
+        return [
+            dataclasses.replace(r, status=outcome, outcome=outcome, dsc=dsc)
+            if r.case == "c0" and r.class_name == "posterior"
+            else r
+            for r in rows
+        ]
+
+    rows = with_lesions(absent(make_rows("scratch"), "true_negative", math.nan), 1)
+    rows += with_lesions(absent(make_rows("pretrained"), "false_positive", 0.0), 1)
+    lines = [x for x in tabulate(rows).groups[0].lines if x.metric == "lesion_f1"]
+    assert "posterior" not in {x.class_name for x in lines}
+    for line in lines:
+        assert line.scratch is not None
+        assert line.scratch.mean == pytest.approx(200 / 3)
+
+
+def test_volume_errors_of_both_signs_do_not_cancel() -> None:
+    rows = [
+        dataclasses.replace(r, volume_error_ml=(-1.0) ** r.seed * 2)
+        for r in make_rows("scratch") + make_rows("pretrained")
+    ]
+    for line in tabulate(rows).groups[0].lines:
+        if line.metric == "volume_difference_ml":
+            assert line.scratch is not None and line.scratch.mean == pytest.approx(2.0)
+
+
 def test_predictions_from_elsewhere_are_shown_without_a_verdict() -> None:
     given = {"arm": "external", "checkpoint": "theirs", "config_hash": "external", "n_labels": -1}
     rows = [dataclasses.replace(r, seed=-1, **given) for r in make_rows("scratch", seeds=1)]
@@ -221,7 +289,7 @@ def test_intervals_of_means_end_where_the_scale_does() -> None:
     for line in tabulate([*rows, *make_rows("pretrained")]).lines:
         assert line.scratch is not None
         assert line.scratch.low >= 0
-        assert line.metric == "hd95" or line.scratch.high <= 100
+        assert line.metric not in ("dsc", "nsd") or line.scratch.high <= 100
 
 
 def test_other_label_draws_are_no_pairs() -> None:

@@ -10,7 +10,8 @@ import torch
 
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
-from pretrain.loader import Augment, CropDataset, collate, make_loader, to_batch
+from pretrain.augment import Augment
+from pretrain.loader import CropDataset, collate, make_loader, to_batch
 from pretrain.schedule import Schedule
 
 CROP = (16, 24, 16)

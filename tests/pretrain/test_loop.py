@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused_before_a_folder_is_made(
     """A mask that hides nothing, a crop that does not divide, a ViT under a CNN's objective."""
     for changes, said in (
         ({"objective": {**CNN_MAE, "block": 64, "mask_ratio": 0.5}}, "block"),
-        ({"crop_size": (8, 9, 8)}, "must be a multiple"),
+        ({"crop_size": (8, 9, 8)}, "must be multiples"),
         ({"backbone": VIT}, "needs a pyramid"),
     ):
         with pytest.raises(InputError, match=said):
@@ -231,7 +231,7 @@ def test_other_settings_do_not_continue_a_run(pretrain_corpus: Path, tmp_path: P
     with pytest.raises(InputError) as caught:
         pretrain(settings(pretrain_corpus, tmp_path, "mine", steps=5, lr=2e-3))
     text = str(caught.value)
-    assert "lr was 0.001 and is 0.002" in text and "steps was 3 and is 5" in text
+    assert "(steps: 3 -> 5; lr: 0.001 -> 0.002)" in text
 
 
 def test_a_run_that_knows_fewer_settings_had_their_defaults(
@@ -243,7 +243,7 @@ def test_a_run_that_knows_fewer_settings_had_their_defaults(
         del config[name]
     (run / "config.json").write_text(json.dumps(config))
     pretrain(settings(pretrain_corpus, tmp_path, "older", steps=3))
-    with pytest.raises(InputError, match="optimizer was 'adamw' and is 'sgd'"):
+    with pytest.raises(InputError, match="optimizer: adamw -> sgd"):
         pretrain(settings(pretrain_corpus, tmp_path, "older", steps=3, optimizer="sgd"))
 
 

@@ -12,10 +12,11 @@ from sync_counter import DEVICE, SyncCounter
 from tiny_pairs import build, one_each
 from torch import Tensor
 
+from pretrain.augment import Augment
 from pretrain.estimate import raw_batch
-from pretrain.loader import Augment
 from pretrain.loop import Loop
 from pretrain.objective import Objective
+from pretrain.settings import AugmentSettings
 
 
 class Step:
@@ -26,7 +27,10 @@ class Step:
         self.objective = built.to(DEVICE)
         nothing: Any = None
         self.loop = Loop(
-            self.settings, nothing, nothing, augment=Augment((True, True, True), gain=0.1)
+            self.settings,
+            nothing,
+            nothing,
+            augment=Augment((True, True, True), AugmentSettings(gain=0.1)),
         )
         self.objective.loop = self.loop
         self.trainer = L.Trainer(

@@ -62,6 +62,18 @@ def test_loss_equals_a_voxelwise_oracle(make_batch: MakeBatch) -> None:
     assert parts["mse"].item() == loss.item()
 
 
+def test_a_prediction_equal_to_the_target_gives_0(make_batch: MakeBatch) -> None:
+    batch, cnn = make_batch(SHAPE), objective()
+    batch.valid[:, :, :, :5] = False
+    counted = mask(batch) & batch.valid
+    cnn.decoder = Shown(torch.where(counted, batch.image, 1e6))
+    assert cnn(batch, 0.0).loss == 0
+    wrong = batch.image.clone()
+    wrong[tuple(counted.nonzero()[0])] += 1
+    cnn.decoder = Shown(wrong)
+    assert cnn(batch, 0.0).loss.item() == pytest.approx(1 / counted.sum().item(), rel=1e-4)
+
+
 def test_hidden_values_are_not_seen(make_batch: MakeBatch) -> None:
     batch, cnn = make_batch(SHAPE), objective()
     ruined = replace(batch, image=batch.image.masked_fill(mask(batch), float("nan")))

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.errors import InputError
+from pretrain.backbones import vit
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D, sincos_position
-from pretrain.masking import random_hidden, visible_first
+from pretrain.masking import patchify, random_hidden, take_rows, visible_first
 from pretrain.objective import Batch
-from pretrain.objectives.hi_end_mae import CrossAttention, HiEndMAE
+from pretrain.objectives import masked_patches
+from pretrain.objectives.hi_end_mae import CrossAttention, CrossBlock, HiEndMAE
 
 PATCH, GRID, SHAPE = (2, 4, 3), (2, 3, 4), (4, 12, 12)
 MakeBatch = Callable[..., Batch]
@@ -104,15 +106,66 @@ def test_cross_attention_is_a_mean_of_values_with_weights_that_sum_to_one() -> N
     assert torch.allclose(attention(x, memory), attention.proj(expected), atol=1e-6)
 
 
-def test_the_order_of_patches_does_not_matter(make_batch: MakeBatch) -> None:
-    """Visible and hidden tokens permuted with their positions give permuted predictions."""
+@pytest.mark.parametrize("turned", ["visible", "hidden", "both"])
+def test_the_order_of_patches_does_not_matter(
+    make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch, turned: str
+) -> None:
+    """Tokens permuted with their positions: permuted predictions, and the same loss.
+
+    The order that encoder and objective work in is turned for both, visible and hidden ones apart.
+    """
     model, batch = objective(), make_batch(SHAPE)
-    hidden = random_hidden(batch.seeds, GRID, 0.75)
-    order = visible_first(hidden)
-    turned = torch.cat([order[:, :6], order[:, 6:].flip(1)], dim=1)
-    one = model.rebuild(batch.image, hidden, order, 6)
-    other = model.rebuild(batch.image, hidden, turned, 6)
-    assert torch.allclose(one, other.flip(1), atol=1e-5)
+    order, one = model.predict(batch)
+    loss = model(batch, 0.0).loss
+
+    def other_order(hidden: Tensor) -> Tensor:
+        visible, rest = visible_first(hidden).split([6, 18], dim=1)
+        visible = visible if turned == "hidden" else visible.roll(2, 1)
+        return torch.cat([visible, rest if turned == "visible" else rest.flip(1)], dim=1)
+
+    monkeypatch.setattr(vit, "visible_first", other_order)
+    first = watched(model.encoder.blocks[0])
+    if turned != "hidden":  # the encoder alone in another order: positions no longer fit
+        assert (model.predict(batch)[1] - one).abs().max() > 1e-3
+    monkeypatch.setattr(masked_patches, "visible_first", other_order)
+    new, other = model.predict(batch)
+    assert not torch.equal(new, order)
+    expected = one if turned == "visible" else one.flip(1)
+    assert torch.allclose(other, expected, atol=1e-5)
+    assert model(batch, 0.0).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    tokens = first[-1][0][:, 1:]
+    plain = model.encoder.patch_embed(patchify(batch.image, PATCH))
+    plain = plain + sincos_position(GRID, 24)
+    assert torch.allclose(tokens, take_rows(plain, new[:, :6]), atol=1e-5)
+
+
+def test_what_the_decoder_makes_of_visible_patches_does_not_count(make_batch: MakeBatch) -> None:
+    model, batch = objective(), make_batch(SHAPE)
+    loss = model(batch, 0.0).loss
+    noise = torch.randn(2, 1 + 24, 18)
+    for part, same in ((slice(0, 1 + 6), True), (slice(1 + 6, None), False)):
+
+        def disturb(module: nn.Module, given: tuple, tokens: Tensor, part: slice = part) -> Tensor:
+            changed = tokens.clone()
+            changed[:, part] += noise[:, part]
+            return changed
+
+        handle = model.norm.register_forward_hook(disturb)
+        assert torch.equal(model(batch, 0.0).loss, loss) is same
+        handle.remove()
+
+
+def test_a_cross_block_asks_its_own_tokens_and_a_memory_without_norm_or_order() -> None:
+    torch.manual_seed(0)
+    block = CrossBlock(12, 3)
+    x, memory = torch.randn(2, 5, 12), torch.randn(2, 4, 12)
+    plain = block(x, memory)
+    moved = x.clone()
+    moved[:, 0] += torch.randn(12)
+    # Tokens that did not change hear of the one that did: attention among themselves.
+    assert (block(moved, memory)[:, 1:] - plain[:, 1:]).abs().amax(-1).min() > 1e-4
+    assert torch.allclose(block(x, memory.flip(1)), plain, atol=1e-6)
+    assert (block(x, 3 * memory) - plain).abs().amax(-1).min() > 1e-3
 
 
 def test_gradient_reaches_every_block_and_projection(make_batch: MakeBatch) -> None:

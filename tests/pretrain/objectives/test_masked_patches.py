@@ -96,6 +96,57 @@ def test_loss_equals_a_voxelwise_oracle(make_batch: MakeBatch, kind: str, channe
     assert not parts["mse"].requires_grad
 
 
+def plain_target(batch: Batch, model: MaskedPatches, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Target and valid voxels of the hidden patches, each cut out and normalised by itself."""
+    targets, valids = [], []
+    for image, valid, rows in zip(batch.image, batch.valid, order[:, 6:].tolist(), strict=True):
+        for n in rows:
+            d, h, w = n // 12, n // 4 % 3, n % 4
+            place = (0, slice(2 * d, 2 * d + 2), slice(4 * h, 4 * h + 4), slice(4 * w, 4 * w + 4))
+            target, counts = image[place].flatten(), valid[place].flatten()
+            if model.norm_target and counts.sum() > 1:
+                seen = target[counts]
+                variance = seen.var(unbiased=not isinstance(model, HiEndMAE))
+                target = (target - seen.mean()) / (variance + 1e-6).sqrt()
+            elif model.norm_target:
+                target = torch.zeros_like(target)
+            targets.append(target)
+            valids.append(counts)
+    shape = (len(order), 18, VALUES)
+    return torch.stack(targets).view(shape), torch.stack(valids).view(shape)
+
+
+@kinds
+def test_a_prediction_equal_to_the_target_gives_0(make_batch: MakeBatch, kind: str) -> None:
+    """A normalised target to rounding, a raw one exactly; invalid voxels may be anything."""
+    batch, model = make_batch(SHAPE), objective(kind)
+    batch.valid[:, :, :, :5] = False
+    order, _ = model.predict(batch)
+    target, valid = plain_target(batch, model, order)
+    model.rebuild = lambda *_: torch.where(valid, target, 1e6)  # type: ignore[method-assign]
+    assert model(batch, 0.0).loss.item() == pytest.approx(0, abs=1e-10 * model.norm_target)
+    wrong = target.clone()
+    wrong[tuple(valid.nonzero()[0])] += 1
+    model.rebuild = lambda *_: wrong  # type: ignore[method-assign]
+    assert model(batch, 0.0).loss.item() == pytest.approx(1 / valid.sum().item(), rel=1e-4)
+
+
+@kinds
+def test_the_mean_is_over_the_batch_not_over_samples(make_batch: MakeBatch, kind: str) -> None:
+    """The first sample counts one hidden voxel, with an error of 10; the second all, with 1."""
+    batch, model = make_batch(SHAPE), objective(kind)
+    at = tuple(hidden_voxels(batch)[0, 0].nonzero()[0])
+    batch.valid[0] = False
+    batch.valid[0, 0][at] = True
+    order, _ = model.predict(batch)
+    target, valid = plain_target(batch, model, order)
+    assert valid.sum((1, 2)).tolist() == [1, 18 * VALUES]
+    error = torch.tensor([10.0, 1.0])[:, None, None]
+    model.rebuild = lambda *_: target + error  # type: ignore[method-assign]
+    expected = (100 + 18 * VALUES) / (1 + 18 * VALUES)
+    assert model(batch, 0.0).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
 @kinds
 def test_order_holds_visible_patches_then_hidden_ones(make_batch: MakeBatch, kind: str) -> None:
     batch = make_batch(SHAPE, size=3)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
@@ -79,6 +80,46 @@ def test_normalised_target_equals_a_blockwise_oracle(make_batch: MakeBatch) -> N
                         errors.append((made[at] - target).square().mean())
     assert len(errors) == 36
     assert s3d(batch, 0.0).loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("norm_target", [False, True])
+def test_a_prediction_equal_to_the_target_gives_0(norm_target: bool, make_batch: MakeBatch) -> None:
+    """With the target made block by block from its definition, of valid voxels alone."""
+    batch, s3d = make_batch(SHAPE), objective(norm_target=norm_target)
+    batch.valid[:, :, :, :5] = False
+    target = batch.image.clone()
+    if norm_target:
+        for sample, valid in zip(target, batch.valid, strict=True):
+            for d, h, w in itertools.product(range(0, 8, 4), range(0, 12, 4), range(0, 16, 4)):
+                at = (0, slice(d, d + 4), slice(h, h + 4), slice(w, w + 4))
+                seen = sample[at][valid[at]]
+                if len(seen):
+                    sample[at] = (sample[at] - seen.mean()) / (seen.var() + 1e-6).sqrt()
+    counted = mask(batch) & batch.valid
+    s3d.decoder = Shown(torch.where(counted, target, 1e6))
+    assert s3d(batch, 0.0).loss.item() == pytest.approx(0, abs=1e-10 if norm_target else 0)
+    wrong = target.clone()
+    wrong[tuple(counted.nonzero()[0])] += 1
+    s3d.decoder = Shown(wrong)
+    assert s3d(batch, 0.0).loss.item() == pytest.approx(1 / counted.sum().item(), rel=1e-4)
+
+
+def test_constant_blocks_are_told_where_a_target_is_normalised(make_batch: MakeBatch) -> None:
+    """The share of the hidden ones; a block of which nothing is valid is constant too."""
+    batch, s3d = make_batch(SHAPE), objective(norm_target=True)
+    assert s3d(batch, 0.0).parts["constant_patches"] == 0
+    batch.image[0, :, :4] = -1
+    batch.valid[1, :, :, :, 12:] = False
+    hidden = mask(batch)[:, 0, ::4, ::4, ::4]
+    expected = (hidden[0, 0].sum() + hidden[1, :, :, 3].sum()) / 36
+    assert 0 < expected < 1
+    assert s3d(batch, 0.0).parts["constant_patches"].item() == pytest.approx(expected.item())
+    assert set(objective()(batch, 0.0).parts) == {"mse"}
+
+
+def test_the_sparse_encoder_has_the_names_of_the_dense_one() -> None:
+    dense = ResEncUNetEncoder(features=(4, 6, 8), strides=(1, 2, 2), blocks=(1, 1, 1))
+    dense.load_state_dict(objective().encoder.state_dict(), strict=True)
 
 
 @each_densification

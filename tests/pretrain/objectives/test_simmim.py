@@ -68,6 +68,19 @@ def test_loss_equals_a_voxelwise_oracle(make_batch: MakeBatch, variant: str) -> 
     assert {"paper": "l1", "primus": "mse"}[variant] in parts
 
 
+@variants
+def test_a_prediction_equal_to_the_target_gives_0(make_batch: MakeBatch, variant: str) -> None:
+    batch, model = make_batch(SHAPE), objective(variant, head="linear")
+    batch.valid[:, :, :, :5] = False
+    counted = mask(batch, variant) & batch.valid
+    model.head = Shown(torch.where(counted, batch.image, 1e6))
+    assert model(batch, 0.0).loss == 0
+    wrong = batch.image.clone()
+    wrong[tuple(counted.nonzero()[0])] += 1
+    model.head = Shown(wrong)
+    assert model(batch, 0.0).loss.item() == pytest.approx(1 / counted.sum().item(), rel=1e-4)
+
+
 def test_the_encoder_sees_all_tokens_with_a_mask_token_in_place_of_the_hidden(
     make_batch: MakeBatch,
 ) -> None:

@@ -1,0 +1,134 @@
+"""Curves of Dice against steps: whether training was long enough, and what a head start is.
+
+Pretraining can shorten the way to the same place or lead to a better one. With too few steps the
+first looks like the second, so a difference is only read from curves that have ended:
+
+- converged: the last quarter of training gains no more than 0.5 Dice points on validation;
+- generalises better: both arms have converged, and one ends more than 0.5 points above the other;
+- converges faster: both have converged within 0.5 points of each other, and one needs at most 80 %
+  of the steps of the other to come, for good, within 0.5 points of the lower end.
+
+An end is the mean of the last quarter. These are statements about curves, meaned over draws and
+cases; how sure a difference at the end is says its interval (finetune/intervals.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+MARGIN = 0.5
+"""Dice points that count as nothing."""
+FASTER = 0.8
+
+Reading = Literal[
+    "not converged", "generalises better", "generalises worse", "converges faster",
+    "converges slower", "no difference",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation Dice over training.
+
+    `steps` rise and are above zero, `dice` is in points (0 to 100); both [measurements].
+
+    Raises:
+        ValueError: they do not fit each other, or the last quarter has fewer than two.
+    """
+
+    steps: Sequence[float]
+    dice: Sequence[float]
+
+    def __post_init__(self) -> None:
+        steps, dice = np.asarray(self.steps, float), np.asarray(self.dice, float)
+        if steps.ndim != 1 or steps.shape != dice.shape:
+            raise ValueError(f"{steps.shape} steps and {dice.shape} values of Dice, expected pairs")
+        if not np.isfinite(dice).all() or (np.diff(steps) <= 0).any() or (steps <= 0).any():
+            raise ValueError("steps must rise from above zero, and Dice be known at each")
+        if self._last.sum() < 2:
+            raise ValueError(
+                "the last quarter needs two measurements: validate at least every quarter, "
+                "at 75 % and at the end"
+            )
+
+    @property
+    def _last(self) -> NDArray[np.bool_]:
+        steps = np.asarray(self.steps, float)
+        return steps >= 0.75 * steps[-1] if len(steps) else np.zeros(0, bool)
+
+    @property
+    def last_gain(self) -> float:
+        """What the last quarter of training gained, in points.
+
+        The rise of the least-squares line through its measurements, which noise moves less than
+        the difference of the outer two.
+        """
+        steps = np.asarray(self.steps, float)[self._last]
+        dice = np.asarray(self.dice, float)[self._last]
+        slope = np.polyfit(steps - steps.mean(), dice, 1)[0]
+        return float(slope * 0.25 * self.steps[-1])
+
+    @property
+    def converged(self) -> bool:
+        """Whether the last quarter gained no more than the margin."""
+        return self.last_gain <= MARGIN
+
+    @property
+    def end(self) -> float:
+        """Mean Dice of the last quarter."""
+        return float(np.asarray(self.dice, float)[self._last].mean())
+
+    def steps_to(self, dice: float) -> float:
+        """The step from which on the curve stays at `dice` or above, infinite if it never does.
+
+        Between measurements it is a straight line; from the first one back to step 0 it is unknown,
+        so the answer is never before the first.
+        """
+        values, steps = np.asarray(self.dice, float), np.asarray(self.steps, float)
+        below = np.flatnonzero(values < dice)
+        if not len(below):
+            return float(steps[0])
+        k = below[-1]
+        if k == len(values) - 1:
+            return math.inf
+        share = (dice - values[k]) / (values[k + 1] - values[k])
+        return float(steps[k] + share * (steps[k + 1] - steps[k]))
+
+
+@dataclass(frozen=True)
+class BudgetReading:
+    """What two curves say of the first arm, beside the second.
+
+    `gap` is the difference of their ends in points; `speed` how many times fewer steps the first
+    needs to come near the lower end, NaN where a curve has not converged or leaves that level
+    again.
+    """
+
+    reading: Reading
+    gap: float
+    speed: float
+
+
+def read_budget(first: Curve, second: Curve) -> BudgetReading:
+    """Tells faster from better; see the module for the definitions."""
+    gap = first.end - second.end
+    if not (first.converged and second.converged):
+        return BudgetReading("not converged", gap, math.nan)
+    level = min(first.end, second.end) - MARGIN
+    a, b = first.steps_to(level), second.steps_to(level)
+    speed = b / a if math.isfinite(a) and math.isfinite(b) else math.nan
+    if gap > MARGIN:
+        return BudgetReading("generalises better", gap, speed)
+    if gap < -MARGIN:
+        return BudgetReading("generalises worse", gap, speed)
+    if speed >= 1 / FASTER:
+        return BudgetReading("converges faster", gap, speed)
+    if speed <= FASTER:
+        return BudgetReading("converges slower", gap, speed)
+    return BudgetReading("no difference", gap, speed)

@@ -1,0 +1,159 @@
+"""`voxelith inspect`: what a run or a release is. No torch in here, so the answer is at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.licences import strictest_first
+from pretrain.manifest import DECODER, Manifest, read_manifest, stored_shapes
+
+
+def describe(ref: Path) -> dict[str, Any]:
+    """What lies in a folder, as plain data.
+
+    A release is verified byte by byte on the way; a run is taken at its word.
+
+    Raises:
+        InputError: the folder is neither a run nor a release.
+        CorruptionError: a release whose bytes are not those that were released.
+    """
+    if (ref / "SHA256SUMS").is_file():
+        return _release(read_manifest(ref))
+    if (ref / "run.json").is_file() and (ref / "config.json").is_file():
+        return _run(ref)
+    raise InputError(
+        f"{ref}: is neither a release (no SHA256SUMS) nor a run (no run.json); give a folder that "
+        "`voxelith export`, `voxelith pretrain` or `voxelith finetune` made"
+    )
+
+
+def as_text(facts: Mapping[str, Any]) -> str:
+    """Facts as lines of a name and a value; nested ones are indented."""
+    return "\n".join(_lines(facts, 0))
+
+
+def _release(release: Manifest) -> dict[str, Any]:
+    config = release.config
+    weights = {"encoder": _count(release.path / "model.safetensors")}
+    if release.has_decoder:
+        weights["decoder"] = _count(release.path / DECODER)
+    return {
+        "path": str(release.path),
+        "kind": f"release of {'an encoder' if release.kind == 'encoder' else 'a segmenter'}",
+        "name": release.name,
+        "digest": release.digest,
+        "architecture": config["backbone"],
+        "parameters": weights,
+        "decoder": _decoder(release),
+        "objective": config["objective"]["name"],
+        "modalities": list(release.modalities),
+        "crop_size": list(release.crop_size),
+        "preprocess": config["preprocess"]["operations"],
+        **_segmentation(config["segmentation"]),
+        "training": config["training"],
+        **_data(config["data"]),
+        "fingerprints": len(release.fingerprints),
+        "versions": config["versions"],
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    config, facts = _json(path / "config.json"), _json(path / "run.json")
+    finetuned = "task" in config
+    found: dict[str, Any] = {
+        "path": str(path),
+        "kind": f"{'finetuning' if finetuned else 'pretraining'} run",
+        "name": path.resolve().name,
+        "parameters": {"network" if finetuned else "encoder": facts.get("parameters")},
+        "crop_size": config.get("crop_size"),
+    }
+    names = ("init", "labels", "seed", "steps", "batch_size", "optimizer", "lr")
+    training = {name: config[name] for name in names if name in config}
+    if not finetuned:
+        backbone, objective = dict(config["backbone"]), dict(config["objective"])
+        steps = sorted((path / "checkpoints").glob("step-*.pt"))
+        training["newest_checkpoint"] = steps[-1].name if steps else None
+        return found | {
+            "architecture": {"name": backbone.pop("_target_", ""), "args": backbone},
+            "objective": objective.get("_target_"),
+            "preprocess": facts.get("preprocess", {}).get("operations"),
+            "training": training,
+            **_data({**facts.get("corpus", {}), **facts.get("data", {})}),
+            "versions": facts.get("versions"),
+        }
+    training["finished"] = (path / "rows.csv").is_file()
+    training["labelled_cases"] = len(facts.get("label_keys", ()))
+    stored = _json(path / "model.json") if (path / "model.json").is_file() else {}
+    return found | {
+        "architecture": stored.get("backbone"),
+        "decoder": config.get("decoder", "auto"),
+        "began_from": facts.get("release"),
+        "preprocess": facts.get("recipe", {}).get("preprocess", {}).get("operations"),
+        **_segmentation({name: config.get(name) for name in ("task", "overlap", "tta")}),
+        "training": training,
+        "data": facts.get("corpus"),
+        "versions": facts.get("versions"),
+    }
+
+
+def _decoder(release: Manifest) -> str:
+    if not release.has_decoder:
+        return "none: finetuning begins with a new one"
+    outputs = release.config["decoder"]["out_channels"]
+    takes = "takes it over but for its head" if release.transfers == "network" else "may take it"
+    return f"{outputs} outputs; finetuning {takes}"
+
+
+def _segmentation(facts: Any) -> dict[str, Any]:
+    """Of a network that segments: its classes and how it looks at scans."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("task"), dict):
+        return {}
+    classes = facts["task"].get("classes", ())
+    return {
+        "task": facts["task"].get("name"),
+        "classes": {c.get("name"): c.get("values") for c in classes if isinstance(c, dict)},
+        "windows": {name: value for name, value in facts.items() if name != "task"},
+    }
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    licences = data.get("licence")
+    licences = licences if isinstance(licences, dict) else {}
+    ordered = {name: licences[name] for name in strictest_first(licences)}
+    rest = {name: value for name, value in data.items() if name != "licence"}
+    return {"data": rest, "licences": ordered}
+
+
+def _count(weights: Path) -> int:
+    """Numbers in a safetensors file, from its header."""
+    return sum(math.prod(shape) for shape in stored_shapes(weights).values())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON that can be read ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is no table of names and values")
+    return found
+
+
+def _lines(facts: Mapping[str, Any], depth: int) -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        label = f"{'  ' * depth}{name}"
+        if isinstance(value, Mapping) and value:
+            lines += [f"{label}:", *_lines(value, depth + 1)]
+        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            lines.append(f"{label}:")
+            lines += [f"{'  ' * (depth + 1)}{json.dumps(item)}" for item in value]
+        else:
+            shown = "none" if value in (None, {}, []) else value
+            lines.append(f"{label:<24} {json.dumps(shown) if isinstance(shown, list) else shown}")
+    return lines

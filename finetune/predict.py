@@ -1,0 +1,123 @@
+"""`voxelith predict`: a finetuned network over a folder of NIfTI scans, one after the other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from data_prep.errors import InputError
+from data_prep.files import make_folder
+from data_prep.layouts.case import is_image
+from data_prep.progress import bar
+from data_prep.volume import Reject, Volume, as_known, read_channels, write_nifti
+from finetune.segmenter import Segmenter, load_segmenter
+from finetune.settings import PredictSettings
+
+CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
+"""Files of a case with several channels, as nnU-Net names them."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What `predict` did: files written, and per input left out the reason."""
+
+    written: list[Path] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    there: list[Path] = field(default_factory=list)
+    """Outputs that were left as they were, with `resume`."""
+
+
+def predict(settings: PredictSettings) -> Predicted:
+    """Segments every scan below a folder; results keep the names and the geometry of the inputs.
+
+    A network of several channels takes NAME_0000.nii.gz, NAME_0001.nii.gz, ... on one grid for a
+    case, and its result is NAME.nii.gz.
+
+    Raises:
+        InputError: no such network, no scan in the folder that can be read, or the output lies in
+            the input.
+    """
+    source, output = settings.input, settings.output
+    if not source.is_dir():
+        raise InputError(f"input={source}: no such folder; give a folder with NIfTI scans")
+    files = sorted(path for path in source.rglob("*") if path.is_file() and is_image(path))
+    if not files:
+        raise InputError(f"input={source}: holds no .nii or .nii.gz file")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise InputError(
+            f"output={output}: lies in the input folder, and predictions would be taken for "
+            "scans; choose another"
+        )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: this machine has no GPU; take device=auto or device=cpu")
+    make_folder(output, "output")
+    segmenter = load_segmenter(
+        settings.ckpt, device=None if settings.device == "auto" else settings.device
+    )
+    segmenter = replace(
+        segmenter,
+        tta=segmenter.tta if settings.tta is None else settings.tta,
+        precision=settings.precision,
+        window_batch=settings.window_batch,
+    )
+    names = [file.relative_to(source) for file in files]
+    cases, left_out = _cases(names, segmenter.channels)
+    found = Predicted(left_out=left_out)
+    for name, channels in bar(iterable=cases.items(), desc="predict", unit="scan"):
+        target = output / name
+        if settings.resume and target.is_file():
+            found.there.append(target)
+            continue
+        try:
+            volume = _read([source / one for one in channels], segmenter)
+        except Reject as reject:
+            left_out[str(name)] = str(reject)
+            continue
+        except Exception as error:
+            # A header that no reader foresaw must not stop the folder.
+            left_out[str(name)] = f"unreadable: {type(error).__name__}: {error}"
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(segmenter.label_values(segmenter.segment(volume)), volume.native, target)
+        found.written.append(target)
+    if not found.written and not found.there:
+        raise InputError([f"{source / name}: {why}" for name, why in left_out.items()])
+    for name, why in left_out.items():
+        print(f"left out {name}: {why}")
+    return found
+
+
+def _cases(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]], dict[str, str]]:
+    """The files of each output, in the order of their channels; and what makes no case, and why."""
+    if channels == 1:
+        return {name: [name] for name in names}, {}
+    numbered: dict[Path, dict[int, Path]] = {}
+    left_out = {}
+    for name in names:
+        match = CHANNEL.fullmatch(name.name)
+        if match is None:
+            left_out[str(name)] = (
+                f"channels: the network takes {channels} channels a case, in files named "
+                "NAME_0000.nii.gz, NAME_0001.nii.gz, ..."
+            )
+        else:
+            case = name.with_name(match["case"] + match["end"])
+            numbered.setdefault(case, {})[int(match["number"])] = name
+    cases = {}
+    for case, files in numbered.items():
+        if sorted(files) == list(range(channels)):
+            cases[case] = [files[number] for number in range(channels)]
+        else:
+            left_out[str(case)] = (
+                f"channels: it has {', '.join(f'{n:04d}' for n in sorted(files))}, the network "
+                f"takes 0000 to {channels - 1:04d}"
+            )
+    return cases, left_out
+
+
+def _read(files: Sequence[Path], segmenter: Segmenter) -> Volume:
+    return as_known(read_channels(files), segmenter.modalities)

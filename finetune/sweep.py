@@ -1,0 +1,555 @@
+"""`voxelith finetune -m`: all combinations of a sweep, side by side, and what became of each.
+
+    voxelith finetune -m task=hippocampus corpus=DIR ckpt=a,b labels=4,16,all seed=0,1,2 runs=DIR
+
+A comma gives a key several values; commas within brackets or quotes do not. Each pretrained run
+needs its scratch twin, so twins that are missing are added, and checkpoints of one architecture
+share them. A run is named after all that it is, so the same command started again leaves finished
+runs as they are, goes on with interrupted ones and starts what is missing.
+
+`runs/sweep.csv`, the ledger, has one row per run, and `runs/logs/` what each of them said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import itertools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from conf.compose import settings_for
+from data_prep.errors import InputError
+from data_prep.files import make_folder, write_text
+from data_prep.progress import bar
+from finetune.settings import FinetuneSettings
+from finetune.train import Plan, build_model, is_finished, make_plan
+from pretrain.release import Release, load_release
+from pretrain.run_folder import RunFolder
+
+VARIED = ("ckpt", "init", "transfer", "labels", "seed", "label_seed", "recipe_of")
+"""Keys of which a sweep has many values; the rest is composed once for all of these."""
+TWIN = {"init": "scratch", "transfer": "auto", "recipe_of": "twin"}
+"""How a pretrained run's scratch twin is told."""
+LEDGER = "sweep.csv"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the ledger.
+
+    `state` is waiting, running, done, failed, or stopped: the sweep itself was ended and the run
+    with it. `starts` counts how often the run was started, `seconds` is the last start's.
+    """
+
+    run: str
+    task: str
+    checkpoint: str
+    init: str
+    labels: str
+    seed: int
+    state: str = "waiting"
+    starts: int = 0
+    began: str = ""
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of the sweep: the words that start it and what they come to."""
+
+    name: str
+    words: tuple[str, ...]
+    plan: Plan
+    twin: bool
+    """Whether it was added as the scratch twin of another one."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it writes."""
+        return RunFolder(self.plan.settings.runs / self.name)
+
+    @property
+    def entry(self) -> Entry:
+        """Its row in a new ledger."""
+        chosen = self.plan.settings
+        return Entry(
+            self.name,
+            chosen.task.name,
+            self.plan.checkpoint,
+            chosen.init,
+            chosen.labels,
+            chosen.seed,
+        )
+
+
+def sweep(
+    words: Sequence[str], *, jobs: int | None = None, twins: bool = True, dry_run: bool = False
+) -> dict[str, Any]:
+    """Runs what is not finished yet of all combinations of `words`.
+
+    Args:
+        words: of `voxelith finetune`, with several values between commas.
+        jobs: runs at a time; by default one for each GPU, or for each core.
+        twins: add the scratch twins that are missing.
+        dry_run: say what would be started, and what it would cost, and start nothing.
+
+    Returns:
+        Names of runs by what became of them.
+
+    Raises:
+        InputError: wrong words, settings, checkpoints or corpora: of all combinations at once.
+    """
+    found = plan_jobs(words, twins=twins)
+    runs = found[0].plan.settings.runs
+    waiting = [job for job in found if not is_finished(job.folder, job.plan)]
+    devices = _devices(found[0].plan.settings)
+    jobs = min(jobs or len(devices) or len(os.sched_getaffinity(0)), max(1, len(waiting)))
+    added = sum(job.twin for job in found)
+    print(
+        f"sweep: {len(found)} runs in {runs}, {added} of them scratch twins that were added; "
+        f"{len(found) - len(waiting)} are finished, {len(waiting)} to start, {jobs} at a time"
+    )
+    if dry_run:
+        for job in waiting:
+            print(f"  {job.name}")
+        if waiting:
+            print(cost(waiting, jobs).text())
+        return {"to_start": [job.name for job in waiting]}
+    make_folder(runs / "logs", "runs")
+    with _only_sweep(runs), Ledger(runs / LEDGER, found) as ledger:
+        for job in found:
+            if job not in waiting:
+                ledger.update(job.name, state="done")
+        _run_all(waiting, jobs, devices, ledger)
+        states = {
+            state: [job.name for job in found if ledger[job.name].state == state]
+            for state in ("done", "failed", "stopped")
+        }
+    for name in states["failed"]:
+        print(f"  failed: {name}: {ledger[name].note} (logs/{name}.log)", file=sys.stderr)
+    if states["failed"] or states["stopped"]:
+        left = len(states["failed"]) + len(states["stopped"])
+        raise RuntimeError(
+            f"{left} of {len(found)} runs are not finished; the same command starts exactly those"
+        )
+    return states
+
+
+def expand(words: Sequence[str]) -> list[dict[str, str]]:
+    """Every combination of the values between commas; the last key changes fastest.
+
+    Raises:
+        InputError: a word is no key=value, or a key stands there twice.
+    """
+    values: dict[str, list[str]] = {}
+    problems = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            problems.append(f"{word}: expected key=value")
+        elif key in values:
+            problems.append(f"{word}: {key} stands there twice; give its values between commas")
+        elif key == "run":
+            problems.append(f"{word}: names one run, and a sweep names its runs; leave it out")
+        values[key] = [value] if key.startswith("--") else _between_commas(value)
+    if problems:
+        raise InputError(problems)
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
+    """The runs of a sweep, twins included, each of them once.
+
+    Raises:
+        InputError: whatever is wrong in any combination.
+    """
+    problems: list[str] = []
+    releases: dict[Path, Release] = {}
+    jobs: dict[str, Job] = {}
+    for combination, settings in _settings(expand(words), problems):
+        arms = [settings]
+        if twins and settings.init == "pretrained":
+            arms.append(settings.model_copy(update=TWIN))
+        for arm in arms:
+            try:
+                if arm.ckpt not in releases:
+                    releases[arm.ckpt] = load_release(arm.ckpt)
+                plan = make_plan(arm, releases[arm.ckpt])
+            except InputError as error:
+                problems += error.problems
+                continue
+            varied = combination | {key: str(getattr(arm, key)) for key in TWIN}
+            name = run_name(plan)
+            said = tuple(f"{key}={value}" for key, value in varied.items())
+            job = Job(name, said, plan, twin=arm is not settings)
+            if name not in jobs or jobs[name].twin:  # an arm that was asked for is none added
+                jobs[name] = job
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)))
+    return list(jobs.values())
+
+
+def run_name(plan: Plan) -> str:
+    """A name that says what is varied and, by hashes, all the rest: no two runs share one.
+
+    Scratch takes nothing from a checkpoint but its architecture and preprocessing, which are part
+    of the recipe, so that checkpoints which share those share the run.
+    """
+    chosen, identity = plan.settings, plan.identity
+    arm = "scratch-own" if chosen.recipe_of == "own" else "scratch"
+    if chosen.init == "pretrained":
+        arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
+        arm += "-network" if plan.transfer == "network" else ""
+    draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
+    labels = chosen.labels.replace("%", "pct")
+    name = (
+        f"{chosen.task.name}-{arm}-{identity['recipe_hash'][:8]}-labels={labels}"
+        f"-seed={chosen.seed}{draw}"
+    )
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", name)[-100:].lstrip("._=-")
+
+
+def _settings(
+    combinations: list[dict[str, str]], problems: list[str]
+) -> Iterator[tuple[dict[str, str], FinetuneSettings]]:
+    """Settings of each combination.
+
+    Hydra takes half a second to compose one, so values of the keys that only fill a field are
+    composed once each and put together here.
+    """
+    composed: dict[tuple[Any, ...], FinetuneSettings] = {}
+
+    def compose(words: Mapping[str, str]) -> FinetuneSettings | None:
+        key = tuple(words.items())
+        if key not in composed:
+            try:
+                composed[key] = settings_for("finetune", [f"{k}={v}" for k, v in words.items()])
+            except InputError as error:
+                problems.extend(error.problems)
+                return None
+        return composed[key]
+
+    first: dict[tuple[Any, ...], dict[str, str]] = {}
+    for combination in combinations:
+        rest = tuple((k, v) for k, v in combination.items() if k not in VARIED)
+        base = first.setdefault(rest, combination)
+        settings = compose(base)
+        if settings is None:
+            continue
+        for key in VARIED:
+            if key in combination and combination[key] != base[key]:
+                other = compose(base | {key: combination[key]})
+                if other is None:
+                    break
+                settings = settings.model_copy(update={key: getattr(other, key)})
+        else:
+            yield combination, settings
+
+
+def _between_commas(text: str) -> list[str]:
+    """Splits at commas that no bracket or quote holds."""
+    parts, start, depth, quote = [], 0, 0, ""
+    for i, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in "]})":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+# What it costs.
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What runs take, measured on one step of each network; bytes and seconds."""
+
+    seconds: float
+    jobs: int
+    kept: int
+    passing: int
+
+    def text(self) -> str:
+        """One line to read."""
+        hours = self.seconds / 3600
+        return (
+            f"about {hours:.1f} hours of one worker, {hours / self.jobs:.1f} with {self.jobs} at a "
+            f"time (training steps and windows, measured here just now); disk: "
+            f"{self.kept / 2**30:.2f} GiB kept, {self.passing / 2**30:.2f} GiB more at work"
+        )
+
+
+def cost(jobs: Sequence[Job], at_once: int) -> Cost:
+    """Hours and disk of runs, from a step and a window of each recipe on this machine."""
+    measured: dict[str, tuple[float, float, int]] = {}
+    seconds, kept, largest = 0.0, 0, 0
+    for job in jobs:
+        plan, recipe = job.plan, str(job.plan.identity["recipe_hash"])
+        if recipe not in measured:
+            measured[recipe] = _measure(plan)
+        step, window, parameters = measured[recipe]
+        positions = [plan.corpus.position(key) for key in plan.test.keys]
+        shapes = [plan.corpus.shapes[i][1:] for i in positions]
+        seconds += plan.settings.steps * step + window * sum(_windows(plan, s) for s in shapes)
+        # Label maps compress to about a fiftieth of a byte per voxel.
+        kept += 4 * parameters + sum(math.prod(map(int, s)) for s in shapes) // 50
+        largest = max(largest, 4 * parameters)
+    return Cost(seconds, at_once, kept, at_once * 2 * 3 * largest)
+
+
+def _windows(plan: Plan, shape: Sequence[int]) -> int:
+    size, overlap = plan.settings.crop_size, plan.settings.overlap
+    assert size is not None
+    return math.prod(
+        1 + math.ceil(max(0, int(n) - w) / max(1, int(w * (1 - overlap))))
+        for n, w in zip(shape, size, strict=True)
+    )
+
+
+def _measure(plan: Plan) -> tuple[float, float, int]:
+    """Seconds of a step, of a window, and the number of parameters."""
+    import torch
+
+    from pretrain.objective import Batch
+
+    chosen = plan.settings
+    assert chosen.crop_size is not None
+    model, _ = build_model(plan)
+    gpu = chosen.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    model.to(device).train()
+    micro = chosen.batch_size // (chosen.trainer.devices * chosen.trainer.nodes)
+    channels = int(plan.release.config["backbone"]["args"].get("in_channels", 1))
+    batch = Batch(
+        torch.randn(micro, channels, *chosen.crop_size, device=device),
+        torch.ones(micro, 1, *chosen.crop_size, dtype=torch.bool, device=device),
+        torch.ones(micro, 3, device=device),
+        torch.arange(micro, device=device),
+        label=torch.zeros(micro, *chosen.crop_size, dtype=torch.int64, device=device),
+    )
+
+    def timed(work: Any) -> float:
+        work()  # the first one also sets up
+        if gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(chosen.trainer.threads or 1)
+    try:
+        step = timed(lambda: model(batch, 0.5).loss.backward())
+        with torch.inference_mode():
+            window = timed(lambda: model.logits(batch.image[:1]))
+    finally:
+        torch.set_num_threads(threads)
+    return step, window, sum(p.numel() for p in model.parameters())
+
+
+# The ledger.
+
+
+class Ledger:
+    """The rows of sweep.csv; each change is on disk before the next thing happens."""
+
+    def __init__(self, path: Path, jobs: Sequence[Job]) -> None:
+        self.path = path
+        before = {entry.run: entry for entry in read_ledger(path)}
+        for job in jobs:
+            kept = before.get(job.name, job.entry)
+            # What is not finished waits, whatever it was when the last sweep ended.
+            before[job.name] = replace(kept, state="waiting", note="")
+        self.entries = before
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Ledger:
+        self._write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+
+    def __getitem__(self, run: str) -> Entry:
+        return self.entries[run]
+
+    def update(self, run: str, **changes: Any) -> None:
+        """Changes a row."""
+        with self._lock:
+            self.entries[run] = replace(self.entries[run], **changes)
+            self._write()
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [f.name for f in fields(Entry)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(entry) for entry in self.entries.values())
+        write_text(self.path, text.getvalue())
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """The rows of a ledger; none if there is no such file.
+
+    Raises:
+        InputError: it is no ledger.
+    """
+    if not path.exists():
+        return []
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Entry)}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                Entry(**{n: kinds[n](v) for n, v in row.items()}) for row in csv.DictReader(file)
+            ]
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: is not the ledger of a sweep ({error}); move it away, the runs say for "
+            "themselves what is finished"
+        ) from error
+
+
+@contextlib.contextmanager
+def _only_sweep(runs: Path) -> Iterator[None]:
+    """Holds the folder against a second sweep; the lock ends with the process, however it ends."""
+    with (runs / ".sweep.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"runs={runs}: another sweep is at work there; wait for it or choose another runs="
+            ) from None
+        yield
+
+
+# Running.
+
+
+def _devices(settings: FinetuneSettings) -> list[str]:
+    """The GPUs that runs are dealt to; none where they run on the CPU."""
+    if settings.trainer.accelerator == "cpu" or settings.trainer.devices > 1:
+        return []
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return [name for name in visible.split(",") if name]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _run_all(jobs: list[Job], at_once: int, devices: list[str], ledger: Ledger) -> None:
+    """Keeps `at_once` runs going; a signal to the sweep goes to them, and they save and end."""
+    started = _Started()
+    slots = list(range(at_once))
+    queue = list(jobs)
+    with (
+        ThreadPoolExecutor(at_once) as pool,
+        started.signals(),
+        bar(total=len(jobs), desc="sweep", unit="run") as progress,
+    ):
+        busy: dict[Any, int] = {}
+        while busy or (queue and not started.stopping):
+            while queue and slots and not started.stopping:
+                slot = slots.pop()
+                environment = (
+                    {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+                )
+                busy[pool.submit(_run, queue.pop(0), environment, ledger, started)] = slot
+            done, _ = wait(busy, return_when=FIRST_COMPLETED)
+            for future in done:
+                slots.append(busy.pop(future))
+                future.result()
+                progress.update()
+    for job in queue:
+        ledger.update(job.name, state="stopped")
+
+
+class _Started:
+    """The processes that are alive, so that a signal reaches them."""
+
+    def __init__(self) -> None:
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.stopping = True
+            for process in list(self.processes):
+                process.send_signal(signal.SIGTERM)
+
+        try:
+            before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever started us hears of signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _run(job: Job, environment: dict[str, str], ledger: Ledger, started: _Started) -> None:
+    """One run in a process of its own, whose output goes to its log."""
+    runs = job.plan.settings.runs
+    log = runs / "logs" / f"{job.name}.log"
+    words = [*job.words, f"run={job.name}"]
+    if not environment and job.plan.settings.trainer.threads is None:
+        words.append("trainer.threads=1")  # runs side by side gain more than threads do
+    began = time.time()
+    ledger.update(
+        job.name,
+        state="running",
+        starts=ledger[job.name].starts + 1,
+        began=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+    )
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "voxelith", "finetune", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,  # ctrl-c reaches the sweep alone, which tells them once
+        )
+        started.processes.add(process)
+        if started.stopping:
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        started.processes.discard(process)
+    finished = code == 0 and is_finished(job.folder, job.plan)
+    state = "done" if finished else "stopped" if started.stopping else "failed"
+    note = "" if finished else _last_line(log, code)
+    ledger.update(job.name, state=state, seconds=round(time.time() - began, 1), note=note)
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith("error:")), "")
+    if code < 0:
+        return f"killed by signal {-code}"
+    return (said.removeprefix("error: ") or (lines[-1] if lines else f"exit code {code}"))[:300]

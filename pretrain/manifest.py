@@ -1,0 +1,288 @@
+"""What a release says of itself, and the proof that it is whole. No torch in here.
+
+`pretrain.release` makes networks of it, `voxelith inspect` tells what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from data_prep.errors import CorruptionError, InputError, plain_message
+from data_prep.preprocess import Preprocess
+
+FORMAT = 1
+FILES = (
+    "model.safetensors",
+    "config.json",
+    "fingerprints.json",
+    "golden_input.nii.gz",
+    "golden_output.safetensors",
+    "README.md",
+)
+DECODER = "decoder.safetensors"
+"""Beside those where config.json has a `decoder`."""
+MAX_TEXT = 2**20
+"""Bytes of config.json and SHA256SUMS; a larger one is no config."""
+MAX_PRINTS = 2**30
+MAX_CROP = 2**27
+"""Voxels of a crop: 512 cubed."""
+
+
+class Part(BaseModel):
+    """A class of ours and its arguments, which are checked against its signature where used."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    args: dict[str, Any]
+
+
+class DecoderFacts(BaseModel):
+    """What rebuilds the decoder: the backbone says which it is, so its outputs are all it needs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    out_channels: Annotated[int, Field(ge=1, le=4096)]
+
+
+class ReleaseConfig(BaseModel):
+    """The keys of config.json, format 1; what an older one lacks has a default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    kind: Literal["encoder", "segmenter"]
+    backbone: Part
+    objective: Part
+    crop_size: Annotated[
+        list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=3, max_length=3)
+    ]
+    modalities: Annotated[list[Literal["CT", "MR"]], Field(min_length=1, max_length=2)]
+    preprocess: dict[str, Any]
+    training: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    decoder: DecoderFacts | None = None
+    transfers: Literal["encoder", "network"] = "encoder"
+    segmentation: dict[str, Any] | None = None
+    """Of a segmenter: its task and how it looks at scans; finetune checks it."""
+
+    @model_validator(mode="after")
+    def _segmenter_has_its_parts(self) -> Self:
+        parts = self.segmentation is not None, self.decoder is not None
+        if self.kind == "segmenter" and not all(parts):
+            raise ValueError("kind='segmenter' needs segmentation and decoder")
+        if self.kind == "encoder" and parts[0]:
+            raise ValueError("segmentation belongs to kind='segmenter'")
+        return self
+
+    @model_validator(mode="after")
+    def _network_has_a_decoder(self) -> Self:
+        if self.transfers == "network" and self.decoder is None:
+            raise ValueError("transfers='network', and there is no decoder: one of them is wrong")
+        return self
+
+    @model_validator(mode="after")
+    def _crop_is_sane(self) -> Self:
+        if math.prod(self.crop_size) > MAX_CROP:
+            raise ValueError(f"crop_size={self.crop_size} has more than {MAX_CROP} voxels")
+        return self
+
+
+class Fingerprints(BaseModel):
+    """fingerprints.json, format 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    values: list[Annotated[str, Field(max_length=200)]]
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def stored_shapes(weights: Path) -> Shapes:
+    """Names and shapes of a safetensors file, from its header alone."""
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A verified release on disk, without its weights."""
+
+    path: Path
+    config: dict[str, Any]
+    preprocess: Preprocess
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """What the release calls itself."""
+        return str(self.config["name"])
+
+    @property
+    def kind(self) -> Literal["encoder", "segmenter"]:
+        """What it is: an encoder, or one that was finetuned with its decoder to segment."""
+        return "segmenter" if self.config["kind"] == "segmenter" else "encoder"
+
+    @property
+    def crop_size(self) -> tuple[int, int, int]:
+        """(D, H, W) in voxels that it was trained on."""
+        d, h, w = self.config["crop_size"]
+        return int(d), int(h), int(w)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Of the channels' training data, such as CT and MR."""
+        return tuple(self.config["modalities"])
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the decoder that the encoder was trained with is part of it."""
+        return self.config["decoder"] is not None
+
+    @property
+    def transfers(self) -> Literal["encoder", "network"]:
+        """What its objective means finetuning to take over."""
+        return "network" if self.config["transfers"] == "network" else "encoder"
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """Hashes of the volumes that the weights were trained on."""
+        file = self.path / "fingerprints.json"
+        return set(_checked(Fingerprints, _read_json(file, MAX_PRINTS), file).values)
+
+
+def read_manifest(ref: str | Path) -> Manifest:
+    """Opens a release and verifies every byte of it.
+
+    Raises:
+        InputError: it is not there, or not a release of a format that we know.
+        CorruptionError: a file is missing or is not what SHA256SUMS says.
+    """
+    path = Path(ref)
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: no such release; give the folder that `voxelith export RUN OUT` wrote"
+        )
+    sums = path / "SHA256SUMS"
+    if not sums.exists():
+        hint = "it is a run: `voxelith export` makes a release of it; " * (
+            (path / "run.json").exists()
+        )
+        raise InputError(f"{path}: is not a release, it has no SHA256SUMS; {hint}check the path")
+    listed = _verify(path, _read_text(sums))
+    file = path / "config.json"
+    raw = _read_json(file, MAX_TEXT)
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
+        raise InputError(
+            f"{file}: format is {raw.get('format')!r}, this version reads {FORMAT}; "
+            "update voxelith or export again"
+        )
+    problems = [
+        f"{file}: {where}: releases are data and name nothing to import"
+        for where in _find_key(raw, "_target_")
+    ]
+    if problems:
+        raise InputError(problems)
+    config = _checked(ReleaseConfig, raw, file).model_dump(mode="json")
+    if (config["decoder"] is not None) != (DECODER in listed):
+        there = "and SHA256SUMS does not list" if config["decoder"] else "which SHA256SUMS lists,"
+        raise CorruptionError(
+            f"{file}: decoder is {config['decoder']}, {there} {DECODER}; fetch the release again"
+        )
+    preprocess = Preprocess.from_dict(config["preprocess"])
+    digest = hashlib.sha256(sums.read_bytes()).hexdigest()
+    return Manifest(path, config, preprocess, digest)
+
+
+def _verify(path: Path, sums: str) -> set[str]:
+    """The names that the sums list, once every file has been found to be what they say."""
+    listed: dict[str, str] = {}
+    for line in sums.splitlines():
+        digest, _, name = line.partition("  ")
+        listed[name] = digest
+    problems = [
+        f"{path}/SHA256SUMS: does not list {name}; the release is incomplete"
+        for name in FILES
+        if name not in listed
+    ]
+    for name, expected in listed.items():
+        file = path / name
+        if name not in (*FILES, DECODER):
+            problems.append(f"{path}/SHA256SUMS: lists {name!r}, which is no part of a release")
+        elif not file.is_file():
+            problems.append(f"{file}: is missing; copy or fetch the release again")
+        elif file_digest(file) != expected:
+            problems.append(
+                f"{file}: its bytes are not those that were released (sha256 differs from "
+                "SHA256SUMS); copy or fetch the release again"
+            )
+    if problems:
+        raise CorruptionError(problems)
+    return set(listed)
+
+
+def _read_text(file: Path, limit: int = MAX_TEXT) -> str:
+    if file.stat().st_size > limit:
+        raise InputError(f"{file}: has {file.stat().st_size} bytes, more than {limit}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise CorruptionError(f"{file}: is not text ({error}); fetch the release again") from error
+
+
+def _read_json(file: Path, limit: int) -> Any:
+    try:
+        return json.loads(_read_text(file, limit))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: is not JSON that can be read ({error})") from error
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _checked(model: type[Model], raw: Any, file: Path) -> Model:
+    """Raw JSON as the model that it should be; every problem is listed."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            where = ".".join(str(part) for part in item["loc"]) or "content"
+            if item["type"] == "missing":
+                problems.append(f"{file}: {where}: missing; export the release again")
+            elif item["type"] == "extra_forbidden":
+                problems.append(f"{file}: {where}: unknown; this version does not know it")
+            else:
+                problems.append(f"{file}: {where}: {plain_message([item], len(item['loc']))}")
+        raise InputError(problems) from error
+
+
+def _find_key(value: Any, key: str, where: str = "") -> list[str]:
+    """Where a key occurs; JSON's own parser has bounded the depth."""
+    if isinstance(value, dict):
+        here = [f"{where}{key}"] if key in value else []
+        return here + [f for k, v in value.items() for f in _find_key(v, key, f"{where}{k}.")]
+    if isinstance(value, list):
+        return [f for i, v in enumerate(value) for f in _find_key(v, key, f"{where}{i}.")]
+    return []

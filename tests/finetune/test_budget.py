@@ -1,0 +1,82 @@
+import math
+
+import numpy as np
+import pytest
+
+from finetune.budget import Curve, read_budget
+
+STEPS = list(range(100, 2001, 100))
+
+
+def rising(end: float, time: float, steps: list[int] = STEPS) -> Curve:
+    return Curve(steps, [end * (1 - math.exp(-s / time)) for s in steps])
+
+
+def test_the_last_quarters_gain_is_the_rise_of_a_line() -> None:
+    line = Curve(STEPS, [50 + 0.004 * s for s in STEPS])  # 0.004 x 500 steps
+    assert line.last_gain == pytest.approx(2.0) and not line.converged
+    assert line.end == pytest.approx(50 + 0.004 * 1750)
+    assert Curve([25, 50, 75, 100], [10, 60, 70, 70.6]).last_gain == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("gain", "converged"), [(0.49, True), (0.51, False), (-3.0, True)])
+def test_half_a_point_in_the_last_quarter_is_the_limit(gain: float, converged: bool) -> None:
+    dice = [70.0 if s <= 1500 else 70 + gain * (s - 1500) / 500 for s in STEPS]
+    assert Curve(STEPS, dice).converged == converged
+
+
+def test_noise_alone_is_no_gain(seed: int) -> None:
+    """Half a point of validation noise: ended curves are seldom called rising."""
+    rng = np.random.default_rng(seed)
+    called = [not Curve(STEPS, list(70 + 0.25 * rng.normal(size=20))).converged for _ in range(200)]
+    assert np.mean(called) < 0.15
+
+
+def test_a_head_start_is_not_a_better_end() -> None:
+    found = read_budget(rising(80, 100), rising(80, 250))
+    assert found.reading == "converges faster"
+    assert abs(found.gap) < 0.5
+    # 1 - exp(-s / time) reaches the same level after steps in proportion to time.
+    assert found.speed == pytest.approx(2.5, rel=0.15)
+    assert read_budget(rising(80, 250), rising(80, 100)).reading == "converges slower"
+
+
+def test_a_better_end_is_called_so_even_if_it_comes_later() -> None:
+    found = read_budget(rising(84, 300), rising(80, 150))
+    assert found.reading == "generalises better" and found.gap == pytest.approx(4, abs=0.3)
+    assert read_budget(rising(80, 150), rising(84, 300)).reading == "generalises worse"
+
+
+def test_a_gap_before_the_end_is_no_verdict() -> None:
+    """With a tenth of the steps the head start looks like a better end."""
+    short = list(range(10, 201, 10))
+    found = read_budget(rising(80, 100, short), rising(80, 250, short))
+    assert found.gap > 5 and found.reading == "not converged" and math.isnan(found.speed)
+
+
+def test_equal_curves_differ_in_nothing() -> None:
+    found = read_budget(rising(80, 200), rising(80.2, 210))
+    assert found.reading == "no difference"
+
+
+def test_the_step_is_the_one_from_which_the_curve_stays() -> None:
+    curve = Curve([100, 200, 300, 400], [60, 40, 80, 80])
+    assert curve.steps_to(60) == pytest.approx(250)
+    assert curve.steps_to(40) == 100 and curve.steps_to(81) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("steps", "dice"),
+    [
+        ([], []),
+        ([100], [1.0]),
+        ([50, 100], [1.0, 2.0]),
+        ([1, 2, 3], [1.0, 2.0]),
+        ([100, 100], [1.0, 2.0]),
+        ([0, 100], [1.0, 2.0]),
+        ([90, 100], [1.0, math.nan]),
+    ],
+)
+def test_curves_that_say_nothing_are_refused(steps: list[int], dice: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"expected|rise|quarter"):
+        Curve(steps, dice)

@@ -1,0 +1,63 @@
+"""Cases of a corpus: voxels that do not count, classes that were not annotated, the native grid."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.corpus import Corpus
+from finetune.evaluate import score_case
+from finetune.settings import TaskSettings
+
+
+@pytest.fixture(scope="module")
+def corpus(labelled_corpus: Path) -> Corpus:
+    return Corpus.open(labelled_corpus)
+
+
+def task(*classes: dict[str, Any], ignore: int | None = None) -> TaskSettings:
+    named = [{"name": f"class {i}", "tolerance_mm": 1, **c} for i, c in enumerate(classes)]
+    return TaskSettings.model_validate({"name": "t", "classes": named, "ignore": ignore})
+
+
+def test_ignored_voxels_count_neither_for_nor_against(corpus: Corpus) -> None:
+    truth = corpus.read(0, "seg")
+    assert {1, 2} <= set(np.unique(truth).tolist())
+    over = np.where(truth == 2, 1, truth)
+    chosen = task({"values": (1,), "lesion": True}, ignore=2)
+    (found,) = score_case(corpus, 0, chosen, over)
+    assert (found.dsc, found.nsd, found.hd95, found.assd) == (1, 1, 0, 0)
+    assert (found.volume_error_ml, found.lesion_fp, found.lesion_pq) == (0, 0, 1)
+    (counted,) = score_case(corpus, 0, task({"values": (1,)}), over)
+    assert counted.dsc < 1 and counted.volume_error_ml > 0
+
+
+def test_a_class_of_several_values_is_their_union(corpus: Corpus) -> None:
+    truth = corpus.read(0, "seg")
+    found = score_case(corpus, 0, task({"values": (1, 2), "lesion": True}), np.where(truth, 1, 0))
+    assert (found[0].dsc, found[0].lesion_tp, found[0].lesion_pq) == (1, 1, 1)
+
+
+def test_the_worst_distance_is_the_diagonal_of_the_image(corpus: Corpus) -> None:
+    truth, meta = corpus.read(0, "seg"), corpus.meta(0)
+    found = score_case(corpus, 0, task({"values": (1,)}, {"values": (2,)}), truth * (truth == 1))
+    affine = np.asarray(meta["native"]["affine"])
+    ends = affine[:3, :3] @ np.diag(meta["native"]["shape"])
+    assert [score.status for score in found] == ["scored", "missed"]
+    assert found[1].hd95 == found[1].assd == pytest.approx(np.linalg.norm(ends))
+
+
+def test_what_was_not_annotated_is_not_judged(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a case of a data set whose labels are partial."""
+    truth, meta = corpus.read(0, "seg"), corpus.meta(0)
+    assert sorted(meta["annotated"]) == [1, 2]
+    monkeypatch.setattr(corpus, "meta", lambda i: meta | {"annotated": [1]})
+    found = score_case(corpus, 0, task({"values": (1,)}, {"values": (2,)}), truth)
+    assert [score.status for score in found] == ["scored", "not_annotated"]
+    assert math.isnan(found[1].dsc)

@@ -1,0 +1,106 @@
+"""Areas against closed forms, distances against brute force over every pair of surfels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from finetune.surfaces import Surface, distances, surface
+
+SPACINGS = [(1.0, 1.0, 1.0), (2.0, 0.9, 1.4), (5.0, 0.5, 0.5), (0.4, 6.0, 0.7)]
+
+
+def brute_force(a: Surface, b: Surface) -> NDArray[np.float64]:
+    return np.array([min(math.dist(p, q) for q in b.points) for p in a.points])
+
+
+def random_masks(rng: np.random.Generator, shape: tuple[int, int, int]) -> list[NDArray[np.bool_]]:
+    """Two of any density, from single voxels to nearly full, anywhere in the image."""
+    masks = []
+    for _ in range(2):
+        mask = np.zeros(shape, bool)
+        start = [rng.integers(0, n) for n in shape]
+        part = tuple(
+            slice(s, s + rng.integers(1, n + 1)) for s, n in zip(start, shape, strict=True)
+        )
+        mask[part] = rng.random(mask[part].shape) < rng.uniform(0.05, 0.95)
+        mask[tuple(start)] = True
+        masks.append(mask)
+    return masks
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_distances_are_those_of_brute_force(spacing: tuple[float, float, float], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        a, b = (surface(mask, spacing) for mask in random_masks(rng, (6, 9, 11)))
+        assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_what_lies_far_away_is_found_too(spacing: tuple[float, float, float]) -> None:
+    """One voxel and another, from neighbours to far beyond the steps that are tried first."""
+    for axis in range(3):
+        for apart in (1, 2, 3, 4, 6, 9, 14, 40):
+            shape = [3, 3, 3]
+            shape[axis] += apart
+            masks = np.zeros((2, *shape), bool)
+            masks[0][(0,) * 3] = True
+            there = [0, 0, 0]
+            there[axis] = apart
+            masks[1][tuple(there)] = True
+            a, b = (surface(mask, spacing) for mask in masks)
+            # Each voxel has eight corners; half of them face the other voxel.
+            near, far = (apart - 1) * spacing[axis], apart * spacing[axis]
+            assert np.sort(distances(a, b)) == pytest.approx([near] * 4 + [far] * 4)
+
+
+def test_very_flat_voxels_are_no_trap() -> None:
+    spacing = (50.0, 0.1, 0.1)
+    rng = np.random.default_rng(0)
+    a, b = (surface(rng.random((3, 30, 25)) < 0.01, spacing) for _ in range(2))
+    assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+
+
+def test_area_of_a_sphere() -> None:
+    grid = np.indices((64, 64, 64)) - 31.5
+    radius, exact = 14.4, 4 * math.pi * 14.4**2
+    # A binary mask's surface is a staircase: its area is some percent too large, more so where
+    # voxels are longer. Counting voxel faces instead would give 50 %.
+    for spacing, excess in [((1.0, 1.0, 1.0), 1.10), ((2.0, 1.0, 0.5), 1.18)]:
+        scaled = grid * np.array(spacing)[:, None, None, None]
+        area = surface((scaled**2).sum(0) < radius**2, spacing).areas.sum()
+        assert exact < area < excess * exact
+
+
+def test_area_of_a_slab_is_exact_per_axis() -> None:
+    mask = np.zeros((20, 20, 20), bool)
+    mask[8:12] = True
+    spacing = (3.0, 0.7, 1.1)
+    found = surface(mask, spacing)
+    points = found.points
+    inner = np.isclose(points[:, :1], [8 * 3.0, 12 * 3.0]).any(1)
+    inner &= (points[:, 1:] > 1e-9).all(1)
+    inner &= (points[:, 1] < 20 * 0.7 - 1e-9) & (points[:, 2] < 20 * 1.1 - 1e-9)
+    assert inner.sum() == 2 * 19 * 19
+    assert found.areas[inner] == pytest.approx(0.7 * 1.1)
+
+
+def test_a_mask_and_its_complement_have_the_same_surface(seed: int) -> None:
+    mask = np.random.default_rng(seed).random((7, 8, 9)) < 0.5
+    mask[[0, -1]] = mask[:, [0, -1]] = mask[:, :, [0, -1]] = False  # only what both have within
+    spacing = (2.0, 0.9, 1.4)
+    one, other = surface(mask, spacing), surface(~mask, spacing)
+    shell = surface(np.ones_like(mask), spacing)
+    assert one.areas.sum() == pytest.approx(other.areas.sum() - shell.areas.sum())
+
+
+def test_a_mask_at_the_edge_of_the_image_is_closed() -> None:
+    inside, outside = np.zeros((8, 8, 8), bool), np.ones((4, 4, 4), bool)
+    inside[2:6, 2:6, 2:6] = True
+    assert surface(inside, (1, 2, 3)).areas.sum() == pytest.approx(
+        surface(outside, (1, 2, 3)).areas.sum()
+    )

@@ -1,0 +1,197 @@
+"""A sweep starts each run once, its twins with it, and after a kill exactly what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.preprocess import Preprocess
+from data_prep.splits import split_from, write_split
+from finetune.rows import read_rows
+from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
+from pretrain.arguments import build_backbone
+from pretrain.release import write_release
+
+BACKBONE = {
+    "name": "resenc.ResEncUNetEncoder",
+    "args": {"in_channels": 1, "features": [4, 8], "strides": [1, 2], "blocks": [1, 1]},
+}
+
+
+def release(path: Path, seed: int, **backbone: Any) -> Path:
+    args = {**BACKBONE["args"], **backbone}  # type: ignore[dict-item]
+    torch.manual_seed(seed)
+    config = {
+        "format": 1,
+        "name": path.name,
+        "kind": "encoder",
+        "backbone": {"name": BACKBONE["name"], "args": args},
+        "objective": {"name": "cnn_mae.CnnMAE", "args": {}},
+        "crop_size": [16, 24, 16],
+        "modalities": ["CT", "MR"],
+        "preprocess": Preprocess.default().to_dict(),
+        "training": {"steps": 0, "seed": seed},
+        "data": {},
+        "versions": {},
+    }
+    encoder = build_backbone(str(BACKBONE["name"]), args, "test")
+    write_release(
+        path,
+        encoder=encoder,
+        config=config,
+        fingerprints={"format": 1, "values": []},
+        card="A test.\n",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two checkpoints of one architecture, two seeds: four pretrained runs and two twins."""
+    folder = tmp_path_factory.mktemp("sweep")
+    corpus = Corpus.open(labelled_corpus)
+    official = corpus.split("official")["parts"]
+    part = {key: "train" for key in official["train"][:4]} | {official["test"][0]: "test"}
+    parts = [part.get(key, "") for key in corpus.keys]
+    write_split(
+        split_from("sweep", corpus.keys, corpus.subjects, parts), labelled_corpus / "splits"
+    )
+    a, b = release(folder / "a", 1), release(folder / "b", 2)
+    return [
+        "task=hippocampus", f"corpus={labelled_corpus}", f"ckpt={a},{b}", "labels=2", "seed=0,1",
+        "split=sweep", f"runs={folder / 'runs'}", "steps=3", "batch_size=2", "warmup=1",
+        "crop_size=[16,24,16]", "trainer=cpu", "trainer.workers=0",
+    ]  # fmt: skip
+
+
+def runs_of(words: list[str]) -> Path:
+    return Path(next(w for w in words if w.startswith("runs=")).removeprefix("runs="))
+
+
+def test_commas_make_combinations_and_brackets_hold_them_together() -> None:
+    found = expand(["ckpt=a,b", "crop_size=[32,48,32],[8,8,8]", "run.x='p,q'", "seed=0"])
+    assert [(f["ckpt"], f["crop_size"]) for f in found] == [
+        ("a", "[32,48,32]"),
+        ("a", "[8,8,8]"),
+        ("b", "[32,48,32]"),
+        ("b", "[8,8,8]"),
+    ]
+    assert {f["run.x"] for f in found} == {"'p,q'"}
+    with pytest.raises(InputError) as error:
+        expand(["seed=0", "seed=1", "run=mine", "what"])
+    assert len(error.value.problems) == 3
+
+
+def test_checkpoints_of_one_architecture_share_their_twins(
+    words: list[str], tmp_path: Path
+) -> None:
+    jobs = plan_jobs(words)
+    scratch = [job for job in jobs if job.plan.settings.init == "scratch"]
+    assert (len(jobs), len(scratch)) == (6, 2)
+    assert all(job.twin for job in scratch)
+    assert len({job.name for job in jobs}) == 6
+    # Twins differ in init alone, and all of a seed train on the same cases.
+    for seed in (0, 1):
+        alike = [job for job in jobs if job.plan.settings.seed == seed]
+        assert len({job.plan.identity["config_hash"] for job in alike}) == 1
+        assert len({job.plan.train_keys for job in alike}) == 1
+    assert len(plan_jobs(words, twins=False)) == 4
+    # Asked for, a twin is no addition, and still one run.
+    asked = plan_jobs([*words, "init=scratch,pretrained"])
+    assert (len(asked), sum(job.twin for job in asked)) == (6, 0)
+    # Another architecture has another twin.
+    other = release(tmp_path / "other", 1, features=[4, 12])
+    wider = [w if not w.startswith("ckpt=") else f"{w},{other}" for w in words]
+    assert sum(j.plan.settings.init == "scratch" for j in plan_jobs(wider)) == 4
+
+
+def test_all_that_is_wrong_is_said_before_anything_starts(words: list[str]) -> None:
+    wrong = [w for w in words if not w.startswith(("labels=", "seed="))]
+    with pytest.raises(InputError) as error:
+        sweep([*wrong, "labels=2,many,99", "seed=0,-1"])
+    said = "\n".join(error.value.problems)
+    assert "labels=many" in said and "seed=-1" in said
+    assert not runs_of(words).exists()
+
+
+def test_a_dry_run_starts_nothing_and_names_the_cost(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = sweep(words, dry_run=True, jobs=2)
+    assert len(found["to_start"]) == 6
+    said = capsys.readouterr().out
+    assert "6 to start, 2 at a time" in said and "hours" in said and "GiB kept" in said
+    assert not runs_of(words).exists()
+
+
+def test_after_a_kill_exactly_the_killed_runs_start_again(words: list[str]) -> None:
+    """Three of six runs are killed while they work; a rerun starts these, a third one nothing."""
+    runs = runs_of(words)
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "voxelith", "finetune", "-m", *words, "jobs=3"]
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(
+        command, cwd=root, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    killed: set[str] = set()
+    while len(killed) < 3 and first.poll() is None:
+        for lease in runs.glob("*/lease.json"):
+            if lease.parent.name not in killed and len(killed) < 3:
+                try:
+                    os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
+                except (ProcessLookupError, ValueError, FileNotFoundError):
+                    continue
+                killed.add(lease.parent.name)
+        time.sleep(0.01)
+    _, said = first.communicate(timeout=300)
+    assert len(killed) == 3 and first.returncode == 1
+    assert b"3 of 6 runs are not finished" in said
+    entries = {entry.run: entry for entry in read_ledger(runs / LEDGER)}
+    assert {name for name, entry in entries.items() if entry.state == "failed"} == killed
+    assert all(entries[name].note == "killed by signal 9" for name in killed)
+
+    again = sweep(words, jobs=3)
+    assert (len(again["done"]), again["failed"]) == (6, [])
+    entries = {entry.run: entry for entry in read_ledger(runs / LEDGER)}
+    assert {name for name, entry in entries.items() if entry.starts == 2} == killed
+    assert {entry.state for entry in entries.values()} == {"done"}
+    arms = {read_rows(runs / name / "rows.csv")[0].arm for name in entries}
+    assert arms == {"pretrained", "scratch"}
+
+    before = {name: entry.starts for name, entry in entries.items()}
+    sweep(words, jobs=3)
+    assert {e.run: e.starts for e in read_ledger(runs / LEDGER)} == before
+
+
+def test_a_sweep_that_is_ended_stops_its_runs_and_says_so(words: list[str], tmp_path: Path) -> None:
+    longer = [w for w in words if not w.startswith(("runs=", "steps=", "seed="))]
+    longer += [f"runs={tmp_path / 'runs'}", "steps=100000", "seed=0"]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "voxelith", "finetune", "-m", *longer, "jobs=1"]
+    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE)
+    while not list((tmp_path / "runs").glob("*/metrics.csv")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    # A second sweep of the folder is refused while this one works.
+    with pytest.raises(InputError, match="another sweep is at work"):
+        sweep(longer, jobs=1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    entries = read_ledger(tmp_path / "runs" / LEDGER)
+    assert [entry.state for entry in entries] == ["stopped"] * 3
+    assert sorted(entry.starts for entry in entries) == [0, 0, 1]
+    # The one that ran has saved where it was.
+    assert len(list((tmp_path / "runs").glob("*/checkpoints/step-*.pt"))) >= 1
