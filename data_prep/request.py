@@ -185,13 +185,27 @@ def named_classes(settings: PrepSettings) -> dict[int, str] | None:
         return given
     try:
         data = yaml.safe_load(given.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and isinstance(data.get("classes"), list):
+            data = _names_of_task(data)
         named = {int(value): str(name) for value, name in dict(data).items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"classes={given}: a YAML or JSON file with `value: name` lines is needed ({error})"
+            f"classes={given}: a YAML or JSON file with `value: name` lines, or a file of "
+            f"conf/task, is needed ({error})"
         ) from error
     if any(not 0 <= value <= 65535 for value in named):
         raise InputError(f"classes={given}: label values lie between 0 and 65535")
+    return named
+
+
+def _names_of_task(task: dict[str, Any]) -> dict[int, str]:
+    """Label values of a file of conf/task; of a class with several, each gets a name of its own."""
+    named = {0: "background"}
+    for row in task["classes"]:
+        name, values = str(row["name"]), [int(value) for value in row["values"]]
+        named |= {v: name if len(values) == 1 else f"{name} {v}" for v in values}
+    if task.get("ignore") is not None:
+        named[int(task["ignore"])] = "ignore"
     return named
 
 

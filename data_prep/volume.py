@@ -332,7 +332,7 @@ def read_label(
     """
     image = _open(Path(path), minimum=1)
     raw, slope, intercept = _values(image, Path(path))
-    array, affine, _ = _canonical(image, raw)
+    array, affine, _ = _canonical(image, raw[..., 0])
     problems = _grid_problems("label", array.shape, affine, like.array.shape[1:], like.affine)
     values = array if (slope, intercept) == (1.0, 0.0) else array * slope + intercept
     if values.dtype.kind == "f":
@@ -359,8 +359,8 @@ def check_label_grid(path: str | Path, shape: tuple[int, ...], affine: FloatArra
     Raises:
         Reject: as `read_label`, which looks at the values too.
     """
-    image = _open(Path(path))
-    nothing = np.broadcast_to(np.uint8(0), image.shape[:3])
+    image = _open(Path(path), minimum=1)
+    nothing = np.broadcast_to(np.uint8(0), _shape(image)[:3])
     array, found, _ = _canonical(image, nothing)
     for code, detail in _grid_problems("label", array.shape, found, shape, affine):
         raise Reject(code, detail)

@@ -99,8 +99,8 @@ def _start(config: Mapping[str, Any], facts: Mapping[str, Any], run: Path) -> Re
 
 def _fingerprints(corpus: Corpus, keys: Sequence[str], start: Release | None) -> list[str]:
     """Of all volumes that the weights have seen, and a mark where that is not known."""
-    known = corpus.fingerprints()
-    values = {known[key] for key in keys}
+    known = corpus.scan_prints()
+    values: set[str] = set().union(*(known[key] for key in keys))
     if start is not None:
         before = start.fingerprints
         values |= before

@@ -37,14 +37,18 @@ def from_nnunet(root: Path, files: list[Path]) -> Layout | None:
     Raises InputError if dataset.json contradicts itself.
     """
     images = _channels_by_case(root / "imagesTr", files)
+    if not images:
+        return None
     path = root / "dataset.json"
     data = _read(path)
-    if not images or (data is not None and "training" in data and _is_listed(root, data)):
+    if data is not None and "training" in data and _is_listed(root, data):
         return None
+    labels = _by_stem(root / "labelsTr", files)
+    if data is None and not images.keys() & labels.keys():
+        return None  # amos_0001 is a case and no channel
     names, classes, regions = ([], None, {}) if data is None else _described(path, data)
     version = "dataset.json missing" if data is None else f"{len(names)} channels"
     layout = Layout(f"nnU-Net raw data ({version})", classes=classes, regions=regions)
-    labels = _by_stem(root / "labelsTr", files)
     tests = _by_stem(root / "labelsTs", files)
     used = {path}
     for part, found, mapped in (

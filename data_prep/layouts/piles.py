@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep.layouts.case import (
@@ -14,33 +15,44 @@ from data_prep.layouts.case import (
     subject_from_name,
 )
 
+# Folders of images with the labels of the same names, and the part of an official split.
+PAIRS = (
+    ("images", "labels", "train"),
+    ("imagesTr", "labelsTr", "train"),
+    ("imagesVal", "labelsVal", "validation"),
+    ("imagesVa", "labelsVa", "validation"),
+    ("imagesTs", "labelsTs", "test"),
+)
+
 
 def from_pairs(root: Path, files: list[Path]) -> Layout | None:
-    """`images/X.nii.gz` with `labels/X.nii.gz`; None without both folders."""
-    if not ((root / "images").is_dir() and (root / "labels").is_dir()):
+    """`images/X.nii.gz` with `labels/X.nii.gz`, or imagesTr, imagesVal and imagesTs with theirs.
+
+    None without two such folders. More than one pair of them is an official split.
+    """
+    there = [p for p in PAIRS if (root / p[0]).is_dir() and (root / p[1]).is_dir()]
+    if not there:
         return None
-    layout = Layout("images/ with labels/ of the same names")
+    layout = Layout(f"{there[0][0]}/ with {there[0][1]}/ of the same names")
     images = sort_out(root, files, layout)
-    labels = {
-        path.relative_to(root / "labels").as_posix(): path
-        for path in images
-        if path.relative_to(root).parts[0] == "labels"
-    }
+    by_name = {path.relative_to(root).as_posix(): path for path in images}
     used = set()
     for path in images:
         top, *rest = path.relative_to(root).parts
-        if top == "labels":
+        if top in {labels for _, labels, _ in there}:
             continue
-        label = labels.get("/".join(rest)) if top == "images" else None
+        found = [pair for pair in there if pair[0] == top]
+        label = by_name.get("/".join((found[0][1], *rest))) if found else None
         if label is not None:
             used.add(label)
-        layout.cases.append(_case(root, path, label))
-    for path in labels.values():
-        if path not in used:
-            name = path.relative_to(root).as_posix()
-            layout.left_out.append(
-                LeftOut(name, "label_without_image", "images/ has no file of this name")
-            )
+        split = found[0][2] if label is not None and len(there) > 1 else ""
+        layout.cases.append(replace(_case(root, path, label), split=split))
+    for pictures, labels, _ in there:
+        for name, path in by_name.items():
+            if name.startswith(f"{labels}/") and path not in used:
+                layout.left_out.append(
+                    LeftOut(name, "label_without_image", f"{pictures}/ has no file of this name")
+                )
     return layout
 
 

@@ -97,6 +97,7 @@ def test_an_official_test_part_is_in_no_fold(seed: int) -> None:
     for split_ in splits:
         assert split_["parts"]["test"] == KEYS[:8]
     assert sorted(key for part in validators(splits) for key in part) == KEYS[8:]
+    assert [len(part) for part in validators(splits)] == [24, 24, 24]
 
 
 def test_more_folds_than_subjects_are_refused() -> None:
@@ -167,6 +168,10 @@ def test_prep_refuses_folds_that_tear_a_subject(nnunet: Path, tmp_path: Path) ->
     (nnunet / "splits_final.json").write_text(json.dumps(folds))
     with pytest.raises(InputError, match=r"fold-0: 1 subjects are in more than one part \(p0\)"):
         make(nnunet, tmp_path / "c", keys="names", subjects="^p[0-9]")
+    # It is seen before any scan is read, together with whatever else is wrong.
+    with pytest.raises(InputError) as caught:
+        make(nnunet, tmp_path / "c", subjects="^p[0-9]", classes={1: "a", 2: "a"})
+    assert len(caught.value.problems) == 2
     assert not (tmp_path / "c").exists()
 
 

@@ -18,7 +18,13 @@ from data_prep.layouts.find import find_cases
 from data_prep.layouts.folders import TOTALSEGMENTATOR
 from data_prep.layouts.nnunet import name_values
 from data_prep.settings import PrepSettings
-from data_prep.volume import Reject, canonical_array, canonical_transform, read_channels
+from data_prep.volume import (
+    Reject,
+    canonical_array,
+    canonical_transform,
+    check_label_grid,
+    read_channels,
+)
 
 SHAPE = (12, 10, 14)
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -28,7 +34,14 @@ shared = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not her
 def run(source: Path, output: Path, **options: Any) -> Corpus:
     settings = {"processes": 1, "keys": "names", **options}
     prep(PrepSettings(input=source, output=output, **settings), say=lambda line: None)
-    return Corpus.open(output)
+    corpus = Corpus.open(output)
+    if source.is_dir():
+        # Every file of the input ended as something; a case that only a list knows is no file.
+        there = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+        only_listed = set(quarantine(output)) - there
+        total = corpus.info["counts"]["files"]["total"]
+        assert total == len(there) + len(only_listed)
+    return corpus
 
 
 def quarantine(output: Path) -> dict[str, tuple[str, str]]:
@@ -423,6 +436,12 @@ def test_slices_come_in_when_asked_for(tmp_path: Path, rng: np.random.Generator)
     corpus = run(root, tmp_path / "c", minimum_slices=1)
     assert corpus.shapes.tolist() == [[1, 1, 24, 20]] * 2
     assert corpus.read(0, "seg").shape == (1, 24, 20)
+    # A prediction of a slice is looked at as one of a volume is.
+    grid = np.array(corpus.meta(0)["affine"])
+    for label in (root / "labels").iterdir():
+        check_label_grid(label, (1, 24, 20), grid)
+        with pytest.raises(Reject, match="label_geometry_mismatch"):
+            check_label_grid(label, (1, 20, 24), grid)
 
 
 def test_all_that_is_wrong_with_a_label_is_said(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -439,6 +458,21 @@ def test_all_that_is_wrong_with_a_label_is_said(tmp_path: Path, rng: np.random.G
     assert "4.00 mm" in detail and "holds 7, not in classes" in detail
 
 
+def test_a_preset_names_the_values(tmp_path: Path, rng: np.random.Generator) -> None:
+    root = tmp_path / "in"
+    for name, high in (("a", 4), ("b", 5)):
+        save(root / name / "imaging.nii.gz", image(rng) - 1000)
+        save(root / name / "segmentation.nii.gz", rng.integers(0, high, SHAPE, np.uint8))
+    task = Path(__file__).parents[2] / "conf" / "task" / "kits23.yaml"
+    corpus = run(root, tmp_path / "c", classes=task)
+    assert [row["name"] for row in corpus.classes] == ["background", "kidney", "tumor", "cyst"]
+    code, detail = quarantine(tmp_path / "c")["b/imaging.nii.gz"]
+    assert (code, detail) == ("label_values", "the label holds 4, not in classes")
+    (tmp_path / "t.yaml").write_text("classes: [{name: x, values: [1, 2]}, {name: y, values: [3]}]")
+    corpus = run(root, tmp_path / "d", classes=tmp_path / "t.yaml")
+    assert [row["name"] for row in corpus.classes] == ["background", "x 1", "x 2", "y"]
+
+
 def test_empty_labels_and_absent_classes_are_told(tmp_path: Path, rng: np.random.Generator) -> None:
     root, lines = tmp_path / "in", []
     for name, label in (("a", rng.integers(0, 2, SHAPE)), ("b", np.zeros(SHAPE))):
@@ -452,6 +486,41 @@ def test_empty_labels_and_absent_classes_are_told(tmp_path: Path, rng: np.random
     assert set(result.notes) <= set(lines)
     counts = Corpus.open(tmp_path / "c").info["counts"]
     assert (counts["cases_by_class"], counts["empty_labels"]) == ({"x": 1, "y": 0}, ["b"])
+
+
+def test_numbered_cases_are_not_taken_for_channels(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """AMOS and WORD: amos_0001 in imagesTr, imagesVa and labels of the same names, no list."""
+    root = tmp_path / "in"
+    for part, ids in (("Tr", (1, 4)), ("Va", (8,)), ("Ts", (9,))):
+        for number in ids:
+            save(root / f"images{part}" / f"amos_{number:04d}.nii.gz", image(rng))
+            if part != "Ts":
+                label = rng.integers(0, 3, SHAPE, np.uint8)
+                save(root / f"labels{part}" / f"amos_{number:04d}.nii.gz", label)
+    save(root / "labelsVa" / "amos_0077.nii.gz", np.ones(SHAPE, np.uint8))
+    corpus = run(root, tmp_path / "c")
+    assert corpus.split("official")["parts"] == {
+        "train": ["amos_0001", "amos_0004"], "validation": ["amos_0008"], "test": [],
+    }  # fmt: skip
+    assert {name: code for name, (code, _) in quarantine(tmp_path / "c").items()} == {
+        "imagesTs/amos_0009.nii.gz": "label_missing",
+        "labelsVa/amos_0077.nii.gz": "label_without_image",
+    }
+
+
+def test_several_channels_give_the_same_bytes_with_more_processes(
+    nnunet: Path, folders: Path, tmp_path: Path
+) -> None:
+    for source in (nnunet, folders):
+        trees = []
+        for processes in (1, 2):
+            corpus = run(source, tmp_path / f"{source.name}{processes}" / "c", processes=processes)
+            trees.append(
+                {p.relative_to(corpus.path): p.read_bytes() for p in corpus.path.rglob("*.*")}
+            )
+        assert trees[0] == trees[1]
 
 
 def test_class_names_are_checked(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -493,6 +562,16 @@ def test_a_raw_folder_as_found(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         run(root, tmp_path / "c", modality="MR")
     assert str(caught.value).count("geometry_mismatch") >= 2
+
+
+@shared
+def test_a_real_mask_on_another_grid_is_refused(tmp_path: Path) -> None:
+    folder = DATA / "open_ms_longitudinal"
+    (scan,) = folder.rglob("*FLAIR*.nii.gz")
+    (mask,) = folder.rglob("gt.nii.gz")
+    (tmp_path / "list.csv").write_text(f"image,label,modality\n{scan},{mask},MR\n")
+    with pytest.raises(InputError, match="label_geometry_mismatch, the label has"):
+        run(tmp_path / "list.csv", tmp_path / "c")
 
 
 @shared

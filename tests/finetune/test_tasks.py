@@ -151,6 +151,18 @@ def test_swapped_sides_may_be_mirrored() -> None:
     TaskSettings.model_validate(task(classes=classes, flip=(False, False, True), swap=[(4, 5)]))
 
 
+def test_a_wrong_mirror_is_said_in_a_line() -> None:
+    from conf.compose import settings_for
+    from data_prep.errors import InputError
+
+    words = ["task=totalsegmentator", "corpus=c", "ckpt=k", "task.flip=[false,false,true]"]
+    with pytest.raises(InputError) as caught:
+        settings_for("finetune", words)
+    (problem,) = (p for p in caught.value.problems if "mirror along W" in p)
+    assert "lung_middle_lobe_right" in problem
+    assert len(problem) < 300
+
+
 def test_regions_are_scored_as_unions(labelled_corpus: Path) -> None:
     """Anterior within the whole: rows of both, from one prediction with disjoint values."""
     corpus = Corpus.open(labelled_corpus)
