@@ -34,7 +34,7 @@ Point = tuple[float, ...]
 Loop = list[Point]
 
 STEPS = 250
-"""About as many lattice steps are tried before the tree is built."""
+"""At most as many lattice steps are tried before a tree is built."""
 
 # Corner i of a cell stands at this (d, h, w) and owns bit i of the cell's code.
 _CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
@@ -130,11 +130,9 @@ def _steps(spacing: Spacing) -> _Steps:
     axes = [np.arange(-n, n + 1) for n in np.floor(radius / np.asarray(spacing)).astype(np.int64)]
     moves = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     lengths = np.sqrt(((moves * np.asarray(spacing)) ** 2).sum(1))
+    # Beyond the radius the box of candidates has gaps, and a nearer surfel could be passed over.
     order = np.argsort(lengths, kind="stable")
-    # Between flat voxels there are thousands of moves to the side. Wherever the list ends, it must
-    # hold every move up to that length, or a nearer surfel could be passed over.
-    longest = lengths[order[STEPS]] if len(order) > STEPS else np.inf
-    order = order[(lengths[order] <= radius) & (lengths[order] < longest)]
+    order = order[lengths[order] <= radius][:STEPS]
     return _Steps(moves[order], lengths[order], np.abs(moves[order]).max(0))
 
 
