@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from finetune.surfaces import Surface, distances, surface
+from finetune.surfaces import TREE, Surface, distances, surface
 
 SPACINGS = [(1.0, 1.0, 1.0), (2.0, 0.9, 1.4), (5.0, 0.5, 0.5), (0.4, 6.0, 0.7)]
 
@@ -85,6 +85,18 @@ def test_straight_ahead_is_nearer_than_a_little_farther_aside(
             for turned in (masks, masks[:, :, ::-1, ::-1]):
                 a, b = (surface(mask, spacing) for mask in turned)
                 assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+
+
+def test_noise_far_away_is_measured_too(seed: int) -> None:
+    """So much of it that a distance transform is made instead of a tree."""
+    noise, voxels = np.zeros((2, 6, 20, 40), bool)
+    noise[:, :, :20] = np.random.default_rng(seed).random((6, 20, 20)) < 0.5
+    voxels[5, 19, 33] = voxels[0, 19, 36] = True  # which is nearer hangs on the spacing
+    spacing = (5.0, 0.9, 1.4)
+    a, b = surface(noise, spacing), surface(voxels, spacing)
+    assert len(a.cells) * TREE > a.lattice.size > len(b.cells) * TREE
+    assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+    assert distances(b, a) == pytest.approx(brute_force(b, a), abs=1e-9)
 
 
 def test_area_of_a_sphere() -> None:
