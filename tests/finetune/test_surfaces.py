@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from finetune.surfaces import Surface, distances, surface
+from finetune.surfaces import TREE, Surface, distances, surface
 
 SPACINGS = [(1.0, 1.0, 1.0), (2.0, 0.9, 1.4), (5.0, 0.5, 0.5), (0.4, 6.0, 0.7)]
 
@@ -58,11 +58,45 @@ def test_what_lies_far_away_is_found_too(spacing: tuple[float, float, float]) ->
             assert np.sort(distances(a, b)) == pytest.approx([near] * 4 + [far] * 4)
 
 
-def test_very_flat_voxels_are_no_trap() -> None:
-    spacing = (50.0, 0.1, 0.1)
-    rng = np.random.default_rng(0)
-    a, b = (surface(rng.random((3, 30, 25)) < 0.01, spacing) for _ in range(2))
+@pytest.mark.parametrize("spacing", [*SPACINGS, (50.0, 0.1, 0.1)])
+def test_a_nearer_surfel_is_not_passed_over(spacing: tuple[float, float, float], seed: int) -> None:
+    """Few voxels at about the distance where steps end and the tree begins."""
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        masks = np.zeros((2, 3, 27, 27), bool)
+        masks[0, 1, 13, 13] = True
+        for _ in range(3):
+            masks[1][tuple(rng.integers(0, masks.shape[1:]))] = True
+        a, b = (surface(mask, spacing) for mask in masks)
+        assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 0.5, 0.5)])
+def test_straight_ahead_is_nearer_than_a_little_farther_aside(
+    spacing: tuple[float, float, float],
+) -> None:
+    """The steps lie in a box, whose corners are farther than what lies just beyond its faces."""
+    for ahead in range(1, 16):
+        for h, w in np.ndindex(16, 16):
+            if not ahead < math.hypot(h, w) < ahead + 0.5:
+                continue
+            masks = np.zeros((2, 1, 18, 18), bool)
+            masks[0, 0, 0, 0] = masks[1, 0, 0, ahead + 1] = masks[1, 0, h + 1, w + 1] = True
+            for turned in (masks, masks[:, :, ::-1, ::-1]):
+                a, b = (surface(mask, spacing) for mask in turned)
+                assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+
+
+def test_noise_far_away_is_measured_too(seed: int) -> None:
+    """So much of it that a distance transform is made instead of a tree."""
+    noise, voxels = np.zeros((2, 6, 20, 40), bool)
+    noise[:, :, :20] = np.random.default_rng(seed).random((6, 20, 20)) < 0.5
+    voxels[5, 19, 33] = voxels[0, 19, 36] = True  # which is nearer hangs on the spacing
+    spacing = (5.0, 0.9, 1.4)
+    a, b = surface(noise, spacing), surface(voxels, spacing)
+    assert len(a.cells) * TREE > a.lattice.size > len(b.cells) * TREE
     assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)
+    assert distances(b, a) == pytest.approx(brute_force(b, a), abs=1e-9)
 
 
 def test_area_of_a_sphere() -> None:
