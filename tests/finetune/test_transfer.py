@@ -296,6 +296,45 @@ def test_another_decoder_is_refused_untouched(release: Release) -> None:
     assert all(torch.equal(before[name], v) for name, v in other.state_dict().items())
 
 
+def test_a_cls_token_travels_with_its_encoder(
+    pretrain_corpus: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """Blocks were trained beside it: an encoder that begins without it is another one."""
+    run = pretrain(
+        PretrainSettings(
+            corpus=pretrain_corpus,
+            run="hi_end",
+            runs=tmp_path,
+            backbone={
+                "_target_": "pretrain.backbones.vit.ViT3D", "patch_size": 8, "embed_dim": 24,
+                "depth": 4, "num_heads": 2, "cls_token": True,
+            },
+            objective={
+                "_target_": "pretrain.objectives.hi_end_mae.HiEndMAE",
+                "decoder_dim": 24, "decoder_heads": 2, "self_blocks": 1,
+            },
+            trainer={"accelerator": "cpu", "workers": 0},
+            crop_size=(8, 16, 32),
+            steps=2,
+            batch_size=2,
+            lr=1e-2,
+        )
+    )  # fmt: skip
+    state = torch.load(sorted((run / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+    trained = state["objective"]["encoder.cls_token"]
+    release = export(run, tmp_path / "release")
+    model, report = build_model(make_plan(settings(release.path, tiny, tmp_path / "runs")))
+    assert "encoder.cls_token" in report.copied and report.covered == 1.0
+    assert torch.equal(model.encoder.cls_token, trained)
+    scratch = make_plan(settings(release.path, tiny, tmp_path / "runs", init="scratch"))
+    assert not torch.equal(build_model(scratch)[0].encoder.cls_token, trained)
+    image = torch.randn(1, 1, 8, 16, 32)
+    with torch.no_grad():
+        plain = model.encoder(image)[-1]
+        model.encoder.cls_token.zero_()
+        assert not torch.allclose(model.encoder(image)[-1], plain, atol=1e-3)
+
+
 def test_only_the_decoder_of_segmentation_is_released() -> None:
     encoder = ResEncUNetEncoder(features=(4, 8), strides=(1, 2), blocks=(1, 1))
     usual = CnnMAE(encoder=encoder, block=4)
