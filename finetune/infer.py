@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
 from data_prep.preprocess import Preprocess
 from data_prep.progress import bar
@@ -90,18 +90,21 @@ def predict(ckpt_run: Path, input_dir: Path, output_dir: Path) -> Predicted:
         InputError: no such run, no scan in the folder that can be read, or input and output are
             the same.
     """
-    if not input_dir.is_dir():
-        raise InputError(f"input={input_dir}: no such folder; give a folder with NIfTI scans")
+    problems: list[str] = []
     scans = sorted(path for path in input_dir.rglob("*") if path.name.endswith((".nii", ".nii.gz")))
-    if not scans:
-        raise InputError(f"input={input_dir}: holds no .nii or .nii.gz file")
+    if not input_dir.is_dir():
+        problems.append(f"input={input_dir}: no such folder; give a folder with NIfTI scans")
+    elif not scans:
+        problems.append(f"input={input_dir}: holds no .nii or .nii.gz file")
     if output_dir.resolve().is_relative_to(input_dir.resolve()):
-        raise InputError(
+        problems.append(
             f"output={output_dir}: lies in the input folder, and predictions would be taken for "
             "scans; choose another"
         )
+    segmenter = attempt(problems, load_segmenter, ckpt_run)
+    if problems or segmenter is None:
+        raise InputError(problems)
     make_folder(output_dir, "output")
-    segmenter = load_segmenter(ckpt_run)
     written, left_out = [], {}
     for scan in bar(iterable=scans, desc="predict", unit="scan"):
         name = scan.relative_to(input_dir)

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import nn
 
 from data_prep.corpus import Corpus, open_corpus
-from data_prep.errors import InputError, attempt, differences
+from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_bytes, write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
@@ -147,7 +147,7 @@ def make_plan(settings: FinetuneSettings) -> Plan:
         InputError: it does not.
     """
     problems: list[str] = []
-    release = attempt(problems, load_release, settings.ckpt)
+    release = attempt(problems, named, "ckpt", settings.ckpt, load_release)
     corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     if release is None or corpus is None:
         raise InputError(problems)
