@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, named
 from data_prep.fingerprint import as_text
 from data_prep.shards import PAYLOADS, canonical_json, read_table, touched_chunks
 from data_prep.volume import NativeGrid, Volume
@@ -383,13 +383,13 @@ def open_corpus(path: Path, key: str) -> Corpus:
     Raises:
         InputError: it is not there, no corpus or not whole; each problem begins with `key=path`.
     """
-    try:
+
+    def work(path: Path) -> Corpus:
         corpus = Corpus.open(path)
         corpus.require_shards()
-    except InputError as error:
-        problems = [f"{key}={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
-        raise type(error)(problems) from error
-    return corpus
+        return corpus
+
+    return named(key, path, work)
 
 
 def split_hash(data: dict[str, Any]) -> str:

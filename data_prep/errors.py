@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -55,6 +56,15 @@ def attempt(
     except InputError as error:
         problems += error.problems
         return None
+
+
+def named(key: str, path: Path, work: Callable[[Path], T]) -> T:
+    """What `work` makes of the path that a setting names; problems begin with `key=path`."""
+    try:
+        return work(path)
+    except InputError as error:
+        problems = [f"{key}={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
+        raise type(error)(problems) from error
 
 
 def plain_message(items: Sequence[Mapping[str, Any]], depth: int = 0) -> str:

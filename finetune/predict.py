@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
 from data_prep.layouts.case import is_image
 from data_prep.progress import bar
@@ -42,22 +42,25 @@ def predict(settings: PredictSettings) -> Predicted:
             the input.
     """
     source, output = settings.input, settings.output
-    if not source.is_dir():
-        raise InputError(f"input={source}: no such folder; give a folder with NIfTI scans")
+    problems: list[str] = []
     files = sorted(path for path in source.rglob("*") if path.is_file() and is_image(path))
-    if not files:
-        raise InputError(f"input={source}: holds no .nii or .nii.gz file")
+    if not source.is_dir():
+        problems.append(f"input={source}: no such folder; give a folder with NIfTI scans")
+    elif not files:
+        problems.append(f"input={source}: holds no .nii or .nii.gz file")
     if output.resolve().is_relative_to(source.resolve()):
-        raise InputError(
+        problems.append(
             f"output={output}: lies in the input folder, and predictions would be taken for "
             "scans; choose another"
         )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: this machine has no GPU; take device=auto or device=cpu")
+    device = None if settings.device == "auto" else settings.device
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append("device=cuda: this machine has no GPU; take device=auto or device=cpu")
+        device = "cpu"
+    segmenter = attempt(problems, load_segmenter, settings.ckpt, device=device)
+    if problems or segmenter is None:
+        raise InputError(problems)
     make_folder(output, "output")
-    segmenter = load_segmenter(
-        settings.ckpt, device=None if settings.device == "auto" else settings.device
-    )
     segmenter = replace(
         segmenter,
         tta=segmenter.tta if settings.tta is None else settings.tta,

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from data_prep.corpus import Corpus, open_corpus
-from data_prep.errors import InputError, attempt, differences
+from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
@@ -159,7 +159,7 @@ def make_plan(settings: FinetuneSettings, release: Release | None = None) -> Pla
         InputError: it does not.
     """
     problems: list[str] = []
-    release = release or attempt(problems, load_release, settings.ckpt)
+    release = release or attempt(problems, named, "ckpt", settings.ckpt, load_release)
     corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     if release is None or corpus is None:
         raise InputError(problems)

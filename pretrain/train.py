@@ -62,6 +62,8 @@ def pretrain(settings: PretrainSettings) -> Path:
         )
     if problems or corpus is None or channels is None or make is None:
         raise InputError(problems)
+    if main:
+        _warn_of_padding(settings, corpus)
     objective = make()
     dataset = make_dataset(settings, corpus, objective.crops)
     loop = Loop(
@@ -106,6 +108,17 @@ def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
             )
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
+
+
+def _warn_of_padding(settings: PretrainSettings, corpus: Corpus) -> None:
+    largest = [int(n) for n in corpus.shapes[:, 1:].max(axis=0)]
+    sides = zip("DHW", settings.crop_size, largest, strict=True)
+    wide = [f"{axis} ({side} of at most {n} voxels)" for axis, side, n in sides if side > n]
+    if wide:
+        print(
+            f"crop_size={list(settings.crop_size)}: larger than every volume of the corpus along "
+            f"{', '.join(wide)}; what is beyond is padding, which costs time and has no loss"
+        )
 
 
 def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:

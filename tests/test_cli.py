@@ -159,3 +159,128 @@ def test_w_and_b_without_a_login_is_refused_up_front(
     assert main(["pretrain", *words]) == 2
     assert "WANDB_MODE=offline" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_words_name_is_looked_at_together(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Machine, corpus, batch, crop and probe: one attempt tells of all of them."""
+    words = [
+        "corpus=nowhere", "run=x", f"runs={tmp_path}/runs", "crop_size=[96,90,96]",
+        "objective=volume_fusion", "batch_size=1001", f"health.probe={pretrain_corpus}",
+        "trainer.accelerator=gpu", "trainer.devices=1001",
+    ]  # fmt: skip
+    assert main(["pretrain", *words]) == 2
+    head, *found = capsys.readouterr().err.strip().split("\n  ")
+    assert head == "error: 5 problems, nothing was started"
+    starts = [
+        "trainer.accelerator=gpu, trainer.devices=1001: this machine has",
+        "corpus=nowhere: no such directory",
+        "batch_size=1001: leaves 1 samples to each",
+        "backbone, objective and crop_size=[96, 90, 96] do not fit together",
+        f"health.probe={pretrain_corpus}: holds no labels",
+    ]
+    for one, start in zip(found, starts, strict=True):
+        assert one.startswith(start)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_probe_that_is_not_there_is_told_by_its_key(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"corpus={pretrain_corpus}", "run=x", f"runs={tmp_path}/runs", "health.probe=gone"]
+    assert main(["pretrain", *words, "trainer=cpu", "backbone=vit_ti"]) == 2
+    err = capsys.readouterr().err
+    assert err == "error: health.probe=gone: no such directory; `voxelith prep` writes a corpus\n"
+
+
+def test_a_folder_for_runs_that_cannot_be_written_is_wrong_input(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = [f"corpus={pretrain_corpus}", "run=x", "trainer=cpu", "backbone=vit_ti"]
+    assert main(["pretrain", *words, "crop_size=[16,16,16]", f"runs={tmp_path}/file"]) == 2
+    err = capsys.readouterr().err
+    assert f"error: runs={tmp_path}/file/x: cannot be written" in err and "Traceback" not in err
+
+
+def test_a_crop_beyond_all_volumes_is_said(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"corpus={pretrain_corpus}", "run=x", f"runs={tmp_path}/runs", "trainer=cpu",
+        "backbone=vit_ti", "backbone.depth=1", "backbone.embed_dim=24", "objective.decoder_dim=24",
+        "objective.decoder_depth=1", "batch_size=1", "steps=1", "warmup=0", "preview_every=0",
+        "health.every=0", "backbone.patch_size=[8,32,32]",
+    ]  # fmt: skip
+    assert main(["pretrain", *words, "crop_size=[8,32,256]"]) == 0
+    out = capsys.readouterr().out
+    assert "crop_size=[8, 32, 256]: larger than every volume of the corpus along W (256 of" in out
+    assert main(["pretrain", *words[:1], "run=y", *words[2:], "crop_size=[8,64,64]"]) == 0
+    assert "larger than every volume" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["replay"], "no run given, a folder such as runs/NAME; usage: voxelith replay RUN"),
+        (["replay", "a", "b"], "replay: takes one run, 2 given: a b"),
+        (["replay", "a", "step=x"], "step=x: must be the number of a step, counted from 1"),
+        (["replay", "a", "stpe=3"], "stpe=3: no such option or folder; did you mean step?"),
+        (["replay", "a", "--step", "3"], "--step: no such option or folder; did you mean step?"),
+        (["replay", "a", "step=1", "step=2"], "step=2: step=1 was given before; give one"),
+        (["replay", "nowhere"], "nowhere is not a run folder"),
+        (["table", "a", "otput=x"], "otput=x: no such option or folder; did you mean output?"),
+        (["bench", "step", "estimate"], "one of them (step and estimate given); usage: voxelith"),
+        (["bench", "repeats=3"], "say what, step or estimate, and one of them (none given)"),
+        (["bench", "step", "repets=3"], "repets=3: no such key; did you mean repeats?"),
+        (["finetune", "task=abdomen", "ckpt=x", "corpus=y"], "\n  ckpt=x: no such release"),
+        (["finetune", "task=abdomen", "ckpt=x", "corpus=y"], "\n  corpus=y: no such directory"),
+        (["evaluate", "task=abdomen", "predictions=x", "corpus=y", "output=z"], "error: 2 problem"),
+        (["predict", "ckpt=x", "input=y", "output=z"], "error: 2 problems"),
+        (["prep", "input=x", "output=y"], "error: input=x: "),
+    ],
+)
+def test_wrong_words_are_wrong_input(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_name_holds_a_sign_is_a_run(tmp_path: Path) -> None:
+    from tests_rows import write_two_arms
+
+    (tmp_path / "labels=16").mkdir()
+    write_two_arms(tmp_path / "labels=16")
+    assert main(["table", str(tmp_path / "labels=16"), f"output={tmp_path}/table"]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_can_be_asked_for_in_three_ways(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for words in ([command, "--help"], ["help", command], [command, "-h"]):
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].startswith(f"usage: voxelith {command} ")
+    # Who has no keys has words, and an example of them.
+    assert "\nkeys:\n" in texts[0] or f"\nexample: voxelith {command} " in texts[0]
+
+
+def test_the_usage_names_the_folder_of_own_groups_where_there_are_groups(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        usage, _, rest = capsys.readouterr().out.partition("\n")
+        assert ("--config-dir DIR" in usage) == ("\ngroups (" in rest), command

@@ -21,7 +21,7 @@ def test_every_full_recipe_has_a_small_twin() -> None:
 IMAGENET = 1_281_167
 NNSSL = {
     "crop_size": (160, 160, 160), "batch_size": 8, "steps": 1000 * 250, "schedule": "poly",
-    "gain": 0.0, "flip": (True, True, True), "gpus": 4,
+    "augment.gain": 0.0, "flip": (True, True, True), "gpus": 4,
 }  # fmt: skip
 RESENC = {
     **NNSSL, "optimizer": "sgd", "lr": 1e-2, "momentum": 0.99, "weight_decay": 3e-5, "warmup": 0,
@@ -29,14 +29,14 @@ RESENC = {
 }  # fmt: skip
 PYMIC = {
     "crop_size": (64, 128, 128), "optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-5,
-    "betas": (0.9, 0.999), "schedule": "halving", "warmup": 0, "gain": 0.0,
+    "betas": (0.9, 0.999), "schedule": "halving", "warmup": 0, "augment.gain": 0.0,
     "flip": (True, True, True), "objective.coefficients": 4, "objective.dice_weight": 0.5,
     "objective.entropy_weight": 0.5, "objective.batch_dice": True,
     "backbone.features": [24, 48, 128, 256, 512],
 }  # fmt: skip
 MAE = {
     "optimizer": "adamw", "weight_decay": 0.05, "betas": (0.9, 0.95), "schedule": "cosine",
-    "clip": None, "gain": 0.0, "objective.decoder_dim": 512, "objective.decoder_depth": 8,
+    "clip": None, "augment.gain": 0.0, "objective.decoder_dim": 512, "objective.decoder_depth": 8,
     "objective.decoder_heads": 16, "objective.mask_ratio": 0.75, "objective.norm_target": True,
 }  # fmt: skip
 STATED: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ STATED: dict[str, dict[str, Any]] = {
         "lr": 1e-4, "weight_decay": 0.05, "betas": (0.9, 0.95), "schedule": "cosine", "clip": None,
         "steps": pytest.approx(1000 * 10_000 / (24 * 4), rel=1e-2),
         "warmup": pytest.approx(10 * 10_000 / (24 * 4), rel=1e-2),
-        "gain": 0.1, "flip": (True, True, True), "objective.decoder_dim": 528,
+        "augment.gain": 0.1, "flip": (True, True, True), "objective.decoder_dim": 528,
         "objective.decoder_heads": 16, "objective.self_blocks": 2, "objective.mask_ratio": 0.75,
         "backbone.embed_dim": 1536, "backbone.depth": 12, "backbone.num_heads": 16,
         "backbone.patch_size": 12, "backbone.cls_token": True,
@@ -99,7 +99,8 @@ def test_a_full_recipe_has_the_numbers_of_its_source(name: str) -> None:
     for key in STATED[name]:
         group, _, argument = key.rpartition(".")
         if group:
-            found[key] = getattr(settings, group)[argument]
+            part = getattr(settings, group)
+            found[key] = part[argument] if isinstance(part, dict) else getattr(part, argument)
         elif key != "gpus":
             found[key] = getattr(settings, key)
     assert {key: found[key] for key in STATED[name]} == STATED[name]

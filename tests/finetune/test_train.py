@@ -156,7 +156,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
     before = (arms[0] / "rows.csv").stat().st_mtime_ns
     stage.run("pretrained", 0)
     assert (arms[0] / "rows.csv").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="holds another run"):
+    with pytest.raises(InputError, match=r"holds another run \(steps: 8 -> 9\); choose another"):
         finetune(stage.settings(seed=0, run=arms[0].name, steps=9))
 
 

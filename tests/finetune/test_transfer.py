@@ -208,7 +208,7 @@ def test_a_run_says_what_was_transferred(release: Release, tiny: Path, tmp_path:
     facts = json.loads((run / "run.json").read_text())
     assert facts["identity"]["transfer"] == "network"
     assert len(read_rows(run / "rows.csv")) == 2
-    with pytest.raises(InputError, match="holds another run"):
+    with pytest.raises(InputError, match=r"holds another run \(transfer: network -> null\); "):
         finetune(settings(release.path, tiny, tmp_path, transfer="encoder"))
 
 

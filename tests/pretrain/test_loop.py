@@ -232,6 +232,13 @@ def test_other_settings_do_not_continue_a_run(pretrain_corpus: Path, tmp_path: P
         pretrain(settings(pretrain_corpus, tmp_path, "mine", steps=5, lr=2e-3))
     text = str(caught.value)
     assert "(steps: 3 -> 5; lr: 0.001 -> 0.002)" in text
+    for objective, said in (
+        ({**CNN_MAE, "block": 2}, "(objective.block: 4 -> 2)"),
+        (MAE, f"(objective._target_: {CNN_MAE['_target_']} -> {MAE['_target_']})"),
+    ):
+        with pytest.raises(InputError) as caught:
+            pretrain(settings(pretrain_corpus, tmp_path, "mine", steps=3, objective=objective))
+        assert any(said in problem for problem in caught.value.problems)
 
 
 def test_a_run_that_knows_fewer_settings_had_their_defaults(
@@ -268,7 +275,7 @@ def test_another_corpus_does_not_continue_a_run(
     chosen = settings(pretrain_corpus, tmp_path, "mine", steps=6)
     run = pretrain(chosen)
     before = {name: (run / name).read_bytes() for name in ("run.json", "config.json")}
-    with pytest.raises(InputError, match="index_hash"):
+    with pytest.raises(InputError, match=r"order \(index_hash: [0-9a-f]{64} -> [0-9a-f]{64}\); "):
         pretrain(chosen.model_copy(update={"corpus": labelled_corpus}))
     assert before == {name: (run / name).read_bytes() for name in before}
 

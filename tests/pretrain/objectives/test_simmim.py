@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -204,8 +205,14 @@ def test_one_batch_can_be_learnt(make_batch: MakeBatch, variant: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(InputError, match=r"block=\(2, 6, 4\) must be a multiple.*\[2, 4, 4\]"):
+    said = r"block=\(2, 6, 4\) must be a multiple.*\[2, 4, 4\]"
+    with pytest.raises(InputError, match=said) as caught:
         objective(block=(2, 6, 4))
+    for advice in re.findall(r"\[(.*?)\]", str(caught.value))[1:]:
+        objective(block=tuple(int(side) for side in advice.split(",")))
+    assert "such as [2, 4, 4] or [2, 8, 4]" in str(caught.value)
+    with pytest.raises(InputError, match=r"such as \[2, 4, 4\] or \[4, 4, 4\]"):
+        objective(block=3)
     encoder = ViT3D(patch_size=12, embed_dim=24, depth=1, num_heads=2)
     with pytest.raises(InputError, match="or head=linear"):
         SimMIM(encoder=encoder, block=12, head="patch")

@@ -1,0 +1,79 @@
+"""Messages: what differs, what was meant, and all problems of a command together."""
+
+from __future__ import annotations
+
+from data_prep.errors import CorruptionError, InputError, attempt, config_text, differences, near
+
+
+def test_differences_name_the_innermost_keys_alone() -> None:
+    before = {
+        "lr": 0.001,
+        "crop_size": [32, 32, 32],
+        "objective": {"_target_": "a.MAE", "ratio": 0.5, "deep": {"x": None, "y": 1}},
+        "rules": [{"op": "pad", "n": 1}, {"op": "cut", "n": 2}],
+        "empty": {},
+        "same": {"a": 1},
+    }
+    now = {
+        "lr": 0.001,
+        "crop_size": [32, 48, 32],
+        "objective": {"_target_": "a.MAE", "ratio": 0.75, "deep": {"x": True, "y": 1}},
+        "rules": [{"op": "pad", "n": 1}, {"op": "cut", "n": 3}],
+        "empty": {"new": "x"},
+        "same": {"a": 1},
+    }
+    assert differences(before, before) == []
+    assert differences(before, now) == [
+        "crop_size: [32,32,32] -> [32,48,32]",
+        "objective.ratio: 0.5 -> 0.75",
+        "objective.deep.x: null -> true",
+        "rules.1.n: 2 -> 3",
+        "empty: {} -> not set",
+        "empty.new: not set -> x",
+    ]
+
+
+def test_arguments_of_another_class_are_not_compared() -> None:
+    before = {"objective": {"_target_": "a.MAE", "ratio": 0.5}, "objective_weight": 1}
+    now = {"objective": {"_target_": "a.SimMIM", "block": 32}, "objective_weight": 2}
+    assert differences(before, now) == [
+        "objective._target_: a.MAE -> a.SimMIM",
+        "objective_weight: 1 -> 2",
+    ]
+
+
+def test_values_are_shown_as_they_are_typed() -> None:
+    value = {"a": [1, 2.5, "x"], "b": None, "c": {"d": False}}
+    assert config_text(value) == "{a: [1,2.5,x], b: null, c: {d: false}}"
+
+
+def test_wrong_input_joins_what_else_is_wrong() -> None:
+    def work(x: int, *, y: int) -> int:
+        if x > y:
+            raise CorruptionError(["first", "second"])
+        return x + y
+
+    problems = ["before"]
+    assert attempt(problems, work, 1, y=2) == 3
+    assert attempt(problems, work, 3, y=2) is None
+    assert problems == ["before", "first", "second"]
+
+
+def test_other_errors_are_not_taken_for_wrong_input() -> None:
+    def broken() -> None:
+        raise OSError("disk full")
+
+    problems: list[str] = []
+    try:
+        attempt(problems, broken)
+    except OSError:
+        assert problems == [] and not issubclass(OSError, InputError)
+    else:
+        raise AssertionError("swallowed")
+
+
+def test_a_hint_names_one_or_all() -> None:
+    assert near("stepz", ["steps", "lr"]) == "did you mean steps?"
+    assert near("depth", ["backbone.depth", "lr"]) == "did you mean backbone.depth?"
+    assert near("zzz", ["steps", "lr"]) == "known: lr, steps"
+    assert near("zzz", ["steps", "lr"], "--help lists them") == "--help lists them"
