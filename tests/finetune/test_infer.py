@@ -1,6 +1,7 @@
 """Windows, blending and the way back to the scan's own grid."""
 
 import itertools
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -77,12 +78,12 @@ class Held(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
 def test_logits_held_at_a_time_do_not_grow_with_the_scan(overlap: float) -> None:
     """One slab of logits and its weights, whatever the height; nothing is held twice."""
-    classes, window, side = 5, (8, 8, 8), 64
+    classes, window, side = 5, (8, 8, 8), 32
     peaks = []
-    for depth in (40, 120):
+    for depth in (16, 40):
         image = torch.rand(1, depth, side, side)
         with Held(image) as held:
             count = sum(
@@ -96,7 +97,7 @@ def test_logits_held_at_a_time_do_not_grow_with_the_scan(overlap: float) -> None
     assert peaks[0] == peaks[1]
     slab = 4 * (classes + 1) * window[0] * side * side
     slices = 4 * (classes + 1) * side * side
-    assert peaks[1] < slab + 4 * slices
+    assert peaks[1] < slab + 4 * slices + 6 * 4 * classes * math.prod(window)
 
 
 @pytest.mark.parametrize("multiple", [None, (8, 8, 8)])

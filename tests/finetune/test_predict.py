@@ -372,6 +372,24 @@ def test_a_release_is_an_encoder_as_well(run: Path, release: Release, samples: P
     assert check_golden_segmenter(release.path) <= 1e-5
 
 
+def test_a_network_of_two_channels_is_exported_too(run: Path, tmp_path: Path) -> None:
+    """Its golden scan is both channels; features of a case come from its files."""
+    segmenter = body_segmenter(2, tmp_path)
+    copy = Path(shutil.copytree(run, tmp_path / "two"))
+    write_segmenter(
+        segmenter, {**BACKBONE, "args": {**BACKBONE["args"], "in_channels": 2}}, "auto", copy
+    )
+    release = export(copy, tmp_path / "release")
+    assert check_golden_segmenter(release.path) <= 1e-5
+    scan = release.path / "golden_input.nii.gz"
+    encoder = voxelith.load_encoder(release.path)
+    golden = load_file(release.path / "golden_output.safetensors")
+    found = encoder.features([scan, str(scan)], modality="MR")
+    np.testing.assert_allclose(found.vector, golden["vector"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="1 channels found, this encoder takes 2"):
+        encoder.features(scan, modality="MR")
+
+
 def test_the_same_run_gives_the_same_release(run: Path, release: Release, tmp_path: Path) -> None:
     assert export(run, tmp_path / "mine").digest == release.digest
 
@@ -421,6 +439,18 @@ def test_a_segmenter_can_be_finetuned_on(release: Release, corpus: Corpus, tmp_p
     stored = load_file(release.path / DECODER)
     body = {n: v for n, v in model.decoder.state_dict().items() if not n.startswith("head")}
     assert all(torch.equal(stored[name], value) for name, value in body.items())
+
+
+def test_a_task_that_cannot_be_mirrored_starts_nothing(
+    start: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    class Torn(TaskSettings):
+        swap: tuple[tuple[int, int], ...] = ((1, 7),)
+
+    torn = settings(corpus, start, tmp_path).model_copy(update={"task": Torn(**TASK)})
+    with pytest.raises(InputError, match=r"class anterior: mirrored .* \[7\]"):
+        make_plan(torn)
+    make_plan(torn.model_copy(update={"tta": False}))
 
 
 def test_an_unfinished_run_or_other_data_is_refused(
