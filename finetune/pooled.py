@@ -33,7 +33,8 @@ class PooledHead(nn.Module):
     def forward(self, features: list[Tensor], valid: Tensor) -> Tensor:
         """Scores [B, out_channels]; a cell counts by its share of valid voxels."""
         cells = features[-1]  # [B, E, d, h, w]
-        share = F.adaptive_avg_pool3d(valid.to(cells.dtype), cells.shape[2:])
+        d, h, w = cells.shape[2:]
+        share = F.adaptive_avg_pool3d(valid.to(cells.dtype), (d, h, w))
         total = share.sum((2, 3, 4)).clamp(min=1e-6)
         return self.head((cells * share).sum((2, 3, 4)) / total)
 

@@ -134,7 +134,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     with run.lease() if main else nullcontext():
         if main:
             _describe(run, plan, model, report)
-        _train(plan, run, model)
+        train(plan, run, model)
         if main:
             rows = _predict_and_score(plan, run, model)
             write_rows(rows, run.path / "rows.csv")
@@ -383,7 +383,8 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
     write_json(run.path / "load_report.json", how | report.to_dict())
 
 
-def _train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
+def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
+    """Trains what `build_model` made, from the run's newest checkpoint if there is one."""
     settings, corpus = plan.settings, plan.corpus
     assert settings.crop_size is not None
     if settings.trainer.threads:
