@@ -9,6 +9,7 @@ Shape legend: B batch, C_i channels of feature map i with D_i, H_i, W_i cells, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -207,7 +208,7 @@ class NeighbourDecoder(nn.Module):
 
     def _votes(self, rows: Tensor) -> Tensor:
         """Shares of votes [n, K] for features [n, F]."""
-        cosine = (rows @ self.bank.T).masked_fill(self.classes < 0, -1.0)
+        cosine = (rows @ self.bank.T).masked_fill(self.classes < 0, -math.inf)
         nearest, index = cosine.topk(NEIGHBOURS, dim=1)
         weight = ((nearest - 1) / self.TEMPERATURE).exp()
         chosen = F.one_hot(self.classes[index] + 1, self.out_channels + 1)[..., 1:]
