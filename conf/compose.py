@@ -154,6 +154,9 @@ class Line:
             if last not in parent and "_target_" not in parent:
                 self.problems.append(f"{key}={value}: no such key; {self.near(key)}")
                 continue
+            if not value and parent.get(last) != "":
+                self.problems.append(f"{key}=: has no value; is a variable of the shell empty?")
+                continue
             # null stays null where the default is; else it is a name like any other.
             literal = key in texts and not (value == "null" and parent.get(last) is None)
             override = f"++{key}={_quoted(value) if literal else _bare(value)}"

@@ -63,7 +63,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     if problems or corpus is None or channels is None or make is None:
         raise InputError(problems)
     if main:
-        _warn_of_padding(settings, corpus)
+        _warn(settings, corpus)
     objective = make()
     dataset = make_dataset(settings, corpus, objective.crops)
     loop = Loop(
@@ -110,7 +110,13 @@ def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
             check_same(settings, run.config(), run.path)
 
 
-def _warn_of_padding(settings: PretrainSettings, corpus: Corpus) -> None:
+def _warn(settings: PretrainSettings, corpus: Corpus) -> None:
+    """Says what is allowed and seldom meant."""
+    if settings.warmup >= settings.steps:
+        print(
+            f"warmup={settings.warmup}: not shorter than steps={settings.steps}, so that the rate "
+            "never gets to lr"
+        )
     largest = [int(n) for n in corpus.shapes[:, 1:].max(axis=0)]
     sides = zip("DHW", settings.crop_size, largest, strict=True)
     wide = [f"{axis} ({side} of at most {n} voxels)" for axis, side, n in sides if side > n]

@@ -220,6 +220,20 @@ def test_a_crop_beyond_all_volumes_is_said(
     assert "larger than every volume" not in capsys.readouterr().out
 
 
+def test_a_warm_up_without_an_end_is_said(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"corpus={pretrain_corpus}", f"runs={tmp_path}/runs", "trainer=cpu", "backbone=vit_ti",
+        "backbone.depth=1", "objective.decoder_depth=1", "batch_size=1", "steps=1",
+        "preview_every=0", "health.every=0", "crop_size=[16,16,16]",
+    ]  # fmt: skip
+    assert main(["pretrain", *words, "run=x"]) == 0
+    assert "warmup=2000: not shorter than steps=1, so that the rate" in capsys.readouterr().out
+    assert main(["pretrain", *words, "run=y", "warmup=0"]) == 0
+    assert "warmup" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -247,6 +247,8 @@ def test_a_parts_problem_prints_no_mapping() -> None:
         ("objective=mae.yaml", "objective=mae.yaml: no such objective; did you mean mae?"),
         ("~lr=1", "~lr=1: expected key=value"),
         ("--steps=1", "--steps=1: expected key=value, without dashes"),
+        ("lr=", "lr=: has no value; is a variable of the shell empty?"),
+        ("runs=", "runs=: has no value"),
         ("hydra.run.dir=x", "hydra.run.dir=x: no such key"),
     ],
 )
