@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json, write_text
+from finetune.comparisons import holm_by_family, median_difference, share_improved
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
 
@@ -55,6 +56,9 @@ METRICS = (
 )
 
 
+Scores = dict[tuple[str, str], float]
+"""(case, draw) to a score."""
+
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
 
@@ -67,7 +71,10 @@ class Line:
     """One comparison: a checkpoint against its scratch twin in one metric and class.
 
     `class_name` is "mean" for the mean over classes. Estimates are in the metric's reported unit
-    (Dice points, mm); `difference` is pretrained minus scratch. What is missing is None.
+    (Dice points, mm); `difference` is pretrained minus its scratch twin, `against_own` pretrained
+    minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
+    of subjects that gain over the twin and `median` their median gain. `adjusted_p` stands in main
+    lines alone: p of the deciding difference, adjusted over the data sets (Holm 1979).
     """
 
     dataset: str
@@ -83,6 +90,16 @@ class Line:
     difference: Estimate | None
     improved: float
     verdict: str
+    own: Estimate | None = None
+    against_own: Estimate | None = None
+    own_is_stronger: bool = False
+    median: float = math.nan
+    adjusted_p: float = math.nan
+
+    @property
+    def decides(self) -> Estimate | None:
+        """The difference that the verdict is about: to the stronger of both scratch arms."""
+        return self.against_own if self.own_is_stronger else self.difference
 
 
 @dataclass(frozen=True)
@@ -204,15 +221,31 @@ def tabulate(rows: Sequence[Row]) -> Table:
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
         arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
-        arms.setdefault("" if row.arm == "scratch" else _name(row), []).append(row)
+        name = row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
+        arms.setdefault(name, []).append(row)
     groups = []
     for _, arms in sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0])):
-        scratch = arms.pop("", [])
+        scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         for _, others in sorted(arms.items()):
-            groups.append(_group(others, scratch))
+            groups.append(_group(others, scratch, own))
         if not arms:
-            groups.append(_group([], scratch))
-    return Table(tuple(groups))
+            groups.append(_group([], scratch, own))
+    return Table(tuple(_adjusted(groups)))
+
+
+def _adjusted(groups: list[Group]) -> list[Group]:
+    """The main lines with p values adjusted over the data sets of a checkpoint and its labels."""
+    mains = [group.main for group in groups]
+    adjusted = holm_by_family(
+        [(line.checkpoint_digest, line.labels) for line in mains],
+        [math.nan if line.decides is None else line.decides.p for line in mains],
+    )
+    return [
+        dataclasses.replace(
+            group, lines=(dataclasses.replace(group.main, adjusted_p=p), *group.lines[1:])
+        )
+        for group, p in zip(groups, adjusted, strict=True)
+    ]
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:
@@ -223,8 +256,8 @@ def _name(row: Row) -> str:
     return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
 
 
-def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
-    head = (pretrained or scratch)[0]
+def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
+    head = (pretrained or scratch or own)[0]
     tainted = {row.case for row in pretrained if row.status == "tainted"}
     notes = []
     if tainted:
@@ -234,9 +267,14 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
     all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
     pretrained = [row for row in pretrained if row.case not in tainted]
     scratch = [row for row in scratch if row.case not in tainted]
-    classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch))
+    own = [row for row in own if row.case not in tainted]
+    classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
-    for arm, rows in ((head.arm, pretrained), ("scratch", scratch)):
+    for arm, rows in (
+        ("pretrained" if not pretrained else head.arm, pretrained),
+        ("scratch", scratch),
+        ("scratch at its own best", own),
+    ):
         for outcome in ("missed", "false_positive"):
             count = sum(row.outcome == outcome for row in rows)
             if count:
@@ -244,7 +282,7 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
                 notes.append(f"{arm} {words[outcome]} {count} times (scored 0)")
     invented = {
         (row.case, row.class_value)
-        for row in pretrained + scratch
+        for row in pretrained + scratch + own
         if row.outcome == "false_positive"
     }
     scores: dict[str, dict[tuple[str, str], float]] = {}
@@ -253,12 +291,13 @@ def _group(pretrained: list[Row], scratch: list[Row]) -> Group:
         for name in columns:
             a = _scores(pretrained, metric, name, invented)
             b = _scores(scratch, metric, name, invented)
+            c = _scores(own, metric, name, invented)
             if metric.of_lesions and not a and not b:
                 continue
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b)
-            line = _line(head, metric, name, a, b, _subjects(pretrained + scratch))
+            line = _line(head, metric, name, (a, b, c), _subjects(pretrained + scratch + own))
             lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
     return Group(
         head.dataset,
@@ -314,14 +353,23 @@ def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    a: dict[tuple[str, str], float],
-    b: dict[tuple[str, str], float],
+    arms: tuple[Scores, Scores, Scores],
     subjects: dict[str, str],
 ) -> Line:
-    both = {cell: a[cell] - b[cell] for cell in a.keys() & b.keys()}
-    difference = _estimate(both, subjects) if both else None
+    a, b, c = arms
+    differences = [
+        {cell: a[cell] - other[cell] for cell in a.keys() & other.keys()} for other in (b, c)
+    ]
+    difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
+    paired, _ = _matrix(differences[0], subjects)
     sign = 1 if metric.higher_is_better else -1
-    wins = [0.5 * (np.sign(sign * d) + 1) for d in both.values()]
+    scratch, own = (_estimate(one, subjects) if one else None for one in (b, c))
+    if scratch is None:
+        against_own = None  # no delta without a twin
+    own_is_stronger = (
+        own is not None and scratch is not None and sign * own.mean > sign * scratch.mean
+    )
+    decides = against_own if own_is_stronger else difference
     return Line(
         head.dataset,
         head.labels,
@@ -332,12 +380,16 @@ def _line(
         metric.name,
         class_name,
         _bounded(_estimate(a, subjects), metric) if a else None,
-        _bounded(_estimate(b, subjects), metric) if b else None,
+        _bounded(scratch, metric) if scratch else None,
         difference,
-        float(np.mean(wins)) if wins else math.nan,
+        share_improved(paired, higher_is_better=metric.higher_is_better),
         ELSEWHERE
         if head.arm == "external"
-        else _verdict(difference, sign, has_scratch=bool(b), has_pretrained=bool(a)),
+        else _verdict(decides, sign, has_scratch=bool(b), has_pretrained=bool(a)),
+        own=_bounded(own, metric) if own else None,
+        against_own=against_own,
+        own_is_stronger=own_is_stronger,
+        median=median_difference(paired),
     )
 
 
@@ -419,13 +471,27 @@ def _sentence(group: Group) -> str:
             "no pretrained arm": "only the scratch arm is there.",
         }.get(line.verdict, "the arms share no case and seed.")
         return f"{what}: {missing}"
-    d = line.difference
+    d = line.decides or line.difference
     arms = f"Dice {line.pretrained.mean:.1f} pretrained, {line.scratch.mean:.1f} scratch"
+    if line.own is not None:
+        arms += f", {line.own.mean:.1f} scratch at its own best"
     basis = _basis(d)
     if not d.has_interval:
         return f"{what}: undecided, {arms}, difference {d.mean:+.1f} ({basis}; {d.note})."
     interval = f"difference {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}] points ({basis})"
     return f"{what}: {line.verdict}, {arms}, {interval}."
+
+
+def _power(line: Line) -> list[str]:
+    """What a comparison of this size could have found."""
+    found = line.decides
+    if found is None or not found.has_interval:
+        return []
+    chances = " and ".join(f"{found.power(d):.0%} for +{d}" for d in (2, 5))
+    return [
+        f"a true difference would be found with a chance of {chances} Dice points, of 80% from "
+        f"{found.detectable():.1f} points on"
+    ]
 
 
 def _basis(value: Estimate) -> str:
@@ -447,8 +513,9 @@ def _markdown(table: Table) -> str:
     titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
     out = [
         "| data set | labels | checkpoint | metric | class | pretrained | scratch | difference "
-        "| cases | subjects | seeds | better in | verdict |",
-        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| scratch, own best | difference to it | cases | subjects | seeds | better in | median "
+        "| p (Holm) | verdict |",
+        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for line in table.lines:
         basis = line.difference or line.pretrained or line.scratch or NOTHING
@@ -462,22 +529,28 @@ def _markdown(table: Table) -> str:
             cell(line.pretrained),
             cell(line.scratch),
             cell(line.difference, sign=True),
+            cell(line.own),
+            cell(line.against_own, sign=True),
             str(basis.cases),
             str(basis.units),
             str(basis.draws),
             better,
+            "–" if math.isnan(line.median) else f"{line.median:+.1f}",
+            "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
             line.verdict,
         ]
         out.append("| " + " | ".join(values) + " |")
     notes = [
         f"- {g.dataset}, {g.n_labels} labels, {g.checkpoint or 'scratch'}: {note}"
         for g in table.groups
-        for note in g.notes
+        for note in (*g.notes, *_power(g.main))
     ]
     explain = (
         "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
-        "pretrained minus scratch on the same cases and seeds. Better in: share of case-seed "
-        "pairs. One checkpoint supports a claim about this checkpoint only."
+        "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
+        "scratch. Better in: share of subjects, median: of their gains over the twin. p: of the "
+        "deciding difference in Dice, adjusted over the data sets of a checkpoint at one number "
+        "of labels. One checkpoint supports a claim about this checkpoint only."
     )
     return "\n".join([table.verdict, "", *out, "", explain, "", *notes]).rstrip() + "\n"
 
@@ -487,15 +560,16 @@ def _csv(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
     parts = ("mean", "low", "high", "cases", "units", "draws")
-    arms = ("pretrained", "scratch", "difference")
-    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), "improved", "verdict"]
+    arms = ("pretrained", "scratch", "difference", "own", "against_own")
+    more = ("improved", "median", "adjusted_p")
+    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
     writer.writerow(header)
     for line in table.lines:
         cells: list[object] = [getattr(line, name) for name in plain]
         for arm in arms:
             value = getattr(line, arm)
             cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
-        writer.writerow([*cells, _number(line.improved), line.verdict])
+        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
     return text.getvalue()
 
 

@@ -84,6 +84,44 @@ def test_a_large_gain_is_seen_and_a_small_one_is_not() -> None:
     assert "no clear difference" in vague.sentence
 
 
+def scratch_own(gain: float) -> list[Row]:
+    rows = [dataclasses.replace(r, arm="scratch-own") for r in make_rows("scratch", gain)]
+    return [dataclasses.replace(r, recipe_hash="own") for r in rows]
+
+
+def test_the_stronger_scratch_decides() -> None:
+    """Better than the twin is not enough where scratch does as well with its own best recipe."""
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    weak = tabulate(arms + scratch_own(-0.02)).groups[0]
+    assert weak.main.verdict == "pretrained better" and not weak.main.own_is_stronger
+    strong = tabulate(arms + scratch_own(0.05)).groups[0]
+    assert strong.main.verdict == "no clear difference" and strong.main.own_is_stronger
+    assert strong.main.difference == weak.main.difference
+    assert strong.main.against_own is not None
+    assert strong.main.against_own.mean == pytest.approx(0, abs=0.6)
+    assert tabulate(arms + scratch_own(0.1)).groups[0].main.verdict == "scratch better"
+    # It is no checkpoint: one line for the one that there is, and none without the twin.
+    assert len(tabulate(arms + scratch_own(0.1)).groups) == 1
+    alone = tabulate(make_rows("pretrained", 0.05) + scratch_own(0.0)).groups[0]
+    assert alone.main.against_own is None and alone.main.verdict == "no scratch twin"
+
+
+def test_p_values_are_adjusted_over_the_data_sets_of_a_checkpoint() -> None:
+    rows = []
+    for number, gain in enumerate((0.05, 0.004, 0.0)):
+        rows += [
+            dataclasses.replace(r, dataset=f"set{number}")
+            for r in make_rows("scratch") + make_rows("pretrained", gain)
+        ]
+    mains = [group.main for group in tabulate(rows).groups]
+    raw = [line.difference.p for line in mains if line.difference is not None]
+    order = np.argsort(raw)
+    expected = np.maximum.accumulate(np.minimum(np.sort(raw) * [3, 2, 1], 1))
+    assert [mains[i].adjusted_p for i in order] == pytest.approx(list(expected))
+    assert all(np.isnan(line.adjusted_p) for line in tabulate(rows).groups[0].lines[1:])
+    assert "would be found with a chance of" in tabulate(rows).markdown()
+
+
 def test_no_delta_without_its_twin() -> None:
     table = tabulate(make_rows("pretrained"))
     assert all(line.difference is None for line in table.lines)
