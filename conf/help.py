@@ -69,13 +69,21 @@ def _sections(line: Line) -> Iterator[tuple[str, str]]:
         title = f"keys of {command}"
     for group in [group for group in options if isinstance(line.config.get(group), dict)]:
         file = line.file(group)
-        keys = {**_keys_in(group, HERE / group / f"{line.groups[group]}.yaml")}
-        keys |= {k: key for k, key in _keys_in(group, file).items() if key.about or k not in keys}
+        keys: dict[str, Key] = {}
+        for source in (HERE / group / f"{line.groups[group]}.yaml", *_bases(file), file):
+            found = _keys_in(group, source)
+            keys |= {k: key for k, key in found.items() if key.about or k not in keys}
         for name, argument in class_arguments(line.config[group].get("_target_", "")).items():
             if name not in GIVEN.get(group, ()):
                 keys[f"{group}.{name}"] = Key(argument.about)
                 values.setdefault(f"{group}.{name}", argument.default)
         yield f"{group}={line.choices[group]} ({headline(file).rstrip('.')})", _rows(keys, values)
+
+
+def _bases(file: Path) -> list[Path]:
+    """The options of the same group that an option begins from."""
+    match = re.search(r"^defaults: \[([\w, ]+)\]$", file.read_text(), re.MULTILINE)
+    return [file.with_name(f"{name.strip()}.yaml") for name in match[1].split(",")] if match else []
 
 
 def _rows(keys: Mapping[str, Key], values: dict[str, str]) -> str:

@@ -16,8 +16,9 @@ from data_prep.fingerprint import fingerprint
 from data_prep.intensity import Statistics, encode, ranks, volume_statistics
 from data_prep.layouts.case import Case, LeftOut
 from data_prep.preprocess import as_physical, resample
+from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import array_suffix, encode_array, table_suffix
-from data_prep.volume import MINIMUM_SLICES, Reject, Volume, read_channels, read_label
+from data_prep.volume import Reject, Volume, read_channels, read_label
 
 FORMAT = 1
 # A picture with fewer distinct values is a label map or a mask that goes by another name.

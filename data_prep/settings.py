@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from data_prep.volume import MINIMUM_SLICES
+MINIMUM_SLICES = 4
+"""Fewer along any axis are a localiser or a stack of pictures, no volume; cardiac MR has 6."""
 
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 

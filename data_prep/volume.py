@@ -21,13 +21,10 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from data_prep.files import write_bytes
+from data_prep.settings import MINIMUM_SLICES
 
 AXCODES = "SPL"
 MODALITIES = ("CT", "MR")
-
-# Fewer slices than this along any axis is a localiser or a stack of pictures, not a volume.
-# Short-axis cardiac MR has as few as 6.
-MINIMUM_SLICES = 4
 # Cosine between two axes above which the grid counts as sheared (0.3 degrees); header rounding
 # stays below 1e-4, a gantry tilt is several degrees.
 SHEAR_TOLERANCE = 5e-3

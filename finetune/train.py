@@ -355,7 +355,8 @@ def is_finished(run: RunFolder, plan: Plan) -> bool:
         now = json.loads(json.dumps({**plan.recipe, **plan.identity}))
         changed = differences({**facts["recipe"], **facts["identity"]}, now)
         # The recipe says what lies behind another hash.
-        changed = [item for item in changed if not item.startswith("config_hash:")] or changed
+        hashes = ("config_hash:", "recipe_hash:")
+        changed = [item for item in changed if not item.startswith(hashes)] or changed
         raise InputError(
             f"{run.path}: holds another run ({'; '.join(changed)}); choose another run=NAME, "
             "remove the folder, or restore the settings"

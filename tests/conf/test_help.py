@@ -66,7 +66,7 @@ def test_every_setting_of_the_models_is_shown() -> None:
 
 def test_groups_are_shown_with_their_options() -> None:
     text = describe("finetune", [])
-    assert "  task=???                         # abdomen, hippocampus\n" in text
+    assert "  task=???                         # abdomen, acdc, " in text
     assert "--config-dir DIR" in text and "--config-dir" not in describe("prep", [])
     (title,) = [line for line in text.splitlines() if line.startswith("task=")]
     assert title == "task=abdomen (Large organs in CT, from TotalSegmentator's label values):"

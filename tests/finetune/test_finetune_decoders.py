@@ -19,8 +19,8 @@ from finetune.decoders import (
     MLPDecoder,
     choose_decoder,
 )
-from finetune.infer import load_segmenter
 from finetune.segmentation import Segmentation, shrunk
+from finetune.segmenter import load_segmenter
 from finetune.settings import TaskSettings
 from finetune.train import build_model, finetune, make_plan
 from pretrain.backbones.vit import ViT3D

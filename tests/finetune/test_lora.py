@@ -13,10 +13,10 @@ from small_runs import TASK, add_few_split, backbone, make_release, settings
 from torch import nn
 
 from data_prep.errors import InputError
-from finetune.infer import load_segmenter
 from finetune.lora import adapted_layers, adapter_parameters, add_adapters
 from finetune.protocol import LoRASettings
 from finetune.segmentation import Segmentation
+from finetune.segmenter import load_segmenter
 from finetune.settings import TaskSettings
 from finetune.train import build_model, finetune, make_plan
 from pretrain.objective import Batch

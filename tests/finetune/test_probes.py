@@ -14,10 +14,10 @@ from torch import Tensor
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
 from finetune.decoders import LinearDecoder, NeighbourDecoder
-from finetune.infer import load_segmenter
 from finetune.probes import fit_probe
 from finetune.rows import read_rows
 from finetune.segmentation import Segmentation
+from finetune.segmenter import load_segmenter
 from finetune.settings import TaskSettings
 from finetune.train import finetune
 from pretrain.loader import CropDataset

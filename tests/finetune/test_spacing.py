@@ -114,7 +114,7 @@ def settings(corpus: Path, release: Path, runs: Path, **changes: Any) -> Finetun
             "corpus": corpus,
             "ckpt": release,
             "runs": runs,
-            "steps": 100,
+            "steps": 160,
             "batch_size": 2,
             "lr": 1e-2,
             "warmup": 5,

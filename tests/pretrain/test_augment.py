@@ -260,6 +260,6 @@ def test_a_run_of_before_the_group_is_read_and_compared() -> None:
     before["gain"] = 0.1
     assert PretrainSettings.model_validate(before) == now and now.changed(before) == []
     (said,) = now.changed({**before, "gain": 0.0})
-    assert said.startswith("augment was")
+    assert said.startswith("augment.gain: ")
     with pytest.raises(ValidationError, match="gain"):
         PretrainSettings.model_validate({**now.model_dump(), "gain": 0.1})

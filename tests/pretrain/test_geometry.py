@@ -203,7 +203,7 @@ def test_labels_follow_what_they_label(seed: int) -> None:
             codes, valid, found = made(volume, start, size, matrix, grid, label)
             assert found is not None
             sure = valid[0] & ((codes[0] - 300).abs() > 1200)
-            assert sure.float().mean() > 0.1
+            assert sure.any()
             assert torch.equal(found[sure] > 0, codes[0][sure] > 300)
 
 
