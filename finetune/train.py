@@ -410,7 +410,7 @@ def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         settings,
         dataset,
         run,
-        augment=Augment(settings.task.flip, settings.augment),
+        augment=Augment(settings.task.flip, settings.augment, settings.task.swap),
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)

@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
@@ -16,10 +17,12 @@ from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
 from finetune.rows import read_rows
 from finetune.settings import FinetuneSettings
-from finetune.train import finetune, make_plan
+from finetune.train import build_model, finetune, make_plan, train
 from pretrain.arguments import build_backbone
 from pretrain.loader import CropDataset, collate, to_batch
+from pretrain.loop import Loop
 from pretrain.release import write_release
+from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
 
 BACKBONE = {
@@ -183,3 +186,31 @@ def test_spacing_native_is_recorded_as_another_recipe(
     ]
     assert [plan.preprocess.spacing_mm for plan in plans] == [CHECKPOINT_MM, None]
     assert plans[0].identity["config_hash"] != plans[1].identity["config_hash"]
+
+
+def test_training_mirrors_swap_the_sides_of_the_task(
+    corpus: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The large organ is the left one; in a mirror image it lies on the right and is named so."""
+    task = {**TASK, "flip": [False, False, True], "swap": [[1, 2]]}
+    plan = make_plan(settings(corpus, release, tmp_path, task=task, crop_size=[56, 40, 48]))
+    loops: list[Loop] = []
+    monkeypatch.setattr(Loop, "fit", lambda self, model: loops.append(self))
+    train(plan, RunFolder(tmp_path / "run"), build_model(plan)[0])
+    (loop,) = loops
+    seen = set()
+    for index in range(12):
+        batch = loop.to_batch(collate([loop.dataset[index]]))
+        assert batch.label is not None
+        label = batch.label[0]
+        sizes = [int((label == value).sum()) for value in (1, 2)]
+        if min(sizes) < 400:
+            continue  # cut off at the crop's end
+        large = 1 + int(sizes[1] > sizes[0])
+        on_the_right = bool(
+            torch.argwhere(label == large)[:, 2].double().mean()
+            < torch.argwhere(label == 3 - large)[:, 2].double().mean()
+        )
+        assert large == (2 if on_the_right else 1)
+        seen.add(on_the_right)
+    assert seen == {True, False}
