@@ -86,7 +86,8 @@ def test_presets_have_the_published_rates_and_shapes(
 OTHER: dict[str, Any] = {
     "crop_size": (8, 8, 8), "steps": 11, "batch_size": 4, "accumulate": 2, "optimizer": "sgd",
     "lr": 2e-3, "weight_decay": 0.1, "betas": (0.5, 0.6), "momentum": 0.5, "schedule": "poly",
-    "warmup": 3, "halve_every": 5, "clip": 3.0, "augment": {"gain": 0.2}, "tta": True, "labels": "4", "part": "validation",
+    "warmup": 3, "halve_every": 5, "clip": 3.0, "augment": {"gain": 0.2}, "tta": True,
+    "labels": "4", "part": "validation",
     "spacing": "native", "foreground": 0.1, "overlap": 0.1, "fit": "knn", "decoder": "mlp",
     "deep_supervision": True, "freeze": 2, "phases": ({"steps": 1, "freeze": "encoder"},),
     "layer_decay": 0.5, "ema": 0.5, "lora": {"rank": 2}, "task": None,
