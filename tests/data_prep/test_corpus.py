@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +275,7 @@ def test_plain_webdataset_reads_the_shards(labelled_corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_million_samples_open_in_seconds(wide: Path, tmp_path: Path) -> None:
+def test_a_million_samples_open_without_a_step_for_each(wide: Path, tmp_path: Path) -> None:
     import hashlib
 
     shutil.copytree(wide, tmp_path / "c")
@@ -293,8 +292,17 @@ def test_a_million_samples_open_in_seconds(wide: Path, tmp_path: Path) -> None:
     data = (tmp_path / "c" / "index.parquet").read_bytes()
     info["index"]["sha256"] = hashlib.sha256(data).hexdigest()
     path.write_text(json.dumps(info))
-    start = time.perf_counter()
-    corpus = Corpus.open(tmp_path / "c")
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        corpus = Corpus.open(tmp_path / "c")
+        corpus.read(n - 1, "image", (0, 0, 0), (4, 4, 4))
+    finally:
+        sys.setprofile(None)
     assert len(corpus) == n
-    corpus.read(n - 1, "image", (0, 0, 0), (4, 4, 4))
-    assert time.perf_counter() - start < 5
+    assert calls < n / 10  # of functions, Python's and C's: columns are handled whole
