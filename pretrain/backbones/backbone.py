@@ -85,7 +85,7 @@ def fitting_crop(size: Sequence[int], unit: Sequence[int]) -> list[int]:
     The same sides in another order if they fit there, as when a slice is given as (h, w, d); else
     each side rounded, but not to a single unit, of which nothing can be hidden or normalised.
     """
-    for order in permutations(size) if 1 in size else ():
+    for order in permutations(size):
         if not any(s % u for s, u in zip(order, unit, strict=True)):
             return list(order)
     near = [max(round(s / u), 1) * u for s, u in zip(size, unit, strict=True)]
