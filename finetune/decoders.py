@@ -26,6 +26,7 @@ from pretrain.decoders import (
     UNetDecoder,
     UNETRDecoder,
     build_decoder,
+    resized,
     unet_decoder,
 )
 from pretrain.probe import NEIGHBOURS, counted_maps
@@ -200,11 +201,11 @@ class NeighbourDecoder(nn.Module):
     def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
         """Logarithms of the shares of votes, [B, K, D, H, W]."""
         finest = features[self.maps[0]].shape[2:]
-        cells = torch.cat([_resized(features[i].float(), finest) for i in self.maps], dim=1)
+        cells = torch.cat([resized(features[i].float(), finest) for i in self.maps], dim=1)
         rows = self.scaled(cells.movedim(1, -1).flatten(0, -2))  # [B N, F]
         votes = torch.cat([self._votes(part) for part in rows.split(self.AT_ONCE)])
         shares = votes.unflatten(0, (len(image), *finest)).movedim(-1, 1)  # [B, K, d, h, w]
-        return _resized(shares, image.shape[2:]).clamp(min=1e-6).log()
+        return resized(shares, image.shape[2:]).clamp(min=1e-6).log()
 
     def _votes(self, rows: Tensor) -> Tensor:
         """Shares of votes [n, K] for features [n, F]."""
@@ -237,7 +238,7 @@ class MLPDecoder(nn.Module):
         """Scores [B, K, D, H, W] from maps [B, C_i, D_i, H_i, W_i], finest first."""
         lifted = [lift(x) for lift, x in zip(self.lifts, features, strict=True)]
         hidden = F.gelu(_summed(lifted, features[0].shape[2:]))
-        return _resized(self.head(hidden), image.shape[2:])
+        return resized(self.head(hidden), image.shape[2:])
 
 
 class AggregateDecoder(nn.Module):
@@ -276,13 +277,7 @@ def _summed(maps: list[Tensor], size: Sequence[int]) -> Tensor:
     for x in maps:
         grid = tuple(x.shape[2:])
         grids[grid] = grids[grid] + x if grid in grids else x
-    total, *rest = (_resized(x, size) for x in grids.values())
+    total, *rest = (resized(x, size) for x in grids.values())
     for x in rest:
         total = total + x
     return total
-
-
-def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    if x.shape[2:] == tuple(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,14 @@ def score(
         origin: where they come from.
     """
     prints = corpus.scan_prints()
+    told = {name: value for name, value in vars(origin).items() if name != "seen"}
     rows: list[Row] = []
     for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
         doubt = "unknown" if origin.seen is None else "tainted" * bool(prints[key] & origin.seen)
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
-            values = {k: v for k, v in asdict(found).items() if k != "status"}
+            values = {name: value for name, value in vars(found).items() if name != "status"}
             rows.append(
                 Row(
                     dataset=task.name,
@@ -125,20 +126,8 @@ def score(
                     status=doubt or found.status,
                     outcome=found.status,
                     nsd_tolerance_mm=chosen.tolerance_mm,
-                    arm=origin.arm,
-                    labels=origin.labels,
-                    n_labels=origin.n_labels,
-                    seed=origin.seed,
-                    label_seed=origin.label_seed,
-                    init_seed=origin.init_seed,
-                    pretrain_seed=origin.pretrain_seed,
-                    steps=origin.steps,
-                    checkpoint=origin.checkpoint,
-                    checkpoint_digest=origin.checkpoint_digest,
-                    config_hash=origin.config_hash,
-                    recipe_hash=origin.recipe_hash,
-                    protocol=origin.protocol,
                     metric_version=METRIC_VERSION,
+                    **told,
                     **values,
                 )
             )

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from data_prep.volume import Volume
 from finetune.settings import TaskSettings
@@ -183,24 +182,8 @@ def mirrored(network: Network, flip: Sequence[bool], swap: Sequence[int] | None 
 
 
 def swapped_classes(task: TaskSettings) -> list[int] | None:
-    """For each class index, background first, its twin on the other side; None if all stay.
-
-    Raises:
-        InputError: the other side of a class is no class of the task.
-    """
-    partner: dict[int, int] = {}
-    for a, b in getattr(task, "swap", ()):
-        partner |= {a: b, b: a}
-    sides = [frozenset(c.values) for c in task.classes]
-    order = [0]
-    for chosen, values in zip(task.classes, sides, strict=True):
-        other = frozenset(partner.get(value, value) for value in values)
-        if other not in sides:
-            raise InputError(
-                f"task {task.name}, class {chosen.name}: mirrored left to right its label values "
-                f"are {sorted(other)}, which are no class; correct swap, or set flip to false for W"
-            )
-        order.append(sides.index(other) + 1)
+    """For each class index, background first, its twin on the other side; None if all stay."""
+    order = task.mirrored_classes()
     return order if order != sorted(order) else None
 
 

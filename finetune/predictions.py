@@ -32,8 +32,6 @@ def find_predictions(
     Raises:
         InputError: files are missing, twice or on another grid; all of them are named.
     """
-    if not folder.is_dir():
-        raise InputError(f"predictions={folder}: no such folder")
     names = {} if keymap is None else _read_keymap(keymap, keys)
     there: dict[str, list[Path]] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and is_image(path)):

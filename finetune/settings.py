@@ -109,6 +109,25 @@ class TaskSettings(BaseModel):
         """What rows are about: the regions, or the classes of a task without any."""
         return self.regions or self.classes
 
+    def mirrored_classes(self) -> list[int]:
+        """For each class index, background first, which it is once left and right are mirrored.
+
+        Raises:
+            ValueError: the mirrored label values of a class are no class; no task that was read.
+        """
+        partner = dict(self.swap) | {b: a for a, b in self.swap}
+        sides = [frozenset(c.values) for c in self.classes]
+        order = [0]
+        for chosen, values in zip(self.classes, sides, strict=True):
+            other = frozenset(partner.get(value, value) for value in values)
+            if other not in sides:
+                raise ValueError(
+                    f"swap: class {chosen.name}, mirrored left to right, has the label values "
+                    f"{sorted(other)}, which are no class; correct swap"
+                )
+            order.append(sides.index(other) + 1)
+        return order
+
     @model_validator(mode="after")
     def _values_are_distinct(self) -> Self:
         values = [value for c in self.classes for value in c.values]
@@ -146,6 +165,7 @@ class TaskSettings(BaseModel):
             lone = [value for value in pair if value not in class_of]
             if len(lone) == 1 or self.ignore in pair:
                 raise ValueError(f"swap: of {list(pair)}, {lone or [self.ignore]} is in no class")
+        self.mirrored_classes()
         for axis, sides in SIDES:
             for c in self.classes:
                 safe = axis == 2 and set(c.values) <= set(swapped)

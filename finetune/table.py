@@ -271,7 +271,7 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     for arm, rows in (
-        ("pretrained" if not pretrained else head.arm, pretrained),
+        (head.arm, pretrained),
         ("scratch", scratch),
         ("scratch at its own best", own),
     ):

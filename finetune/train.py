@@ -39,7 +39,6 @@ from finetune.evaluate import (
     score,
     task_problems,
 )
-from finetune.infer import swapped_classes
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.phases import PhasedLoop
@@ -181,7 +180,7 @@ def make_plan(settings: FinetuneSettings, release: Release | None = None) -> Pla
             f"{', '.join(release.modalities)} only; choose another ckpt"
         )
     transfer, more = _transfer(settings, release)
-    problems += more + _protocol_problems(settings, release) + _mirror_problems(settings)
+    problems += more + _protocol_problems(settings, release)
     if problems:
         raise InputError(problems)
     train = choose_split(corpus, settings.split, "train")
@@ -265,17 +264,6 @@ def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[s
             "decoder=auto; give that, or transfer=encoder"
         )
     return settings.transfer, problems
-
-
-def _mirror_problems(settings: FinetuneSettings) -> list[str]:
-    """Whether the task can be mirrored at its end: found now rather than after the training."""
-    if not (settings.tta and settings.task.flip[2]):
-        return []
-    try:
-        swapped_classes(settings.task)
-    except InputError as error:
-        return error.problems
-    return []
 
 
 def _protocol_problems(settings: FinetuneSettings, release: Release) -> list[str]:

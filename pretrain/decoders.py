@@ -72,7 +72,7 @@ def full_outputs(decoder: nn.Module, image: Tensor, features: list[Tensor]) -> l
     if scales is None:
         return [decoder(image, features)]
     size = image.shape[2:]
-    return [x if x.shape[2:] == size else _resize(x, size) for x in scales(image, features)]
+    return [resized(x, size) for x in scales(image, features)]
 
 
 class UNetDecoder(nn.Module):
@@ -115,13 +115,12 @@ class UNetDecoder(nn.Module):
             self.transpconvs.append(nn.ConvTranspose3d(channels[i], channels[i - 1], step, step))
             self.stages.append(ConvStack(2 * channels[i - 1], channels[i - 1], convs_per_stage))
         self.head = nn.Conv3d(channels[0], out_channels, 1)
-        self.full_resolution = tuple(strides[0]) == (1, 1, 1)
         self.apply(init_convolution)
 
     def forward(self, image: Tensor, features: list[Tensor]) -> Tensor:
         """Decodes maps [B, C_i, D_i, H_i, W_i], finest first; the image only lends its size."""
         x = self.head(self.decoded(features)[0])
-        return x if self.full_resolution else _resize(x, image.shape[2:])
+        return resized(x, image.shape[2:])
 
     def decoded(self, features: list[Tensor]) -> list[Tensor]:
         """What its stages give, finest first; without a stage the one map that there is."""
@@ -202,8 +201,7 @@ class UNETRDecoder(nn.Module):
             skips = [lifted[tap] for tap in self.sources[level - 1]]
             x = self.merges[level](torch.cat([self.ups[level](x), *skips], dim=1))
         x = self.ups[0](x)
-        if x.shape[2:] != image.shape[2:]:
-            x = _resize(x, image.shape[2:])
+        x = resized(x, image.shape[2:])
         return self.head(self.merges[0](torch.cat([x, self.image_skip(image)], dim=1)))
 
 
@@ -270,5 +268,8 @@ def _lift(in_channels: int, out_channels: int, steps: list[tuple[int, int, int]]
     return nn.Sequential(*layers)
 
 
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps [B, C, d, h, w] at another resolution, interpolated linearly."""
+    if x.shape[2:] == tuple(size):
+        return x
     return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
