@@ -195,14 +195,17 @@ def _card(config: Mapping[str, Any], segmenter: Segmenter) -> str:
     licences = strictest_first(data["licence"])
     listed = "\n".join(f"- {name}: {data['licence'][name]} volumes" for name in licences)
     sources = "\n".join(f"| {name} | {count} |" for name, count in data["source"].items())
-    lines = []
-    for chosen in segmenter.task.classes:
-        found = scores["classes"].get(chosen.name, {"dice": None, "cases": 0})
-        dice = "none" if found["dice"] is None else f"{100 * found['dice']:.1f}"
-        values = ", ".join(map(str, chosen.values))
-        lines.append(
-            f"| {chosen.values[0]} | {chosen.name} | {values} | {dice} | {found['cases']} |"
-        )
+    task, lines = segmenter.task, []
+    # A task with regions is scored in those; what is written are its classes.
+    for group, written in ((task.classes, True), (task.regions, False)):
+        for chosen in group:
+            found = scores["classes"].get(chosen.name) if group == task.scored else None
+            dice = "none" if not found or found["dice"] is None else f"{100 * found['dice']:.1f}"
+            values = ", ".join(map(str, chosen.values))
+            lines.append(
+                f"| {chosen.values[0] if written else '–'} | {chosen.name} | {values} | {dice} "
+                f"| {found['cases'] if found else 0} |"
+            )
     table = "\n".join(lines)
     begun = training["began_from"]
     start = f"`{begun['name']}`, digest {begun['digest'][:12]}" if begun else "random weights"

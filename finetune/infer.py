@@ -23,6 +23,7 @@ from torch import Tensor
 from data_prep.preprocess import Preprocess
 from data_prep.volume import Volume
 from finetune.settings import TaskSettings
+from pretrain.encoder import window_starts
 
 Size = tuple[int, int, int]
 Network = Callable[[Tensor], Tensor]
@@ -114,12 +115,12 @@ def sliding_window(
         image = low.expand(-1, *(m + n for m, n in zip(size, missing, strict=True))).clone()
         image[(slice(None), *kept)] = small
     depth, height, width = image.shape[1:]
-    starts = [_starts(n, w, overlap) for n, w in zip(image.shape[1:], window, strict=True)]
-    corners = list(itertools.product(starts[1], starts[2]))
+    along = [starts(n, w, overlap) for n, w in zip(image.shape[1:], window, strict=True)]
+    corners = list(itertools.product(along[1], along[2]))
     weight = gaussian(window).to(device)
     total: Tensor | None = None
     mass = torch.zeros(1, window[0], height, width, device=device)
-    for d, onward in zip(starts[0], [*starts[0][1:], depth], strict=True):
+    for d, onward in zip(along[0], [*along[0][1:], depth], strict=True):
         for first in range(0, len(corners), batch):
             places = [
                 (slice(None), slice(None), slice(h, h + window[1]), slice(w, w + window[2]))
@@ -197,10 +198,9 @@ def gaussian(window: Sequence[int]) -> Tensor:
     return weight.clamp(min=max(1e-3, float(weight.min())))
 
 
-def _starts(length: int, window: int, overlap: float) -> list[int]:
-    """Where windows start along an axis, the last one flush with its end."""
-    step = max(1, int(window * (1 - overlap)))
-    return [min(i * step, length - window) for i in range(-(-(length - window) // step) + 1)]
+def starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where the windows of an axis that is at least as long as one start."""
+    return window_starts(length, window, max(1, int(window * (1 - overlap))))
 
 
 def _at_positions(slices: Iterator[Tensor], positions: NDArray[np.float64]) -> Iterator[Tensor]:

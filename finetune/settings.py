@@ -325,7 +325,7 @@ class FinetuneSettings(LoopSettings):
 
     @property
     def run_name(self) -> str:
-        """The run's name: as given, or told from what is varied in a sweep."""
+        """The run's name: as given, or told from what runs beside one another differ in."""
         if self.run is not None:
             return self.run
         ckpt = re.sub(r"[^A-Za-z0-9._-]+", "-", self.ckpt.resolve().name)

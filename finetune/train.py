@@ -148,19 +148,24 @@ def finetune(settings: FinetuneSettings) -> Path:
     return run.path
 
 
-def make_plan(settings: FinetuneSettings, release: Release | None = None) -> Plan:
+def make_plan(
+    settings: FinetuneSettings, release: Release | None = None, corpus: Corpus | None = None
+) -> Plan:
     """Opens what the settings name and checks that it fits together.
 
     Args:
         settings: of one run.
         release: what `ckpt` names, where it is open already.
+        corpus: likewise.
 
     Raises:
         InputError: it does not.
     """
     problems: list[str] = []
-    release = release or attempt(problems, named, "ckpt", settings.ckpt, load_release)
-    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    if release is None:
+        release = attempt(problems, named, "ckpt", settings.ckpt, load_release)
+    if corpus is None:
+        corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     if release is None or corpus is None:
         raise InputError(problems)
     settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
@@ -392,7 +397,7 @@ def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
     )
     if settings.fit != "descent":
         # No trainer, which would start the other ranks: this process is the only one.
-        fit_probe(model.to(_device(settings)), dataset, settings.steps * settings.batch_size)
+        fit_probe(model.to(device_of(settings)), dataset, settings.steps * settings.batch_size)
         return
     PhasedLoop(
         settings,
@@ -404,7 +409,8 @@ def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
     ).fit(model)
 
 
-def _device(settings: FinetuneSettings) -> torch.device:
+def device_of(settings: FinetuneSettings) -> torch.device:
+    """Where a run's network is outside of its training."""
     accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if accelerated else "cpu")
 
@@ -426,7 +432,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         settings.window_batch,
     )
     write_segmenter(segmenter, plan.release.config["backbone"], settings.decoder, run.path)
-    model.to(_device(settings)).eval()
+    model.to(device_of(settings)).eval()
     folder = run.path / "predictions"
     folder.mkdir(exist_ok=True)
 

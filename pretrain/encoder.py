@@ -148,7 +148,7 @@ class Encoder:
         image = torch.where(F.pad(torch.ones_like(image), ends) > 0, F.pad(image, ends), lowest)
         grid = [p // s for p, s in zip(padded, stride, strict=True)]
         starts = [
-            _starts(n, k, max(1, round(k * (1 - OVERLAP))))
+            window_starts(n, k, max(1, round(k * (1 - OVERLAP))))
             for n, k in zip(grid, window, strict=True)
         ]
         total = torch.zeros((self.module.channels[-1], *grid), device=image.device)
@@ -168,7 +168,7 @@ class Encoder:
         return (total / seen)[(slice(None), *inside)]
 
 
-def _starts(length: int, window: int, step: int) -> list[int]:
+def window_starts(length: int, window: int, step: int) -> list[int]:
     """Window starts that cover a length, the last one flush with its end."""
     return sorted({*range(0, length - window, step), length - window})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,37 +67,70 @@ def backbone(kind: str) -> Any:
     return build_backbone(chosen["name"], chosen["args"], "test")
 
 
-def make_release(folder: Path, kind: str) -> Release:
-    """A release of random weights, as if it had been pretrained."""
-    torch.manual_seed(5)
+def write_encoder(
+    folder: Path,
+    described: dict[str, Any],
+    *,
+    prints: Sequence[str] = (),
+    seed: int = 5,
+    **changes: Any,
+) -> Path:
+    """Writes a release of random weights, as if it had been pretrained.
+
+    Args:
+        folder: that is made.
+        described: the backbone as config.json has it.
+        prints: fingerprints of what it is said to have seen.
+        seed: of the weights.
+        changes: of keys of config.json.
+    """
+    torch.manual_seed(seed)
     config = {
         "format": 1,
-        "name": f"tiny-{kind}",
+        "name": "tiny-mae",
         "kind": "encoder",
-        "backbone": BACKBONES[kind],
+        "backbone": described,
         "objective": {"name": "cnn_mae.CnnMAE", "args": {}},
-        "crop_size": [8, 16, 32],
+        "crop_size": [16, 24, 16],
         "modalities": ["CT", "MR"],
         "preprocess": Preprocess.default().to_dict(),
-        "training": {"steps": 0, "seed": 5},
+        "training": {"steps": 0, "seed": seed},
         "data": {},
         "versions": {},
+        **changes,
     }
-    seen = {"format": 1, "values": ["dhash-0:0"]}
-    write_release(folder, encoder=backbone(kind), config=config, fingerprints=seen, card="A test\n")
+    write_release(
+        folder,
+        encoder=build_backbone(described["name"], described["args"], "test"),
+        config=config,
+        fingerprints={"format": 1, "values": list(prints)},
+        card="A test.\n",
+    )
+    return folder
+
+
+def make_release(folder: Path, kind: str) -> Release:
+    """A release of one of the backbones above."""
+    changes = {"name": f"tiny-{kind}", "crop_size": [8, 16, 32]}
+    write_encoder(folder, BACKBONES[kind], prints=["dhash-0:0"], **changes)
     return load_release(folder)
+
+
+def add_split(path: Path, name: str, train: int, test: int) -> None:
+    """A labelled corpus gets a split of the first cases of its official one."""
+    corpus = Corpus.open(path)
+    if name in corpus.splits:
+        return
+    official = corpus.split("official")["parts"]
+    part = dict.fromkeys(official["train"][:train], "train")
+    part |= dict.fromkeys(official["test"][:test], "test")
+    parts = [part.get(key, "") for key in corpus.keys]
+    write_split(split_from(name, corpus.keys, corpus.subjects, parts), path / "splits")
 
 
 def add_few_split(path: Path) -> None:
     """The labelled corpus gets a split of four cases to train on and one to score."""
-    corpus = Corpus.open(path)
-    if "few" in corpus.splits:
-        return
-    official = corpus.split("official")["parts"]
-    part = dict.fromkeys(official["train"][:4], "train")
-    part |= dict.fromkeys(official["test"][:1], "test")
-    parts = [part.get(key, "") for key in corpus.keys]
-    write_split(split_from("few", corpus.keys, corpus.subjects, parts), path / "splits")
+    add_split(path, "few", 4, 1)
 
 
 def settings(release: Release, corpus: Path, runs: Path, **changes: Any) -> FinetuneSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import add_split, write_encoder
 
 import voxelith
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
 from data_prep.preprocess import Preprocess
-from data_prep.splits import split_from, write_split
 from data_prep.volume import read_nifti
 from finetune.describe import as_text, describe
 from finetune.evaluate import comparable, evaluate
@@ -41,7 +42,7 @@ from finetune.settings import EvaluateSettings, FinetuneSettings, PredictSetting
 from finetune.train import build_model, finetune, make_plan
 from pretrain.arguments import build_backbone
 from pretrain.manifest import DECODER, FILES, file_digest
-from pretrain.release import Release, load_release, write_release
+from pretrain.release import Release, load_release
 
 ROOT = Path(__file__).parents[2]
 TASK: dict[str, Any] = {
@@ -59,39 +60,14 @@ BACKBONE: dict[str, Any] = {
 
 
 def encoder_release(output: Path, prints: list[str], licence: dict[str, int]) -> Path:
-    config = {
-        "format": 1,
-        "name": "tiny-mae",
-        "kind": "encoder",
-        "backbone": BACKBONE,
-        "objective": {"name": "cnn_mae.CnnMAE", "args": {}},
-        "crop_size": [16, 24, 16],
-        "modalities": ["CT", "MR"],
-        "preprocess": Preprocess.default().to_dict(),
-        "training": {"steps": 0, "seed": 5},
-        "data": {"samples": 7, "source": {"x": 7}, "licence": licence, "modality": {"MR": 7}},
-        "versions": {},
-    }
-    write_release(
-        output,
-        encoder=build_backbone(BACKBONE["name"], BACKBONE["args"], "test"),
-        config=config,
-        fingerprints={"format": 1, "values": prints},
-        card="A test.\n",
-    )
-    return output
+    data = {"samples": 7, "source": {"x": 7}, "licence": licence, "modality": {"MR": 7}}
+    return write_encoder(output, BACKBONE, prints=prints, data=data)
 
 
 @pytest.fixture(scope="module")
 def corpus(labelled_corpus: Path) -> Corpus:
-    found = Corpus.open(labelled_corpus)
-    official = found.split("official")["parts"]
-    part = dict.fromkeys(official["train"][:4], "train") | dict.fromkeys(
-        official["test"][:2], "test"
-    )
-    parts = [part.get(key, "") for key in found.keys]
-    write_split(split_from("duo", found.keys, found.subjects, parts), labelled_corpus / "splits")
-    return found
+    add_split(labelled_corpus, "duo", 4, 2)
+    return Corpus.open(labelled_corpus)
 
 
 @pytest.fixture(scope="module")
@@ -416,6 +392,17 @@ def test_all_that_was_seen_is_told(
     assert "| 1 | anterior | 1 |" in card and "Left out: 1 cases" in card
     text = card + (release.path / "config.json").read_text()
     assert str(run.parent) not in text and str(corpus.path) not in text
+
+
+def test_a_card_gives_the_scores_of_regions_to_regions(
+    start: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Classes are what is written, regions what was scored, whatever their names."""
+    regions = [{"name": "anterior", "values": [1, 2], "tolerance_mm": 1.0}]
+    run = finetune(settings(corpus, start, tmp_path, task={**TASK, "regions": regions}))
+    card = (export(run, tmp_path / "out").path / "README.md").read_text()
+    assert "| 1 | anterior | 1 | none | 0 |" in card
+    assert re.search(r"\| – \| anterior \| 1, 2 \| [0-9.]+ \| 1 \|", card)
 
 
 def test_what_pretraining_saw_stays_unknown(corpus: Corpus, tmp_path: Path) -> None:

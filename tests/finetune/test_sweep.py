@@ -12,61 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from small_runs import add_split, write_encoder
 
-from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.preprocess import Preprocess
-from data_prep.splits import split_from, write_split
 from finetune.rows import read_rows
 from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
-from pretrain.arguments import build_backbone
-from pretrain.release import write_release
 
-BACKBONE = {
+BACKBONE: dict[str, Any] = {
     "name": "resenc.ResEncUNetEncoder",
     "args": {"in_channels": 1, "features": [4, 8], "strides": [1, 2], "blocks": [1, 1]},
 }
 
 
 def release(path: Path, seed: int, **backbone: Any) -> Path:
-    args = {**BACKBONE["args"], **backbone}  # type: ignore[dict-item]
-    torch.manual_seed(seed)
-    config = {
-        "format": 1,
-        "name": path.name,
-        "kind": "encoder",
-        "backbone": {"name": BACKBONE["name"], "args": args},
-        "objective": {"name": "cnn_mae.CnnMAE", "args": {}},
-        "crop_size": [16, 24, 16],
-        "modalities": ["CT", "MR"],
-        "preprocess": Preprocess.default().to_dict(),
-        "training": {"steps": 0, "seed": seed},
-        "data": {},
-        "versions": {},
-    }
-    encoder = build_backbone(str(BACKBONE["name"]), args, "test")
-    write_release(
-        path,
-        encoder=encoder,
-        config=config,
-        fingerprints={"format": 1, "values": []},
-        card="A test.\n",
-    )
-    return path
+    described = {**BACKBONE, "args": {**BACKBONE["args"], **backbone}}
+    return write_encoder(path, described, seed=seed, name=path.name)
 
 
 @pytest.fixture(scope="module")
 def words(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two checkpoints of one architecture, two seeds: four pretrained runs and two twins."""
     folder = tmp_path_factory.mktemp("sweep")
-    corpus = Corpus.open(labelled_corpus)
-    official = corpus.split("official")["parts"]
-    part = {key: "train" for key in official["train"][:4]} | {official["test"][0]: "test"}
-    parts = [part.get(key, "") for key in corpus.keys]
-    write_split(
-        split_from("sweep", corpus.keys, corpus.subjects, parts), labelled_corpus / "splits"
-    )
+    add_split(labelled_corpus, "sweep", 4, 1)
     a, b = release(folder / "a", 1), release(folder / "b", 2)
     return [
         "task=hippocampus", f"corpus={labelled_corpus}", f"ckpt={a},{b}", "labels=2", "seed=0,1",

@@ -11,19 +11,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import add_split, write_encoder
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.preprocess import Preprocess
-from data_prep.splits import split_from, write_split
 from finetune.evaluate import evaluate
 from finetune.report import make_report
 from finetune.rows import read_rows, write_rows
 from finetune.settings import EvaluateSettings, FinetuneSettings
 from finetune.table import make_table, read_table
 from finetune.train import finetune
-from pretrain.arguments import build_backbone
-from pretrain.release import write_release
 
 TASK = {
     "name": "hippocampus",
@@ -33,7 +30,7 @@ TASK = {
     ],
     "flip": [False, False, True],
 }
-BACKBONE = {
+BACKBONE: dict[str, Any] = {
     "name": "resenc.ResEncUNetEncoder",
     "args": {"in_channels": 1, "features": [4, 8], "strides": [1, 2], "blocks": [1, 1]},
 }
@@ -74,32 +71,11 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     folder = tmp_path_factory.mktemp("finetune")
+    add_split(labelled_corpus, "tiny", 6, 4)
     corpus = Corpus.open(labelled_corpus)
-    official = corpus.split("official")["parts"]
-    part = {key: "train" for key in official["train"][:6]}
-    test = official["test"][:4]
-    part |= {key: "test" for key in test}
-    parts = [part.get(key, "") for key in corpus.keys]
-    write_split(split_from("tiny", corpus.keys, corpus.subjects, parts), labelled_corpus / "splits")
-    encoder = build_backbone(BACKBONE["name"], BACKBONE["args"], "test")
-    config = {
-        "format": 1,
-        "name": "tiny-mae",
-        "kind": "encoder",
-        "backbone": BACKBONE,
-        "objective": {"name": "cnn_mae.CnnMAE", "args": {}},
-        "crop_size": [16, 24, 16],
-        "modalities": ["CT", "MR"],
-        "preprocess": Preprocess.default().to_dict(),
-        "training": {"steps": 0, "seed": 5},
-        "data": {},
-        "versions": {},
-    }
-    seen = {"format": 1, "values": [corpus.fingerprints()[test[0]]]}
-    write_release(
-        folder / "release", encoder=encoder, config=config, fingerprints=seen, card="A test.\n"
-    )
-    return Stage(folder, labelled_corpus, folder / "release", test)
+    test = corpus.split("tiny")["parts"]["test"]
+    release = write_encoder(folder / "release", BACKBONE, prints=[corpus.fingerprints()[test[0]]])
+    return Stage(folder, labelled_corpus, release, test)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import add_few_split
 
-from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
-from data_prep.splits import split_from, write_split
 from finetune.rows import read_rows
 from finetune.settings import FinetuneSettings, config_hash
 from finetune.train import build_model, finetune, make_plan
@@ -98,14 +97,7 @@ def copy(release: Release, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tiny(labelled_corpus: Path) -> Path:
     """The labelled corpus with a split of a few cases."""
-    corpus = Corpus.open(labelled_corpus)
-    official = corpus.split("official")["parts"]
-    part = dict.fromkeys(official["train"][:4], "train") | dict.fromkeys(
-        official["test"][:1], "test"
-    )
-    parts = [part.get(key, "") for key in corpus.keys]
-    split = split_from("few", corpus.keys, corpus.subjects, parts)
-    write_split(split, labelled_corpus / "splits")
+    add_few_split(labelled_corpus)
     return labelled_corpus
 
 
