@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in one command: `make gpu`.
 
-    python benchmarks/gpu.py [--device cuda] [--only NAME ...] [--output docs/results]
+    python benchmarks/gpu.py [NAME ...] [KEY=VALUE ...] [--device cuda] [--output docs/results]
 
 Runs the tests marked `gpu`, then measures a step of every full recipe of conf/experiment in
 float32 and bf16, eager and compiled, at the largest micro-batch of the recipe that fits one device
 by the estimate, beside what was estimated. A recipe runs in a process of its own, so that one that
-fails leaves the others alone. Writes gpu.json (all that was measured) and gpu.md (a table).
+fails leaves the others alone. With names, these recipes alone and no tests. Writes gpu.json (all
+that was measured) and gpu.md (a table).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +40,23 @@ def main() -> None:
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device here")
-    tests = _tests() if not chosen.only else "not run"
-    measured = [_recipe(n, device, chosen.words) for n in chosen.only or recipes(small=False)]
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    names = [word for word in chosen.words if "=" not in word]
+    words = [word for word in chosen.words if "=" in word]
+    tests = _tests() if not names else "not run"
+    measured: list[dict[str, Any]] = []
     result = {
         "machine": machine(device),
         "versions": versions(),
         "tests": tests,
         "recipes": measured,
     }
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.output / "gpu.json", result)
-    write_text(chosen.output / "gpu.md", markdown(result))
+    sizes = _sizes(names or recipes(small=False), device, words)
+    for name, samples in sizes.items():
+        measured.append(_recipe(name, samples, device, words))
+        # Written each time: whoever pays for a GPU by the minute may have to stop early.
+        write_json(chosen.output / "gpu.json", result)
+        write_text(chosen.output / "gpu.md", markdown(result))
     print(f"{chosen.output}: gpu.json, gpu.md")
     if any("error" in one for one in measured) or tests not in ("passed", "not run"):
         sys.exit(1)
@@ -72,19 +81,29 @@ def memory_line(
 
 def fitting_batch(settings: PretrainSettings, budget: float) -> int:
     """The largest even micro-batch up to the recipe's that the estimate puts within `budget`."""
+    whole = settings.model_copy(update={"batch_size": micro_batch(settings), "accumulate": 1})
+    whole.trainer = settings.trainer.model_copy(update={"devices": 1, "nodes": 1})
+    told = estimate(whole, precisions=("float32",))
+    if told.memory[settings.trainer.checkpointing].peak <= budget:
+        return micro_batch(settings)
     fixed, slope = memory_line(settings, settings.trainer.checkpointing, "float32")
     room = int((budget - fixed) / slope) // 2 * 2
     return max(2, min(room, micro_batch(settings)))
 
 
-def _recipe(name: str, device: torch.device, words: list[str]) -> dict[str, Any]:
-    settings = settings_for("bench", [f"experiment={name}", *words])
-    if device.type == "cuda":
-        budget = SHARE * torch.cuda.get_device_properties(device).total_memory
-        samples = fitting_batch(settings, budget)
-    else:
-        samples = micro_batch(settings)
-    print(f"{name}: {samples} samples of {micro_batch(settings)} at once", flush=True)
+def _sizes(names: list[str], device: torch.device, words: list[str]) -> dict[str, int]:
+    """Samples at once for each recipe; the estimates take CPUs alone, so all at the same time."""
+    settings = {name: settings_for("bench", [f"experiment={name}", *words]) for name in names}
+    if device.type != "cuda":
+        return {name: micro_batch(one) for name, one in settings.items()}
+    budget = SHARE * torch.cuda.get_device_properties(device).total_memory
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        fitting = pool.map(fitting_batch, settings.values(), [budget] * len(names))
+        return dict(zip(names, fitting, strict=True))
+
+
+def _recipe(name: str, samples: int, device: torch.device, words: list[str]) -> dict[str, Any]:
+    print(f"{name}: {samples} samples at once", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "step.json"
         size = [f"batch_size={samples}", "accumulate=1", "trainer.devices=1", "trainer.nodes=1"]
@@ -116,14 +135,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"Made by `make gpu` on {found.get('gpu', found['processor'])}, "
         f"torch {result['versions']['torch']}. Tests marked `gpu`: {result['tests']}.",
         "",
-        "| recipe | variant | samples at once | s a step | samples/s | TFLOP/s | MFU | peak GiB "
-        "| estimated GiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| recipe | variant | samples at once | s a step | samples/s | TFLOP/s | MFU | device busy "
+        "| peak GiB | estimated GiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in result["recipes"]:
         if "error" in one:
             said = (one["error"].strip().splitlines() or ["stopped"])[-1].replace("|", "/")
-            lines.append(f"| {one['recipe']} | failed: {said} | {one['samples']} |" + " |" * 6)
+            lines.append(f"| {one['recipe']} | failed: {said} | {one['samples']} |" + " |" * 7)
             continue
         for row in one["measured"]:
             share = row["model_flops_utilisation"]
@@ -135,6 +154,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{row['samples_per_second']:.4g}",
                 f"{row['flops_per_second'] / 1e12:.3g}",
                 "" if share is None else f"{share:.1%}",
+                f"{row['busy']:.0%}" if "busy" in row else "",
                 f"{row['memory_peak'] / 2**30:.2f}",
                 f"{row['memory_estimated'] / 2**30:.2f}",
             ]
@@ -146,9 +166,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="*", help="key=value for every recipe, such as repeats=5")
+    parser.add_argument("words", nargs="*", help="recipes, and key=value for each (repeats=5)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these recipes, without tests")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     return parser.parse_args()
 

@@ -187,7 +187,9 @@ def _measure(
     ]
     found["memory_estimated"] = guess[0]
     if settings.profile and not compiled:
-        found["profile"] = profiled(lambda: step(Clock(device)), device)
+        found["profile"], busy = profiled(lambda: step(Clock(device)), device)
+        if device.type == "cuda":  # the rest of a step the device waits for the host's launches
+            found["busy"] = busy / found["seconds_per_step"]["median"]
     return found
 
 
@@ -223,6 +225,8 @@ def _line(found: dict[str, Any]) -> str:
     if found["model_flops_utilisation"] is not None:
         rates.append(f"MFU {found['model_flops_utilisation']:.1%}")
     memory = f"{found['memory_peak'] / 2**30:.2f} GiB"
+    if "busy" in found:
+        rates.append(f"device busy {found['busy']:.0%}")
     if "memory_idle" in found:
         memory += f" resident, {found['memory_idle'] / 2**30:.2f} of them before the network"
     return (
@@ -239,7 +243,7 @@ def _line(found: dict[str, Any]) -> str:
 OPTIMISER = "clip and step"
 
 GROUPS = {
-    "attention": r"scaled_dot_product|flash|efficient_attention",
+    "attention": r"scaled_dot_product|flash|efficient_attention|cudnn_attention",
     "convolution": r"conv",
     "norm": r"_norm",
     "linear": r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|dot)$",
@@ -251,10 +255,16 @@ GROUPS = {
 }  # fmt: skip
 
 
-def profiled(step: Callable[[], None], device: torch.device, steps: int = 3) -> dict[str, float]:
-    """Share of the time of a step that each kind of operation takes, the largest first.
+def profiled(
+    step: Callable[[], None], device: torch.device, steps: int = 3
+) -> tuple[dict[str, float], float]:
+    """What each kind of operation takes of a step's time.
 
     What the optimiser and the clipping call counts as "optimiser", whatever it is.
+
+    Returns:
+        The shares, the largest first, and the seconds of one step that they are shares of: those
+        in which the device computed.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -270,7 +280,7 @@ def profiled(step: Callable[[], None], device: torch.device, steps: int = 3) -> 
             seconds[group(event)] += spent
     total = sum(seconds.values())
     shares = {name: spent / total for name, spent in seconds.items() if total}
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+    return dict(sorted(shares.items(), key=lambda item: -item[1])), total / 1e6 / steps
 
 
 def group(event: Any) -> str:

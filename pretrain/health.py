@@ -127,7 +127,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each part is in the mode that it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    # Other shapes would make what training compiles later a program for all shapes.
+    # Each of its shapes would be compiled for a look now and then.
     compiler = torch.compiler.set_stance("force_eager") if _compiles() else nullcontext()
     try:
         with compiler, torch.no_grad():

@@ -301,8 +301,11 @@ def compile_parts(objective: Objective) -> None:
     # one block the rate of another (torch 2.14).
     dynamo.specialize_float = True
     dynamo.recompile_limit = 256
+    # Blocks of one class meet a few shapes (visible patches, all of them, hidden ones), the same
+    # in each step. A program for all shapes is slower, and torch 2.11's is wrong on GPUs where a
+    # sum over a symbolic number of rows is split.
     for part in objective.compile_parts():
-        part.compile()
+        part.compile(dynamic=False)
 
 
 def _last_error(text: str) -> str:

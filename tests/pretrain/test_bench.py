@@ -124,7 +124,7 @@ def test_operations_are_grouped(name: str, kind: str) -> None:
 def test_a_profile_finds_what_a_step_does() -> None:
     a, kernel = torch.randn(384, 384), torch.randn(8, 8, 3, 3, 3)
     volume: Any = torch.randn(1, 8, 24, 24, 24)
-    products = profiled(lambda: [a @ a for _ in range(5)], torch.device("cpu"))
-    convolved = profiled(lambda: torch.conv3d(volume, kernel), torch.device("cpu"))
+    products, _ = profiled(lambda: [a @ a for _ in range(5)], torch.device("cpu"))
+    convolved, _ = profiled(lambda: torch.conv3d(volume, kernel), torch.device("cpu"))
     assert next(iter(products)) == "linear" and next(iter(convolved)) == "convolution"
     assert set(products) == {*GROUPS, "optimiser", "other"}
