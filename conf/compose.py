@@ -59,7 +59,7 @@ def settings_for(command: str, words: list[str]) -> Any:
     model = settings_class(command)
     line = read_words(command, words)
     problems = line.problems
-    for group in line.missing:
+    for group in sorted(set(line.missing) - line.given):
         options = ", ".join(sorted(line.options(group)))
         problems.append(f"{group}: missing; give {group}= one of {options}")
     try:
@@ -97,6 +97,8 @@ class Line:
     chosen: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
+    """Keys that were typed, also those with a wrong option."""
     config: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)
     """The option of each group that the composed `config` has, by words, recipe or default."""
@@ -221,6 +223,7 @@ def read_words(command: str, words: Iterable[str]) -> Line:
                 f"{word}: expected key=value, without dashes before it or spaces in it"
             )
             continue
+        line.given.add(key)
         known = line.chosen if key in groups else line.values
         if known.get(key, value) != value:
             line.problems.append(f"{key}={value}: {key}={known[key]} was given before; give one")

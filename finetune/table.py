@@ -73,8 +73,9 @@ class Line:
     `class_name` is "mean" for the mean over classes. Estimates are in the metric's reported unit
     (Dice points, mm); `difference` is pretrained minus its scratch twin, `against_own` pretrained
     minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
-    of subjects that gain over the twin and `median` their median gain. `adjusted_p` stands in main
-    lines alone: p of the deciding difference, adjusted over the data sets (Holm 1979).
+    of subjects that gain over the twin, `median` the median over subjects of the difference to it.
+    `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
+    sets (Holm 1979).
     """
 
     dataset: str
@@ -511,11 +512,17 @@ def cell(value: Estimate | None, sign: bool = False) -> str:
 
 def _markdown(table: Table) -> str:
     titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
+    own = any(line.own is not None for line in table.lines)
+    columns = [
+        *("data set", "labels", "checkpoint", "metric", "class"),
+        *("pretrained", "scratch", "difference"),
+        *(("scratch, own best", "difference to it") if own else ()),
+        *("cases", "subjects", "seeds", "better in", "median", "p (Holm)", "verdict"),
+    ]
+    words = {"data set", "checkpoint", "metric", "class", "verdict"}
     out = [
-        "| data set | labels | checkpoint | metric | class | pretrained | scratch | difference "
-        "| scratch, own best | difference to it | cases | subjects | seeds | better in | median "
-        "| p (Holm) | verdict |",
-        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---' if name in words else '--:' for name in columns)}|",
     ]
     for line in table.lines:
         basis = line.difference or line.pretrained or line.scratch or NOTHING
@@ -529,8 +536,7 @@ def _markdown(table: Table) -> str:
             cell(line.pretrained),
             cell(line.scratch),
             cell(line.difference, sign=True),
-            cell(line.own),
-            cell(line.against_own, sign=True),
+            *((cell(line.own), cell(line.against_own, sign=True)) if own else ()),
             str(basis.cases),
             str(basis.units),
             str(basis.draws),
@@ -548,9 +554,10 @@ def _markdown(table: Table) -> str:
     explain = (
         "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
         "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-        "scratch. Better in: share of subjects, median: of their gains over the twin. p: of the "
-        "deciding difference in Dice, adjusted over the data sets of a checkpoint at one number "
-        "of labels. One checkpoint supports a claim about this checkpoint only."
+        "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
+        "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
+        "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
+        "checkpoint only."
     )
     return "\n".join([table.verdict, "", *out, "", explain, "", *notes]).rstrip() + "\n"
 

@@ -53,6 +53,11 @@ def test_a_missing_group_is_named_with_its_options() -> None:
     assert any(p.startswith("stepz=1: no such key") for p in found)
 
 
+def test_a_group_with_a_wrong_option_is_not_missing_as_well() -> None:
+    found = problems("finetune", "corpus=.", "ckpt=.", "task=liver")
+    assert found == ["task=liver: no such task; did you mean msd03_liver?"]
+
+
 # Paths that Hydra's grammar rejects or takes apart.
 PATHS = [
     "dcm_PE=AP_3",
