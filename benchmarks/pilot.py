@@ -1,0 +1,276 @@
+"""Can the benchmark tell good pretraining from none? A pilot with controls, validation alone.
+
+    python benchmarks/pilot.py --data DIR --work DIR [--output docs/results] [--jobs 2]
+
+`--data` has `msd_task04_hippocampus/` (images, labels) and `ixi_t1_dlmuse/` (t1, dlmuse_seg).
+A residual U-Net of 0.5 M parameters in the encoder learns, without labels, from the training
+subjects' hippocampi and from IXI's heads, and is finetuned on 2 and on 8 labelled hippocampi, three
+draws each, beside scratch at the same recipe and at its own best. Three controls stand beside it:
+
+- permuted: the weights of `cnn-mae`, shuffled within each tensor: sizes without meaning;
+- one-step: the same pretraining after a single step;
+- supervised-ixi: trained to segment IXI's heads with their labels.
+
+Negative controls that help, or a positive one that does not, say something about the benchmark.
+Test subjects take no part. What is finished is not done again; `--work` holds it. Writes pilot.json
+(machine, versions, raw values) and pilot.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.files import write_json, write_text
+from finetune.rows import read_rows
+from finetune.table import Table, cell, read_table
+from pretrain.bench import machine
+from pretrain.release import load_release, write_release
+from pretrain.run_folder import versions
+
+ROOT = Path(__file__).parents[1]
+FEATURES = "backbone.features=[8,16,32,64]"
+PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 600, 400, 1200
+RATES = (1e-3, 3e-3, 1e-2)
+LABELS, DRAWS, SEARCH_DRAW = (2, 8), (0, 1, 2), 100
+ARMS = ("cnn-mae", "volume-fusion", "permuted", "one-step", "supervised-ixi")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--jobs", type=int, default=2)
+    chosen = parser.parse_args()
+    work, jobs = chosen.work.resolve(), f"jobs={chosen.jobs}"
+    work.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    make_corpora(chosen.data.resolve(), work)
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        fusion = pool.submit(pretrain, work, "volume-fusion", "volume_fusion_small", PRETRAIN_STEPS)
+        for one in (pool.submit(controls, work), pool.submit(cnn_mae, work), fusion):
+            one.result()
+    finetune = [
+        "task=hippocampus", f"corpus={work / 'hippocampus'}", "part=validation", "protocol=tiny",
+        "trainer=cpu", "trainer.threads=1", "batch_size=2", f"steps={STEPS}", "warmup=20",
+    ]  # fmt: skip
+    one = f"ckpt={work / 'cnn-mae'}"
+    rates = ",".join(f"{rate:g}" for rate in RATES)
+    _voxelith("finetune", "-m", *finetune, one, "labels=8", f"seed={SEARCH_DRAW}", f"lr={rates}",
+              f"runs={work / 'search'}", jobs)  # fmt: skip
+    best = best_rates(work / "search")
+    sweep = [*finetune, f"lr={best['pretrained']:g}", f"runs={work / 'runs'}", jobs,
+             f"labels={','.join(map(str, LABELS))}",
+             f"seed={','.join(map(str, DRAWS))}"]  # fmt: skip
+    _voxelith("finetune", "-m", *sweep, "ckpt=" + ",".join(str(work / name) for name in ARMS))
+    if best["scratch"] != best["pretrained"]:
+        search = f"search={{lr: [{rates}], draws: 1}}"
+        _voxelith("finetune", "-m", *sweep, one, "init=scratch", "recipe_of=own",
+                  f"own={{lr: {best['scratch']:g}}}", search)  # fmt: skip
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    report(work, chosen.output, best, time.perf_counter() - began)
+
+
+def make_corpora(data: Path, work: Path) -> None:
+    """Labelled hippocampi by subject, labelled heads, and what pretraining may see of both."""
+    hippocampi, heads = data / "msd_task04_hippocampus", data / "ixi_t1_dlmuse"
+    rows = []
+    for image in sorted((hippocampi / "images").glob("*.nii.gz")):
+        found = re.search(r"_(\d+)", image.name)
+        assert found is not None
+        # Two sides of a person have an odd id and the next even one.
+        subject = f"s{(int(found[1]) + 1) // 2:03d}"
+        rows.append([image, hippocampi / "labels" / image.name, subject, "MR"])
+    _write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
+    _prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
+    split = json.loads((work / "hippocampus" / "splits" / "default.json").read_text())
+    train = set(split["groups"]["train"])
+    scans = [[image, subject, "MR"] for image, _, subject, _ in rows if subject in train]
+    rows = [
+        [t1, heads / "dlmuse_seg" / t1.name.replace("_T1.", "_T1_DLMUSE."), t1.name[:6], "MR"]
+        for t1 in sorted((heads / "t1").glob("*.nii.gz"))
+    ]
+    _write_list(work / "heads.csv", ["image", "label", "subject", "modality"], rows)
+    _prep(work / "heads", "shard_mib=16")
+    scans += [[image, subject, "MR"] for image, _, subject, _ in rows]
+    _write_list(work / "unlabelled.csv", ["image", "subject", "modality"], scans)
+    _prep(work / "unlabelled", "labels=false", "spacing=[1,1,1]", "shard_mib=16")
+
+
+def pretrain(work: Path, name: str, experiment: str, steps: int) -> None:
+    """The release `name` of a run of its own."""
+    if not (work / name).exists():
+        _voxelith("pretrain", f"experiment={experiment}", f"corpus={work / 'unlabelled'}",
+                  f"run={name}", f"runs={work / 'pretrained'}", FEATURES, f"steps={steps}",
+                  f"warmup={steps // 10}", "trainer.threads=1", "augment=light")  # fmt: skip
+        _voxelith("export", str(work / "pretrained" / name), str(work / name))
+
+
+def cnn_mae(work: Path) -> None:
+    """Pretraining that is in question, and its weights without their meaning."""
+    pretrain(work, "cnn-mae", "cnn_mae_small", PRETRAIN_STEPS)
+    if not (work / "permuted").exists():
+        permute(work / "cnn-mae", work / "permuted")
+
+
+def controls(work: Path) -> None:
+    """One step, what labelled heads teach, and scratch with all labels."""
+    pretrain(work, "one-step", "cnn_mae_small", 1)
+    scratch = [f"ckpt={work / 'one-step'}", "init=scratch", "labels=all", "lr=3e-3", "warmup=60",
+               "part=validation", "trainer=cpu", "trainer.threads=1"]  # fmt: skip
+    if not (work / "supervised-ixi").exists():
+        _voxelith("finetune", "task=ixi_dlmuse", f"corpus={work / 'heads'}", *scratch,
+                  f"steps={SUPERVISED_STEPS}", "overlap=0.0", f"runs={work / 'supervised'}",
+                  "run=ixi")  # fmt: skip
+        _voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
+    _voxelith("finetune", "task=hippocampus", f"corpus={work / 'hippocampus'}", *scratch,
+              f"steps={ALL_STEPS}", f"runs={work / 'all'}", "run=all")  # fmt: skip
+
+
+def permute(source: Path, output: Path) -> None:
+    """A release whose weights are another's, shuffled within each tensor."""
+    release = load_release(source)
+    encoder = release.build_encoder()
+    release.load(encoder)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in encoder.state_dict().values():
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.copy_(weight.flatten()[order].view_as(weight))
+    config = release.config | {"name": output.name, "decoder": None, "transfers": "encoder"}
+    prints = json.loads((source / "fingerprints.json").read_text())
+    card = f"# {output.name}\n\nThe weights of {release.name}, shuffled within each tensor.\n"
+    write_release(output, encoder=encoder, config=config, fingerprints=prints, card=card)
+
+
+def best_rates(runs: Path) -> dict[str, float]:
+    """The rate of each arm with the highest Dice over the validation cases."""
+    found: dict[str, dict[float, float]] = {"pretrained": {}, "scratch": {}}
+    for run in sorted(runs.glob("*/rows.csv")):
+        found[_config(run)["init"]][_config(run)["lr"]] = mean_dice(run)
+    return {arm: max(rates, key=lambda rate: rates[rate]) for arm, rates in found.items()}
+
+
+def mean_dice(rows: Path) -> float:
+    """Dice in points over classes, then cases, of a run's rows."""
+    cases: dict[str, list[float]] = {}
+    for row in read_rows(rows):
+        cases.setdefault(row.case, []).append(row.dsc)
+    return 100 * sum(sum(v) / len(v) for v in cases.values()) / len(cases)
+
+
+def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> None:
+    """Writes pilot.json and pilot.md."""
+    table = read_table([work / "runs"])
+    everything = mean_dice(work / "all" / "all" / "rows.csv")
+    search = {
+        run.parent.name: {"dice": mean_dice(run), "lr": _config(run)["lr"]}
+        for run in sorted((work / "search").glob("*/rows.csv"))
+    }
+    runs = {
+        run.parent.name: {
+            "arm": _config(run)["init"],
+            "cases": {f"{row.case} {row.class_name}": round(row.dsc, 5) for row in read_rows(run)},
+        }
+        for run in sorted((work / "runs").glob("*/rows.csv"))
+    }
+    result = {
+        "machine": machine(torch.device("cpu")),
+        "versions": versions(),
+        "seconds": round(seconds),
+        "steps": {
+            "pretraining": PRETRAIN_STEPS,
+            "supervised": SUPERVISED_STEPS,
+            "finetuning": STEPS,
+        },
+        "all_labels_dice": everything,
+        "rates": best,
+        "search": search,
+        "table": table.to_dict(),
+        "runs": runs,
+    }
+    write_json(output / "pilot.json", result)
+    write_text(output / "pilot.md", markdown(table, everything, best))
+    print(markdown(table, everything, best))
+
+
+def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
+    """What docs/results/pilot.md shows."""
+    rows = []
+    for group in sorted(table.groups, key=lambda g: (g.n_labels, ARMS.index(g.checkpoint))):
+        line = group.main
+        values = [group.checkpoint, str(group.n_labels), cell(line.pretrained), cell(line.scratch)]
+        values += [cell(line.difference, sign=True), cell(line.own)]
+        values += [cell(line.against_own, sign=True), f"{line.adjusted_p:.2g}", line.verdict]
+        rows.append(f"| {' | '.join(values)} |")
+    basis = table.groups[0].main.difference
+    assert basis is not None
+    notes = [
+        f"- {group.checkpoint}, {group.n_labels} labels: {note}"
+        for group in table.groups
+        for note in group.notes
+    ]
+    return (
+        "\n".join(
+            [
+                "# Pilot: can the benchmark tell good pretraining from none?",
+                "",
+                "Made by `python benchmarks/pilot.py`; what the arms and controls are stands at the head "
+                "of that file, raw values in [pilot.json](pilot.json). Dice in points over the "
+                f"validation part of MSD Task04 ({basis.cases} cases of {basis.units} subjects, "
+                f"{basis.draws} draws), 95 % intervals over subjects and draws. Pretraining: "
+                f"{PRETRAIN_STEPS} steps of 2 crops of 32x48x32; finetuning: {STEPS} steps of 2. Rates "
+                f"from {', '.join(f'{r:g}' for r in RATES)}, chosen on these cases with a draw of its "
+                f"own: {best['pretrained']:g} for cnn-mae, and so for every arm and twin, "
+                f"{best['scratch']:g} for scratch at its own best. Scratch with all labels, "
+                f"{ALL_STEPS} steps: {everything:.1f}.",
+                "",
+                "| checkpoint | labels | pretrained | scratch | difference | scratch, own best "
+                "| difference to it | p | verdict |",
+                "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
+                *rows,
+                "",
+                *notes,
+            ]
+        ).rstrip()
+        + "\n"
+    )
+
+
+def _config(rows: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((rows.parent / "config.json").read_text())
+    return found
+
+
+def _write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+
+
+def _prep(corpus: Path, *words: str) -> None:
+    if not (corpus / "corpus.json").exists():
+        _voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
+                  *words)  # fmt: skip
+
+
+def _voxelith(*words: str) -> None:
+    print(f"$ voxelith {' '.join(words)}", flush=True)
+    command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
