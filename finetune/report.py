@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from data_prep.corpus import Corpus
@@ -32,6 +31,7 @@ from finetune.figures import (
     draw_losses,
 )
 from finetune.intervals import Estimate
+from finetune.pages import render
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings
@@ -47,7 +47,6 @@ from finetune.table import (
 )
 
 MAX_BYTES = 10_000_000
-_TEMPLATE = "report.html.j2"
 _TONES = {"pretrained better": "better", "scratch better": "worse"}
 
 
@@ -98,38 +97,25 @@ def make_report(
         )
     runs = _read_runs(finetune_runs)
     path = output if output.suffix == ".html" else output / "report.html"
-    page = (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            notice=notice,
-            title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
-            groups=[_group(group) for group in table.groups],
-            losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
-            previews=_previews(pretrain_run),
-            health=_health(pretrain_run),
-            pretraining=_pretraining(pretrain_run),
-            cases=_cases(runs),
-            runs=[_run_line(run) for run in runs],
-            facts=_facts(runs),
-            commands=_commands(pretrain_run, runs),
-        )
+    page = render(
+        "report.html.j2",
+        notice=notice,
+        title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
+        groups=[_group(group) for group in table.groups],
+        losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
+        previews=_previews(pretrain_run),
+        health=_health(pretrain_run),
+        pretraining=_pretraining(pretrain_run),
+        cases=_cases(runs),
+        runs=[_run_line(run) for run in runs],
+        facts=_facts(runs),
+        commands=_commands(pretrain_run, runs),
     )
     if len(page.encode()) > MAX_BYTES:
         raise RuntimeError(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
 
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
