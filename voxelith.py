@@ -377,7 +377,8 @@ example: voxelith inspect release/""",
         _table,
         """
 RUN is the folder of a finetuning, one that holds several, or a rows.csv. The folder `output` gets
-table.md, .html, .tex, .csv and .json.
+table.md, .html, .tex, .csv and .json, forest.png and, for two numbers of labels or more,
+label_curves.png.
 
 example: voxelith table runs/ output=table/""",
     ),

@@ -11,12 +11,12 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep.files import make_folder, write_json, write_text
+from data_prep.files import make_folder, write_bytes, write_json, write_text
 from finetune.intervals import Estimate
-from finetune.pages import render
+from finetune.pages import data_uri, render
 from finetune.table import METRICS, NOTHING, SEEN, Line, Table, read_table
 
 WORDS = ("data set", "checkpoint", "metric", "class", "verdict")
@@ -30,6 +30,12 @@ EXPLAIN = (
     "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
     "checkpoint only."
 )
+
+PICTURES = {
+    "forest.png": "The difference that each verdict is about, with its 95 % interval.",
+    "label_curves.png": "Dice against the number of labelled cases, means with 95 % bands.",
+}
+"""Pictures of a table by file name, with what they show."""
 
 _MARKS = {
     "pretrained better": r"$\uparrow$",
@@ -57,15 +63,23 @@ def make_table(runs: Sequence[Path], output: Path) -> Table:
 
     Args:
         runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
-        output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json.
+        output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
+            pictures of `PICTURES` that have something to show.
 
     Raises:
         InputError: a folder has no rows, or two runs are the same arm and seed.
     """
     table = read_table(runs)
     make_folder(output, "output")
+    from finetune.figures import draw_table  # matplotlib takes its time to start
+
+    pictures = draw_table(table)
+    for name in PICTURES:
+        (output / name).unlink(missing_ok=True)  # of a table that was there before
+        if name in pictures:
+            write_bytes(output / name, pictures[name])
     write_text(output / "table.md", markdown(table))
-    write_text(output / "table.html", html(table))
+    write_text(output / "table.html", html(table, pictures))
     write_text(output / "table.tex", latex(table))
     write_text(output / "table.csv", csv_text(table))
     write_json(output / "table.json", table.to_dict())
@@ -83,17 +97,28 @@ def markdown(table: Table) -> str:
     return "\n".join([table.verdict, "", *lines, "", EXPLAIN, "", *notes]).rstrip() + "\n"
 
 
-def html(table: Table) -> str:
-    """The same as one page that needs nothing else."""
+def html(table: Table, pictures: Mapping[str, bytes]) -> str:
+    """The same as one page that needs nothing else.
+
+    Args:
+        table: to show.
+        pictures: PNGs by their names in `PICTURES`.
+    """
     return render(
         "table.html.j2",
         title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
         sentences=[group.sentence for group in table.groups],
+        pictures=on_page(pictures),
         records=_records(table),
         words=WORDS,
         explain=EXPLAIN,
         notes=_notes(table),
     )
+
+
+def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """Address and caption of each picture, as pages show them."""
+    return [(data_uri(png, "image/png"), PICTURES[name]) for name, png in pictures.items()]
 
 
 def latex(table: Table) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,8 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(template).render(values)
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes that a page carries in itself."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -24,14 +24,15 @@ from data_prep.volume import read_label
 from finetune.figures import (
     Curve,
     Overlay,
-    data_uri,
     draw_cases,
     draw_comparison,
     draw_health,
     draw_losses,
+    draw_table,
 )
+from finetune.formats import on_page
 from finetune.intervals import Estimate
-from finetune.pages import render
+from finetune.pages import data_uri, render
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings
@@ -102,6 +103,7 @@ def make_report(
         notice=notice,
         title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
         groups=[_group(group) for group in table.groups],
+        pictures=on_page(draw_table(table)),
         losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
         previews=_previews(pretrain_run),
         health=_health(pretrain_run),
@@ -160,7 +162,7 @@ def _group(group: Group) -> dict[str, Any]:
             for one in group.lines
             if one.metric == "dsc" and one.difference is not None
         ]
-        comparison = draw_comparison(rows, group.scores, "Dice points")
+        comparison = draw_comparison(rows, group.scores)
     return {
         "dataset": group.dataset,
         "n_labels": group.n_labels,

@@ -111,6 +111,7 @@ class Group:
     lines: tuple[Line, ...]
     scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
     notes: tuple[str, ...] = ()
+    protocol: str = ""
 
     @property
     def main(self) -> Line:
@@ -284,6 +285,7 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
         tuple(lines),
         scores,
         tuple(notes),
+        head.protocol,
     )
 
 
@@ -485,6 +487,7 @@ def _plain(table: Table) -> dict[str, object]:
                 "labels": group.labels,
                 "n_labels": group.n_labels,
                 "checkpoint": group.checkpoint,
+                "protocol": group.protocol,
                 "verdict": group.main.verdict,
                 "sentence": group.sentence,
                 "notes": list(group.notes),

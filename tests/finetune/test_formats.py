@@ -3,10 +3,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 from arm_rows import make_rows, scratch_own
 
-from finetune.formats import html, latex, markdown
+from finetune.figures import draw_label_curves, draw_table
+from finetune.formats import html, latex, make_table, markdown
+from finetune.rows import Row, write_rows
 from finetune.table import Table, tabulate
 
 NASTY = "a_b & 5% #1 $x {y} ~z^2 \\w <i>"
@@ -53,14 +56,15 @@ def test_markdown_and_html_show_the_same() -> None:
         for line in markdown(table).splitlines()
         if line.startswith("|") and "---" not in line
     ]
-    assert rows == Cells(html(table)).rows
-    assert any(NASTY in row for row in rows) and "<i>" not in html(table)
+    assert rows == Cells(html(table, {})).rows
+    assert any(NASTY in row for row in rows) and "<i>" not in html(table, {})
 
 
 def test_the_page_fetches_nothing() -> None:
-    page = html(two_sets())
+    table = two_sets()
+    page = html(table, draw_table(table))
     addresses = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]+)', page)
-    assert all(a.startswith("data:") for a in addresses)
+    assert len(addresses) == 1 and addresses[0].startswith("data:image/png")
     assert not re.search(r"<script|<link|@import|url\(", page)
 
 
@@ -97,3 +101,31 @@ def test_latex_and_markdown_have_the_same_digits() -> None:
         assert d is not None
         shown = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
         assert shown in markdown(table) and shown in row.replace("$", "")
+
+
+def with_labels(rows: list[Row], count: int, **changes: object) -> list[Row]:
+    changes |= {"labels": str(count), "n_labels": count, "config_hash": f"recipe-{count}"}
+    return [dataclasses.replace(r, **changes) for r in rows]  # type: ignore[arg-type]
+
+
+def test_curves_need_two_numbers_of_labels_of_one_recipe() -> None:
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    four, sixteen = with_labels(arms, 4), with_labels(arms, 16)
+    assert draw_label_curves(tabulate(four)) is None
+    assert draw_label_curves(tabulate(four + sixteen)) is not None
+    # A second recipe at sixteen labels: no line leads through both.
+    other = [dataclasses.replace(r, config_hash="other") for r in sixteen]
+    assert draw_label_curves(tabulate(four + sixteen + other)) is None
+    named = [dataclasses.replace(r, protocol="full") for r in other]
+    assert draw_label_curves(tabulate(four + sixteen + named)) is not None
+
+
+def test_pictures_lie_beside_the_table_and_never_outlive_it(tmp_path: Path) -> None:
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    names = []
+    for number, rows in enumerate((with_labels(arms, 4) + with_labels(arms, 16), arms)):
+        write_rows(rows, tmp_path / f"{number}.csv")
+        make_table([tmp_path / f"{number}.csv"], tmp_path / "table")
+        names.append(sorted(path.name for path in (tmp_path / "table").iterdir()))
+    files = [f"table.{kind}" for kind in ("csv", "html", "json", "md", "tex")]
+    assert names == [["forest.png", "label_curves.png", *files], ["forest.png", *files]]
