@@ -214,10 +214,10 @@ def _runs(command: str, words: list[str], options: dict[str, str]) -> list[Path]
 def _table(words: list[str]) -> Any:
     options = {"output": "table"}
     runs = _runs("table", words, options)
-    from finetune.table import make_table
+    from finetune.formats import make_table, markdown
 
     table = make_table(runs, Path(options["output"]))
-    print(f"{table.markdown()}\n{options['output']}: table.md, table.csv, table.json")
+    print(f"{markdown(table)}\n{options['output']}: table.md, .html, .tex, .csv and .json")
     return table.to_dict()
 
 
@@ -377,7 +377,8 @@ example: voxelith inspect release/""",
         _table,
         """
 RUN is the folder of a finetuning, one that holds several, or a rows.csv. The folder `output` gets
-table.md, table.csv and table.json.
+table.md, .html, .tex, .csv and .json, forest.png and, for two numbers of labels or more,
+label_curves.png.
 
 example: voxelith table runs/ output=table/""",
     ),

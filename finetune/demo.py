@@ -20,9 +20,9 @@ from typing import Any
 from conf.compose import settings_for
 from data_prep.build import prep
 from data_prep.progress import bar
+from finetune.formats import make_table, markdown
 from finetune.report import make_report
 from finetune.settings import DemoSettings
-from finetune.table import make_table
 from finetune.train import finetune
 from pretrain.export import export
 from pretrain.release import load_release
@@ -79,7 +79,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         finetuned = _side_by_side(jobs, output / "logs", min(cores, len(jobs)))
     with _step("table", [*map(str, finetuned), f"output={output / 'table'}"]):
         table = make_table(finetuned, output / "table")
-        print(table.markdown())
+        print(markdown(table))
     report = make_report(pretrained, finetuned, table, output / "report.html", NOTICE)
     print(f"{NOTICE}\n\nOpen {report}")
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Sequence
@@ -22,12 +21,18 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from finetune.intervals import Estimate
+from finetune.pages import data_uri
+from finetune.table import Group, Line, Table
 from pretrain.previews import PLANES, planes
 
 WIDTH = 10.4
 """Inches; the page shows every figure at its full width."""
-ARM_COLOURS = {"pretrained": "#1f5fa8", "scratch": "#d1711c"}
+ARM_COLOURS = {"pretrained": "#1f5fa8", "scratch": "#d1711c", "scratch-own": "#6f3a08"}
 CLASS_COLOURS = ("#ffb02e", "#35c9ff", "#ff5c8a", "#7dff6a", "#c79bff", "#fff56a", "#ff7b3a")
+_VERDICT_COLOURS = {
+    "pretrained better": ARM_COLOURS["pretrained"],
+    "scratch better": ARM_COLOURS["scratch"],
+}
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
 INK, FAINT, GRID = "#1c2733", "#6b7785", "#e4e8ed"
 
@@ -86,41 +91,34 @@ def svg(figure: Figure) -> str:
     return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
-def png(figure: Figure, dpi: int = 190) -> str:
-    """A figure with pixels in it as a data URI."""
+def png(figure: Figure, dpi: int = 190) -> bytes:
+    """A figure as a file of pixels."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
-    return data_uri(buffer.getvalue(), "image/png")
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    """Bytes that a page carries in itself."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return buffer.getvalue()
 
 
 def draw_comparison(
     rows: Sequence[tuple[str, Estimate]],
     scores: dict[str, dict[tuple[str, str], float]],
-    unit: str,
 ) -> str:
     """Differences with intervals beside the scores they come from.
 
     Args:
-        rows: name and difference (pretrained minus scratch), from top to bottom.
+        rows: name and difference in Dice points (pretrained minus scratch), from top to bottom.
         scores: per arm, (case, seed) to Dice points.
-        unit: of the differences.
     """
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(WIDTH, 3.3), width_ratios=[1.55, 1], layout="constrained"
         )
-        _forest(left, rows, unit)
+        _forest(left, rows)
         _pairs(right, scores)
         return svg(figure)
 
 
-def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]], unit: str) -> None:
+def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]]) -> None:
     axis.axvline(0, color=INK, linewidth=1)
     for y, (_, value) in enumerate(reversed(rows)):
         first = y == len(rows) - 1
@@ -135,11 +133,8 @@ def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]], unit: str) -> None
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    ends = [abs(v) for _, r in rows for v in (r.low, r.high, r.mean) if not math.isnan(v)]
-    reach = 1.15 * max([*ends, 1.0])
-    axis.set_xlim(-reach, reach)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel(f"{unit}, 95 % interval      ← scratch better | pretrained better →")
+    _centre_zero(axis, [value for _, value in rows])
     axis.set_title("Difference in Dice: pretrained minus scratch")
 
 
@@ -161,6 +156,133 @@ def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, str], float]]) -> None:
     axis.set_title("Each case and seed")
     if 1 < len(seeds) <= 8:
         axis.legend(loc="upper left", handletextpad=0.1, borderpad=0.2)
+
+
+def draw_table(table: Table) -> dict[str, bytes]:
+    """The pictures of a table by file name; those without anything to show are not there."""
+    drawn = {"forest.png": draw_forest(table), "label_curves.png": draw_label_curves(table)}
+    return {name: picture for name, picture in drawn.items() if picture is not None}
+
+
+def draw_forest(table: Table) -> bytes | None:
+    """The deciding difference in Dice of every group with its interval, by data set, as a PNG."""
+    by_dataset: dict[str, list[tuple[Group, Estimate]]] = {}
+    for group in table.groups:
+        if (found := group.main.decides) is not None:
+            by_dataset.setdefault(group.dataset, []).append((group, found))
+    shown = [pair for pairs in by_dataset.values() for pair in pairs]
+    if not shown:
+        return None
+    height = 1.0 + 0.27 * (len(shown) + 1.2 * len(by_dataset))
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+        axis.axvline(0, color=INK, linewidth=1)
+        y, ticks = -1.2, {}
+        for dataset, pairs in by_dataset.items():
+            y += 1.2
+            ticks[y] = dataset
+            for group, value in pairs:
+                y += 1
+                ticks[y] = f"{group.checkpoint}, {group.n_labels} labels"
+                _effect(axis, y, value, group.main.verdict)
+        axis.set_ylim(y + 0.6, -0.7)
+        axis.set_yticks(list(ticks), list(ticks.values()))
+        for label, name in zip(axis.get_yticklabels(), ticks.values(), strict=True):
+            label.set_weight("bold" if name in by_dataset else "normal")
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+        axis.grid(axis="y", visible=False)
+        _centre_zero(axis, [value for _, value in shown])
+        own = any(group.main.own_is_stronger for group, _ in shown)
+        axis.set_title(f"Difference in Dice: pretrained minus {'the stronger ' * own}scratch")
+        return png(figure)
+
+
+def _effect(axis: Axes, y: float, value: Estimate, verdict: str) -> None:
+    """A row of the forest, with its numbers beside the axes; hollow without an interval."""
+    colour = _VERDICT_COLOURS.get(verdict, FAINT)
+    interval = "no interval"
+    if value.has_interval:
+        axis.plot([value.low, value.high], [y, y], color=colour, linewidth=2.4)
+        interval = f"{value.low:+.1f}, {value.high:+.1f}"
+    inside = colour if value.has_interval else "white"
+    axis.plot(value.mean, y, "D", color=colour, markersize=6, markerfacecolor=inside)
+    axis.text(
+        1.01, y, f"{value.mean:+.1f} [{interval}]", transform=axis.get_yaxis_transform(),
+        va="center_baseline", color=_VERDICT_COLOURS.get(verdict, INK),
+    )  # fmt: skip
+
+
+def _centre_zero(axis: Axes, values: Sequence[Estimate]) -> None:
+    """Differences on an axis with as much room on either side, which is said to be whose."""
+    ends = [abs(v) for r in values for v in (r.low, r.high, r.mean) if not math.isnan(v)]
+    reach = 1.15 * max([*ends, 1.0])
+    axis.set_xlim(-reach, reach)
+    axis.set_xlabel("Dice points, 95 % interval      ← scratch better | pretrained better →")
+
+
+def draw_label_curves(table: Table) -> bytes | None:
+    """Dice of the arms against the number of labels with 95 % bands, as a PNG.
+
+    A panel for each data set, checkpoint and protocol with two numbers of labels at least. Where a
+    number of labels has several recipes, no line can be drawn through them, and there is no panel.
+    """
+    panels: dict[tuple[str, ...], list[Group]] = {}
+    for group in table.groups:
+        if group.n_labels > 0:
+            key = (group.dataset, group.main.checkpoint_digest, group.checkpoint, group.protocol)
+            panels.setdefault(key, []).append(group)
+    panels = {
+        key: sorted(found, key=lambda group: group.n_labels)
+        for key, found in panels.items()
+        if 1 < len(found) == len({group.n_labels for group in found})
+    }
+    if not panels:
+        return None
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(WIDTH, 0.4 + 2.9 * rows), squeeze=False, layout="constrained"
+        )
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, ((dataset, _, checkpoint, protocol), found) in zip(
+            axes.flat, panels.items(), strict=False
+        ):
+            _label_curves(axis, [group.main for group in found])
+            axis.set_title(", ".join(part for part in (dataset, checkpoint, protocol) if part))
+        handles = {
+            label: handle
+            for axis in axes.flat
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        return png(figure)
+
+
+def _label_curves(axis: Axes, lines: Sequence[Line]) -> None:
+    for arm, style in (("pretrained", "o-"), ("scratch", "s-"), ("scratch-own", "^--")):
+        found = [
+            (line.n_labels, value)
+            for line in lines
+            if (value := getattr(line, "own" if arm == "scratch-own" else arm)) is not None
+        ]
+        if found:
+            counts = [count for count, _ in found]
+            low, high = ([getattr(value, end) for _, value in found] for end in ("low", "high"))
+            colour = ARM_COLOURS[arm]
+            axis.fill_between(counts, low, high, color=colour, alpha=0.11, linewidth=0)
+            for end in (low, high):
+                axis.plot(counts, end, color=colour, alpha=0.5, linewidth=0.8)
+            means = [value.mean for _, value in found]
+            label = "scratch at its own best" if arm == "scratch-own" else arm
+            axis.plot(counts, means, style, color=colour, markersize=5, linewidth=1.8, label=label)
+    counts = sorted({line.n_labels for line in lines})
+    axis.set_xscale("log")
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.minorticks_off()
+    axis.set_xlabel("labelled cases")
+    axis.set_ylabel("Dice, 95 % band")
 
 
 def draw_losses(pretraining: Curve | None, finetuning: Sequence[Curve]) -> str:
@@ -277,7 +399,7 @@ def draw_cases(cases: Sequence[Overlay], classes: Sequence[str]) -> str:
             handles=handles, loc="lower center", ncols=min(len(handles), 8), fontsize=8.5,
             frameon=True, facecolor="#202a36", framealpha=1, edgecolor="none", labelcolor="white",
         )  # fmt: skip
-        return png(figure)
+        return data_uri(png(figure), "image/png")
 
 
 def _colours(count: int) -> list[str]:

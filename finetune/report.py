@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from data_prep.corpus import Corpus
@@ -25,13 +24,15 @@ from data_prep.volume import read_label
 from finetune.figures import (
     Curve,
     Overlay,
-    data_uri,
     draw_cases,
     draw_comparison,
     draw_health,
     draw_losses,
+    draw_table,
 )
+from finetune.formats import on_page
 from finetune.intervals import Estimate
+from finetune.pages import data_uri, render
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings
@@ -47,7 +48,6 @@ from finetune.table import (
 )
 
 MAX_BYTES = 10_000_000
-_TEMPLATE = "report.html.j2"
 _TONES = {"pretrained better": "better", "scratch better": "worse"}
 
 
@@ -98,38 +98,26 @@ def make_report(
         )
     runs = _read_runs(finetune_runs)
     path = output if output.suffix == ".html" else output / "report.html"
-    page = (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            notice=notice,
-            title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
-            groups=[_group(group) for group in table.groups],
-            losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
-            previews=_previews(pretrain_run),
-            health=_health(pretrain_run),
-            pretraining=_pretraining(pretrain_run),
-            cases=_cases(runs),
-            runs=[_run_line(run) for run in runs],
-            facts=_facts(runs),
-            commands=_commands(pretrain_run, runs),
-        )
+    page = render(
+        "report.html.j2",
+        notice=notice,
+        title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
+        groups=[_group(group) for group in table.groups],
+        pictures=on_page(draw_table(table)),
+        losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
+        previews=_previews(pretrain_run),
+        health=_health(pretrain_run),
+        pretraining=_pretraining(pretrain_run),
+        cases=_cases(runs),
+        runs=[_run_line(run) for run in runs],
+        facts=_facts(runs),
+        commands=_commands(pretrain_run, runs),
     )
     if len(page.encode()) > MAX_BYTES:
         raise RuntimeError(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
 
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
@@ -174,7 +162,7 @@ def _group(group: Group) -> dict[str, Any]:
             for one in group.lines
             if one.metric == "dsc" and one.difference is not None
         ]
-        comparison = draw_comparison(rows, group.scores, "Dice points")
+        comparison = draw_comparison(rows, group.scores)
     return {
         "dataset": group.dataset,
         "n_labels": group.n_labels,

@@ -9,9 +9,7 @@ that the checkpoint has seen in pretraining are left out and counted.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from data_prep.files import make_folder, write_json, write_text
 from finetune.comparisons import holm_by_family, median_difference, share_improved
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
@@ -114,6 +111,7 @@ class Group:
     lines: tuple[Line, ...]
     scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
     notes: tuple[str, ...] = ()
+    protocol: str = ""
 
     @property
     def main(self) -> Line:
@@ -142,31 +140,9 @@ class Table:
         """One sentence for each group."""
         return " ".join(group.sentence for group in self.groups)
 
-    def markdown(self) -> str:
-        """The table as Markdown; every mean with its interval, cases, subjects and seeds."""
-        return _markdown(self)
-
     def to_dict(self) -> dict[str, object]:
         """Plain data, as table.json holds it."""
         return _plain(self)
-
-
-def make_table(runs: Sequence[Path], output: Path) -> Table:
-    """Makes table.md, table.csv and table.json in `output` from finished runs.
-
-    Args:
-        runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
-        output: a folder, made if missing.
-
-    Raises:
-        InputError: a folder has no rows, or two runs are the same arm and seed.
-    """
-    table = read_table(runs)
-    make_folder(output, "output")
-    write_text(output / "table.md", table.markdown())
-    write_text(output / "table.csv", _csv(table))
-    write_json(output / "table.json", table.to_dict())
-    return table
 
 
 def read_table(runs: Sequence[Path]) -> Table:
@@ -300,6 +276,7 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
                 notes += _gaps(a, b)
             line = _line(head, metric, name, (a, b, c), _subjects(pretrained + scratch + own))
             lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
+    notes += _power(lines[0])
     return Group(
         head.dataset,
         head.labels,
@@ -308,6 +285,7 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
         tuple(lines),
         scores,
         tuple(notes),
+        head.protocol,
     )
 
 
@@ -500,92 +478,6 @@ def _basis(value: Estimate) -> str:
     return f"{value.cases} cases{subjects}, {value.draws} seed{'s' if value.draws != 1 else ''}"
 
 
-def cell(value: Estimate | None, sign: bool = False) -> str:
-    """An estimate as text: mean and interval."""
-    if value is None or math.isnan(value.mean):
-        return "–"
-    form = "+.1f" if sign else ".1f"
-    if not value.has_interval:
-        return f"{value.mean:{form}} [no interval]"
-    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
-
-
-def _markdown(table: Table) -> str:
-    titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
-    own = any(line.own is not None for line in table.lines)
-    columns = [
-        *("data set", "labels", "checkpoint", "metric", "class"),
-        *("pretrained", "scratch", "difference"),
-        *(("scratch, own best", "difference to it") if own else ()),
-        *("cases", "subjects", "seeds", "better in", "median", "p (Holm)", "verdict"),
-    ]
-    words = {"data set", "checkpoint", "metric", "class", "verdict"}
-    out = [
-        f"| {' | '.join(columns)} |",
-        f"|{'|'.join('---' if name in words else '--:' for name in columns)}|",
-    ]
-    for line in table.lines:
-        basis = line.difference or line.pretrained or line.scratch or NOTHING
-        better = "–" if math.isnan(line.improved) else f"{line.improved:.0%}"
-        values = [
-            line.dataset,
-            str(line.n_labels) if line.n_labels >= 0 else "–",
-            line.checkpoint or "–",
-            titles[line.metric],
-            line.class_name,
-            cell(line.pretrained),
-            cell(line.scratch),
-            cell(line.difference, sign=True),
-            *((cell(line.own), cell(line.against_own, sign=True)) if own else ()),
-            str(basis.cases),
-            str(basis.units),
-            str(basis.draws),
-            better,
-            "–" if math.isnan(line.median) else f"{line.median:+.1f}",
-            "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
-            line.verdict,
-        ]
-        out.append("| " + " | ".join(values) + " |")
-    notes = [
-        f"- {g.dataset}, {g.n_labels} labels, {g.checkpoint or 'scratch'}: {note}"
-        for g in table.groups
-        for note in (*g.notes, *_power(g.main))
-    ]
-    explain = (
-        "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
-        "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-        "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
-        "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
-        "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
-        "checkpoint only."
-    )
-    return "\n".join([table.verdict, "", *out, "", explain, "", *notes]).rstrip() + "\n"
-
-
-def _csv(table: Table) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
-    parts = ("mean", "low", "high", "cases", "units", "draws")
-    arms = ("pretrained", "scratch", "difference", "own", "against_own")
-    more = ("improved", "median", "adjusted_p")
-    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
-    writer.writerow(header)
-    for line in table.lines:
-        cells: list[object] = [getattr(line, name) for name in plain]
-        for arm in arms:
-            value = getattr(line, arm)
-            cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
-        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
-    return text.getvalue()
-
-
-def _number(value: float) -> str | int:
-    if isinstance(value, int):
-        return value
-    return "" if math.isnan(value) else f"{value:.6g}"
-
-
 def _plain(table: Table) -> dict[str, object]:
     groups = []
     for group in table.groups:
@@ -595,6 +487,7 @@ def _plain(table: Table) -> dict[str, object]:
                 "labels": group.labels,
                 "n_labels": group.n_labels,
                 "checkpoint": group.checkpoint,
+                "protocol": group.protocol,
                 "verdict": group.main.verdict,
                 "sentence": group.sentence,
                 "notes": list(group.notes),

@@ -7,13 +7,15 @@ up, and anterior is up (axial) or left (sagittal).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.files import atomic
-from pretrain.objective import Batch, Objective
+
+if TYPE_CHECKING:
+    from pretrain.objective import Batch, Objective
 
 PLANES = ("axial", "coronal", "sagittal")
 HIDDEN = "#2f5d8a"

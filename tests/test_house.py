@@ -111,6 +111,12 @@ def test_features_need_no_trainer() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_a_table_and_its_pictures_start_without_torch() -> None:
+    code = "import sys, finetune.formats, finetune.figures; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_prep_starts_without_torch() -> None:
     """Settings that name no class are checked without importing what could be named."""
     code = (

@@ -6,68 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arm_rows import BASE, make_rows, scratch_own
 
 from data_prep.errors import InputError
+from finetune.formats import make_table, markdown
 from finetune.rows import Row, read_rows, write_rows
-from finetune.table import make_table, tabulate
-
-BASE = Row(
-    dataset="hippocampus",
-    split="official/test",
-    split_hash="abc",
-    case="c0",
-    subject="s0",
-    class_value=1,
-    class_name="anterior",
-    status="scored",
-    outcome="scored",
-    dsc=0.5,
-    nsd=0.6,
-    nsd_tolerance_mm=1.0,
-    hd95=3.0,
-    volume_pred_ml=1.0,
-    volume_true_ml=1.1,
-    arm="scratch",
-    labels="4",
-    n_labels=4,
-    seed=0,
-    label_seed=0,
-    init_seed=0,
-    pretrain_seed=-1,
-    steps=100,
-    checkpoint="",
-    checkpoint_digest="",
-    config_hash="recipe",
-    assd=0.7,
-    volume_error_ml=-0.1,
-    volume_error_relative=-0.09,
-)
-
-
-def make_rows(
-    arm: str, gain: float = 0.0, seeds: int = 3, cases: int = 12, noise: float = 0.01
-) -> list[Row]:
-    rng = np.random.default_rng(0 if arm == "scratch" else 1)
-    given = {"checkpoint": "mae", "checkpoint_digest": "d1", "pretrain_seed": 5}
-    out = []
-    for seed in range(seeds):
-        for case in range(cases):
-            for value, name in ((1, "anterior"), (2, "posterior")):
-                dsc = 0.6 + 0.01 * case + gain + noise * rng.normal()
-                row = dataclasses.replace(
-                    BASE,
-                    arm=arm,
-                    case=f"c{case}",
-                    subject=f"s{case // 2}",
-                    seed=seed,
-                    label_seed=seed,
-                    init_seed=seed,
-                    class_value=value,
-                    class_name=name,
-                    dsc=dsc,
-                )
-                out.append(row if arm == "scratch" else dataclasses.replace(row, **given))
-    return out
+from finetune.table import tabulate
 
 
 def test_a_large_gain_is_seen_and_a_small_one_is_not() -> None:
@@ -82,11 +26,6 @@ def test_a_large_gain_is_seen_and_a_small_one_is_not() -> None:
     vague = tabulate(make_rows("scratch") + make_rows("pretrained", 0.001, noise=0.1)).groups[0]
     assert vague.main.verdict == "no clear difference"
     assert "no clear difference" in vague.sentence
-
-
-def scratch_own(gain: float) -> list[Row]:
-    rows = [dataclasses.replace(r, arm="scratch-own") for r in make_rows("scratch", gain)]
-    return [dataclasses.replace(r, recipe_hash="own") for r in rows]
 
 
 def test_the_stronger_scratch_decides() -> None:
@@ -119,7 +58,7 @@ def test_p_values_are_adjusted_over_the_data_sets_of_a_checkpoint() -> None:
     expected = np.maximum.accumulate(np.minimum(np.sort(raw) * [3, 2, 1], 1))
     assert [mains[i].adjusted_p for i in order] == pytest.approx(list(expected))
     assert all(np.isnan(line.adjusted_p) for line in tabulate(rows).groups[0].lines[1:])
-    assert "would be found with a chance of" in tabulate(rows).markdown()
+    assert "would be found with a chance of" in markdown(tabulate(rows))
 
 
 def test_no_delta_without_its_twin() -> None:
@@ -168,7 +107,7 @@ def test_a_checkpoint_that_has_seen_every_case_gets_no_score() -> None:
     assert "12 test cases were seen in pretraining and are left out" in table.groups[0].notes
     assert {line.verdict for line in table.lines} == {"tainted"}
     assert "every test case was seen in pretraining" in table.verdict
-    assert "tainted" in table.markdown()
+    assert "tainted" in markdown(table)
 
 
 def test_missing_a_structure_costs_and_absence_does_not() -> None:

@@ -16,10 +16,11 @@ from small_runs import add_split, write_encoder
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from finetune.evaluate import evaluate
+from finetune.formats import make_table
 from finetune.report import make_report
 from finetune.rows import read_rows, write_rows
 from finetune.settings import EvaluateSettings, FinetuneSettings
-from finetune.table import make_table, read_table
+from finetune.table import read_table
 from finetune.train import finetune
 
 TASK = {

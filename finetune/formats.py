@@ -1,0 +1,252 @@
+"""The table as files: Markdown and HTML to read, LaTeX for a paper, CSV and JSON to compute with.
+
+Markdown and HTML show the same columns with the same digits; LaTeX has the main lines, Dice over
+all classes; CSV and JSON have every number in full.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data_prep.files import make_folder, write_bytes, write_json, write_text
+from finetune.intervals import Estimate
+from finetune.pages import data_uri, render
+from finetune.table import METRICS, NOTHING, SEEN, Line, Table, read_table
+
+WORDS = ("data set", "checkpoint", "metric", "class", "verdict")
+"""Columns of words; all others are numbers and end on the right."""
+
+EXPLAIN = (
+    "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
+    "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
+    "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
+    "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
+    "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
+    "checkpoint only."
+)
+
+PICTURES = {
+    "forest.png": "The difference that each verdict is about, with its 95 % interval.",
+    "label_curves.png": "Dice against the number of labelled cases, means with 95 % bands.",
+}
+"""Pictures of a table by file name, with what they show."""
+
+_MARKS = {
+    "pretrained better": r"$\uparrow$",
+    "scratch better": r"$\downarrow$",
+    "no clear difference": r"$\sim$",
+    SEEN: r"$\dagger$",
+}
+"""Verdicts in LaTeX; all others share a question mark."""
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # at the start of a row it would be an option of the line break before it
+    "*": "{*}",
+    "–": "--",
+} | {sign: f"\\{sign}" for sign in "_&%#${}"}
+
+
+def make_table(runs: Sequence[Path], output: Path) -> Table:
+    """Makes the table of finished runs and writes it to `output` in all formats.
+
+    Args:
+        runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
+        output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
+            pictures of `PICTURES` that have something to show.
+
+    Raises:
+        InputError: a folder has no rows, or two runs are the same arm and seed.
+    """
+    table = read_table(runs)
+    make_folder(output, "output")
+    from finetune.figures import draw_table  # matplotlib takes its time to start
+
+    pictures = draw_table(table)
+    for name in PICTURES:
+        (output / name).unlink(missing_ok=True)  # of a table that was there before
+        if name in pictures:
+            write_bytes(output / name, pictures[name])
+    write_text(output / "table.md", markdown(table))
+    write_text(output / "table.html", html(table, pictures))
+    write_text(output / "table.tex", latex(table))
+    write_text(output / "table.csv", csv_text(table))
+    write_json(output / "table.json", table.to_dict())
+    return table
+
+
+def markdown(table: Table) -> str:
+    """Every mean with its interval, cases, subjects and seeds, and notes below."""
+    records = _records(table)
+    names = list(records[0]) if records else []
+    out = [names, ["---" if name in WORDS else "--:" for name in names]]
+    out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
+    lines = [f"| {' | '.join(cells)} |" for cells in out]
+    notes = [f"- {note}" for note in _notes(table)]
+    return "\n".join([table.verdict, "", *lines, "", EXPLAIN, "", *notes]).rstrip() + "\n"
+
+
+def html(table: Table, pictures: Mapping[str, bytes]) -> str:
+    """The same as one page that needs nothing else.
+
+    Args:
+        table: to show.
+        pictures: PNGs by their names in `PICTURES`.
+    """
+    return render(
+        "table.html.j2",
+        title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
+        sentences=[group.sentence for group in table.groups],
+        pictures=on_page(pictures),
+        records=_records(table),
+        words=WORDS,
+        explain=EXPLAIN,
+        notes=_notes(table),
+    )
+
+
+def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """Address and caption of each picture, as pages show them."""
+    return [(data_uri(png, "image/png"), PICTURES[name]) for name, png in pictures.items()]
+
+
+def latex(table: Table) -> str:
+    """A `tabular` with the main lines, for any document that loads booktabs."""
+    mains = [group.main for group in table.groups]
+    own = any(line.own is not None for line in mains)
+    names = ["Data set", "Labels", "Checkpoint", "Pretrained", "Scratch", "Difference"]
+    names += ["Scratch, own best", "Difference to it"] if own else []
+    rows = [
+        [
+            *map(_escaped, (line.dataset, _count(line.n_labels), line.checkpoint or "–")),
+            *map(_in_math, _arms(line, own)),
+            _MARKS.get(line.verdict, "?"),
+        ]
+        for line in mains
+    ]
+    used = {_MARKS.get(line.verdict, "?"): line.verdict for line in mains}
+    others = dict.fromkeys(line.verdict for line in mains if line.verdict not in _MARKS)
+    legend = "; ".join(
+        f"{mark}: {' or '.join(others) if mark == '?' else verdict}"
+        for mark, verdict in used.items()
+    )
+    width = len(names) + 1
+    body = [" & ".join(cells) + r" \\" for cells in rows]
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs} in the preamble",
+            rf"\begin{{tabular}}{{l r l {'r ' * (width - 4)}c}}",
+            r"\toprule",
+            " & ".join([*names, ""]).rstrip() + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            rf"\multicolumn{{{width}}}{{l}}{{\footnotesize Dice in points, "
+            rf"mean and 95\,\% interval. {legend}.}} \\",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def csv_text(table: Table) -> str:
+    """A row for each line, every estimate in parts, nothing rounded to be read."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
+    parts = ("mean", "low", "high", "cases", "units", "draws")
+    arms = ("pretrained", "scratch", "difference", "own", "against_own")
+    more = ("improved", "median", "adjusted_p")
+    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
+    writer.writerow(header)
+    for line in table.lines:
+        cells: list[object] = [getattr(line, name) for name in plain]
+        for arm in arms:
+            value = getattr(line, arm)
+            cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
+        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
+    return text.getvalue()
+
+
+def _records(table: Table) -> list[dict[str, str]]:
+    """Column to text, of each line."""
+    titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
+    own = any(line.own is not None for line in table.lines)
+    arms = ["pretrained", "scratch", "difference"]
+    arms += ["scratch, own best", "difference to it"] if own else []
+    records = []
+    for line in table.lines:
+        basis = line.difference or line.pretrained or line.scratch or NOTHING
+        records.append(
+            {
+                "data set": line.dataset,
+                "labels": _count(line.n_labels),
+                "checkpoint": line.checkpoint or "–",
+                "metric": titles[line.metric],
+                "class": line.class_name,
+                **dict(zip(arms, _arms(line, own), strict=True)),
+                "cases": str(basis.cases),
+                "subjects": str(basis.units),
+                "seeds": str(basis.draws),
+                "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
+                "median": "–" if math.isnan(line.median) else f"{line.median:+.1f}",
+                "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
+                "verdict": line.verdict,
+            }
+        )
+    return records
+
+
+def _arms(line: Line, own: bool) -> list[str]:
+    """The arms and their differences, with those of the third arm where the table has it."""
+    cells = [cell(line.pretrained), cell(line.scratch), cell(line.difference, sign=True)]
+    return cells + ([cell(line.own), cell(line.against_own, sign=True)] if own else [])
+
+
+def _notes(table: Table) -> list[str]:
+    return [
+        f"{g.dataset}, {_count(g.n_labels)} labels, {g.checkpoint or 'scratch'}: {note}"
+        for g in table.groups
+        for note in g.notes
+    ]
+
+
+def _count(n_labels: int) -> str:
+    return str(n_labels) if n_labels >= 0 else "–"
+
+
+def cell(value: Estimate | None, sign: bool = False) -> str:
+    """An estimate as text: mean and interval."""
+    if value is None or math.isnan(value.mean):
+        return "–"
+    form = "+.1f" if sign else ".1f"
+    if not value.has_interval:
+        return f"{value.mean:{form}} [no interval]"
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def _escaped(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def _in_math(text: str) -> str:
+    """Numbers with signs that are no hyphens."""
+    return re.sub(r"[+-](?=\d)", lambda sign: f"${sign[0]}$", text.replace("–", "--"))
+
+
+def _number(value: float) -> str | int:
+    if isinstance(value, int):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from arm_rows import make_rows, scratch_own
+
+from finetune.figures import draw_label_curves, draw_table
+from finetune.formats import html, latex, make_table, markdown
+from finetune.rows import Row, write_rows
+from finetune.table import Table, tabulate
+
+NASTY = "a_b & 5% #1 $x {y} ~z^2 \\w <i>"
+
+
+def two_sets() -> Table:
+    """A clear gain on one data set, with the third arm, and none on the other."""
+    clear = make_rows("scratch") + make_rows("pretrained", 0.05) + scratch_own(0.02)
+    rows = [dataclasses.replace(r, dataset=NASTY) for r in clear]
+    vague = make_rows("scratch") + make_rows("pretrained", 0.001, noise=0.1)
+    return tabulate(
+        rows + [dataclasses.replace(r, checkpoint=r.checkpoint and "[v]") for r in vague]
+    )
+
+
+class Cells(HTMLParser):
+    """The rows of the first table of a page, as texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def test_markdown_and_html_show_the_same() -> None:
+    table = two_sets()
+    rows = [
+        [text.strip() for text in line.strip("|").split("|")]
+        for line in markdown(table).splitlines()
+        if line.startswith("|") and "---" not in line
+    ]
+    assert rows == Cells(html(table, {})).rows
+    assert any(NASTY in row for row in rows) and "<i>" not in html(table, {})
+
+
+def test_the_page_fetches_nothing() -> None:
+    table = two_sets()
+    page = html(table, draw_table(table))
+    addresses = re.findall(r'(?:src|href)\s*=\s*["\']?([^"\'\s>]+)', page)
+    assert len(addresses) == 1 and addresses[0].startswith("data:image/png")
+    assert not re.search(r"<script|<link|@import|url\(", page)
+
+
+def test_latex_prints_every_sign_and_breaks_no_row() -> None:
+    text = latex(two_sets())
+    lines = text.splitlines()
+    assert lines[1] == r"\begin{tabular}{l r l r r r r r c}" and lines[-1] == r"\end{tabular}"
+    body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert len(body) == 2  # main lines alone
+    for row in body:
+        assert row.endswith(r" \\")
+        assert len(re.findall(r"(?<!\\)&", row)) == 8
+        assert not re.match(r"[\[*]", row)
+        # Nothing but numbers' signs and verdicts is mathematics.
+        assert set(re.findall(r"(?<!\\)\$(.*?)(?<!\\)\$", row)) <= {"+", "-", r"\uparrow", r"\sim"}
+    assert body[0].startswith(
+        r"a\_b \& 5\% \#1 \$x \{y\} \textasciitilde{}z\textasciicircum{}2 "
+        r"\textbackslash{}w \textless{}i\textgreater{} & 4 & mae & "
+    )
+    assert body[0].endswith(r"$\uparrow$ \\") and body[1].endswith(r"$\sim$ \\")
+    assert "& {[}v] &" in body[1]
+    # As many braces open as close, without those that are printed.
+    bare = re.sub(r"\\[{}]", "", text)
+    assert bare.count("{") == bare.count("}")
+    assert r"$\uparrow$: pretrained better; $\sim$: no clear difference" in text
+
+
+def test_latex_and_markdown_have_the_same_digits() -> None:
+    table = two_sets()
+    for group, row in zip(
+        table.groups, latex(table).split("\\midrule\n")[1].splitlines(), strict=False
+    ):
+        d = group.main.difference
+        assert d is not None
+        shown = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+        assert shown in markdown(table) and shown in row.replace("$", "")
+
+
+def with_labels(rows: list[Row], count: int, **changes: object) -> list[Row]:
+    changes |= {"labels": str(count), "n_labels": count, "config_hash": f"recipe-{count}"}
+    return [dataclasses.replace(r, **changes) for r in rows]  # type: ignore[arg-type]
+
+
+def test_curves_need_two_numbers_of_labels_of_one_recipe() -> None:
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    four, sixteen = with_labels(arms, 4), with_labels(arms, 16)
+    assert draw_label_curves(tabulate(four)) is None
+    assert draw_label_curves(tabulate(four + sixteen)) is not None
+    # A second recipe at sixteen labels: no line leads through both.
+    other = [dataclasses.replace(r, config_hash="other") for r in sixteen]
+    assert draw_label_curves(tabulate(four + sixteen + other)) is None
+    named = [dataclasses.replace(r, protocol="full") for r in other]
+    assert draw_label_curves(tabulate(four + sixteen + named)) is not None
+
+
+def test_pictures_lie_beside_the_table_and_never_outlive_it(tmp_path: Path) -> None:
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    names = []
+    for number, rows in enumerate((with_labels(arms, 4) + with_labels(arms, 16), arms)):
+        write_rows(rows, tmp_path / f"{number}.csv")
+        make_table([tmp_path / f"{number}.csv"], tmp_path / "table")
+        names.append(sorted(path.name for path in (tmp_path / "table").iterdir()))
+    files = [f"table.{kind}" for kind in ("csv", "html", "json", "md", "tex")]
+    assert names == [["forest.png", "label_curves.png", *files], ["forest.png", *files]]
