@@ -15,20 +15,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.files import make_folder, write_bytes, write_json, write_text
+from finetune.budget import MARGIN
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
 from finetune.table import METRICS, NOTHING, SEEN, Line, Table, read_table
 
-WORDS = ("data set", "checkpoint", "metric", "class", "verdict")
+WORDS = (
+    "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "seen", "verdict",
+)  # fmt: skip
 """Columns of words; all others are numbers and end on the right."""
 
 EXPLAIN = (
     "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-    "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
-    "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
-    "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
-    "checkpoint only."
+    "scratch. Seen: test cases that pretraining has seen. Better in: share of subjects that gain "
+    "over the twin; median: over subjects, of the difference to it. p: of the deciding difference "
+    "in Dice, adjusted over the data sets of a checkpoint at one number of labels; where it is "
+    "0.05 or more, no arm is called better. One checkpoint supports a claim about this checkpoint "
+    "only."
 )
 
 PICTURES = {
@@ -94,7 +98,8 @@ def markdown(table: Table) -> str:
     out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
     lines = [f"| {' | '.join(cells)} |" for cells in out]
     notes = [f"- {note}" for note in _notes(table)]
-    return "\n".join([table.verdict, "", *lines, "", EXPLAIN, "", *notes]).rstrip() + "\n"
+    said = " ".join([EXPLAIN, *_same(table)])
+    return "\n".join([table.verdict, "", *lines, "", said, "", *notes]).rstrip() + "\n"
 
 
 def html(table: Table, pictures: Mapping[str, bytes]) -> str:
@@ -111,7 +116,7 @@ def html(table: Table, pictures: Mapping[str, bytes]) -> str:
         pictures=on_page(pictures),
         records=_records(table),
         words=WORDS,
-        explain=EXPLAIN,
+        explain=" ".join([EXPLAIN, *_same(table)]),
         notes=_notes(table),
     )
 
@@ -167,11 +172,12 @@ def csv_text(table: Table) -> str:
     plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
     parts = ("mean", "low", "high", "cases", "units", "draws")
     arms = ("pretrained", "scratch", "difference", "own", "against_own")
-    more = ("improved", "median", "adjusted_p")
-    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
+    more = ("improved", "median", "adjusted_p", "still_gains")
+    told = ("split", "protocol", "recipe", "seen")
+    header = [*plain, *told, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
     writer.writerow(header)
     for line in table.lines:
-        cells: list[object] = [getattr(line, name) for name in plain]
+        cells: list[object] = [getattr(line, name) for name in (*plain, *told)]
         for arm in arms:
             value = getattr(line, arm)
             cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
@@ -185,12 +191,14 @@ def _records(table: Table) -> list[dict[str, str]]:
     own = any(line.own is not None for line in table.lines)
     arms = ["pretrained", "scratch", "difference"]
     arms += ["scratch, own best", "difference to it"] if own else []
+    varied = _varied(table)
     records = []
     for line in table.lines:
         basis = line.difference or line.pretrained or line.scratch or NOTHING
         records.append(
             {
                 "data set": line.dataset,
+                **{name: getattr(line, name) for name in varied},
                 "labels": _count(line.n_labels),
                 "checkpoint": line.checkpoint or "–",
                 "metric": titles[line.metric],
@@ -199,13 +207,36 @@ def _records(table: Table) -> list[dict[str, str]]:
                 "cases": str(basis.cases),
                 "subjects": str(basis.units),
                 "seeds": str(basis.draws),
+                "seen": line.seen,
                 "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
                 "median": "–" if math.isnan(line.median) else f"{line.median:+.1f}",
                 "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
-                "verdict": line.verdict,
+                "verdict": line.verdict + ", not converged" * (line.still_gains > MARGIN),
             }
         )
     return records
+
+
+def _varied(table: Table) -> list[str]:
+    """What lines differ in beside what every table shows: a column each; the rest is said once."""
+    names = ("split", "protocol", "recipe")
+    found = [n for n in names if len({getattr(line, n) for line in table.lines}) > 1]
+    if "recipe" not in found:
+        return found
+    # Each data set has a recipe of its own: it tells lines apart only where nothing else does.
+    keys = {
+        (g.dataset, g.n_labels, g.checkpoint, g.main.split, g.main.protocol) for g in table.groups
+    }
+    return found if len(keys) < len(table.groups) else found[:-1]
+
+
+def _same(table: Table) -> list[str]:
+    """Split and protocol where all lines share them."""
+    if not table.groups:
+        return []
+    main, varied = table.groups[0].main, _varied(table)
+    told = [f"{n} {getattr(main, n)}" for n in ("split", "protocol") if n not in varied]
+    return [f"All lines: {', '.join(told)}."] if told else []
 
 
 def _arms(line: Line, own: bool) -> list[str]:

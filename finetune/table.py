@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
+from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
 from finetune.comparisons import holm_by_family, median_difference, share_improved
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
@@ -56,6 +58,12 @@ METRICS = (
 Scores = dict[tuple[str, str], float]
 """(case, draw) to a score."""
 
+BETTER, WORSE, UNCLEAR = "pretrained better", "scratch better", "no clear difference"
+LEVEL = 0.05
+
+Run = tuple[str, ...]
+"""What tells a run among others: data set, split, labels, recipe, arm, draw."""
+
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
 
@@ -72,7 +80,10 @@ class Line:
     minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
     of subjects that gain over the twin, `median` the median over subjects of the difference to it.
     `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979).
+    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share; `seen`
+    says of the test cases whether pretraining has seen them: no, unknown, some and how many, all.
+    `still_gains` is what the last quarter of training gained on validation, in Dice points and in
+    the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
     """
 
     dataset: str
@@ -93,6 +104,11 @@ class Line:
     own_is_stronger: bool = False
     median: float = math.nan
     adjusted_p: float = math.nan
+    split: str = ""
+    protocol: str = ""
+    recipe: str = ""
+    seen: str = "no"
+    still_gains: float = math.nan
 
     @property
     def decides(self) -> Estimate | None:
@@ -111,7 +127,6 @@ class Group:
     lines: tuple[Line, ...]
     scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
     notes: tuple[str, ...] = ()
-    protocol: str = ""
 
     @property
     def main(self) -> Line:
@@ -148,9 +163,13 @@ class Table:
 def read_table(runs: Sequence[Path]) -> Table:
     """The table of finished runs, written nowhere."""
     rows: list[Row] = []
+    curves: dict[Run, Curve] = {}
     for path in find_rows(runs):
-        rows += read_rows(path)
-    return tabulate(rows)
+        found, curve = read_rows(path), read_curve(path.parent)
+        rows += found
+        if found and curve is not None:
+            curves[_run(found[0])] = curve
+    return tabulate(rows, curves)
 
 
 def find_rows(runs: Sequence[Path]) -> list[Path]:
@@ -183,8 +202,12 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def tabulate(rows: Sequence[Row]) -> Table:
+def tabulate(rows: Sequence[Row], curves: Mapping[Run, Curve] = MappingProxyType({})) -> Table:
     """Compares arms within each group of rows.
+
+    Args:
+        rows: of any runs.
+        curves: validation Dice of those runs that have it.
 
     Raises:
         InputError: an arm holds the same case, class and seed twice.
@@ -198,15 +221,14 @@ def tabulate(rows: Sequence[Row]) -> Table:
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
         arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
-        name = row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
-        arms.setdefault(name, []).append(row)
+        arms.setdefault(_arm(row), []).append(row)
     groups = []
     for _, arms in sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0])):
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         for _, others in sorted(arms.items()):
-            groups.append(_group(others, scratch, own))
+            groups.append(_with_budget(_group(others, scratch, own), others, scratch, curves))
         if not arms:
-            groups.append(_group([], scratch, own))
+            groups.append(_with_budget(_group([], scratch, own), [], scratch, curves))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -214,15 +236,59 @@ def _adjusted(groups: list[Group]) -> list[Group]:
     """The main lines with p values adjusted over the data sets of a checkpoint and its labels."""
     mains = [group.main for group in groups]
     adjusted = holm_by_family(
-        [(line.checkpoint_digest, line.labels) for line in mains],
+        [(one.checkpoint_digest, one.labels, one.split, one.protocol) for one in mains],
         [math.nan if line.decides is None else line.decides.p for line in mains],
     )
-    return [
-        dataclasses.replace(
-            group, lines=(dataclasses.replace(group.main, adjusted_p=p), *group.lines[1:])
+    return [_with_p(group, p) for group, p in zip(groups, adjusted, strict=True)]
+
+
+def _with_p(group: Group, p: float) -> Group:
+    """The group with its adjusted p, which takes back a verdict that chance over many explains."""
+    main, notes = dataclasses.replace(group.main, adjusted_p=p), group.notes
+    if main.verdict in (BETTER, WORSE) and p >= LEVEL:
+        assert main.decides is not None
+        notes += (
+            f"{main.verdict} by itself (p {main.decides.p:.2g}), not among the data sets that this "
+            f"checkpoint is compared on (p {p:.2g}, Holm)",
         )
-        for group, p in zip(groups, adjusted, strict=True)
+        main = dataclasses.replace(main, verdict=UNCLEAR)
+    return dataclasses.replace(group, lines=(main, *group.lines[1:]), notes=notes)
+
+
+def _run(row: Row) -> Run:
+    return (row.dataset, row.split_hash, row.labels, row.config_hash, _arm(row), row.draw)
+
+
+def _arm(row: Row) -> str:
+    return row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
+
+
+def _with_budget(
+    group: Group, pretrained: list[Row], scratch: list[Row], curves: Mapping[Run, Curve]
+) -> Group:
+    """The group with what its arms' curves say: whether training ended, and who was faster."""
+    a, b = (
+        mean_curve([curves.get(run) for run in dict.fromkeys(map(_run, rows))])
+        for rows in (pretrained, scratch)
+    )
+    gains = {arm: c.last_gain for arm, c in (("pretrained", a), ("scratch", b)) if c is not None}
+    if not gains:
+        return group
+    notes = []
+    if a is not None and b is not None:
+        read = read_budget(a, b)
+        speed = f", {read.speed:.1f} times as fast" if math.isfinite(read.speed) else ""
+        notes.append(
+            f"validation Dice over training: {read.reading}, {read.gap:+.1f} points at the "
+            f"end{speed}"
+        )
+    notes += [
+        f"not converged: the last quarter of training still gained {arm} {gain:.1f} points"
+        for arm, gain in gains.items()
+        if gain > MARGIN
     ]
+    lines = [dataclasses.replace(line, still_gains=max(gains.values())) for line in group.lines]
+    return dataclasses.replace(group, lines=tuple(lines), notes=(*group.notes, *notes))
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:
@@ -239,13 +305,16 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    if any(row.status == "unknown" for row in pretrained if row.arm == "pretrained"):
+    unknown = any(row.status == "unknown" for row in pretrained if row.arm == "pretrained")
+    if unknown:
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
     all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
     pretrained = [row for row in pretrained if row.case not in tainted]
     scratch = [row for row in scratch if row.case not in tainted]
     own = [row for row in own if row.case not in tainted]
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
+    every = (pretrained, scratch, own)
+    subjects = _subjects(pretrained + scratch + own)
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     for arm, rows in (
         (head.arm, pretrained),
@@ -257,24 +326,24 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
             if count:
                 words = {"missed": "missed a structure", "false_positive": "invented a structure"}
                 notes.append(f"{arm} {words[outcome]} {count} times (scored 0)")
-    invented = {
-        (row.case, row.class_value)
-        for row in pretrained + scratch + own
-        if row.outcome == "false_positive"
-    }
+    seen = "no"
+    if tainted:
+        seen = "all" if all_seen else f"{len(tainted)} left out"
+    elif unknown:
+        seen = "unknown"
     scores: dict[str, dict[tuple[str, str], float]] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a = _scores(pretrained, metric, name, invented)
-            b = _scores(scratch, metric, name, invented)
-            c = _scores(own, metric, name, invented)
+            a, b, c = (_scores(rows, metric, name, _invented(rows)) for rows in every)
             if metric.of_lesions and not a and not b:
                 continue
+            gaps = [_differences(pretrained, rows, metric, name) for rows in (scratch, own)]
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b)
-            line = _line(head, metric, name, (a, b, c), _subjects(pretrained + scratch + own))
+            line = _line(head, metric, name, (a, b, c), gaps, subjects)
+            line = dataclasses.replace(line, seen=seen)
             lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
     notes += _power(lines[0])
     return Group(
@@ -285,7 +354,6 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
         tuple(lines),
         scores,
         tuple(notes),
-        head.protocol,
     )
 
 
@@ -293,18 +361,34 @@ def _subjects(rows: Iterable[Row]) -> dict[str, str]:
     return {row.case: row.subject for row in rows}
 
 
+def _differences(a: list[Row], b: list[Row], metric: Metric, class_name: str) -> Scores:
+    """(case, draw) to the score of one arm minus another's.
+
+    Where a run of either found a structure that is not there, finding nothing is the best score:
+    otherwise the two would be compared over other classes, or the case with the invention would
+    drop out.
+    """
+    invented = _invented(a) | _invented(b)
+    first, second = (_scores(rows, metric, class_name, invented) for rows in (a, b))
+    return {cell: first[cell] - second[cell] for cell in first.keys() & second.keys()}
+
+
+def _invented(rows: list[Row]) -> set[tuple[str, int]]:
+    """Case and class of structures that are not there and that some run found."""
+    return {(row.case, row.class_value) for row in rows if row.outcome == "false_positive"}
+
+
 def _scores(
-    rows: list[Row], metric: Metric, class_name: str, invented: set[tuple[str, int]]
-) -> dict[tuple[str, str], float]:
+    rows: list[Row], metric: Metric, class_name: str, invented: Collection[tuple[str, int]]
+) -> Scores:
     """(case, draw) to the score, meaned over classes; cases without any score are absent.
 
     Args:
         rows: of one arm.
         metric: the column.
         class_name: a class, or all of them.
-        invented: (case, class) pairs without such a structure in which some run of either arm
-            found one. There, finding nothing is the best score: otherwise an arm would be
-            compared over other classes than its twin, or a case with inventions would drop out.
+        invented: case and class of structures that this arm, or the one that it is compared
+            with, found where there are none; see `_differences`.
     """
     values: dict[tuple[str, str], list[float]] = {}
     seen: set[tuple[str, str, int]] = set()
@@ -333,12 +417,10 @@ def _line(
     metric: Metric,
     class_name: str,
     arms: tuple[Scores, Scores, Scores],
+    differences: list[Scores],
     subjects: dict[str, str],
 ) -> Line:
     a, b, c = arms
-    differences = [
-        {cell: a[cell] - other[cell] for cell in a.keys() & other.keys()} for other in (b, c)
-    ]
     difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
     paired, _ = _matrix(differences[0], subjects)
     sign = 1 if metric.higher_is_better else -1
@@ -369,6 +451,9 @@ def _line(
         against_own=against_own,
         own_is_stronger=own_is_stronger,
         median=median_difference(paired),
+        split=head.split,
+        protocol=head.protocol,
+        recipe=head.config_hash[:8],
     )
 
 
@@ -429,8 +514,8 @@ def _verdict(
     if not difference.has_interval:
         return "undecided"
     if difference.low <= 0 <= difference.high:
-        return "no clear difference"
-    return "pretrained better" if sign * difference.mean > 0 else "scratch better"
+        return UNCLEAR
+    return BETTER if sign * difference.mean > 0 else WORSE
 
 
 # Text
@@ -487,7 +572,7 @@ def _plain(table: Table) -> dict[str, object]:
                 "labels": group.labels,
                 "n_labels": group.n_labels,
                 "checkpoint": group.checkpoint,
-                "protocol": group.protocol,
+                "protocol": group.main.protocol,
                 "verdict": group.main.verdict,
                 "sentence": group.sentence,
                 "notes": list(group.notes),
