@@ -13,6 +13,7 @@ from typing import Any
 from finetune.protocol import phase_steps
 from finetune.settings import FinetuneSettings
 from finetune.supervised import Supervised
+from finetune.validation import Validation
 from pretrain.loop import Loop, Stretch
 from pretrain.objective import Objective
 
@@ -22,8 +23,15 @@ class PhasedLoop(Loop):
 
     settings: FinetuneSettings
 
-    def __init__(self, settings: FinetuneSettings, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        *args: Any,
+        validation: Validation | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(settings, *args, **kwargs)
+        self.validation = validation
         self._stretches: list[Stretch] = []
         self._freezes = [phase.freeze for phase in settings.phases] + [settings.freeze]
         chosen = [
@@ -48,6 +56,13 @@ class PhasedLoop(Loop):
     def stretch(self) -> Stretch:
         """The phase that the next step belongs to."""
         return self._stretches[self._phase()]
+
+    def look(self) -> dict[str, float | int]:
+        """Dice on validation cases, where it is due."""
+        if self.validation is None or self.step not in self.validation.due:
+            return {}
+        row = self.validation.look(self.step)
+        return {f"validation/{name}": value for name, value in row.items() if name != "step"}
 
     def begin(self, objective: Objective) -> None:
         """Freezes what the phase freezes."""

@@ -25,6 +25,7 @@ FREE = frozenset(
         "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
         "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
         "recipe_of", "own", "search", "window_batch",
+        "validations",
     }
 )  # fmt: skip
 """Settings that arms and draws of one recipe may differ in; see `FinetuneSettings.recipe`."""
@@ -221,6 +222,7 @@ class FinetuneSettings(LoopSettings):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     tta: bool = False
     window_batch: WindowBatch = 1
+    validations: Annotated[int, Field(ge=0, le=1000)] = 0
     protocol: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tiny"
     family: Literal["any", "cnn", "vit"] = "any"
     fit: Literal["descent", "ridge", "knn"] = "descent"
@@ -242,6 +244,15 @@ class FinetuneSettings(LoopSettings):
             raise ValueError(
                 f"phases take {before} of {self.steps} steps and leave none for the training "
                 "that follows; make steps larger"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curves_have_an_end(self) -> Self:
+        if 0 < self.validations < 4 or self.validations > self.steps:
+            raise ValueError(
+                f"validations={self.validations}: whether training has ended is read from its last "
+                f"quarter, which needs two; give 0, or 4 up to steps={self.steps}"
             )
         return self
 

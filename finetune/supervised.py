@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,18 @@ class Supervised(Objective):
                     mean.lerp_(value, share)
                 else:
                     mean.copy_(value)
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """The network as it would be reported now: with the averaged weights, if there are any."""
+        own = {"encoder": self.encoder, "decoder": self.decoder}
+        for name, part in own.items():
+            setattr(self, name, part if self.average is None else self.average[name])
+        try:
+            yield
+        finally:
+            for name, part in own.items():
+                setattr(self, name, part)
 
     def finish(self) -> None:
         """Becomes the network that is reported and released: averaged, merged, nothing beside it.

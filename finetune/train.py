@@ -5,6 +5,7 @@ runs/NAME/
     load_report.json                   what became of each tensor of the release
     model.json model.safetensors       the finetuned network, for predict
     predictions/KEY.nii.gz             on each case's own grid
+    validation.csv                     Dice on validation cases over the steps, if wanted
     rows.csv                           the scores; written last, so it marks a finished run
 
 A sweep starts this many times, so nothing here is done twice and nothing waits.
@@ -48,6 +49,7 @@ from finetune.rows import write_rows
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter, write_segmenter
 from finetune.settings import FinetuneSettings, config_hash
+from finetune.validation import Validation
 from pretrain.augment import Augment
 from pretrain.decoders import without_head
 from pretrain.loader import CropDataset
@@ -71,6 +73,8 @@ class Plan:
     train_keys: tuple[str, ...]
     unlabelled: tuple[str, ...]
     test: Split
+    validation: tuple[str, ...]
+    """Cases that are looked at while it trains; none where the split has no validation part."""
     recipe: dict[str, Any]
     """What all arms share; `settings` are those that this run trains with."""
     trained: dict[str, Any]
@@ -208,6 +212,7 @@ def make_plan(
         tuple(chosen),
         _absent_classes(corpus, chosen, settings),
         test,
+        validation=tuple(corpus.split(test.name)["parts"].get("validation", ())),
         recipe=settings.recipe(**resolved),
         trained=effective.recipe(**resolved),
         transfer=transfer,
@@ -371,6 +376,11 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         classes_without_label=list(plan.unlabelled),
         parameters=sum(p.numel() for p in model.parameters()),
     )
+    if plan.settings.validations and not plan.validation:
+        print(
+            f"finetune: split {plan.test.name!r} has no validation part, so validations="
+            f"{plan.settings.validations} measures nothing"
+        )
     if plan.unlabelled:
         print(f"finetune: no training case has {', '.join(plan.unlabelled)} in this label draw")
     how = {"init": plan.settings.init, "transfer": plan.transfer}
@@ -403,10 +413,42 @@ def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         settings,
         dataset,
         run,
+        validation=_validation(plan, run, model),
         augment=Augment(settings.task.flip, settings.augment, settings.task.swap),
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
+
+
+def _validation(plan: Plan, run: RunFolder, model: Segmentation) -> Validation | None:
+    settings = plan.settings
+    if not settings.validations or not plan.validation:
+        return None
+    return Validation(
+        _segmenter(plan, model),
+        plan.corpus,
+        plan.validation,
+        steps=settings.steps,
+        times=settings.validations,
+        run=run.path,
+    )
+
+
+def _segmenter(plan: Plan, model: Segmentation) -> Segmenter:
+    """The network with all that a scan needs to be labelled by it."""
+    settings = plan.settings
+    assert settings.crop_size is not None
+    return Segmenter(
+        model,
+        plan.preprocess,
+        settings.task,
+        settings.crop_size,
+        settings.overlap,
+        tuple(sorted(set(plan.corpus.modalities))),
+        settings.tta,
+        settings.trainer.precision,
+        settings.window_batch,
+    )
 
 
 def device_of(settings: FinetuneSettings) -> torch.device:
@@ -418,19 +460,8 @@ def device_of(settings: FinetuneSettings) -> torch.device:
 def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
     """Writes the network and the predictions of the test cases; returns their rows."""
     settings, corpus = plan.settings, plan.corpus
-    assert settings.crop_size is not None
     model.finish()
-    segmenter = Segmenter(
-        model,
-        plan.preprocess,
-        settings.task,
-        settings.crop_size,
-        settings.overlap,
-        tuple(sorted(set(corpus.modalities))),
-        settings.tta,
-        settings.trainer.precision,
-        settings.window_batch,
-    )
+    segmenter = _segmenter(plan, model)
     write_segmenter(segmenter, plan.release.config["backbone"], settings.decoder, run.path)
     model.to(device_of(settings)).eval()
     folder = run.path / "predictions"

@@ -92,6 +92,10 @@ class Loop:
     def begin(self, objective: Objective) -> None:
         """Prepares the objective for the stretch that the next step belongs to."""
 
+    def look(self) -> dict[str, float | int]:
+        """Measures what is due after the step that is done, on rank 0; returns what to log."""
+        return {}
+
     # What an objective asks of its loop.
 
     @property
@@ -390,6 +394,11 @@ class _Watch(L.Callback):
             saving_due = step % chosen.save_every == 0 or last
             if logging_due or saving_due:
                 self._log(trainer, pl_module)
+            # Before the checkpoint: a run that ends in between looks again.
+            found = self.loop.look() if self.main else {}
+            if found:
+                for logger in self.loop.loggers:
+                    logger.log_metrics(found, step=step)
             if self.main and saving_due:
                 self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
