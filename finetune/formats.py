@@ -11,10 +11,11 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.files import make_folder, write_bytes, write_json, write_text
+from finetune.anchor import ANCHOR
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
 from finetune.table import METRICS, NOTHING, SEEN, Line, Table, read_table
@@ -29,6 +30,11 @@ EXPLAIN = (
     "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
     "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
     "checkpoint only."
+)
+
+EXPLAIN_ANCHOR = (
+    f"{ANCHOR}: Dice from its own summary.json over the same cases, averaged in the same order; it "
+    "may have been trained with other labels, and no verdict is about it."
 )
 
 PICTURES = {
@@ -58,18 +64,19 @@ _LATEX = {
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
-def make_table(runs: Sequence[Path], output: Path) -> Table:
+def make_table(runs: Sequence[Path], output: Path, anchor: str = "") -> Table:
     """Makes the table of finished runs and writes it to `output` in all formats.
 
     Args:
         runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
         output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
             pictures of `PICTURES` that have something to show.
+        anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
 
     Raises:
-        InputError: a folder has no rows, or two runs are the same arm and seed.
+        InputError: what `read_table` refuses, or `output` cannot be written.
     """
-    table = read_table(runs)
+    table = read_table(runs, anchor)
     make_folder(output, "output")
     from finetune.figures import draw_table  # matplotlib takes its time to start
 
@@ -94,7 +101,7 @@ def markdown(table: Table) -> str:
     out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
     lines = [f"| {' | '.join(cells)} |" for cells in out]
     notes = [f"- {note}" for note in _notes(table)]
-    return "\n".join([table.verdict, "", *lines, "", EXPLAIN, "", *notes]).rstrip() + "\n"
+    return "\n".join([table.verdict, "", *lines, "", _explain(table), "", *notes]).rstrip() + "\n"
 
 
 def html(table: Table, pictures: Mapping[str, bytes]) -> str:
@@ -111,7 +118,7 @@ def html(table: Table, pictures: Mapping[str, bytes]) -> str:
         pictures=on_page(pictures),
         records=_records(table),
         words=WORDS,
-        explain=EXPLAIN,
+        explain=_explain(table),
         notes=_notes(table),
     )
 
@@ -124,13 +131,13 @@ def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
 def latex(table: Table) -> str:
     """A `tabular` with the main lines, for any document that loads booktabs."""
     mains = [group.main for group in table.groups]
-    own = any(line.own is not None for line in mains)
-    names = ["Data set", "Labels", "Checkpoint", "Pretrained", "Scratch", "Difference"]
-    names += ["Scratch, own best", "Difference to it"] if own else []
+    arms = _arms(table)
+    names = ["Data set", "Labels", "Checkpoint"]
+    names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
             *map(_escaped, (line.dataset, _count(line.n_labels), line.checkpoint or "–")),
-            *map(_in_math, _arms(line, own)),
+            *(_in_math(show(line)) for show in arms.values()),
             _MARKS.get(line.verdict, "?"),
         ]
         for line in mains
@@ -166,7 +173,7 @@ def csv_text(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
     parts = ("mean", "low", "high", "cases", "units", "draws")
-    arms = ("pretrained", "scratch", "difference", "own", "against_own")
+    arms = ("pretrained", "scratch", "difference", "own", "against_own", "anchor")
     more = ("improved", "median", "adjusted_p")
     header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
     writer.writerow(header)
@@ -182,9 +189,7 @@ def csv_text(table: Table) -> str:
 def _records(table: Table) -> list[dict[str, str]]:
     """Column to text, of each line."""
     titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
-    own = any(line.own is not None for line in table.lines)
-    arms = ["pretrained", "scratch", "difference"]
-    arms += ["scratch, own best", "difference to it"] if own else []
+    arms = _arms(table)
     records = []
     for line in table.lines:
         basis = line.difference or line.pretrained or line.scratch or NOTHING
@@ -195,7 +200,7 @@ def _records(table: Table) -> list[dict[str, str]]:
                 "checkpoint": line.checkpoint or "–",
                 "metric": titles[line.metric],
                 "class": line.class_name,
-                **dict(zip(arms, _arms(line, own), strict=True)),
+                **{name: show(line) for name, show in arms.items()},
                 "cases": str(basis.cases),
                 "subjects": str(basis.units),
                 "seeds": str(basis.draws),
@@ -208,10 +213,27 @@ def _records(table: Table) -> list[dict[str, str]]:
     return records
 
 
-def _arms(line: Line, own: bool) -> list[str]:
-    """The arms and their differences, with those of the third arm where the table has it."""
-    cells = [cell(line.pretrained), cell(line.scratch), cell(line.difference, sign=True)]
-    return cells + ([cell(line.own), cell(line.against_own, sign=True)] if own else [])
+def _arms(table: Table) -> dict[str, Callable[[Line], str]]:
+    """The columns of arms and differences that the table has, and how a line shows them."""
+    arms: dict[str, Callable[[Line], str]] = {
+        "pretrained": lambda line: cell(line.pretrained),
+        "scratch": lambda line: cell(line.scratch),
+        "difference": lambda line: cell(line.difference, sign=True),
+    }
+    if any(line.own is not None for line in table.lines):
+        arms["scratch, own best"] = lambda line: cell(line.own)
+        arms["difference to it"] = lambda line: cell(line.against_own, sign=True)
+    if _anchored(table):
+        arms[ANCHOR] = lambda line: f"{line.anchor.mean:.1f}" if line.anchor else "–"
+    return arms
+
+
+def _anchored(table: Table) -> bool:
+    return any(line.anchor is not None for line in table.lines)
+
+
+def _explain(table: Table) -> str:
+    return f"{EXPLAIN} {EXPLAIN_ANCHOR}" if _anchored(table) else EXPLAIN
 
 
 def _notes(table: Table) -> list[str]:

@@ -10,15 +10,18 @@ that the checkpoint has seen in pretraining are left out and counted.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
+from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.comparisons import holm_by_family, median_difference, share_improved
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
@@ -72,7 +75,8 @@ class Line:
     minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
     of subjects that gain over the twin, `median` the median over subjects of the difference to it.
     `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979).
+    sets (Holm 1979). `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it
+    has no interval.
     """
 
     dataset: str
@@ -93,6 +97,7 @@ class Line:
     own_is_stronger: bool = False
     median: float = math.nan
     adjusted_p: float = math.nan
+    anchor: Estimate | None = None
 
     @property
     def decides(self) -> Estimate | None:
@@ -145,12 +150,38 @@ class Table:
         return _plain(self)
 
 
-def read_table(runs: Sequence[Path]) -> Table:
-    """The table of finished runs, written nowhere."""
+def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
+    """The table of finished runs, written nowhere.
+
+    Args:
+        runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
+        anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
+
+    Raises:
+        InputError: a folder has no rows, two runs are the same arm and seed, or the anchor does not
+            fit the runs.
+    """
     rows: list[Row] = []
+    values: dict[str, dict[str, Labels]] = {}
     for path in find_rows(runs):
-        rows += read_rows(path)
-    return tabulate(rows)
+        found = read_rows(path)
+        rows += found
+        task = _facts(path).get("recipe", {}).get("task", {})
+        if found and task:
+            classes = task["regions"] or task["classes"]
+            values[found[0].dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
+    return tabulate(rows, read_anchors(anchor, values) if anchor else {})
+
+
+def _facts(rows: Path) -> dict[str, Any]:
+    """The run.json beside a rows.csv; rows that were made or moved elsewhere have none."""
+    path = rows.with_name("run.json")
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it, or remove it") from error
 
 
 def find_rows(runs: Sequence[Path]) -> list[Path]:
@@ -183,11 +214,15 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def tabulate(rows: Sequence[Row]) -> Table:
+def tabulate(rows: Sequence[Row], anchors: Mapping[str, Anchor] | None = None) -> Table:
     """Compares arms within each group of rows.
 
+    Args:
+        rows: of all runs.
+        anchors: of data sets.
+
     Raises:
-        InputError: an arm holds the same case, class and seed twice.
+        InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
     """
     versions = sorted({row.metric_version for row in rows})
     if len(versions) > 1:
@@ -201,12 +236,12 @@ def tabulate(rows: Sequence[Row]) -> Table:
         name = row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
         arms.setdefault(name, []).append(row)
     groups = []
-    for _, arms in sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0])):
+    order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
+    for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
-        for _, others in sorted(arms.items()):
-            groups.append(_group(others, scratch, own))
-        if not arms:
-            groups.append(_group([], scratch, own))
+        anchor = (anchors or {}).get(dataset)
+        for others in [found for _, found in sorted(arms.items())] or [[]]:
+            groups.append(_group(others, scratch, own, anchor))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -233,48 +268,43 @@ def _name(row: Row) -> str:
     return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
 
 
-def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
+def _group(
+    pretrained: list[Row], scratch: list[Row], own: list[Row], anchor: Anchor | None
+) -> Group:
     head = (pretrained or scratch or own)[0]
     tainted = {row.case for row in pretrained if row.status == "tainted"}
+    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
     if any(row.status == "unknown" for row in pretrained if row.arm == "pretrained"):
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
-    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
-    pretrained = [row for row in pretrained if row.case not in tainted]
-    scratch = [row for row in scratch if row.case not in tainted]
-    own = [row for row in own if row.case not in tainted]
+    if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
+        notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
+    pretrained, scratch, own = (
+        [row for row in rows if row.case not in tainted] for rows in (pretrained, scratch, own)
+    )
+    rows = pretrained + scratch + own
+    given = anchor.rows(rows) if anchor is not None else []
+    notes += _wrong(head.arm, pretrained) + _wrong("scratch", scratch)
+    notes += _wrong("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
-    for arm, rows in (
-        (head.arm, pretrained),
-        ("scratch", scratch),
-        ("scratch at its own best", own),
-    ):
-        for outcome in ("missed", "false_positive"):
-            count = sum(row.outcome == outcome for row in rows)
-            if count:
-                words = {"missed": "missed a structure", "false_positive": "invented a structure"}
-                notes.append(f"{arm} {words[outcome]} {count} times (scored 0)")
-    invented = {
-        (row.case, row.class_value)
-        for row in pretrained + scratch + own
-        if row.outcome == "false_positive"
-    }
-    scores: dict[str, dict[tuple[str, str], float]] = {}
+    invented = {(row.case, row.class_value) for row in rows if row.outcome == "false_positive"}
+    scores: dict[str, Scores] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a = _scores(pretrained, metric, name, invented)
-            b = _scores(scratch, metric, name, invented)
-            c = _scores(own, metric, name, invented)
+            a, b, c, n = (
+                _scores(found, metric, name, invented)
+                for found in (pretrained, scratch, own, given if metric.name == "dsc" else [])
+            )
             if metric.of_lesions and not a and not b:
                 continue
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b)
-            line = _line(head, metric, name, (a, b, c), _subjects(pretrained + scratch + own))
+            line = _line(head, metric, name, (a, b, c, n), _subjects(rows))
             lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
     notes += _power(lines[0])
     return Group(
@@ -287,6 +317,13 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
         tuple(notes),
         head.protocol,
     )
+
+
+def _wrong(arm: str, rows: list[Row]) -> list[str]:
+    """What an arm missed or invented."""
+    words = {"missed": "missed a structure", "false_positive": "invented a structure"}
+    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in words}
+    return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
 
 
 def _subjects(rows: Iterable[Row]) -> dict[str, str]:
@@ -332,15 +369,17 @@ def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    arms: tuple[Scores, Scores, Scores],
+    arms: tuple[Scores, Scores, Scores, Scores],
     subjects: dict[str, str],
 ) -> Line:
-    a, b, c = arms
+    a, b, c, anchor = arms
     differences = [
         {cell: a[cell] - other[cell] for cell in a.keys() & other.keys()} for other in (b, c)
     ]
     difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
     paired, _ = _matrix(differences[0], subjects)
+    shared = _complete(differences[0] or a or b or c)
+    anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
     sign = 1 if metric.higher_is_better else -1
     scratch, own = (_estimate(one, subjects) if one else None for one in (b, c))
     if scratch is None:
@@ -369,6 +408,7 @@ def _line(
         against_own=against_own,
         own_is_stronger=own_is_stronger,
         median=median_difference(paired),
+        anchor=_estimate(anchor, subjects) if anchor else None,
     )
 
 
@@ -388,17 +428,20 @@ def _matrix(
 ) -> tuple[NDArray[np.float64], int]:
     """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
     draws = sorted({draw for _, draw in scores})
-    complete = [
-        case
-        for case in sorted({case for case, _ in scores})
-        if all((case, draw) in scores for draw in draws)
-    ]
+    complete = _complete(scores)
     by_subject: dict[str, list[list[float]]] = {}
     for case in complete:
         by_subject.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
     if not by_subject:
         return np.empty((0, len(draws))), 0
     return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
+
+
+def _complete(scores: Scores) -> list[str]:
+    """The cases that every draw has scored."""
+    draws = {draw for _, draw in scores}
+    cases = sorted({case for case, _ in scores})
+    return [case for case in cases if all((case, draw) in scores for draw in draws)]
 
 
 def _gaps(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:
