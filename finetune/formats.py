@@ -18,7 +18,7 @@ from data_prep.files import make_folder, write_bytes, write_json, write_text
 from finetune.anchor import ANCHOR
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
-from finetune.table import METRICS, NOTHING, SEEN, Line, Table, read_table
+from finetune.table import METRICS, NOTHING, Line, Table, read_table
 
 WORDS = ("data set", "checkpoint", "metric", "class", "verdict")
 """Columns of words; all others are numbers and end on the right."""
@@ -43,11 +43,16 @@ PICTURES = {
 }
 """Pictures of a table by file name, with what they show."""
 
+_LEAKAGE = {
+    "tainted": ("†", "test cases that the checkpoint has seen in pretraining are left out"),
+    "unknown": ("‡", "what the checkpoint has seen in pretraining is unknown"),
+}
+"""Marks of checkpoints, and what they say."""
+
 _MARKS = {
     "pretrained better": r"$\uparrow$",
     "scratch better": r"$\downarrow$",
     "no clear difference": r"$\sim$",
-    SEEN: r"$\dagger$",
 }
 """Verdicts in LaTeX; all others share a question mark."""
 
@@ -61,6 +66,8 @@ _LATEX = {
     "[": "{[}",  # at the start of a row it would be an option of the line break before it
     "*": "{*}",
     "–": "--",
+    "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
@@ -136,31 +143,27 @@ def latex(table: Table) -> str:
     names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
-            *map(_escaped, (line.dataset, _count(line.n_labels), line.checkpoint or "–")),
+            *map(_escaped, (line.dataset, _count(line.n_labels), _checkpoint(line))),
             *(_in_math(show(line)) for show in arms.values()),
             _MARKS.get(line.verdict, "?"),
         ]
         for line in mains
     ]
-    used = {_MARKS.get(line.verdict, "?"): line.verdict for line in mains}
-    others = dict.fromkeys(line.verdict for line in mains if line.verdict not in _MARKS)
-    legend = "; ".join(
-        f"{mark}: {' or '.join(others) if mark == '?' else verdict}"
-        for mark, verdict in used.items()
-    )
-    width = len(names) + 1
-    body = [" & ".join(cells) + r" \\" for cells in rows]
+    verdicts: dict[str, dict[str, None]] = {}
+    for line in mains:
+        verdicts.setdefault(_MARKS.get(line.verdict, "?"), {})[line.verdict] = None
+    legend = [f"{mark}: {' or '.join(said)}" for mark, said in verdicts.items()]
+    legend += [_escaped(said) for said in _marked(mains)]
     return "\n".join(
         [
-            r"% \usepackage{booktabs} in the preamble",
-            rf"\begin{{tabular}}{{l r l {'r ' * (width - 4)}c}}",
+            r"% needs \usepackage{booktabs}; for the caption:",
+            rf"% Dice in points, mean and 95\,\% interval. {'; '.join(legend)}.",
+            rf"\begin{{tabular}}{{l r l {'r ' * len(arms)}c}}",
             r"\toprule",
-            " & ".join([*names, ""]).rstrip() + r" \\",
+            " & ".join(names) + r" & \\",
             r"\midrule",
-            *body,
+            *(" & ".join(cells) + r" \\" for cells in rows),
             r"\bottomrule",
-            rf"\multicolumn{{{width}}}{{l}}{{\footnotesize Dice in points, "
-            rf"mean and 95\,\% interval. {legend}.}} \\",
             r"\end{tabular}",
             "",
         ]
@@ -175,14 +178,15 @@ def csv_text(table: Table) -> str:
     parts = ("mean", "low", "high", "cases", "units", "draws")
     arms = ("pretrained", "scratch", "difference", "own", "against_own", "anchor")
     more = ("improved", "median", "adjusted_p")
-    header = [*plain, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
-    writer.writerow(header)
+    estimates = [f"{arm}_{part}" for arm in arms for part in parts]
+    writer.writerow([*plain, *estimates, *more, "verdict", "leakage"])
     for line in table.lines:
         cells: list[object] = [getattr(line, name) for name in plain]
         for arm in arms:
             value = getattr(line, arm)
             cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
-        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
+        numbers = [_number(getattr(line, name)) for name in more]
+        writer.writerow([*cells, *numbers, line.verdict, line.leakage])
     return text.getvalue()
 
 
@@ -197,7 +201,7 @@ def _records(table: Table) -> list[dict[str, str]]:
             {
                 "data set": line.dataset,
                 "labels": _count(line.n_labels),
-                "checkpoint": line.checkpoint or "–",
+                "checkpoint": _checkpoint(line),
                 "metric": titles[line.metric],
                 "class": line.class_name,
                 **{name: show(line) for name, show in arms.items()},
@@ -233,7 +237,19 @@ def _anchored(table: Table) -> bool:
 
 
 def _explain(table: Table) -> str:
-    return f"{EXPLAIN} {EXPLAIN_ANCHOR}" if _anchored(table) else EXPLAIN
+    marks = [f"{said}." for said in _marked(table.lines)]
+    return " ".join([EXPLAIN, *marks, *([EXPLAIN_ANCHOR] if _anchored(table) else [])])
+
+
+def _checkpoint(line: Line) -> str:
+    mark, _ = _LEAKAGE.get(line.leakage, ("", ""))
+    return f"{line.checkpoint or '–'} {mark}".rstrip()
+
+
+def _marked(lines: Sequence[Line]) -> list[str]:
+    """What the marks of checkpoints say, as far as lines have them."""
+    used = {line.leakage for line in lines}
+    return [f"{mark}: {said}" for kind, (mark, said) in _LEAKAGE.items() if kind in used]
 
 
 def _notes(table: Table) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table: what pretraining was worth, from rows alone.
+"""The table: what pretraining was worth, from the rows of finished runs.
 
 Rows meet in a group when they share data set, split, labels and recipe (`config_hash`). In a
 group, each checkpoint's pretrained arm is compared with the scratch twin, case by case and draw
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
-from finetune.comparisons import holm_by_family, median_difference, share_improved
+from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
 
@@ -59,6 +59,9 @@ METRICS = (
 Scores = dict[tuple[str, str], float]
 """(case, draw) to a score."""
 
+LabelDraw = tuple[str, str, str, int]
+"""Data set, split hash, labels and label seed."""
+
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
 
@@ -76,7 +79,8 @@ class Line:
     of subjects that gain over the twin, `median` the median over subjects of the difference to it.
     `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
     sets (Holm 1979). `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it
-    has no interval.
+    has no interval. `leakage` says of a checkpoint whether it has seen test cases: clean, tainted
+    (these cases are left out) or unknown.
     """
 
     dataset: str
@@ -98,6 +102,7 @@ class Line:
     median: float = math.nan
     adjusted_p: float = math.nan
     anchor: Estimate | None = None
+    leakage: str = ""
 
     @property
     def decides(self) -> Estimate | None:
@@ -163,14 +168,17 @@ def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
     """
     rows: list[Row] = []
     values: dict[str, dict[str, Labels]] = {}
+    unlabelled: dict[LabelDraw, Sequence[str]] = {}
     for path in find_rows(runs):
-        found = read_rows(path)
+        found, facts = read_rows(path), _facts(path)
         rows += found
-        task = _facts(path).get("recipe", {}).get("task", {})
-        if found and task:
-            classes = task["regions"] or task["classes"]
-            values[found[0].dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
-    return tabulate(rows, read_anchors(anchor, values) if anchor else {})
+        for row in found[:1]:
+            if "classes_without_label" in facts:
+                unlabelled[_label_draw(row)] = facts["classes_without_label"]
+            if task := facts.get("recipe", {}).get("task"):
+                classes = task["regions"] or task["classes"]
+                values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
+    return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled)
 
 
 def _facts(rows: Path) -> dict[str, Any]:
@@ -214,12 +222,17 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def tabulate(rows: Sequence[Row], anchors: Mapping[str, Anchor] | None = None) -> Table:
+def tabulate(
+    rows: Sequence[Row],
+    anchors: Mapping[str, Anchor] | None = None,
+    unlabelled: Mapping[LabelDraw, Sequence[str]] | None = None,
+) -> Table:
     """Compares arms within each group of rows.
 
     Args:
         rows: of all runs.
         anchors: of data sets.
+        unlabelled: the classes that no labelled case of a draw has.
 
     Raises:
         InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
@@ -241,7 +254,9 @@ def tabulate(rows: Sequence[Row], anchors: Mapping[str, Anchor] | None = None) -
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         anchor = (anchors or {}).get(dataset)
         for others in [found for _, found in sorted(arms.items())] or [[]]:
-            groups.append(_group(others, scratch, own, anchor))
+            group = _group(others, scratch, own, anchor)
+            missing = _without_label(others + scratch + own, unlabelled or {})
+            groups.append(dataclasses.replace(group, notes=(*group.notes, *missing)))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -274,10 +289,11 @@ def _group(
     head = (pretrained or scratch or own)[0]
     tainted = {row.case for row in pretrained if row.status == "tainted"}
     all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
+    leakage = _leakage(pretrained)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    if any(row.status == "unknown" for row in pretrained if row.arm == "pretrained"):
+    if leakage == "unknown":
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
     if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
         notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
@@ -303,9 +319,10 @@ def _group(
                 continue
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
-                notes += _gaps(a, b)
+                notes += _gaps(a, b) + _unsuitable((a, b, c), _subjects(rows))
             line = _line(head, metric, name, (a, b, c, n), _subjects(rows))
-            lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
+            verdict = SEEN if all_seen else line.verdict
+            lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     notes += _power(lines[0])
     return Group(
         head.dataset,
@@ -317,6 +334,41 @@ def _group(
         tuple(notes),
         head.protocol,
     )
+
+
+def _leakage(rows: list[Row]) -> str:
+    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
+    if any(row.status == "tainted" for row in rows):
+        return "tainted"
+    found = {row.status for row in rows if row.arm == "pretrained"}
+    return "unknown" if "unknown" in found else "clean" if found else ""
+
+
+def _label_draw(row: Row) -> LabelDraw:
+    return row.dataset, row.split_hash, row.labels, row.label_seed
+
+
+def _without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
+    """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
+    seeds: dict[str, list[str]] = {}
+    for draw in sorted({_label_draw(row) for row in rows}):
+        for name in unlabelled.get(draw, ()):
+            seeds.setdefault(name, []).append(str(draw[-1]))
+    return [
+        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
+    ]
+
+
+def _unsuitable(arms: Sequence[Scores], subjects: dict[str, str]) -> list[str]:
+    """What speaks against deciding between the arms on this data set."""
+    present = [scores for scores in arms if scores]
+    cells = set.intersection(*(set(scores) for scores in present)) if len(present) > 1 else set()
+    tables = [_matrix({cell: scores[cell] for cell in cells}, subjects) for scores in present]
+    if not cells or not tables[0][1]:
+        return []
+    means = np.array([table.mean(axis=0) for table, _ in tables])
+    flags = suitability(means, tables[0][1]).flags
+    return [f"suitability: {'; '.join(flags)}"] if flags else []
 
 
 def _wrong(arm: str, rows: list[Row]) -> list[str]:
