@@ -212,11 +212,11 @@ def _runs(command: str, words: list[str], options: dict[str, str]) -> list[Path]
 
 
 def _table(words: list[str]) -> Any:
-    options = {"output": "table"}
+    options = {"output": "table", "anchor": ""}
     runs = _runs("table", words, options)
     from finetune.formats import make_table, markdown
 
-    table = make_table(runs, Path(options["output"]))
+    table = make_table(runs, Path(options["output"]), options["anchor"])
     print(f"{markdown(table)}\n{options['output']}: table.md, .html, .tex, .csv and .json")
     return table.to_dict()
 
@@ -373,12 +373,13 @@ example: voxelith inspect release/""",
     ),
     "table": Command(
         "finetuning runs to a table",
-        "table RUN [RUN ...] [output=table]",
+        "table RUN [RUN ...] [anchor=summary.json] [output=table]",
         _table,
         """
 RUN is the folder of a finetuning, one that holds several, or a rows.csv. The folder `output` gets
 table.md, .html, .tex, .csv and .json, forest.png and, for two numbers of labels or more,
-label_curves.png.
+label_curves.png. `anchor` is a summary.json of nnU-Net v2 on the same test cases, for a column of
+its own; where runs have several data sets, anchor=NAME:FILE,NAME:FILE.
 
 example: voxelith table runs/ output=table/""",
     ),

@@ -466,6 +466,5 @@ def _scale_bar(axis: Axes, wide: float, tall: float) -> None:
     x, y = -wide / 2 + 0.06 * wide, tall / 2 - 0.04 * tall
     axis.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
     axis.text(
-        x + length / 2, y - 0.02 * tall, f"{length} mm", color="white", fontsize=7.5, ha="center",
-        path_effects=_OUTLINE,
+        x, y - 0.02 * tall, f"{length} mm", color="white", fontsize=7.5, path_effects=_OUTLINE,
     )  # fmt: skip

@@ -11,28 +11,34 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.files import make_folder, write_bytes, write_json, write_text
+from finetune.anchor import ANCHOR
 from finetune.budget import MARGIN
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
-from finetune.table import METRICS, NOTHING, SEEN, Line, Table, read_table
+from finetune.table import METRICS, NOTHING, Line, Table, read_table
 
 WORDS = (
-    "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "seen", "verdict",
+    "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "verdict",
 )  # fmt: skip
 """Columns of words; all others are numbers and end on the right."""
 
 EXPLAIN = (
     "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-    "scratch. Seen: test cases that pretraining has seen. Better in: share of subjects that gain "
+    "scratch. Better in: share of subjects that gain "
     "over the twin; median: over subjects, of the difference to it. p: of the deciding difference "
     "in Dice, adjusted over the data sets of a checkpoint at one number of labels; where it is "
     "0.05 or more, no arm is called better. One checkpoint supports a claim about this checkpoint "
     "only."
+)
+
+EXPLAIN_ANCHOR = (
+    f"{ANCHOR}: Dice from its own summary.json over the same cases, averaged in the same order; it "
+    "may have been trained with other labels, and no verdict is about it."
 )
 
 PICTURES = {
@@ -41,11 +47,16 @@ PICTURES = {
 }
 """Pictures of a table by file name, with what they show."""
 
+_LEAKAGE = {
+    "tainted": ("†", "test cases that the checkpoint has seen in pretraining are left out"),
+    "unknown": ("‡", "what the checkpoint has seen in pretraining is unknown"),
+}
+"""Marks of checkpoints, and what they say."""
+
 _MARKS = {
     "pretrained better": r"$\uparrow$",
     "scratch better": r"$\downarrow$",
     "no clear difference": r"$\sim$",
-    SEEN: r"$\dagger$",
 }
 """Verdicts in LaTeX; all others share a question mark."""
 
@@ -59,21 +70,24 @@ _LATEX = {
     "[": "{[}",  # at the start of a row it would be an option of the line break before it
     "*": "{*}",
     "–": "--",
+    "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
-def make_table(runs: Sequence[Path], output: Path) -> Table:
+def make_table(runs: Sequence[Path], output: Path, anchor: str = "") -> Table:
     """Makes the table of finished runs and writes it to `output` in all formats.
 
     Args:
         runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
         output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
             pictures of `PICTURES` that have something to show.
+        anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
 
     Raises:
-        InputError: a folder has no rows, or two runs are the same arm and seed.
+        InputError: what `read_table` refuses, or `output` cannot be written.
     """
-    table = read_table(runs)
+    table = read_table(runs, anchor)
     make_folder(output, "output")
     from finetune.figures import draw_table  # matplotlib takes its time to start
 
@@ -98,8 +112,7 @@ def markdown(table: Table) -> str:
     out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
     lines = [f"| {' | '.join(cells)} |" for cells in out]
     notes = [f"- {note}" for note in _notes(table)]
-    said = " ".join([EXPLAIN, *_same(table)])
-    return "\n".join([table.verdict, "", *lines, "", said, "", *notes]).rstrip() + "\n"
+    return "\n".join([table.verdict, "", *lines, "", _explain(table), "", *notes]).rstrip() + "\n"
 
 
 def html(table: Table, pictures: Mapping[str, bytes]) -> str:
@@ -116,7 +129,7 @@ def html(table: Table, pictures: Mapping[str, bytes]) -> str:
         pictures=on_page(pictures),
         records=_records(table),
         words=WORDS,
-        explain=" ".join([EXPLAIN, *_same(table)]),
+        explain=_explain(table),
         notes=_notes(table),
     )
 
@@ -129,36 +142,32 @@ def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
 def latex(table: Table) -> str:
     """A `tabular` with the main lines, for any document that loads booktabs."""
     mains = [group.main for group in table.groups]
-    own = any(line.own is not None for line in mains)
-    names = ["Data set", "Labels", "Checkpoint", "Pretrained", "Scratch", "Difference"]
-    names += ["Scratch, own best", "Difference to it"] if own else []
+    arms = _arms(table)
+    names = ["Data set", "Labels", "Checkpoint"]
+    names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
-            *map(_escaped, (line.dataset, _count(line.n_labels), line.checkpoint or "–")),
-            *map(_in_math, _arms(line, own)),
+            *map(_escaped, (line.dataset, _count(line.n_labels), _checkpoint(line))),
+            *(_in_math(show(line)) for show in arms.values()),
             _MARKS.get(line.verdict, "?"),
         ]
         for line in mains
     ]
-    used = {_MARKS.get(line.verdict, "?"): line.verdict for line in mains}
-    others = dict.fromkeys(line.verdict for line in mains if line.verdict not in _MARKS)
-    legend = "; ".join(
-        f"{mark}: {' or '.join(others) if mark == '?' else verdict}"
-        for mark, verdict in used.items()
-    )
-    width = len(names) + 1
-    body = [" & ".join(cells) + r" \\" for cells in rows]
+    verdicts: dict[str, dict[str, None]] = {}
+    for line in mains:
+        verdicts.setdefault(_MARKS.get(line.verdict, "?"), {})[line.verdict] = None
+    legend = [f"{mark}: {' or '.join(said)}" for mark, said in verdicts.items()]
+    legend += [_escaped(said) for said in _marked(mains)]
     return "\n".join(
         [
-            r"% \usepackage{booktabs} in the preamble",
-            rf"\begin{{tabular}}{{l r l {'r ' * (width - 4)}c}}",
+            r"% needs \usepackage{booktabs}; for the caption:",
+            rf"% Dice in points, mean and 95\,\% interval. {'; '.join(legend)}.",
+            rf"\begin{{tabular}}{{l r l {'r ' * len(arms)}c}}",
             r"\toprule",
-            " & ".join([*names, ""]).rstrip() + r" \\",
+            " & ".join(names) + r" & \\",
             r"\midrule",
-            *body,
+            *(" & ".join(cells) + r" \\" for cells in rows),
             r"\bottomrule",
-            rf"\multicolumn{{{width}}}{{l}}{{\footnotesize Dice in points, "
-            rf"mean and 95\,\% interval. {legend}.}} \\",
             r"\end{tabular}",
             "",
         ]
@@ -171,26 +180,25 @@ def csv_text(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
     parts = ("mean", "low", "high", "cases", "units", "draws")
-    arms = ("pretrained", "scratch", "difference", "own", "against_own")
+    arms = ("pretrained", "scratch", "difference", "own", "against_own", "anchor")
     more = ("improved", "median", "adjusted_p", "still_gains")
-    told = ("split", "protocol", "recipe", "seen")
-    header = [*plain, *told, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
-    writer.writerow(header)
+    told = ("split", "protocol", "recipe", "leakage")
+    estimates = [f"{arm}_{part}" for arm in arms for part in parts]
+    writer.writerow([*plain, *told, *estimates, *more, "verdict"])
     for line in table.lines:
         cells: list[object] = [getattr(line, name) for name in (*plain, *told)]
         for arm in arms:
             value = getattr(line, arm)
             cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
-        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
+        numbers = [_number(getattr(line, name)) for name in more]
+        writer.writerow([*cells, *numbers, line.verdict])
     return text.getvalue()
 
 
 def _records(table: Table) -> list[dict[str, str]]:
     """Column to text, of each line."""
     titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
-    own = any(line.own is not None for line in table.lines)
-    arms = ["pretrained", "scratch", "difference"]
-    arms += ["scratch, own best", "difference to it"] if own else []
+    arms = _arms(table)
     varied = _varied(table)
     records = []
     for line in table.lines:
@@ -200,14 +208,13 @@ def _records(table: Table) -> list[dict[str, str]]:
                 "data set": line.dataset,
                 **{name: getattr(line, name) for name in varied},
                 "labels": _count(line.n_labels),
-                "checkpoint": line.checkpoint or "–",
+                "checkpoint": _checkpoint(line),
                 "metric": titles[line.metric],
                 "class": line.class_name,
-                **dict(zip(arms, _arms(line, own), strict=True)),
+                **{name: show(line) for name, show in arms.items()},
                 "cases": str(basis.cases),
                 "subjects": str(basis.units),
                 "seeds": str(basis.draws),
-                "seen": line.seen,
                 "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
                 "median": "–" if math.isnan(line.median) else f"{line.median:+.1f}",
                 "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
@@ -239,10 +246,40 @@ def _same(table: Table) -> list[str]:
     return [f"All lines: {', '.join(told)}."] if told else []
 
 
-def _arms(line: Line, own: bool) -> list[str]:
-    """The arms and their differences, with those of the third arm where the table has it."""
-    cells = [cell(line.pretrained), cell(line.scratch), cell(line.difference, sign=True)]
-    return cells + ([cell(line.own), cell(line.against_own, sign=True)] if own else [])
+def _arms(table: Table) -> dict[str, Callable[[Line], str]]:
+    """The columns of arms and differences that the table has, and how a line shows them."""
+    arms: dict[str, Callable[[Line], str]] = {
+        "pretrained": lambda line: cell(line.pretrained),
+        "scratch": lambda line: cell(line.scratch),
+        "difference": lambda line: cell(line.difference, sign=True),
+    }
+    if any(line.own is not None for line in table.lines):
+        arms["scratch, own best"] = lambda line: cell(line.own)
+        arms["difference to it"] = lambda line: cell(line.against_own, sign=True)
+    if _anchored(table):
+        arms[ANCHOR] = lambda line: f"{line.anchor.mean:.1f}" if line.anchor else "–"
+    return arms
+
+
+def _anchored(table: Table) -> bool:
+    return any(line.anchor is not None for line in table.lines)
+
+
+def _explain(table: Table) -> str:
+    marks = [f"{said}." for said in _marked(table.lines)]
+    anchor = [EXPLAIN_ANCHOR] if _anchored(table) else []
+    return " ".join([EXPLAIN, *marks, *anchor, *_same(table)])
+
+
+def _checkpoint(line: Line) -> str:
+    mark, _ = _LEAKAGE.get(line.leakage, ("", ""))
+    return f"{line.checkpoint or '–'} {mark}".rstrip()
+
+
+def _marked(lines: Sequence[Line]) -> list[str]:
+    """What the marks of checkpoints say, as far as lines have them."""
+    used = {line.leakage for line in lines}
+    return [f"{mark}: {said}" for kind, (mark, said) in _LEAKAGE.items() if kind in used]
 
 
 def _notes(table: Table) -> list[str]:

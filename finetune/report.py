@@ -68,6 +68,11 @@ class _Run:
     def seed(self) -> int:
         return self.rows[0].seed
 
+    @property
+    def recipe(self) -> str:
+        """What it shares with the other arms."""
+        return str(self.facts["identity"]["config_hash"])
+
 
 def make_report(
     pretrain_run: Path | None,
@@ -103,8 +108,9 @@ def make_report(
         notice=notice,
         title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
         groups=[_group(group) for group in table.groups],
+        own=any(line.own is not None for line in table.lines),
         pictures=on_page(draw_table(table)),
-        losses=draw_losses(_pretraining_curve(pretrain_run), _curves(runs)),
+        losses=_losses(pretrain_run, runs),
         previews=_previews(pretrain_run),
         health=_health(pretrain_run),
         pretraining=_pretraining(pretrain_run),
@@ -144,7 +150,6 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
 
 def _group(group: Group) -> dict[str, Any]:
     line = group.main
-    d = line.difference
     headline = {
         "pretrained better": "Pretraining helped",
         "scratch better": "Scratch was better",
@@ -155,13 +160,15 @@ def _group(group: Group) -> dict[str, Any]:
         "no pretrained arm": "Only the scratch arm",
     }.get(line.verdict, line.verdict.capitalize())
     comparison = None
-    if d is not None:
+    if line.difference is not None:
         names = {ALL_CLASSES: "all classes"}
         rows = [
             (names.get(one.class_name, one.class_name), one.difference)
             for one in group.lines
             if one.metric == "dsc" and one.difference is not None
         ]
+        if line.against_own is not None:
+            rows.insert(1, ("all classes, to own best", line.against_own))
         comparison = draw_comparison(rows, group.scores)
     return {
         "dataset": group.dataset,
@@ -169,25 +176,36 @@ def _group(group: Group) -> dict[str, Any]:
         "checkpoint": group.checkpoint,
         "headline": headline,
         "tone": _TONES.get(line.verdict, "unclear"),
-        "why": _why(d),
-        "difference": _number(d, sign=True),
-        "pretrained": _number(line.pretrained),
-        "scratch": _number(line.scratch),
-        "basis": d or line.pretrained or line.scratch or NOTHING,
+        "why": _why(line),
+        **_arms(line),
+        "basis": line.difference or line.pretrained or line.scratch or NOTHING,
         "comparison": comparison,
         "lines": [_line(one) for one in group.lines],
         "notes": group.notes,
     }
 
 
-def _why(d: Estimate | None) -> str:
+def _arms(line: Line) -> dict[str, dict[str, str] | None]:
+    """The arms and their differences; None stands for a third arm that is not there."""
+    return {
+        "difference": _number(line.difference, sign=True),
+        "pretrained": _number(line.pretrained),
+        "scratch": _number(line.scratch),
+        "own": None if line.own is None else _number(line.own),
+        "against_own": None if line.own is None else _number(line.against_own, sign=True),
+    }
+
+
+def _why(line: Line) -> str:
+    d = line.decides
     if d is None:
         return "A difference is only shown where both arms have the same cases and seeds."
     if not d.has_interval:
         return f"There is no interval: {d.note}."
+    which = "of the difference to scratch at its own best " if line.own_is_stronger else ""
     if d.low <= 0 <= d.high:
-        return "The 95 % interval holds zero: these runs cannot tell the arms apart."
-    return "The 95 % interval lies on one side of zero."
+        return f"The 95 % interval {which}holds zero: these runs cannot tell the arms apart."
+    return f"The 95 % interval {which}lies on one side of zero."
 
 
 def _number(value: Estimate | None, sign: bool = False) -> dict[str, str]:
@@ -207,9 +225,7 @@ def _line(line: Line) -> dict[str, Any]:
         "unit": metric.unit,
         "class_name": "all classes" if line.class_name == ALL_CLASSES else line.class_name,
         "overall": line.class_name == ALL_CLASSES,
-        "pretrained": _number(line.pretrained),
-        "scratch": _number(line.scratch),
-        "difference": _number(line.difference, sign=True),
+        **_arms(line),
         "basis": basis,
         "improved": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
         "verdict": line.verdict,
@@ -226,14 +242,16 @@ def _metrics(folder: Path, name: str = "metrics.csv") -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
-def _curves(runs: list[_Run]) -> list[Curve]:
-    """The losses of the runs; probes in closed form have none."""
+def _losses(pretrain_run: Path | None, runs: list[_Run]) -> str | None:
+    """The losses of all runs; probes in closed form have none."""
     curves = []
     for run in runs:
         if (run.path / "metrics.csv").exists():
             log = _metrics(run.path)
             curves.append(Curve(run.arm, run.seed, log["step"], log["loss"]))
-    return curves
+    if pretrain_run is None and not curves:
+        return None
+    return draw_losses(_pretraining_curve(pretrain_run), curves)
 
 
 def _pretraining_curve(run: Path | None) -> Curve | None:
@@ -264,18 +282,16 @@ def _health(run: Path | None) -> dict[str, str | None] | None:
 
 
 def _cases(runs: list[_Run]) -> dict[str, str] | None:
-    """Worst, median and best case of the pretrained arm, with the same seed of both arms."""
-    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in ("pretrained", "scratch")}
-    lead = by_arm["pretrained"] or by_arm["scratch"]
+    """Worst, median and best case of the pretrained arm, with the same seed of every arm."""
+    lead = [run for arm in ("pretrained", "scratch") for run in runs if run.arm == arm]
     if not lead or not Path(lead[0].facts["corpus"]["path"]).is_dir():
         return None
     first = lead[0]
     chosen = {first.arm: first}
-    if first.arm == "pretrained":
-        twin = first.facts["identity"]["config_hash"]
-        for run in by_arm["scratch"]:
-            if run.seed == first.seed and run.facts["identity"]["config_hash"] == twin:
-                chosen["scratch"] = run
+    for arm in ("scratch", "scratch-own"):
+        for run in runs:
+            if (run.arm, run.seed, run.recipe) == (arm, first.seed, first.recipe):
+                chosen.setdefault(arm, run)
     means = {arm: _case_means(run.rows) for arm, run in chosen.items()}
     common = set.intersection(*(set(found) for found in means.values()))
     ranked = sorted(common, key=lambda case: (means[first.arm][case], case))

@@ -1,4 +1,4 @@
-"""The table: what pretraining was worth, from rows alone.
+"""The table: what pretraining was worth, from the rows of finished runs.
 
 Rows meet in a group when they share data set, split, labels and recipe (`config_hash`). In a
 group, each checkpoint's pretrained arm is compared with the scratch twin, case by case and draw
@@ -10,18 +10,20 @@ that the checkpoint has seen in pretraining are left out and counted.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
+from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
-from finetune.comparisons import holm_by_family, median_difference, share_improved
+from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
 
@@ -63,6 +65,8 @@ LEVEL = 0.05
 
 Run = tuple[str, ...]
 """What tells a run among others: data set, split, labels, recipe, arm, draw."""
+LabelDraw = tuple[str, str, str, int]
+"""Data set, split hash, labels and label seed."""
 
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
@@ -80,10 +84,12 @@ class Line:
     minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
     of subjects that gain over the twin, `median` the median over subjects of the difference to it.
     `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share; `seen`
-    says of the test cases whether pretraining has seen them: no, unknown, some and how many, all.
+    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share.
     `still_gains` is what the last quarter of training gained on validation, in Dice points and in
     the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
+    `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no interval.
+    `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these cases are
+    left out) or unknown.
     """
 
     dataset: str
@@ -107,8 +113,9 @@ class Line:
     split: str = ""
     protocol: str = ""
     recipe: str = ""
-    seen: str = "no"
     still_gains: float = math.nan
+    anchor: Estimate | None = None
+    leakage: str = ""
 
     @property
     def decides(self) -> Estimate | None:
@@ -160,16 +167,44 @@ class Table:
         return _plain(self)
 
 
-def read_table(runs: Sequence[Path]) -> Table:
-    """The table of finished runs, written nowhere."""
+def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
+    """The table of finished runs, written nowhere.
+
+    Args:
+        runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
+        anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
+
+    Raises:
+        InputError: a folder has no rows, two runs are the same arm and seed, or the anchor does not
+            fit the runs.
+    """
     rows: list[Row] = []
+    values: dict[str, dict[str, Labels]] = {}
+    unlabelled: dict[LabelDraw, Sequence[str]] = {}
     curves: dict[Run, Curve] = {}
     for path in find_rows(runs):
-        found, curve = read_rows(path), read_curve(path.parent)
+        found, facts, curve = read_rows(path), _facts(path), read_curve(path.parent)
         rows += found
-        if found and curve is not None:
-            curves[_run(found[0])] = curve
-    return tabulate(rows, curves)
+        for row in found[:1]:
+            if curve is not None:
+                curves[_run(row)] = curve
+            if "classes_without_label" in facts:
+                unlabelled[_label_draw(row)] = facts["classes_without_label"]
+            if task := facts.get("recipe", {}).get("task"):
+                classes = task["regions"] or task["classes"]
+                values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
+    return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled, curves)
+
+
+def _facts(rows: Path) -> dict[str, Any]:
+    """The run.json beside a rows.csv; rows that were made or moved elsewhere have none."""
+    path = rows.with_name("run.json")
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it, or remove it") from error
 
 
 def find_rows(runs: Sequence[Path]) -> list[Path]:
@@ -202,15 +237,22 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def tabulate(rows: Sequence[Row], curves: Mapping[Run, Curve] = MappingProxyType({})) -> Table:
+def tabulate(
+    rows: Sequence[Row],
+    anchors: Mapping[str, Anchor] | None = None,
+    unlabelled: Mapping[LabelDraw, Sequence[str]] | None = None,
+    curves: Mapping[Run, Curve] | None = None,
+) -> Table:
     """Compares arms within each group of rows.
 
     Args:
-        rows: of any runs.
-        curves: validation Dice of those runs that have it.
+        rows: of all runs.
+        anchors: of data sets.
+        unlabelled: the classes that no labelled case of a draw has.
+        curves: validation Dice over the steps of those runs that have it.
 
     Raises:
-        InputError: an arm holds the same case, class and seed twice.
+        InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
     """
     versions = sorted({row.metric_version for row in rows})
     if len(versions) > 1:
@@ -223,12 +265,15 @@ def tabulate(rows: Sequence[Row], curves: Mapping[Run, Curve] = MappingProxyType
         arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
         arms.setdefault(_arm(row), []).append(row)
     groups = []
-    for _, arms in sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0])):
+    order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
+    for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
-        for _, others in sorted(arms.items()):
-            groups.append(_with_budget(_group(others, scratch, own), others, scratch, curves))
-        if not arms:
-            groups.append(_with_budget(_group([], scratch, own), [], scratch, curves))
+        anchor = (anchors or {}).get(dataset)
+        for others in [found for _, found in sorted(arms.items())] or [[]]:
+            group = _group(others, scratch, own, anchor)
+            missing = _without_label(others + scratch + own, unlabelled or {})
+            group = dataclasses.replace(group, notes=(*group.notes, *missing))
+            groups.append(_with_budget(group, others, scratch, curves or {}))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -299,52 +344,48 @@ def _name(row: Row) -> str:
     return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
 
 
-def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
+def _group(
+    pretrained: list[Row], scratch: list[Row], own: list[Row], anchor: Anchor | None
+) -> Group:
     head = (pretrained or scratch or own)[0]
     tainted = {row.case for row in pretrained if row.status == "tainted"}
+    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
+    leakage = _leakage(pretrained)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    unknown = any(row.status == "unknown" for row in pretrained if row.arm == "pretrained")
-    if unknown:
+    if leakage == "unknown":
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
-    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
-    pretrained = [row for row in pretrained if row.case not in tainted]
-    scratch = [row for row in scratch if row.case not in tainted]
-    own = [row for row in own if row.case not in tainted]
+    if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
+        notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
+    pretrained, scratch, own = (
+        [row for row in rows if row.case not in tainted] for rows in (pretrained, scratch, own)
+    )
+    rows = pretrained + scratch + own
+    given = anchor.rows(rows) if anchor is not None else []
+    notes += _wrong(head.arm, pretrained) + _wrong("scratch", scratch)
+    notes += _wrong("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     every = (pretrained, scratch, own)
     subjects = _subjects(pretrained + scratch + own)
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
-    for arm, rows in (
-        (head.arm, pretrained),
-        ("scratch", scratch),
-        ("scratch at its own best", own),
-    ):
-        for outcome in ("missed", "false_positive"):
-            count = sum(row.outcome == outcome for row in rows)
-            if count:
-                words = {"missed": "missed a structure", "false_positive": "invented a structure"}
-                notes.append(f"{arm} {words[outcome]} {count} times (scored 0)")
-    seen = "no"
-    if tainted:
-        seen = "all" if all_seen else f"{len(tainted)} left out"
-    elif unknown:
-        seen = "unknown"
-    scores: dict[str, dict[tuple[str, str], float]] = {}
+    scores: dict[str, Scores] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a, b, c = (_scores(rows, metric, name, _invented(rows)) for rows in every)
+            a, b, c, n = (
+                _scores(found, metric, name, _invented(found))
+                for found in (*every, given if metric.name == "dsc" else [])
+            )
             if metric.of_lesions and not a and not b:
                 continue
             gaps = [_differences(pretrained, rows, metric, name) for rows in (scratch, own)]
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
-                notes += _gaps(a, b)
-            line = _line(head, metric, name, (a, b, c), gaps, subjects)
-            line = dataclasses.replace(line, seen=seen)
-            lines.append(dataclasses.replace(line, verdict=SEEN) if all_seen else line)
+                notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
+            line = _line(head, metric, name, (a, b, c, n), gaps, subjects)
+            verdict = SEEN if all_seen else line.verdict
+            lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     notes += _power(lines[0])
     return Group(
         head.dataset,
@@ -355,6 +396,48 @@ def _group(pretrained: list[Row], scratch: list[Row], own: list[Row]) -> Group:
         scores,
         tuple(notes),
     )
+
+
+def _leakage(rows: list[Row]) -> str:
+    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
+    if any(row.status == "tainted" for row in rows):
+        return "tainted"
+    found = {row.status for row in rows if row.arm == "pretrained"}
+    return "unknown" if "unknown" in found else "clean" if found else ""
+
+
+def _label_draw(row: Row) -> LabelDraw:
+    return row.dataset, row.split_hash, row.labels, row.label_seed
+
+
+def _without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
+    """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
+    seeds: dict[str, list[str]] = {}
+    for draw in sorted({_label_draw(row) for row in rows}):
+        for name in unlabelled.get(draw, ()):
+            seeds.setdefault(name, []).append(str(draw[-1]))
+    return [
+        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
+    ]
+
+
+def _unsuitable(arms: Sequence[Scores], subjects: dict[str, str]) -> list[str]:
+    """What speaks against deciding between the arms on this data set."""
+    present = [scores for scores in arms if scores]
+    cells = set.intersection(*(set(scores) for scores in present)) if len(present) > 1 else set()
+    tables = [_matrix({cell: scores[cell] for cell in cells}, subjects) for scores in present]
+    if not cells or not tables[0][1]:
+        return []
+    means = np.array([table.mean(axis=0) for table, _ in tables])
+    flags = suitability(means, tables[0][1]).flags
+    return [f"suitability: {'; '.join(flags)}"] if flags else []
+
+
+def _wrong(arm: str, rows: list[Row]) -> list[str]:
+    """What an arm missed or invented."""
+    words = {"missed": "missed a structure", "false_positive": "invented a structure"}
+    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in words}
+    return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
 
 
 def _subjects(rows: Iterable[Row]) -> dict[str, str]:
@@ -416,13 +499,15 @@ def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    arms: tuple[Scores, Scores, Scores],
+    arms: tuple[Scores, Scores, Scores, Scores],
     differences: list[Scores],
     subjects: dict[str, str],
 ) -> Line:
-    a, b, c = arms
+    a, b, c, anchor = arms
     difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
     paired, _ = _matrix(differences[0], subjects)
+    shared = _complete(differences[0] or a or b or c)
+    anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
     sign = 1 if metric.higher_is_better else -1
     scratch, own = (_estimate(one, subjects) if one else None for one in (b, c))
     if scratch is None:
@@ -454,6 +539,7 @@ def _line(
         split=head.split,
         protocol=head.protocol,
         recipe=head.config_hash[:8],
+        anchor=_estimate(anchor, subjects) if anchor else None,
     )
 
 
@@ -473,17 +559,20 @@ def _matrix(
 ) -> tuple[NDArray[np.float64], int]:
     """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
     draws = sorted({draw for _, draw in scores})
-    complete = [
-        case
-        for case in sorted({case for case, _ in scores})
-        if all((case, draw) in scores for draw in draws)
-    ]
+    complete = _complete(scores)
     by_subject: dict[str, list[list[float]]] = {}
     for case in complete:
         by_subject.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
     if not by_subject:
         return np.empty((0, len(draws))), 0
     return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
+
+
+def _complete(scores: Scores) -> list[str]:
+    """The cases that every draw has scored."""
+    draws = {draw for _, draw in scores}
+    cases = sorted({case for case, _ in scores})
+    return [case for case in cases if all((case, draw) in scores for draw in draws)]
 
 
 def _gaps(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:

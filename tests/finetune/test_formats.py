@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from arm_rows import make_rows, scratch_own
 
 from finetune.figures import draw_label_curves, draw_table
-from finetune.formats import html, latex, make_table, markdown
+from finetune.formats import csv_text, html, latex, make_table, markdown
 from finetune.rows import Row, write_rows
 from finetune.table import Table, tabulate
 
@@ -71,7 +74,7 @@ def test_the_page_fetches_nothing() -> None:
 def test_latex_prints_every_sign_and_breaks_no_row() -> None:
     text = latex(two_sets())
     lines = text.splitlines()
-    assert lines[1] == r"\begin{tabular}{l r l r r r r r c}" and lines[-1] == r"\end{tabular}"
+    assert lines[2] == r"\begin{tabular}{l r l r r r r r c}" and lines[-1] == r"\end{tabular}"
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
     assert len(body) == 2  # main lines alone
     for row in body:
@@ -90,6 +93,34 @@ def test_latex_prints_every_sign_and_breaks_no_row() -> None:
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert r"$\uparrow$: pretrained better; $\sim$: no clear difference" in text
+
+
+@pytest.mark.parametrize(
+    ("status", "mark", "sign"),
+    [("tainted", "†", r"$\dagger$"), ("unknown", "‡", r"$\ddagger$")],
+)
+def test_checkpoints_that_may_have_seen_the_test_are_marked(
+    status: str, mark: str, sign: str
+) -> None:
+    rows = [
+        dataclasses.replace(r, status=status) if r.case == "c0" else r
+        for r in make_rows("pretrained", 0.05)
+    ]
+    clean = [
+        dataclasses.replace(r, checkpoint="other", checkpoint_digest="d2")
+        for r in make_rows("pretrained")
+    ]
+    table = tabulate(make_rows("scratch") + rows + clean)
+    names = [row[2] for row in Cells(html(table, {})).rows]
+    assert {f"mae {mark}", "other"} < set(names) and "mae" not in names
+    assert f"{mark}: " in markdown(table) and f"{mark}: " in html(table, {})
+    assert f"& mae {sign} &" in latex(table) and f"{sign}: " in latex(table)
+    assert "& other &" in latex(table)
+    records = list(csv.DictReader(io.StringIO(csv_text(table))))
+    assert {(r["checkpoint"], r["leakage"]) for r in records} == {
+        ("mae", status),
+        ("other", "clean"),
+    }
 
 
 def test_latex_and_markdown_have_the_same_digits() -> None:

@@ -110,6 +110,39 @@ def test_a_checkpoint_that_has_seen_every_case_gets_no_score() -> None:
     assert "tainted" in markdown(table)
 
 
+def test_what_speaks_against_a_data_set_is_noted() -> None:
+    def moved_by_seed(rows: list[Row]) -> list[Row]:
+        return [dataclasses.replace(r, dsc=r.dsc + 0.1 * r.seed - 0.2) for r in rows]
+
+    def notes(rows: list[Row]) -> list[str]:
+        return [n for n in tabulate(rows).groups[0].notes if n.startswith("suitability")]
+
+    few = make_rows("scratch") + make_rows("pretrained", 0.05)
+    assert notes(few) == ["suitability: 12 test cases, fewer than 20"]
+    many = make_rows("scratch", cases=24, noise=0) + make_rows(
+        "pretrained", 0.05, cases=24, noise=0
+    )
+    assert notes(many) == []
+    # Arms 5 points apart have a deviation of 3.54, seeds 10 points apart one of 10.
+    assert notes(moved_by_seed(many)) == ["suitability: seeds vary more than methods (ratio 0.35)"]
+    assert notes(make_rows("scratch")) == []  # nothing to decide between
+
+
+def test_classes_that_a_label_draw_lacks_are_noted(tmp_path: Path) -> None:
+    for arm in ("scratch", "pretrained"):
+        for seed in range(3):
+            run = tmp_path / f"{arm}-{seed}"
+            run.mkdir()
+            write_rows([r for r in make_rows(arm) if r.seed == seed], run / "rows.csv")
+            lacking = ["posterior"] if seed else []
+            (run / "run.json").write_text(json.dumps({"classes_without_label": lacking}))
+    notes = read_table([tmp_path]).groups[0].notes
+    assert "no labelled case has posterior in label draw 1, 2" in notes
+    (tmp_path / "scratch-0/run.json").write_text("{")
+    with pytest.raises(InputError, match=r"scratch-0/run\.json: cannot be read"):
+        read_table([tmp_path])
+
+
 def test_missing_a_structure_costs_and_absence_does_not() -> None:
     def changed(rows: list[Row], **what: object) -> list[Row]:
         return [dataclasses.replace(r, **what) if r.case == "c0" else r for r in rows]  # type: ignore[arg-type]

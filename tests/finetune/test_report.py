@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arm_rows import make_rows, scratch_own
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from numpy.typing import NDArray
+
+from finetune.figures import CLASS_COLOURS, Overlay, draw_cases
+from finetune.report import make_report
+from finetune.rows import Row, write_rows
+from finetune.table import read_table
+
+
+def write_runs(folder: Path, rows: list[Row]) -> list[Path]:
+    """Run folders as the report reads them, one for each arm and seed; their corpus is gone."""
+    runs: dict[Path, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(folder / f"{row.arm}-{row.seed}", []).append(row)
+    for run, members in runs.items():
+        run.mkdir()
+        write_rows(members, run / "rows.csv")
+        facts = {
+            "corpus": {"path": str(folder / "gone"), "index_hash": "abc"},
+            "identity": {"config_hash": members[0].config_hash},
+            "parameters": 1000,
+            "versions": {"torch": "2"},
+            "command": ["voxelith", "finetune", f"run={run.name}"],
+        }
+        (run / "run.json").write_text(json.dumps(facts))
+        (run / "config.json").write_text("{}")
+    return list(runs)
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_the_third_arm_is_shown_where_there_is_one(third: bool, tmp_path: Path) -> None:
+    rows = make_rows("scratch") + make_rows("pretrained", 0.05)
+    runs = write_runs(tmp_path, rows + (scratch_own(0.05) if third else []))
+    table = read_table(runs)
+    page = make_report(None, runs, table, tmp_path / "report.html").read_text()
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    main = table.groups[0].main
+    assert ("Scratch at its own best" in words) == third
+    assert ("Scratch, own best Difference to it" in words) == third
+    if third:
+        assert main.own is not None and main.against_own is not None
+        d = f"{main.against_own.mean:+.1f}".replace("-", "−")
+        assert f"Scratch at its own best {main.own.mean:.1f}" in words
+        assert f"Difference to it {d}" in words
+        # The verdict is about the stronger scratch, and so is the sentence below it.
+        assert "No clear difference" in words
+        assert "of the difference to scratch at its own best holds zero" in words
+    else:
+        assert "Pretraining helped" in words
+        assert "The 95 % interval lies on one side of zero" in words
+
+
+def pixels(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], colour: str) -> int:
+    """How many pixels of a colour the picture of a black image has, without those of the legend."""
+    black = np.zeros(truth.shape, np.float32)
+    case = Overlay("worst", black, (1, 1, 1), truth, {"scratch": prediction}, {"scratch": 50.0})
+    code = draw_cases([case], ["a"]).removeprefix("data:image/png;base64,")
+    picture = imread(io.BytesIO(base64.b64decode(code)))[..., :3]
+    picture = picture[: picture.shape[0] * 3 // 4]
+    return int((abs(picture - np.array(to_rgb(colour))) < 0.02).all(axis=-1).sum())
+
+
+def test_cases_are_drawn_with_contours_of_truth_and_prediction() -> None:
+    truth = np.zeros((24, 24, 24), np.uint8)
+    truth[6:14, 6:14, 6:14] = 1
+    shifted, nothing = np.roll(truth, 2, axis=(0, 1, 2)), np.zeros_like(truth)
+    assert pixels(shifted, truth, CLASS_COLOURS[0]) > 1000
+    assert pixels(nothing, truth, CLASS_COLOURS[0]) == 0
+    assert pixels(nothing, truth, "white") > pixels(nothing, nothing, "white") + 1000
