@@ -352,8 +352,8 @@ class EvaluateSettings(BaseModel):
     """The keys of conf/evaluate.yaml: any predictions against a labelled corpus.
 
     `predictions` holds KEY.nii.gz files with label values on the native grid of each case, or files
-    with the names that the scans had: told by `keymap`, the keymap.csv that prep wrote beside the
-    corpus, where keys are not made of names.
+    with the names or paths that the scans had, or the names of the cases: told by `keymap`, the
+    keymap.csv that prep wrote beside the corpus.
     """
 
     model_config = ConfigDict(extra="forbid")
