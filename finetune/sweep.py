@@ -216,7 +216,10 @@ def run_name(plan: Plan) -> str:
     of the recipe, so that checkpoints which share those share the run.
     """
     chosen, identity = plan.settings, plan.identity
-    arm = "scratch-own" if chosen.recipe_of == "own" else "scratch"
+    arm = "scratch"
+    if chosen.recipe_of == "own":
+        # Departing from several shared recipes to the same one, it is the third arm of each.
+        arm += f"-own-of={identity['config_hash'][:8]}"
     if chosen.init == "pretrained":
         arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
         arm += "-network" if plan.transfer == "network" else ""

@@ -83,6 +83,19 @@ def test_checkpoints_of_one_architecture_share_their_twins(
     assert sum(j.plan.settings.init == "scratch" for j in plan_jobs(wider)) == 4
 
 
+OWN = ["own={lr: 2e-3}", "search={lr: [1e-3,2e-3,3e-3], draws: 1}"]
+
+
+def test_each_shared_recipe_has_a_third_arm_of_its_own(words: list[str]) -> None:
+    """What is trained is the same; what it is compared with is not."""
+    alone = [w for w in words if not w.startswith("seed=")]
+    jobs = plan_jobs([*alone, *OWN, "init=scratch", "recipe_of=own", "lr=1e-3,3e-3"])
+    assert len({job.name for job in jobs}) == len(jobs) == 2
+    identities = [job.plan.identity for job in jobs]
+    assert len({identity["recipe_hash"] for identity in identities}) == 1
+    assert len({identity["config_hash"] for identity in identities}) == 2
+
+
 def test_all_that_is_wrong_is_said_before_anything_starts(words: list[str]) -> None:
     wrong = [w for w in words if not w.startswith(("labels=", "seed="))]
     with pytest.raises(InputError) as error:
