@@ -44,8 +44,14 @@ from finetune.train import Plan, build_model, device_of, is_finished, make_plan
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 
-VARIED = ("ckpt", "init", "transfer", "labels", "seed", "label_seed", "recipe_of")
-"""Keys of which a sweep has many values; the rest is composed once for all of these."""
+VARIED = ("ckpt", "transfer", "labels", "seed", "label_seed")
+"""Keys of which a sweep has many values; the rest is composed once for all of these.
+
+No other setting has a say in whether their values are right, so each is checked once as well.
+"""
+NO_ARM = {"init": "pretrained", "recipe_of": "own"}
+"""What only comes up when both keys are varied to get the three arms: the own recipe is scratch's.
+"""
 TWIN = {"init": "scratch", "transfer": "auto", "recipe_of": "twin"}
 """How a pretrained run's scratch twin is told."""
 LEDGER = "sweep.csv"
@@ -128,6 +134,12 @@ def sweep(
         f"sweep: {len(found)} runs in {runs}, {added} of them scratch twins that were added; "
         f"{len(found) - len(waiting)} are finished, {len(waiting)} to start, {jobs} at a time"
     )
+    combinations = expand(words)
+    if no_arm := len(combinations) - len(_arms(combinations)):
+        print(
+            f"sweep: {no_arm} combinations left out: init=pretrained with recipe_of=own is no arm, "
+            "the own recipe is that of scratch"
+        )
     if dry_run:
         for job in waiting:
             print(f"  {job.name}")
@@ -176,6 +188,13 @@ def expand(words: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
+def _arms(combinations: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The combinations that are an arm; NO_ARM is left out where scratch is asked for as well."""
+    if all(combination.get("init") != "scratch" for combination in combinations):
+        return combinations  # nobody gets the own recipe: a mistake, which its settings tell
+    return [each for each in combinations if not NO_ARM.items() <= each.items()]
+
+
 def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     """The runs of a sweep, twins included, each of them once.
 
@@ -186,7 +205,7 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     releases: dict[Path, Release] = {}
     corpora: dict[Path, Corpus] = {}
     jobs: dict[str, Job] = {}
-    for combination, settings in _settings(expand(words), problems):
+    for combination, settings in _settings(_arms(expand(words)), problems):
         arms = [settings]
         if twins and settings.init == "pretrained":
             arms.append(settings.model_copy(update=TWIN))
@@ -235,12 +254,12 @@ def run_name(plan: Plan) -> str:
 def _settings(
     combinations: list[dict[str, str]], problems: list[str]
 ) -> Iterator[tuple[dict[str, str], FinetuneSettings]]:
-    """Settings of each combination.
+    """Settings of each combination, all of whose mistakes are added to `problems`.
 
     Hydra takes half a second to compose one, so values of the keys that only fill a field are
     composed once each and put together here.
     """
-    composed: dict[tuple[Any, ...], FinetuneSettings] = {}
+    composed: dict[tuple[Any, ...], FinetuneSettings | None] = {}
 
     def compose(words: Mapping[str, str]) -> FinetuneSettings | None:
         key = tuple(words.items())
@@ -248,8 +267,8 @@ def _settings(
             try:
                 composed[key] = settings_for("finetune", [f"{k}={v}" for k, v in words.items()])
             except InputError as error:
+                composed[key] = None
                 problems.extend(error.problems)
-                return None
         return composed[key]
 
     first: dict[tuple[Any, ...], dict[str, str]] = {}
@@ -257,16 +276,14 @@ def _settings(
         rest = tuple((k, v) for k, v in combination.items() if k not in VARIED)
         base = first.setdefault(rest, combination)
         settings = compose(base)
-        if settings is None:
-            continue
+        changes: dict[str, Any] = {}
         for key in VARIED:
             if key in combination and combination[key] != base[key]:
                 other = compose(base | {key: combination[key]})
-                if other is None:
-                    break
-                settings = settings.model_copy(update={key: getattr(other, key)})
-        else:
-            yield combination, settings
+                changes[key] = getattr(other, key, None)
+                settings = settings if other else None
+        if settings is not None:
+            yield combination, settings.model_copy(update=changes)
 
 
 def _between_commas(text: str) -> list[str]:

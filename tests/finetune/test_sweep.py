@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from small_runs import add_split, write_encoder
 
+from conf.compose import settings_for
 from data_prep.errors import InputError
 from finetune.rows import read_rows
 from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
@@ -94,6 +95,47 @@ def test_each_shared_recipe_has_a_third_arm_of_its_own(words: list[str]) -> None
     identities = [job.plan.identity for job in jobs]
     assert len({identity["recipe_hash"] for identity in identities}) == 1
     assert len({identity["config_hash"] for identity in identities}) == 2
+
+
+@pytest.mark.parametrize(
+    "order", [("pretrained,scratch", "own,twin"), ("scratch,pretrained", "twin,own")]
+)
+def test_the_three_arms_are_one_sweep(
+    words: list[str], order: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pretrained with scratch's own recipe is no arm: it is left out, and that is said."""
+    alone = [w for w in words if not w.startswith(("seed=", "ckpt="))]
+    ckpt = next(w for w in words if w.startswith("ckpt=")).partition(",")[0]
+    given = [*alone, ckpt, *OWN, "lr=1e-3", f"init={order[0]}", f"recipe_of={order[1]}"]
+    arms = {job.plan.settings.arm: job for job in plan_jobs(given)}
+    assert sorted(arms) == ["pretrained", "scratch", "scratch-own"] and len(plan_jobs(given)) == 3
+    for arm, job in arms.items():
+        # What is planned is what a process of its own makes of the words.
+        told = settings_for("finetune", list(job.words))
+        assert (told.arm, told.effective()) == (
+            arm,
+            job.plan.settings.model_copy(update={"crop_size": told.crop_size}),
+        )
+    sweep(given, dry_run=True)
+    assert "1 combinations left out: init=pretrained" in capsys.readouterr().out
+
+
+def test_a_combination_is_checked_as_the_run_would_be(words: list[str]) -> None:
+    alone = [w for w in words if not w.startswith("seed=")]
+    # Nobody would train the own recipe.
+    with pytest.raises(InputError, match="give init=scratch"):
+        plan_jobs([*alone, *OWN, "lr=1e-3", "recipe_of=twin,own"])
+    # Each rate is fine for the twin, and 5e-3 is not for the third arm.
+    arms = ["init=scratch", "recipe_of=twin,own", "lr=1e-3,5e-3"]
+    with pytest.raises(InputError, match=r"rates \[0.005\] are not among search.lr") as error:
+        plan_jobs([*alone, *OWN, *arms])
+    assert len(error.value.problems) == 1
+    # What is wrong with the first combination does not hide the others.
+    for_labels = [w for w in alone if not w.startswith("labels=")]
+    with pytest.raises(InputError) as error:
+        plan_jobs([*for_labels, *OWN, *arms, "labels=many,2,lots", "seed=0,-1"])
+    said = "\n".join(error.value.problems)
+    assert all(wrong in said for wrong in ("labels=many", "labels=lots", "seed=-1"))
 
 
 def test_all_that_is_wrong_is_said_before_anything_starts(words: list[str]) -> None:
