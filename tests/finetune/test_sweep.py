@@ -97,6 +97,13 @@ def test_each_shared_recipe_has_a_third_arm_of_its_own(words: list[str]) -> None
     assert len({identity["config_hash"] for identity in identities}) == 2
 
 
+def test_runs_in_another_precision_are_other_runs(words: list[str]) -> None:
+    alone = [w for w in words if not w.startswith("seed=")]
+    jobs = plan_jobs([*alone, "trainer.precision=32-true,bf16-mixed"])
+    twins = [job.plan.identity["config_hash"] for job in jobs if job.twin]
+    assert (len(jobs), len(set(twins))) == (6, 2)
+
+
 @pytest.mark.parametrize(
     "order", [("pretrained,scratch", "own,twin"), ("scratch,pretrained", "twin,own")]
 )
