@@ -37,6 +37,7 @@ from conf.compose import settings_for
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
+from data_prep.preprocess import resampled_shape, spacing_factors
 from data_prep.progress import bar
 from finetune.infer import starts
 from finetune.settings import FinetuneSettings
@@ -337,18 +338,26 @@ def cost(jobs: Sequence[Job], at_once: int) -> Cost:
         step, window, parameters = measured[recipe]
         positions = [plan.corpus.position(key) for key in plan.test.keys]
         shapes = [plan.corpus.shapes[i][1:] for i in positions]
-        seconds += plan.settings.steps * step + window * sum(_windows(plan, s) for s in shapes)
+        seconds += plan.settings.steps * step + window * sum(_windows(plan, i) for i in positions)
         # Label maps compress to about a fiftieth of a byte per voxel.
         kept += 4 * parameters + sum(math.prod(map(int, s)) for s in shapes) // 50
         largest = max(largest, 4 * parameters)
     return Cost(seconds, at_once, kept, at_once * 2 * 3 * largest)
 
 
-def _windows(plan: Plan, shape: Sequence[int]) -> int:
-    size, overlap = plan.settings.crop_size, plan.settings.overlap
-    assert size is not None
-    sides = zip(map(int, shape), size, strict=True)
-    return math.prod(len(starts(max(n, w), w, overlap)) for n, w in sides)
+def _windows(plan: Plan, case: int) -> int:
+    """Windows that the network sees of a case: on its own grid, and again for each mirror."""
+    chosen, shape = plan.settings, [int(n) for n in plan.corpus.shapes[case][1:]]
+    assert chosen.crop_size is not None
+    for operation in plan.preprocess.operations:
+        if operation["op"] == "resample" and operation["spacing_mm"]:
+            factors = spacing_factors(plan.corpus.spacings[case], operation["spacing_mm"])
+            shape = resampled_shape(shape, factors)
+        elif operation["op"] == "pad":
+            shape = [n + -n % m for n, m in zip(shape, operation["multiple"], strict=True)]
+    sides = zip(shape, chosen.crop_size, strict=True)
+    mirrors = 2 ** sum(chosen.task.flip) if chosen.tta else 1
+    return mirrors * math.prod(len(starts(max(n, w), w, chosen.overlap)) for n, w in sides)
 
 
 def _measure(plan: Plan) -> tuple[float, float, int]:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import add_split, write_encoder
 
 from conf.compose import settings_for
 from data_prep.errors import InputError
+from data_prep.preprocess import Preprocess
+from finetune.infer import mirrored, segment
 from finetune.rows import read_rows
-from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
+from finetune.sweep import LEDGER, cost, expand, plan_jobs, read_ledger, sweep
 
 BACKBONE: dict[str, Any] = {
     "name": "resenc.ResEncUNetEncoder",
@@ -162,6 +165,32 @@ def test_a_dry_run_starts_nothing_and_names_the_cost(
     said = capsys.readouterr().out
     assert "6 to start, 2 at a time" in said and "hours" in said and "GiB kept" in said
     assert not runs_of(words).exists()
+
+
+def test_the_cost_counts_the_windows_that_the_network_sees(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the checkpoint's grid, not the scan's, and mirrored as often as the task allows."""
+    preprocess = Preprocess.default((0.7, 0.9, 0.8), multiple=(8, 8, 8)).to_dict()
+    fine = write_encoder(tmp_path / "fine", BACKBONE, preprocess=preprocess)
+    alone = [w for w in words if not w.startswith(("seed=", "ckpt="))]
+    given = [*alone, f"ckpt={fine}", "tta=true", "task.flip=[true,false,true]"]
+    (job,) = plan_jobs(given, twins=False)
+    plan, seen = job.plan, []
+
+    def network(window: torch.Tensor) -> torch.Tensor:
+        seen.append(len(window))
+        return torch.zeros(len(window), 2, *window.shape[2:])
+
+    for key in plan.test.keys:
+        volume = plan.corpus.volume(plan.corpus.position(key))
+        size, overlap = plan.settings.crop_size, plan.settings.overlap
+        assert size is not None
+        both = mirrored(network, plan.settings.task.flip)
+        segment(both, volume, plan.preprocess, size, overlap, torch.device("cpu"))
+    # A window takes a second, and nothing else takes any time.
+    monkeypatch.setattr("finetune.sweep._measure", lambda plan: (0.0, 1.0, 0))
+    assert cost([job], 1).seconds == sum(seen) > 4
 
 
 def test_after_a_kill_exactly_the_killed_runs_start_again(words: list[str]) -> None:
