@@ -56,6 +56,8 @@ NO_ARM = {"init": "pretrained", "recipe_of": "own"}
 TWIN = {"init": "scratch", "transfer": "auto", "recipe_of": "twin"}
 """How a pretrained run's scratch twin is told."""
 LEDGER = "sweep.csv"
+OPENS_QUOTE = ("", *"[{(,:")
+"""What a quote may follow: nothing, where a value begins, or these."""
 
 
 @dataclass(frozen=True)
@@ -288,12 +290,12 @@ def _settings(
 
 
 def _between_commas(text: str) -> list[str]:
-    """Splits at commas that no bracket or quote holds."""
+    """Splits at commas that no bracket or quote holds; an apostrophe in a word is no quote."""
     parts, start, depth, quote = [], 0, 0, ""
     for i, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "'\"":
+        elif letter in "'\"" and text[start:i].rstrip()[-1:] in OPENS_QUOTE:
             quote = letter
         elif letter in "[{(":
             depth += 1

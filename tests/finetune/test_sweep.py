@@ -87,6 +87,20 @@ def test_checkpoints_of_one_architecture_share_their_twins(
     assert sum(j.plan.settings.init == "scratch" for j in plan_jobs(wider)) == 4
 
 
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("/d/O'Brien/a,/d/b", ["/d/O'Brien/a", "/d/b"]),
+        ("/d/b,/d/O'Brien/a,c'est", ["/d/b", "/d/O'Brien/a", "c'est"]),
+        ("'a,b',\"c,d\", 'e,f'", ["'a,b'", '"c,d"', " 'e,f'"]),
+        ("{a: 'x}', b: ['y]','z']},'O'", ["{a: 'x}', b: ['y]','z']}", "'O'"]),
+        ("[O'Brien,a],b", ["[O'Brien,a]", "b"]),
+    ],
+)
+def test_a_quote_opens_where_a_value_begins(value: str, parts: list[str]) -> None:
+    assert [found["ckpt"] for found in expand([f"ckpt={value}"])] == parts
+
+
 OWN = ["own={lr: 2e-3}", "search={lr: [1e-3,2e-3,3e-3], draws: 1}"]
 
 
