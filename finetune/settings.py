@@ -17,8 +17,11 @@ from pretrain.settings import LoopSettings, RunName, Side
 WindowBatch = Annotated[int, Field(ge=1, le=256)]
 """Windows that the network gets at a time; the result is the same but for rounding."""
 
-RECIPE_VERSION = 1
-"""Raised when the same settings no longer give the same training."""
+RECIPE_VERSION = 2
+"""Raised when the same settings no longer give the same training, or the same hash.
+
+2: the precision is part of the recipe.
+"""
 
 FREE = frozenset(
     {
@@ -28,7 +31,8 @@ FREE = frozenset(
         "validations",
     }
 )  # fmt: skip
-"""Settings that arms and draws of one recipe may differ in; see `FinetuneSettings.recipe`."""
+"""Settings that arms and draws of one recipe may differ in, the trainer's precision excepted; see
+`FinetuneSettings.recipe`."""
 
 
 Value = Annotated[int, Field(ge=1, le=65535)]
@@ -374,13 +378,15 @@ class FinetuneSettings(LoopSettings):
 
         Names (of the protocol, of its family of networks) do not count, only what they stand for,
         nor does how scratch may depart from it; of `effective()` settings it is what was trained.
+        Of the trainer, the precision alone counts, as it was set: twins are rounded alike.
 
         Args:
             resolved: what the settings only point to (architecture, index and split hashes, ...).
         """
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
         kept = {k: v for k, v in dump.items() if k not in FREE}
-        return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
+        precision = self.trainer.precision
+        return {"recipe_version": RECIPE_VERSION, "precision": precision, **kept, **resolved}
 
 
 class EvaluateSettings(BaseModel):
