@@ -247,8 +247,9 @@ def run_name(plan: Plan) -> str:
         arm += "-network" if plan.transfer == "network" else ""
     draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
     labels = chosen.labels.replace("%", "pct")
+    split = "" if chosen.split == "auto" else f"-{chosen.split}"
     name = (
-        f"{chosen.task.name}-{arm}-{identity['recipe_hash'][:8]}-labels={labels}"
+        f"{chosen.task.name}-{arm}-{identity['recipe_hash'][:8]}{split}-labels={labels}"
         f"-seed={chosen.seed}{draw}"
     )
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name)[-100:].lstrip("._=-")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
 from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
-from finetune.intervals import Estimate, estimate
+from finetune.intervals import Estimate, estimate, estimate_folds
 from finetune.rows import Row, read_rows
 
 ALL_CLASSES = "mean"
@@ -262,7 +263,7 @@ def tabulate(
         )
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
+        arms = twins.setdefault((row.dataset, _whole(row), row.labels, row.config_hash), {})
         arms.setdefault(_arm(row), []).append(row)
     groups = []
     order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
@@ -298,6 +299,11 @@ def _with_p(group: Group, p: float) -> Group:
         )
         main = dataclasses.replace(main, verdict=UNCLEAR)
     return dataclasses.replace(group, lines=(main, *group.lines[1:]), notes=notes)
+
+
+def _whole(row: Row) -> str:
+    """What is averaged over: a split, or the folds of a corpus, each scored on its validation."""
+    return "folds" if re.fullmatch(r"fold-\d+/validation", row.split) else row.split_hash
 
 
 def _run(row: Row) -> Run:
@@ -367,6 +373,7 @@ def _group(
     notes += _wrong("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     every = (pretrained, scratch, own)
+    folds = {row.case: row.split for row in rows}
     subjects = _subjects(pretrained + scratch + own)
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     scores: dict[str, Scores] = {}
@@ -383,7 +390,7 @@ def _group(
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
-            line = _line(head, metric, name, (a, b, c, n), gaps, subjects)
+            line = _line(head, metric, name, (a, b, c, n), gaps, subjects, folds)
             verdict = SEEN if all_seen else line.verdict
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     notes += _power(lines[0])
@@ -502,14 +509,18 @@ def _line(
     arms: tuple[Scores, Scores, Scores, Scores],
     differences: list[Scores],
     subjects: dict[str, str],
+    folds: dict[str, str],
 ) -> Line:
     a, b, c, anchor = arms
-    difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
+    difference, against_own = (
+        _estimate(one, subjects, folds) if one else None for one in differences
+    )
     paired, _ = _matrix(differences[0], subjects)
     shared = _complete(differences[0] or a or b or c)
     anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
+    names = set(folds.values())
     sign = 1 if metric.higher_is_better else -1
-    scratch, own = (_estimate(one, subjects) if one else None for one in (b, c))
+    scratch, own = (_estimate(one, subjects, folds) if one else None for one in (b, c))
     if scratch is None:
         against_own = None  # no delta without a twin
     own_is_stronger = (
@@ -525,7 +536,7 @@ def _line(
         head.checkpoint_digest,
         metric.name,
         class_name,
-        _bounded(_estimate(a, subjects), metric) if a else None,
+        _bounded(_estimate(a, subjects, folds), metric) if a else None,
         _bounded(scratch, metric) if scratch else None,
         difference,
         share_improved(paired, higher_is_better=metric.higher_is_better),
@@ -536,16 +547,22 @@ def _line(
         against_own=against_own,
         own_is_stronger=own_is_stronger,
         median=median_difference(paired),
-        split=head.split,
+        split=head.split if len(names) < 2 else f"{len(names)} folds/validation",
         protocol=head.protocol,
         recipe=head.config_hash[:8],
-        anchor=_estimate(anchor, subjects) if anchor else None,
+        anchor=_estimate(anchor, subjects, {}) if anchor else None,
     )
 
 
-def _estimate(scores: dict[tuple[str, str], float], subjects: dict[str, str]) -> Estimate:
-    matrix, cases = _matrix(scores, subjects)
-    return estimate(matrix, cases)
+def _estimate(scores: Scores, subjects: dict[str, str], folds: dict[str, str]) -> Estimate:
+    """Over subjects and draws; where the cases lie in several `folds`, over folds."""
+    parts: dict[str, Scores] = {}
+    for cell, value in scores.items():
+        parts.setdefault(folds.get(cell[0], ""), {})[cell] = value
+    found = [_matrix(part, subjects) for _, part in sorted(parts.items())]
+    if len(found) == 1:
+        return estimate(*found[0])
+    return estimate_folds([matrix for matrix, _ in found], sum(cases for _, cases in found))
 
 
 def _bounded(value: Estimate, metric: Metric) -> Estimate:
@@ -649,7 +666,8 @@ def _power(line: Line) -> list[str]:
 
 def _basis(value: Estimate) -> str:
     subjects = f" of {value.units} subjects" if value.units != value.cases else ""
-    return f"{value.cases} cases{subjects}, {value.draws} seed{'s' if value.draws != 1 else ''}"
+    folds = f", {value.folds} folds" if value.folds > 1 else ""
+    return f"{value.cases} cases{subjects}{folds}, {value.draws} seed{'s' * (value.draws != 1)}"
 
 
 def _plain(table: Table) -> dict[str, object]:

@@ -97,6 +97,7 @@ class Plan:
         return {
             "config_hash": config_hash(self.recipe),
             "recipe_hash": config_hash(self.trained),
+            "split_hash": self.test.hash,
             "checkpoint_digest": self.release.digest if self._pretrained else None,
             "init": self.settings.init,
             "seed": self.settings.seed,
@@ -205,7 +206,6 @@ def make_plan(
     resolved = {
         "network": release.equal_but_weights(),
         "index_hash": corpus.index_hash,
-        "split_hash": train.hash,
         "preprocess": preprocess.to_dict(),
         # Only where it is so: recipes of complete data sets stay what they were.
         **({"partly_annotated": len(partial)} if partial else {}),
