@@ -217,7 +217,7 @@ def _centre_zero(axis: Axes, values: Sequence[Estimate]) -> None:
     ends = [abs(v) for r in values for v in (r.low, r.high, r.mean) if not math.isnan(v)]
     reach = 1.15 * max([*ends, 1.0])
     axis.set_xlim(-reach, reach)
-    axis.set_xlabel("Dice points, 95 % interval      ← scratch better | pretrained better →")
+    axis.set_xlabel("← scratch better | pretrained better →\nDice points, 95 % interval")
 
 
 def draw_label_curves(table: Table) -> bytes | None:
