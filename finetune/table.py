@@ -329,9 +329,12 @@ def _with_budget(
     if a is not None and b is not None:
         read = read_budget(a, b)
         speed = f", {read.speed:.1f} times as fast" if math.isfinite(read.speed) else ""
+        sure = group.main.verdict in (BETTER, WORSE)
+        said: str = read.reading if sure or "generalises" not in read.reading else "ends apart"
+        chance = "" if sure or said == read.reading else ", no more than chance may do"
         notes.append(
-            f"validation Dice over training: {read.reading}, {read.gap:+.1f} points at the "
-            f"end{speed}"
+            f"validation Dice over training: {said}, {read.gap:+.1f} points at the end"
+            f"{chance}{speed}"
         )
     notes += [
         f"not converged: the last quarter of training still gained {arm} {gain:.1f} points"
