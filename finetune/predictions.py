@@ -95,7 +95,9 @@ def find_predictions(
             else:
                 doubtful.setdefault(key, {})[file] = cases
     files: dict[str, Path] = {}
-    absent, problems, unclear = [], [], {}
+    absent: list[str] = []
+    problems: list[str] = []
+    unclear: dict[Path, set[str]] = {}
     for key in keys:
         found = certain.get(key, [])
         if len(found) > 1:
