@@ -20,7 +20,7 @@ WindowBatch = Annotated[int, Field(ge=1, le=256)]
 RECIPE_VERSION = 2
 """Raised when the same settings no longer give the same training, or the same hash.
 
-2: the precision is part of the recipe.
+2: the precision is part of the recipe, and partly annotated cases are not trained on.
 """
 
 FREE = frozenset(

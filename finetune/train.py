@@ -207,8 +207,6 @@ def make_plan(
         "network": release.equal_but_weights(),
         "index_hash": corpus.index_hash,
         "preprocess": preprocess.to_dict(),
-        # Only where it is so: recipes of complete data sets stay what they were.
-        **({"partly_annotated": len(partial)} if partial else {}),
     }
     effective = settings.effective()
     return Plan(

@@ -88,8 +88,16 @@ def test_labels_are_drawn_among_the_complete_cases(folder: Path, labels: str) ->
 def test_a_task_of_what_was_annotated_uses_all(folder: Path) -> None:
     plan = make_plan(asked(folder, "liver"))
     assert sorted(plan.train_keys) == ["a", "b", "c", "d"] and not plan.partial
-    assert "partly_annotated" not in plan.recipe  # twins of complete data sets as they were
-    assert make_plan(asked(folder, *CLASSES)).recipe["partly_annotated"] == 2
+
+
+def test_folds_of_one_recipe_may_leave_out_different_cases(folder: Path) -> None:
+    plan = make_plan(asked(folder, *CLASSES))
+    corpus, part = plan.corpus, {**plan.corpus.split("official")}
+    part["parts"] = {**part["parts"], "train": ["a", "b"]}
+    corpus.split = lambda name: part  # type: ignore[method-assign]
+    other = make_plan(asked(folder, *CLASSES), corpus=corpus)
+    assert list(other.partial) == ["b"] and list(plan.partial) == ["b", "d"]
+    assert other.recipe == plan.recipe
 
 
 def test_no_complete_case_is_an_error(folder: Path) -> None:
