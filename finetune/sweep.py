@@ -5,7 +5,8 @@
 A comma gives a key several values; commas within brackets or quotes do not. Each pretrained run
 needs its scratch twin, so twins that are missing are added, and checkpoints of one architecture
 share them. A run is named after all that it is, so the same command started again leaves finished
-runs as they are, goes on with interrupted ones and starts what is missing.
+runs as they are, goes on with interrupted ones and starts what is missing. The three arms are
+`init=pretrained,scratch recipe_of=twin,own`.
 
 `runs/sweep.csv`, the ledger, has one row per run, and `runs/logs/` what each of them said.
 """
