@@ -5,7 +5,8 @@
 A comma gives a key several values; commas within brackets or quotes do not. Each pretrained run
 needs its scratch twin, so twins that are missing are added, and checkpoints of one architecture
 share them. A run is named after all that it is, so the same command started again leaves finished
-runs as they are, goes on with interrupted ones and starts what is missing.
+runs as they are, goes on with interrupted ones and starts what is missing. The three arms are
+`init=pretrained,scratch recipe_of=twin,own`.
 
 `runs/sweep.csv`, the ledger, has one row per run, and `runs/logs/` what each of them said.
 """
@@ -150,11 +151,11 @@ def sweep(
             print(cost(waiting, jobs).text())
         return {"to_start": [job.name for job in waiting]}
     make_folder(runs / "logs", "runs")
-    with _only_sweep(runs), Ledger(runs / LEDGER, found) as ledger:
+    with _only_sweep(runs) as lock, Ledger(runs / LEDGER, found) as ledger:
         for job in found:
             if job not in waiting:
                 ledger.update(job.name, state="done")
-        _run_all(waiting, jobs, devices, ledger)
+        _run_all(waiting, jobs, devices, ledger, lock)
         states = {
             state: [job.name for job in found if ledger[job.name].state == state]
             for state in ("done", "failed", "stopped")
@@ -467,16 +468,22 @@ def read_ledger(path: Path) -> list[Entry]:
 
 
 @contextlib.contextmanager
-def _only_sweep(runs: Path) -> Iterator[None]:
-    """Holds the folder against a second sweep; the lock ends with the process, however it ends."""
+def _only_sweep(runs: Path) -> Iterator[int]:
+    """Holds the folder against a second sweep; yields the lock, a file descriptor.
+
+    Runs inherit it, so it ends with the last process of the sweep, however that ends: runs that
+    a killed sweep leaves behind are not started a second time beside themselves.
+    """
     with (runs / ".sweep.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"runs={runs}: another sweep is at work there; wait for it or choose another runs="
+                f"runs={runs}: another sweep is at work there, or runs that it left when it was "
+                "killed, each a process that its lease.json names; wait for them, end them, or "
+                "choose another runs="
             ) from None
-        yield
+        yield file.fileno()
 
 
 # Running.
@@ -494,37 +501,40 @@ def _devices(settings: FinetuneSettings) -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _run_all(jobs: list[Job], at_once: int, devices: list[str], ledger: Ledger) -> None:
+def _run_all(jobs: list[Job], at_once: int, devices: list[str], ledger: Ledger, lock: int) -> None:
     """Keeps `at_once` runs going; a signal to the sweep goes to them, and they save and end."""
-    started = _Started()
+    started = _Started(lock)
     slots = list(range(at_once))
     queue = list(jobs)
-    with (
-        ThreadPoolExecutor(at_once) as pool,
-        started.signals(),
-        bar(total=len(jobs), desc="sweep", unit="run") as progress,
-    ):
-        busy: dict[Any, int] = {}
-        while busy or (queue and not started.stopping):
-            while queue and slots and not started.stopping:
-                slot = slots.pop()
-                environment = (
-                    {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
-                )
-                busy[pool.submit(_run, queue.pop(0), environment, ledger, started)] = slot
-            done, _ = wait(busy, return_when=FIRST_COMPLETED)
-            for future in done:
-                slots.append(busy.pop(future))
-                future.result()
-                progress.update()
-    for job in queue:
-        ledger.update(job.name, state="stopped")
+    try:
+        with (
+            started.signals(),  # until the last run has ended
+            ThreadPoolExecutor(at_once) as pool,
+            bar(total=len(jobs), desc="sweep", unit="run") as progress,
+        ):
+            busy: dict[Any, int] = {}
+            while busy or (queue and not started.stopping):
+                while queue and slots and not started.stopping:
+                    slot = slots.pop()
+                    environment = (
+                        {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+                    )
+                    busy[pool.submit(_run, queue.pop(0), environment, ledger, started)] = slot
+                done, _ = wait(busy, return_when=FIRST_COMPLETED)
+                for future in done:
+                    slots.append(busy.pop(future))
+                    future.result()
+                    progress.update()
+    finally:  # also where the terminal is gone that the bar writes to
+        for job in queue:
+            ledger.update(job.name, state="stopped")
 
 
 class _Started:
-    """The processes that are alive, so that a signal reaches them."""
+    """The processes that are alive, so that a signal reaches them, and the lock they share."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: int) -> None:
+        self.lock = lock
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
 
@@ -535,8 +545,11 @@ class _Started:
             for process in list(self.processes):
                 process.send_signal(signal.SIGTERM)
 
+        ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         try:
-            before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+            # What is ignored stays so: nohup.
+            chosen = [n for n in ends if signal.getsignal(n) != signal.SIG_IGN]
+            before = {n: signal.signal(n, stop) for n in chosen}
         except ValueError:  # not in the main thread: whoever started us hears of signals
             before = {}
         try:
@@ -567,6 +580,7 @@ def _run(job: Job, environment: dict[str, str], ledger: Ledger, started: _Starte
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
             start_new_session=True,  # ctrl-c reaches the sweep alone, which tells them once
+            pass_fds=(started.lock,),
         )
         started.processes.add(process)
         if started.stopping:

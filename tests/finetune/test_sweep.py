@@ -246,7 +246,10 @@ def test_after_a_kill_exactly_the_killed_runs_start_again(words: list[str]) -> N
     assert {e.run: e.starts for e in read_ledger(runs / LEDGER)} == before
 
 
-def test_a_sweep_that_is_ended_stops_its_runs_and_says_so(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
+def test_a_sweep_that_is_ended_stops_its_runs_and_says_so(
+    words: list[str], tmp_path: Path, end: signal.Signals
+) -> None:
     longer = [w for w in words if not w.startswith(("runs=", "steps=", "seed="))]
     longer += [f"runs={tmp_path / 'runs'}", "steps=100000", "seed=0"]
     root = str(Path(__file__).parents[2])
@@ -259,11 +262,58 @@ def test_a_sweep_that_is_ended_stops_its_runs_and_says_so(words: list[str], tmp_
     # A second sweep of the folder is refused while this one works.
     with pytest.raises(InputError, match="another sweep is at work"):
         sweep(longer, jobs=1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(end)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1, said
     entries = read_ledger(tmp_path / "runs" / LEDGER)
     assert [entry.state for entry in entries] == ["stopped"] * 3
     assert sorted(entry.starts for entry in entries) == [0, 0, 1]
-    # The one that ran has saved where it was.
+    # The one that ran has saved where it was, and gone.
+    assert not list((tmp_path / "runs").glob("*/lease.json"))
     assert len(list((tmp_path / "runs").glob("*/checkpoints/step-*.pt"))) >= 1
+
+
+def test_a_run_that_a_killed_sweep_leaves_is_not_started_beside_itself(
+    words: list[str], tmp_path: Path
+) -> None:
+    """It is waited for, and counts as done; its sweep had been told to outlive its terminal."""
+    runs = tmp_path / "runs"
+    one = [w for w in words if not w.startswith(("ckpt=", "seed=", "runs="))]
+    ckpt = next(w for w in words if w.startswith("ckpt=")).partition(",")[0]
+    one += [ckpt, "init=scratch", f"runs={runs}"]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = ["nohup", sys.executable, "-m", "voxelith", "finetune", "-m", *one, "jobs=1"]
+    nowhere = subprocess.DEVNULL
+    first = subprocess.Popen(
+        command, cwd=root, env=environment, stdin=nowhere, stdout=nowhere, stderr=nowhere
+    )
+    while not (leases := list(runs.glob("*/lease.json"))):
+        assert first.poll() is None
+        time.sleep(0.01)
+    left = json.loads(leases[0].read_text())["pid"]
+    os.kill(left, signal.SIGSTOP)  # so that it is at work for as long as we look
+    try:
+        first.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            first.wait(1)
+        first.kill()
+        first.wait()
+        with pytest.raises(InputError, match=r"runs that it left .* lease.json"):
+            sweep(one, jobs=1)
+        assert [entry.state for entry in read_ledger(runs / LEDGER)] == ["running"]
+    finally:
+        os.kill(left, signal.SIGCONT)
+    (name,) = (lease.parent.name for lease in leases)
+    until = time.monotonic() + 120
+    while not (runs / name / "rows.csv").exists() or leases[0].exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    while True:  # the interpreter takes a moment to leave
+        try:
+            assert sweep(one, jobs=1)["done"] == [name]
+            break
+        except InputError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert [(e.state, e.starts) for e in read_ledger(runs / LEDGER)] == [("done", 1)]
