@@ -14,13 +14,20 @@ cases; how sure a difference at the end is says its interval (finetune/intervals
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_prep.errors import CorruptionError
+
+CURVE = "validation.csv"
+"""The file of a run that holds its curve; finetune/validation.py writes it."""
 
 MARGIN = 0.5
 """Dice points that count as nothing."""
@@ -99,6 +106,34 @@ class Curve:
             return math.inf
         share = (dice - values[k]) / (values[k + 1] - values[k])
         return float(steps[k] + share * (steps[k + 1] - steps[k]))
+
+
+def read_curve(run: Path) -> Curve | None:
+    """A run's curve; None if it has none.
+
+    Raises:
+        CorruptionError: the file is damaged, or says nothing of the end of training.
+    """
+    path = run / CURVE
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="") as file:
+            rows = [(float(row["step"]), float(row["dice"])) for row in csv.DictReader(file)]
+        return Curve([step for step, _ in rows], [dice for _, dice in rows])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(
+            f"{path}: no curve of Dice over steps ({error}); remove the file, or the run's folder "
+            "and start the same finetune command"
+        ) from error
+
+
+def mean_curve(curves: Sequence[Curve | None]) -> Curve | None:
+    """Mean of curves at the same steps; None if one is missing or has other steps."""
+    known = [curve for curve in curves if curve is not None]
+    if not known or len(known) < len(curves) or any(c.steps != known[0].steps for c in known):
+        return None
+    return Curve(known[0].steps, np.mean([curve.dice for curve in known], axis=0).tolist())
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,12 @@ def draw_label_curves(table: Table) -> bytes | None:
     panels: dict[tuple[str, ...], list[Group]] = {}
     for group in table.groups:
         if group.n_labels > 0:
-            key = (group.dataset, group.main.checkpoint_digest, group.checkpoint, group.protocol)
+            key = (
+                group.dataset,
+                group.main.checkpoint_digest,
+                group.checkpoint,
+                group.main.protocol,
+            )
             panels.setdefault(key, []).append(group)
     panels = {
         key: sorted(found, key=lambda group: group.n_labels)

@@ -16,20 +16,24 @@ from pathlib import Path
 
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from finetune.anchor import ANCHOR
+from finetune.budget import MARGIN
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
-from finetune.table import METRICS, NOTHING, Line, Table, read_table
+from finetune.table import BETTER, METRICS, NOTHING, UNCLEAR, WORSE, Line, Table, read_table
 
-WORDS = ("data set", "checkpoint", "metric", "class", "verdict")
+WORDS = (
+    "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "seen", "verdict",
+)  # fmt: skip
 """Columns of words; all others are numbers and end on the right."""
 
 EXPLAIN = (
     "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-    "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
-    "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
-    "of a checkpoint at one number of labels. One checkpoint supports a claim about this "
-    "checkpoint only."
+    "scratch. Seen: test cases that pretraining has seen. Better in: share of subjects that gain "
+    "over the twin; median: over subjects, of the difference to it. p: of the deciding difference "
+    "in Dice, adjusted over the data sets of a checkpoint at one number of labels; where it is "
+    "0.05 or more, no arm is called better. One checkpoint supports a claim about this checkpoint "
+    "only."
 )
 
 EXPLAIN_ANCHOR = (
@@ -43,18 +47,23 @@ PICTURES = {
 }
 """Pictures of a table by file name, with what they show."""
 
-_LEAKAGE = {
-    "tainted": ("†", "test cases that the checkpoint has seen in pretraining are left out"),
-    "unknown": ("‡", "what the checkpoint has seen in pretraining is unknown"),
-}
-"""Marks of checkpoints, and what they say."""
-
-_MARKS = {
-    "pretrained better": r"$\uparrow$",
-    "scratch better": r"$\downarrow$",
-    "no clear difference": r"$\sim$",
-}
+_MARKS = {BETTER: r"$\uparrow$", WORSE: r"$\downarrow$", UNCLEAR: r"$\sim$"}
 """Verdicts in LaTeX; all others share a question mark."""
+
+_DOUBTS: tuple[tuple[str, str, Callable[[Line], bool]], ...] = (
+    (
+        r"$^\dagger$",
+        "test cases seen in pretraining are left out",
+        lambda line: line.seen not in ("no", "unknown"),
+    ),
+    (
+        r"$^\ddagger$",
+        "unknown what pretraining has seen",
+        lambda line: line.seen == "unknown",
+    ),
+    (r"$^*$", "not converged", lambda line: line.still_gains > MARGIN),
+)
+"""Marks of what to doubt in LaTeX, with words for the caption."""
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -66,8 +75,6 @@ _LATEX = {
     "[": "{[}",  # at the start of a row it would be an option of the line break before it
     "*": "{*}",
     "–": "--",
-    "†": r"$\dagger$",
-    "‡": r"$\ddagger$",
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
@@ -138,14 +145,18 @@ def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
 def latex(table: Table) -> str:
     """A `tabular` with the main lines, for any document that loads booktabs."""
     mains = [group.main for group in table.groups]
-    arms = _arms(table)
-    names = ["Data set", "Labels", "Checkpoint"]
+    arms, varied = _arms(table), _varied(table)
+    names = ["Data set", *map(str.capitalize, varied), "Labels", "Checkpoint"]
     names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
-            *map(_escaped, (line.dataset, _count(line.n_labels), _checkpoint(line))),
+            _escaped(line.dataset),
+            *(_escaped(getattr(line, name)) for name in varied),
+            *map(_escaped, (_count(line.n_labels), line.checkpoint or "–")),
             *(_in_math(show(line)) for show in arms.values()),
-            _MARKS.get(line.verdict, "?"),
+            "".join(
+                [_MARKS.get(line.verdict, "?"), *(m for m, _, is_so in _DOUBTS if is_so(line))]
+            ),
         ]
         for line in mains
     ]
@@ -153,12 +164,12 @@ def latex(table: Table) -> str:
     for line in mains:
         verdicts.setdefault(_MARKS.get(line.verdict, "?"), {})[line.verdict] = None
     legend = [f"{mark}: {' or '.join(said)}" for mark, said in verdicts.items()]
-    legend += [_escaped(said) for said in _marked(mains)]
+    legend += [f"{mark}: {said}" for mark, said, is_so in _DOUBTS if any(map(is_so, mains))]
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}; for the caption:",
             rf"% Dice in points, mean and 95\,\% interval. {'; '.join(legend)}.",
-            rf"\begin{{tabular}}{{l r l {'r ' * len(arms)}c}}",
+            rf"\begin{{tabular}}{{l {'l ' * len(varied)}r l {'r ' * len(arms)}c}}",
             r"\toprule",
             " & ".join(names) + r" & \\",
             r"\midrule",
@@ -177,16 +188,16 @@ def csv_text(table: Table) -> str:
     plain = [field.name for field in dataclasses.fields(Line)][:8]  # up to class_name
     parts = ("mean", "low", "high", "cases", "units", "draws")
     arms = ("pretrained", "scratch", "difference", "own", "against_own", "anchor")
-    more = ("improved", "median", "adjusted_p")
-    estimates = [f"{arm}_{part}" for arm in arms for part in parts]
-    writer.writerow([*plain, *estimates, *more, "verdict", "leakage"])
+    more = ("improved", "median", "adjusted_p", "still_gains")
+    told = ("split", "protocol", "recipe", "seen")
+    header = [*plain, *told, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
+    writer.writerow(header)
     for line in table.lines:
-        cells: list[object] = [getattr(line, name) for name in plain]
+        cells: list[object] = [getattr(line, name) for name in (*plain, *told)]
         for arm in arms:
             value = getattr(line, arm)
             cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
-        numbers = [_number(getattr(line, name)) for name in more]
-        writer.writerow([*cells, *numbers, line.verdict, line.leakage])
+        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
     return text.getvalue()
 
 
@@ -194,27 +205,52 @@ def _records(table: Table) -> list[dict[str, str]]:
     """Column to text, of each line."""
     titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
     arms = _arms(table)
+    varied = _varied(table)
     records = []
     for line in table.lines:
         basis = line.difference or line.pretrained or line.scratch or NOTHING
         records.append(
             {
                 "data set": line.dataset,
+                **{name: getattr(line, name) for name in varied},
                 "labels": _count(line.n_labels),
-                "checkpoint": _checkpoint(line),
+                "checkpoint": line.checkpoint or "–",
                 "metric": titles[line.metric],
                 "class": line.class_name,
                 **{name: show(line) for name, show in arms.items()},
                 "cases": str(basis.cases),
                 "subjects": str(basis.units),
                 "seeds": str(basis.draws),
+                "seen": line.seen,
                 "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
                 "median": "–" if math.isnan(line.median) else f"{line.median:+.1f}",
                 "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
-                "verdict": line.verdict,
+                "verdict": line.verdict + ", not converged" * (line.still_gains > MARGIN),
             }
         )
     return records
+
+
+def _varied(table: Table) -> list[str]:
+    """What lines differ in beside what every table shows: a column each; the rest is said once."""
+    names = ("split", "protocol", "recipe")
+    found = [n for n in names if len({getattr(line, n) for line in table.lines}) > 1]
+    if "recipe" not in found:
+        return found
+    # Each data set has a recipe of its own: it tells lines apart only where nothing else does.
+    keys = {
+        (g.dataset, g.n_labels, g.checkpoint, g.main.split, g.main.protocol) for g in table.groups
+    }
+    return found if len(keys) < len(table.groups) else found[:-1]
+
+
+def _same(table: Table) -> list[str]:
+    """Split and protocol where all lines share them."""
+    if not table.groups:
+        return []
+    main, varied = table.groups[0].main, _varied(table)
+    told = [f"{n} {getattr(main, n)}" for n in ("split", "protocol") if n not in varied]
+    return [f"All lines: {', '.join(told)}."] if told else []
 
 
 def _arms(table: Table) -> dict[str, Callable[[Line], str]]:
@@ -237,19 +273,8 @@ def _anchored(table: Table) -> bool:
 
 
 def _explain(table: Table) -> str:
-    marks = [f"{said}." for said in _marked(table.lines)]
-    return " ".join([EXPLAIN, *marks, *([EXPLAIN_ANCHOR] if _anchored(table) else [])])
-
-
-def _checkpoint(line: Line) -> str:
-    mark, _ = _LEAKAGE.get(line.leakage, ("", ""))
-    return f"{line.checkpoint or '–'} {mark}".rstrip()
-
-
-def _marked(lines: Sequence[Line]) -> list[str]:
-    """What the marks of checkpoints say, as far as lines have them."""
-    used = {line.leakage for line in lines}
-    return [f"{mark}: {said}" for kind, (mark, said) in _LEAKAGE.items() if kind in used]
+    anchor = [EXPLAIN_ANCHOR] if _anchored(table) else []
+    return " ".join([EXPLAIN, *anchor, *_same(table)])
 
 
 def _notes(table: Table) -> list[str]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
+from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
 from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
 from finetune.intervals import Estimate, estimate
 from finetune.rows import Row, read_rows
@@ -59,8 +61,11 @@ METRICS = (
 Scores = dict[tuple[str, str], float]
 """(case, draw) to a score."""
 
-LabelDraw = tuple[str, str, str, int]
-"""Data set, split hash, labels and label seed."""
+BETTER, WORSE, UNCLEAR = "pretrained better", "scratch better", "no clear difference"
+LEVEL = 0.05
+
+Run = tuple[str, ...]
+"""What tells a run among others: data set, split, labels, recipe, arm, draw."""
 
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
@@ -78,9 +83,11 @@ class Line:
     minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
     of subjects that gain over the twin, `median` the median over subjects of the difference to it.
     `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979). `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it
-    has no interval. `leakage` says of a checkpoint whether it has seen test cases: clean, tainted
-    (these cases are left out) or unknown.
+    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share; `seen`
+    says of the test cases whether pretraining has seen them: no, unknown, some and how many, all.
+    `still_gains` is what the last quarter of training gained on validation, in Dice points and in
+    the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
+    `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no interval.
     """
 
     dataset: str
@@ -101,8 +108,12 @@ class Line:
     own_is_stronger: bool = False
     median: float = math.nan
     adjusted_p: float = math.nan
+    split: str = ""
+    protocol: str = ""
+    recipe: str = ""
+    seen: str = "no"
+    still_gains: float = math.nan
     anchor: Estimate | None = None
-    leakage: str = ""
 
     @property
     def decides(self) -> Estimate | None:
@@ -121,7 +132,6 @@ class Group:
     lines: tuple[Line, ...]
     scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
     notes: tuple[str, ...] = ()
-    protocol: str = ""
 
     @property
     def main(self) -> Line:
@@ -167,18 +177,20 @@ def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
             fit the runs.
     """
     rows: list[Row] = []
+    curves: dict[Run, Curve] = {}
+    unlabelled: dict[Run, Sequence[str]] = {}
     values: dict[str, dict[str, Labels]] = {}
-    unlabelled: dict[LabelDraw, Sequence[str]] = {}
     for path in find_rows(runs):
-        found, facts = read_rows(path), _facts(path)
+        found, curve, facts = read_rows(path), read_curve(path.parent), _facts(path)
         rows += found
         for row in found[:1]:
-            if "classes_without_label" in facts:
-                unlabelled[_label_draw(row)] = facts["classes_without_label"]
+            unlabelled[_run(row)] = facts.get("classes_without_label", ())
+            if curve is not None:
+                curves[_run(row)] = curve
             if task := facts.get("recipe", {}).get("task"):
                 classes = task["regions"] or task["classes"]
                 values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
-    return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled)
+    return tabulate(rows, curves, unlabelled, read_anchors(anchor, values) if anchor else {})
 
 
 def _facts(rows: Path) -> dict[str, Any]:
@@ -224,15 +236,17 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
 
 def tabulate(
     rows: Sequence[Row],
-    anchors: Mapping[str, Anchor] | None = None,
-    unlabelled: Mapping[LabelDraw, Sequence[str]] | None = None,
+    curves: Mapping[Run, Curve] = MappingProxyType({}),
+    unlabelled: Mapping[Run, Sequence[str]] = MappingProxyType({}),
+    anchors: Mapping[str, Anchor] = MappingProxyType({}),
 ) -> Table:
     """Compares arms within each group of rows.
 
     Args:
-        rows: of all runs.
-        anchors: of data sets.
-        unlabelled: the classes that no labelled case of a draw has.
+        rows: of any runs.
+        curves: validation Dice of those runs that have it.
+        unlabelled: the classes that no labelled case of a run has.
+        anchors: by data set.
 
     Raises:
         InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
@@ -246,17 +260,16 @@ def tabulate(
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
         arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
-        name = row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
-        arms.setdefault(name, []).append(row)
+        arms.setdefault(_arm(row), []).append(row)
     groups = []
     order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
     for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
-        anchor = (anchors or {}).get(dataset)
         for others in [found for _, found in sorted(arms.items())] or [[]]:
-            group = _group(others, scratch, own, anchor)
-            missing = _without_label(others + scratch + own, unlabelled or {})
-            groups.append(dataclasses.replace(group, notes=(*group.notes, *missing)))
+            group = _group(others, scratch, own, anchors.get(dataset))
+            notes = _without_label(others + scratch + own, unlabelled)
+            group = dataclasses.replace(group, notes=(*group.notes, *notes))
+            groups.append(_with_budget(group, others, scratch, curves))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -264,15 +277,59 @@ def _adjusted(groups: list[Group]) -> list[Group]:
     """The main lines with p values adjusted over the data sets of a checkpoint and its labels."""
     mains = [group.main for group in groups]
     adjusted = holm_by_family(
-        [(line.checkpoint_digest, line.labels) for line in mains],
+        [(one.checkpoint_digest, one.labels, one.split, one.protocol) for one in mains],
         [math.nan if line.decides is None else line.decides.p for line in mains],
     )
-    return [
-        dataclasses.replace(
-            group, lines=(dataclasses.replace(group.main, adjusted_p=p), *group.lines[1:])
+    return [_with_p(group, p) for group, p in zip(groups, adjusted, strict=True)]
+
+
+def _with_p(group: Group, p: float) -> Group:
+    """The group with its adjusted p, which takes back a verdict that chance over many explains."""
+    main, notes = dataclasses.replace(group.main, adjusted_p=p), group.notes
+    if main.verdict in (BETTER, WORSE) and p >= LEVEL:
+        assert main.decides is not None
+        notes += (
+            f"{main.verdict} by itself (p {main.decides.p:.2g}), not among the data sets that this "
+            f"checkpoint is compared on (p {p:.2g}, Holm)",
         )
-        for group, p in zip(groups, adjusted, strict=True)
+        main = dataclasses.replace(main, verdict=UNCLEAR)
+    return dataclasses.replace(group, lines=(main, *group.lines[1:]), notes=notes)
+
+
+def _run(row: Row) -> Run:
+    return (row.dataset, row.split_hash, row.labels, row.config_hash, _arm(row), row.draw)
+
+
+def _arm(row: Row) -> str:
+    return row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
+
+
+def _with_budget(
+    group: Group, pretrained: list[Row], scratch: list[Row], curves: Mapping[Run, Curve]
+) -> Group:
+    """The group with what its arms' curves say: whether training ended, and who was faster."""
+    a, b = (
+        mean_curve([curves.get(run) for run in dict.fromkeys(map(_run, rows))])
+        for rows in (pretrained, scratch)
+    )
+    gains = {arm: c.last_gain for arm, c in (("pretrained", a), ("scratch", b)) if c is not None}
+    if not gains:
+        return group
+    notes = []
+    if a is not None and b is not None:
+        read = read_budget(a, b)
+        speed = f", {read.speed:.1f} times as fast" if math.isfinite(read.speed) else ""
+        notes.append(
+            f"validation Dice over training: {read.reading}, {read.gap:+.1f} points at the "
+            f"end{speed}"
+        )
+    notes += [
+        f"not converged: the last quarter of training still gained {arm} {gain:.1f} points"
+        for arm, gain in gains.items()
+        if gain > MARGIN
     ]
+    lines = [dataclasses.replace(line, still_gains=max(gains.values())) for line in group.lines]
+    return dataclasses.replace(group, lines=tuple(lines), notes=(*group.notes, *notes))
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:
@@ -286,43 +343,42 @@ def _name(row: Row) -> str:
 def _group(
     pretrained: list[Row], scratch: list[Row], own: list[Row], anchor: Anchor | None
 ) -> Group:
-    head = (pretrained or scratch or own)[0]
+    head, seen = (pretrained or scratch or own)[0], _seen(pretrained)
     tainted = {row.case for row in pretrained if row.status == "tainted"}
-    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
-    leakage = _leakage(pretrained)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    if leakage == "unknown":
+    if seen == "unknown":
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
     if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
         notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
-    pretrained, scratch, own = (
+    pretrained, scratch, own = every = tuple(
         [row for row in rows if row.case not in tainted] for rows in (pretrained, scratch, own)
     )
-    rows = pretrained + scratch + own
-    given = anchor.rows(rows) if anchor is not None else []
+    given = [] if anchor is None else anchor.rows(pretrained + scratch + own)
     notes += _wrong(head.arm, pretrained) + _wrong("scratch", scratch)
     notes += _wrong("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
-    invented = {(row.case, row.class_value) for row in rows if row.outcome == "false_positive"}
+    subjects = _subjects(pretrained + scratch + own)
     scores: dict[str, Scores] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a, b, c, n = (
-                _scores(found, metric, name, invented)
-                for found in (pretrained, scratch, own, given if metric.name == "dsc" else [])
-            )
+            a, b, c = (_scores(rows, metric, name, _invented(rows)) for rows in every)
             if metric.of_lesions and not a and not b:
                 continue
+            gaps = [_differences(pretrained, rows, metric, name) for rows in (scratch, own)]
+            line = _line(head, metric, name, (a, b, c), gaps, subjects)
+            if metric.name == "dsc":
+                anchored = _scores(given, metric, name, ())
+                cases = _complete(gaps[0] or a or b or c)
+                line = dataclasses.replace(line, anchor=_anchored(anchored, cases, subjects))
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
-                notes += _gaps(a, b) + _unsuitable((a, b, c), _subjects(rows))
-            line = _line(head, metric, name, (a, b, c, n), _subjects(rows))
-            verdict = SEEN if all_seen else line.verdict
-            lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
+                notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
+            line = dataclasses.replace(line, seen=seen)
+            lines.append(dataclasses.replace(line, verdict=SEEN) if seen == "all" else line)
     notes += _power(lines[0])
     return Group(
         head.dataset,
@@ -332,30 +388,27 @@ def _group(
         tuple(lines),
         scores,
         tuple(notes),
-        head.protocol,
     )
 
 
-def _leakage(rows: list[Row]) -> str:
-    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
-    if any(row.status == "tainted" for row in rows):
-        return "tainted"
-    found = {row.status for row in rows if row.arm == "pretrained"}
-    return "unknown" if "unknown" in found else "clean" if found else ""
+def _seen(rows: list[Row]) -> str:
+    """What is known of a checkpoint and the test cases; see `Line`."""
+    tainted = {row.case for row in rows if row.status == "tainted"}
+    if tainted:
+        return "all" if tainted == {row.case for row in rows} else f"{len(tainted)} left out"
+    unknown = any(row.status == "unknown" for row in rows if row.arm == "pretrained")
+    return "unknown" if unknown else "no"
 
 
-def _label_draw(row: Row) -> LabelDraw:
-    return row.dataset, row.split_hash, row.labels, row.label_seed
-
-
-def _without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
+def _without_label(rows: list[Row], unlabelled: Mapping[Run, Sequence[str]]) -> list[str]:
     """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
-    seeds: dict[str, list[str]] = {}
-    for draw in sorted({_label_draw(row) for row in rows}):
-        for name in unlabelled.get(draw, ()):
-            seeds.setdefault(name, []).append(str(draw[-1]))
+    seeds: dict[str, set[int]] = {}
+    for run, seed in {_run(row): row.label_seed for row in rows}.items():
+        for name in unlabelled.get(run, ()):
+            seeds.setdefault(name, set()).add(seed)
     return [
-        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
+        f"no labelled case has {name} in label draw {', '.join(map(str, sorted(found)))}"
+        for name, found in seeds.items()
     ]
 
 
@@ -378,22 +431,44 @@ def _wrong(arm: str, rows: list[Row]) -> list[str]:
     return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
 
 
+def _anchored(scores: Scores, cases: Collection[str], subjects: dict[str, str]) -> Estimate | None:
+    """The mean of an anchor over some cases."""
+    chosen = {cell: value for cell, value in scores.items() if cell[0] in cases}
+    return _estimate(chosen, subjects) if chosen else None
+
+
 def _subjects(rows: Iterable[Row]) -> dict[str, str]:
     return {row.case: row.subject for row in rows}
 
 
+def _differences(a: list[Row], b: list[Row], metric: Metric, class_name: str) -> Scores:
+    """(case, draw) to the score of one arm minus another's.
+
+    Where a run of either found a structure that is not there, finding nothing is the best score:
+    otherwise the two would be compared over other classes, or the case with the invention would
+    drop out.
+    """
+    invented = _invented(a) | _invented(b)
+    first, second = (_scores(rows, metric, class_name, invented) for rows in (a, b))
+    return {cell: first[cell] - second[cell] for cell in first.keys() & second.keys()}
+
+
+def _invented(rows: list[Row]) -> set[tuple[str, int]]:
+    """Case and class of structures that are not there and that some run found."""
+    return {(row.case, row.class_value) for row in rows if row.outcome == "false_positive"}
+
+
 def _scores(
-    rows: list[Row], metric: Metric, class_name: str, invented: set[tuple[str, int]]
-) -> dict[tuple[str, str], float]:
+    rows: list[Row], metric: Metric, class_name: str, invented: Collection[tuple[str, int]]
+) -> Scores:
     """(case, draw) to the score, meaned over classes; cases without any score are absent.
 
     Args:
         rows: of one arm.
         metric: the column.
         class_name: a class, or all of them.
-        invented: (case, class) pairs without such a structure in which some run of either arm
-            found one. There, finding nothing is the best score: otherwise an arm would be
-            compared over other classes than its twin, or a case with inventions would drop out.
+        invented: case and class of structures that this arm, or the one that it is compared
+            with, found where there are none; see `_differences`.
     """
     values: dict[tuple[str, str], list[float]] = {}
     seen: set[tuple[str, str, int]] = set()
@@ -421,17 +496,13 @@ def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    arms: tuple[Scores, Scores, Scores, Scores],
+    arms: tuple[Scores, Scores, Scores],
+    differences: list[Scores],
     subjects: dict[str, str],
 ) -> Line:
-    a, b, c, anchor = arms
-    differences = [
-        {cell: a[cell] - other[cell] for cell in a.keys() & other.keys()} for other in (b, c)
-    ]
+    a, b, c = arms
     difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
     paired, _ = _matrix(differences[0], subjects)
-    shared = _complete(differences[0] or a or b or c)
-    anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
     sign = 1 if metric.higher_is_better else -1
     scratch, own = (_estimate(one, subjects) if one else None for one in (b, c))
     if scratch is None:
@@ -460,7 +531,9 @@ def _line(
         against_own=against_own,
         own_is_stronger=own_is_stronger,
         median=median_difference(paired),
-        anchor=_estimate(anchor, subjects) if anchor else None,
+        split=head.split,
+        protocol=head.protocol,
+        recipe=head.config_hash[:8],
     )
 
 
@@ -524,8 +597,8 @@ def _verdict(
     if not difference.has_interval:
         return "undecided"
     if difference.low <= 0 <= difference.high:
-        return "no clear difference"
-    return "pretrained better" if sign * difference.mean > 0 else "scratch better"
+        return UNCLEAR
+    return BETTER if sign * difference.mean > 0 else WORSE
 
 
 # Text
@@ -582,7 +655,7 @@ def _plain(table: Table) -> dict[str, object]:
                 "labels": group.labels,
                 "n_labels": group.n_labels,
                 "checkpoint": group.checkpoint,
-                "protocol": group.protocol,
+                "protocol": group.main.protocol,
                 "verdict": group.main.verdict,
                 "sentence": group.sentence,
                 "notes": list(group.notes),

@@ -5,7 +5,6 @@ Nothing is chosen by it: the last weights, or their average, are what a run repo
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Sequence
@@ -15,16 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.corpus import Corpus
-from data_prep.errors import CorruptionError
-from finetune.budget import Curve
+from finetune.budget import CURVE
 from finetune.evaluate import score_case
 from finetune.segmenter import Segmenter
-from pretrain.health import evaluating
+from pretrain.objective import evaluating
 from pretrain.run_folder import MetricsLog
 
 CASES = 8
 """Cases that are segmented each time, spread over the validation part."""
-FILE = "validation.csv"
 
 
 class Validation:
@@ -60,7 +57,7 @@ class Validation:
     def look(self, step: int) -> dict[str, float | int]:
         """Segments the cases with the network as it is after `step`; writes and returns a row."""
         if self._log is None:  # rows from here on are of a start that left no checkpoint
-            self._log = MetricsLog(self.run / FILE, step - 1)
+            self._log = MetricsLog(self.run / CURVE, step - 1)
         began = time.perf_counter()
         model = self.segmenter.model
         with model.reported(), evaluating(model):
@@ -80,24 +77,3 @@ class Validation:
         labels = self.segmenter.label_values(self.segmenter.segment(self.corpus.volume(i)))
         found = [one.dsc for one in score_case(self.corpus, i, self.segmenter.task, labels)]
         return 100 * float(np.nanmean(found)) if np.isfinite(found).any() else math.nan
-
-
-def read_curve(run: Path) -> Curve | None:
-    """A run's curve; None if it has none, or none that says anything of its end.
-
-    Raises:
-        CorruptionError: the file is damaged.
-    """
-    path = run / FILE
-    if not path.is_file():
-        return None
-    try:
-        with path.open(newline="") as file:
-            rows = [(float(row["step"]), float(row["dice"])) for row in csv.DictReader(file)]
-        known = [(step, dice) for step, dice in rows if math.isfinite(dice)]
-        return Curve([step for step, _ in known], [dice for _, dice in known]) if known else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(
-            f"{path}: no curve of Dice over steps ({error}); remove it, or the run's folder and "
-            "start the same finetune command"
-        ) from error

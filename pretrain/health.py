@@ -24,19 +24,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.files import write_json
 from pretrain.backbones.backbone import Backbone
 from pretrain.loader import CropDataset, collate, to_batch, to_device
+from pretrain.objective import evaluating
 from pretrain.probe import Encode, Probe
 from pretrain.run_folder import MetricsLog
 from pretrain.settings import HealthSettings
@@ -120,26 +121,6 @@ def collapse(now: Spread, first: Spread) -> str:
     if now.rank < RANK_FLOOR and now.rank - 1 < FALL * (first.rank - 1):
         return f"rank {now.rank:.2f}, was {first.rank:.2f}"
     return ""
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each part is in the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    # Each of its shapes would be compiled for a look now and then.
-    compiler = torch.compiler.set_stance("force_eager") if _compiles() else nullcontext()
-    try:
-        with compiler, torch.no_grad():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def _compiles() -> bool:
-    """Whether anything here is compiled: asking the compiler imports it."""
-    return "torch._dynamo" in sys.modules
 
 
 class Health:

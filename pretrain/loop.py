@@ -32,9 +32,9 @@ from data_prep.errors import InputError, differences
 from data_prep.progress import bar
 from pretrain.augment import Augment
 from pretrain.failures import Fault, Faults, Shape, write_failure
-from pretrain.health import CollapseError, Health, evaluating
+from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
-from pretrain.objective import Batch, Losses, Objective
+from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.optim import make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator

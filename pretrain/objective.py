@@ -7,6 +7,9 @@ optimiser step. A segmentation task is an objective too, so finetuning needs no 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -114,3 +117,23 @@ class Objective(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.loop.step += 1
         self.after_step(self.loop.progress)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    # Each of its shapes would be compiled for a look now and then.
+    compiler = torch.compiler.set_stance("force_eager") if _compiles() else nullcontext()
+    try:
+        with compiler, torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _compiles() -> bool:
+    """Whether anything here is compiled: asking the compiler imports it."""
+    return "torch._dynamo" in sys.modules

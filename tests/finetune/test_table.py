@@ -350,3 +350,97 @@ def test_inventing_a_structure_costs_where_its_twin_rightly_finds_none() -> None
     clean = tabulate(twin + absent(make_rows("pretrained"), None)).groups[0]
     line = next(x for x in clean.lines if x.class_name == "anterior" and x.metric == "dsc")
     assert line.difference is not None and line.difference.cases == 11
+
+
+def test_an_arm_or_a_checkpoint_more_changes_no_score_of_the_others() -> None:
+    """Also where the third arm invents what the others rightly do not find."""
+
+    def absent(rows: list[Row], outcome: str) -> list[Row]:
+        dsc = 0.0 if outcome == "false_positive" else math.nan
+        return [
+            dataclasses.replace(r, status=outcome, outcome=outcome, dsc=dsc)
+            if r.case == "c0"
+            else r
+            for r in rows
+        ]
+
+    twins = absent(make_rows("scratch"), "true_negative")
+    twins += absent(make_rows("pretrained", 0.02), "true_negative")
+    plain = tabulate(twins).groups[0].main
+    other = [
+        dataclasses.replace(r, checkpoint="other", checkpoint_digest="d2")
+        for r in absent(make_rows("pretrained"), "false_positive")
+    ]
+    table = tabulate(twins + absent(scratch_own(0.01), "false_positive") + other)
+    found = next(group.main for group in table.groups if group.checkpoint == "mae")
+    assert (found.pretrained, found.scratch) == (plain.pretrained, plain.scratch)
+    assert found.difference == plain.difference
+
+
+def test_lines_say_split_protocol_and_recipe_where_they_differ() -> None:
+    """A search on validation, another protocol and another rate are no results of this one."""
+    rows = make_rows("scratch") + make_rows("pretrained", 0.05)
+    rows = [dataclasses.replace(r, protocol="short_cnn") for r in rows]
+    told = markdown(tabulate(rows))
+    assert "All lines: split official/test, protocol short_cnn." in told
+    assert "| split |" not in told and "| recipe |" not in told
+    validation = [
+        dataclasses.replace(r, split="fold-0/validation", split_hash="f", config_hash="v")
+        for r in rows
+    ]
+    faster = [dataclasses.replace(r, config_hash="rate") for r in rows]
+    table = tabulate(rows + validation + faster)
+    told = markdown(table)
+    assert "| data set | split | recipe |" in told
+    assert "All lines: protocol short_cnn." in told
+    assert {line.split for line in table.lines} == {"official/test", "fold-0/validation"}
+    # A search is no further data set among which a result could be chosen.
+    assert len({group.main.adjusted_p for group in table.groups}) <= 2
+    searched = next(g.main for g in table.groups if g.main.split == "fold-0/validation")
+    assert searched.difference is not None
+    assert searched.adjusted_p == searched.difference.p
+
+
+def test_a_gain_that_chance_over_many_data_sets_explains_is_taken_back() -> None:
+    rows = []
+    for number in range(6):
+        gain = 0.024 if number == 0 else 0.0
+        rows += [
+            dataclasses.replace(r, dataset=f"set{number}")
+            for r in make_rows("scratch", noise=0.02) + make_rows("pretrained", gain, noise=0.02)
+        ]
+    alone = [row for row in rows if row.dataset == "set0"]
+    (one,) = tabulate(alone).groups
+    assert one.main.verdict == "pretrained better"
+    assert one.main.difference is not None and one.main.difference.p > 0.05 / 6
+    many = tabulate(rows).groups[0]
+    assert many.main.difference == one.main.difference
+    assert many.main.verdict == "no clear difference"
+    assert any("pretrained better by itself" in note for note in many.notes)
+
+
+def test_a_training_that_was_too_short_is_marked(tmp_path: Path) -> None:
+    steps = range(25, 101, 25)
+    for arm, dice in (("scratch", (50, 60, 66, 70)), ("pretrained", (69, 69.8, 70, 70.1))):
+        for seed in range(3):
+            run = tmp_path / f"{arm}-{seed}"
+            run.mkdir()
+            rows = [r for r in make_rows(arm, 0.05 * (arm != "scratch")) if r.seed == seed]
+            write_rows(rows, run / "rows.csv")
+            curve = "".join(f"{s},{d}\n" for s, d in zip(steps, dice, strict=True))
+            (run / "validation.csv").write_text(f"step,dice\n{curve}")
+    (group,) = read_table([tmp_path]).groups
+    assert group.main.still_gains == pytest.approx(4)
+    assert "the last quarter of training still gained scratch 4.0 points" in " ".join(group.notes)
+    assert "pretrained better, not converged" in markdown(read_table([tmp_path]))
+    for seed in range(3):  # now scratch comes to where the other was long before, and stays
+        (tmp_path / f"scratch-{seed}" / "validation.csv").write_text(
+            "step,dice\n25,50\n50,60\n75,70\n100,70\n"
+        )
+    (group,) = read_table([tmp_path]).groups
+    assert "over training: converges faster" in " ".join(group.notes)
+    assert "not converged" not in markdown(read_table([tmp_path]))
+    (tmp_path / "scratch-0" / "validation.csv").unlink()
+    (group,) = read_table([tmp_path]).groups  # not known of every run
+    assert math.isfinite(group.main.still_gains)
+    assert "faster" not in " ".join(group.notes)

@@ -14,11 +14,11 @@ from small_runs import make_release, settings
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError
 from data_prep.splits import split_from, write_split
+from finetune.budget import CURVE, read_curve
 from finetune.rows import read_rows
 from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings
 from finetune.train import finetune
-from finetune.validation import FILE, read_curve
 from pretrain.objective import Batch
 from pretrain.release import Release
 
@@ -54,7 +54,7 @@ def test_a_run_is_the_same_with_and_without(release: Release, corpus: Path, tmp_
     assert files[0] == files[1]
     rows = [read_rows(run / "rows.csv") for run in (with_it, without)]
     assert repr(rows[0]) == repr(rows[1])
-    assert not (without / FILE).exists()
+    assert not (without / CURVE).exists()
     curve = read_curve(with_it)
     assert curve is not None
     assert list(curve.steps) == [3, 6, 9, 12]
@@ -117,7 +117,7 @@ def test_too_few_looks_are_refused(release: Release, corpus: Path, tmp_path: Pat
 
 
 def test_a_damaged_curve_is_named(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("step,dice\n1,2\n3,x\n")
+    (tmp_path / CURVE).write_text("step,dice\n1,2\n3,x\n")
     with pytest.raises(CorruptionError, match=r"validation\.csv: no curve"):
         read_curve(tmp_path)
 

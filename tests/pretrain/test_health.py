@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.corpus import Corpus
-from pretrain.health import CollapseError, Health, Spread, collapse, evaluating, rankme, spread
-from pretrain.objective import Batch, Losses, Objective
+from pretrain.health import CollapseError, Health, Spread, collapse, rankme, spread
+from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.settings import HealthSettings, PretrainSettings
 from pretrain.train import make_dataset, pretrain
 
