@@ -259,17 +259,22 @@ def _features(words: list[str]) -> Any:
 
 def _predict(words: list[str]) -> Any:
     settings = _configured("predict", words)
+    from data_prep.errors import LeftOutError
     from finetune.predict import predict
 
     found = predict(settings)
     there = f", {len(found.there)} there already" if settings.resume else ""
     print(f"{settings.output}: {len(found.written)} written{there}, {len(found.left_out)} left out")
-    return {
+    result = {
         "output": str(settings.output),
         "written": len(found.written),
         "there": len(found.there),
         "left_out": found.left_out,
     }
+    if found.left_out:
+        problems = [f"{settings.input / name}: {why}" for name, why in found.left_out.items()]
+        raise LeftOutError(problems, result)
+    return result
 
 
 COMMANDS = {
@@ -440,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voxelith {version('voxelith')}")
         return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import CorruptionError, InputError, near
+    from data_prep.errors import CorruptionError, InputError, LeftOutError, near
 
     if name not in COMMANDS:
         print(f"error: {name}: no such command; {near(name, COMMANDS)}", file=sys.stderr)
@@ -463,12 +468,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             COMMANDS[name].run(words)
     except InputError as error:
+        if as_json and isinstance(error, LeftOutError):
+            print(json.dumps(error.result))
         count = len(error.problems)
         if count == 1:
             print(f"error: {error.problems[0]}", file=sys.stderr)
         else:
-            # Damage is found while reading; all other wrong input before anything starts.
-            end = "" if isinstance(error, CorruptionError) else ", nothing was started"
+            # Damage and what is left out are found on the way; all other wrong input before it.
+            late = isinstance(error, CorruptionError | LeftOutError)
+            end = "" if late else ", nothing was started"
             lines = [f"error: {count} problems{end}", *error.problems]
             print("\n  ".join(lines), file=sys.stderr)
         return 2

@@ -41,8 +41,8 @@ from pretrain.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
 FEATURES = "backbone.features=[8,16,32,64]"
-PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 600, 300, 1200
-RATES = (1e-3, 3e-3)
+PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 2000, 300, 1200
+RATES = (1e-3, 3e-3, 1e-2)
 LABELS, DRAWS, SEARCH_DRAW = (2, 8), (0, 1, 2), 100
 ARMS = ("cnn-mae", "volume-fusion", "permuted", "one-step", "supervised-ixi")
 
@@ -235,7 +235,7 @@ def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
                 f"over the validation part of MSD Task04 ({basis.cases} cases of {basis.units} "
                 f"subjects, {basis.draws} draws), 95 % intervals over subjects and draws. "
                 f"Pretraining: {PRETRAIN_STEPS} steps of 2 crops of 32x48x32; finetuning: {STEPS} "
-                f"steps of 2. Rates from {' and '.join(f'{r:g}' for r in RATES)}, chosen on these "
+                f"steps of 2. Rates from {', '.join(f'{r:g}' for r in RATES)}, chosen on these "
                 f"cases with a draw of its own: {best['pretrained']:g} for cnn-mae, and so for "
                 f"every arm and twin, {best['scratch']:g} for scratch at its own best. "
                 f"Scratch with all labels, {ALL_STEPS} steps: {everything:.1f}.",

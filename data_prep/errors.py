@@ -32,6 +32,14 @@ class CorruptionError(InputError):
     """Stored bytes are not the bytes that were written: a damaged shard, index or release."""
 
 
+class LeftOutError(InputError):
+    """Some of the input is wrong and the rest was done; `result` is what came of it."""
+
+    def __init__(self, problems: str | Sequence[str], result: Any = None) -> None:
+        super().__init__(problems)
+        self.result = result
+
+
 def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """A hint at what was probably meant; a dotted key is also found by its last part.
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
-from data_prep.errors import InputError
+from data_prep.errors import InputError, near
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Layout, LeftOut, case_id
 from data_prep.layouts.find import find_cases
@@ -24,6 +24,9 @@ from data_prep.naming import private_folder, read_salt
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.shards import canonical_json
 from data_prep.splits import split_from
+
+TASKS = Path(__file__).parents[1] / "conf" / "task"
+"""The tasks that finetuning knows; their files are read here, the package is not imported."""
 
 BITS = 16
 """Structures that bit planes of uint16 can tell apart."""
@@ -119,8 +122,9 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
         told = [case.subject, case.sequence, case.source, case.licence, case.split, case.fold]
         files.append([*told, [list(pair) for pair in case.group]])
     files.append([layout.folds])
-    for option in (settings.exclude, settings.classes, settings.salt):
-        if isinstance(option, Path):
+    classes = _class_file(settings.classes) if isinstance(settings.classes, Path) else None
+    for option in (settings.exclude, classes, settings.salt):
+        if option is not None:
             files.append([hashlib.sha256(option.read_bytes()).hexdigest()])
     digest = hashlib.sha256(canonical_json([options, files, versions()]))
     return digest.hexdigest()
@@ -184,18 +188,25 @@ def named_classes(settings: PrepSettings) -> dict[int, str] | None:
     if given is None or isinstance(given, dict):
         return given
     try:
-        data = yaml.safe_load(given.read_text(encoding="utf-8"))
+        data = yaml.safe_load(_class_file(given).read_text(encoding="utf-8"))
         if isinstance(data, dict) and isinstance(data.get("classes"), list):
             data = _names_of_task(data)
         named = {int(value): str(name) for value, name in dict(data).items()}
     except (OSError, UnicodeError, yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        hint = "" if given.is_file() else f"; {near(given.name, (f.stem for f in TASKS.iterdir()))}"
         raise InputError(
-            f"classes={given}: a YAML or JSON file with `value: name` lines, or a file of "
-            f"conf/task, is needed ({error})"
+            f"classes={given}: a YAML or JSON file with `value: name` lines, or the name of a task "
+            f"such as abdomen, is needed ({error}){hint}"
         ) from error
     if any(not 0 <= value <= 65535 for value in named):
         raise InputError(f"classes={given}: label values lie between 0 and 65535")
     return named
+
+
+def _class_file(given: Path) -> Path:
+    """The file that `classes` means: itself, or that of a task by its name."""
+    task = TASKS / f"{given}.yaml"
+    return task if len(given.parts) == 1 and not given.is_file() and task.is_file() else given
 
 
 def _names_of_task(task: dict[str, Any]) -> dict[int, str]:

@@ -27,8 +27,8 @@ class PrepSettings(BaseModel):
         input: A folder of scans, or a CSV that lists them.
         output: The corpus directory to write; `<output>.private/` beside it gets what must stay.
         name: Name of the corpus in corpus.json; the output directory's name when absent.
-        classes: Names of the label values, as a mapping, a YAML/JSON file with one, or a file of
-            conf/task; a label with another value is refused.
+        classes: Names of the label values, as a mapping, a YAML/JSON file with one, or the name or
+            file of a task in conf/task; a label with another value is refused.
         labels: Whether the corpus is labelled; by default it is when the input has labels.
         keys: `hmac` replaces file and subject names; `names` keeps them, for public data.
         salt: File with the secret for `hmac`; by default one is made in `<output>.private/`.

@@ -344,7 +344,11 @@ def read_label(
         strange = sorted({int(v) for v in np.unique(values)} - set(permitted))
         if strange:
             shown = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
-            problems.append(("label_values", f"the label holds {shown}, not in classes"))
+            fix = (
+                "name them there too, or leave classes out, if it was given, to keep every value "
+                "(a task picks its own)"
+            )
+            problems.append(("label_values", f"the label holds {shown}, not in classes; {fix}"))
     if problems:
         raise Reject(problems[0][0], "; ".join(detail for _, detail in problems))
     return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)

@@ -19,17 +19,17 @@ from finetune.anchor import ANCHOR
 from finetune.budget import MARGIN
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
-from finetune.table import BETTER, METRICS, NOTHING, UNCLEAR, WORSE, Line, Table, read_table
+from finetune.table import METRICS, NOTHING, Line, Table, read_table
 
 WORDS = (
-    "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "seen", "verdict",
+    "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "verdict",
 )  # fmt: skip
 """Columns of words; all others are numbers and end on the right."""
 
 EXPLAIN = (
     "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-    "scratch. Seen: test cases that pretraining has seen. Better in: share of subjects that gain "
+    "scratch. Better in: share of subjects that gain "
     "over the twin; median: over subjects, of the difference to it. p: of the deciding difference "
     "in Dice, adjusted over the data sets of a checkpoint at one number of labels; where it is "
     "0.05 or more, no arm is called better. One checkpoint supports a claim about this checkpoint "
@@ -47,23 +47,18 @@ PICTURES = {
 }
 """Pictures of a table by file name, with what they show."""
 
-_MARKS = {BETTER: r"$\uparrow$", WORSE: r"$\downarrow$", UNCLEAR: r"$\sim$"}
-"""Verdicts in LaTeX; all others share a question mark."""
+_LEAKAGE = {
+    "tainted": ("†", "test cases that the checkpoint has seen in pretraining are left out"),
+    "unknown": ("‡", "what the checkpoint has seen in pretraining is unknown"),
+}
+"""Marks of checkpoints, and what they say."""
 
-_DOUBTS: tuple[tuple[str, str, Callable[[Line], bool]], ...] = (
-    (
-        r"$^\dagger$",
-        "test cases seen in pretraining are left out",
-        lambda line: line.seen not in ("no", "unknown"),
-    ),
-    (
-        r"$^\ddagger$",
-        "unknown what pretraining has seen",
-        lambda line: line.seen == "unknown",
-    ),
-    (r"$^*$", "not converged", lambda line: line.still_gains > MARGIN),
-)
-"""Marks of what to doubt in LaTeX, with words for the caption."""
+_MARKS = {
+    "pretrained better": r"$\uparrow$",
+    "scratch better": r"$\downarrow$",
+    "no clear difference": r"$\sim$",
+}
+"""Verdicts in LaTeX; all others share a question mark."""
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -75,6 +70,8 @@ _LATEX = {
     "[": "{[}",  # at the start of a row it would be an option of the line break before it
     "*": "{*}",
     "–": "--",
+    "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
@@ -145,18 +142,14 @@ def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
 def latex(table: Table) -> str:
     """A `tabular` with the main lines, for any document that loads booktabs."""
     mains = [group.main for group in table.groups]
-    arms, varied = _arms(table), _varied(table)
-    names = ["Data set", *map(str.capitalize, varied), "Labels", "Checkpoint"]
+    arms = _arms(table)
+    names = ["Data set", "Labels", "Checkpoint"]
     names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
-            _escaped(line.dataset),
-            *(_escaped(getattr(line, name)) for name in varied),
-            *map(_escaped, (_count(line.n_labels), line.checkpoint or "–")),
+            *map(_escaped, (line.dataset, _count(line.n_labels), _checkpoint(line))),
             *(_in_math(show(line)) for show in arms.values()),
-            "".join(
-                [_MARKS.get(line.verdict, "?"), *(m for m, _, is_so in _DOUBTS if is_so(line))]
-            ),
+            _MARKS.get(line.verdict, "?"),
         ]
         for line in mains
     ]
@@ -164,12 +157,12 @@ def latex(table: Table) -> str:
     for line in mains:
         verdicts.setdefault(_MARKS.get(line.verdict, "?"), {})[line.verdict] = None
     legend = [f"{mark}: {' or '.join(said)}" for mark, said in verdicts.items()]
-    legend += [f"{mark}: {said}" for mark, said, is_so in _DOUBTS if any(map(is_so, mains))]
+    legend += [_escaped(said) for said in _marked(mains)]
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}; for the caption:",
             rf"% Dice in points, mean and 95\,\% interval. {'; '.join(legend)}.",
-            rf"\begin{{tabular}}{{l {'l ' * len(varied)}r l {'r ' * len(arms)}c}}",
+            rf"\begin{{tabular}}{{l r l {'r ' * len(arms)}c}}",
             r"\toprule",
             " & ".join(names) + r" & \\",
             r"\midrule",
@@ -189,15 +182,16 @@ def csv_text(table: Table) -> str:
     parts = ("mean", "low", "high", "cases", "units", "draws")
     arms = ("pretrained", "scratch", "difference", "own", "against_own", "anchor")
     more = ("improved", "median", "adjusted_p", "still_gains")
-    told = ("split", "protocol", "recipe", "seen")
-    header = [*plain, *told, *(f"{arm}_{part}" for arm in arms for part in parts), *more, "verdict"]
-    writer.writerow(header)
+    told = ("split", "protocol", "recipe", "leakage")
+    estimates = [f"{arm}_{part}" for arm in arms for part in parts]
+    writer.writerow([*plain, *told, *estimates, *more, "verdict"])
     for line in table.lines:
         cells: list[object] = [getattr(line, name) for name in (*plain, *told)]
         for arm in arms:
             value = getattr(line, arm)
             cells += ["" if value is None else _number(getattr(value, part)) for part in parts]
-        writer.writerow([*cells, *(_number(getattr(line, name)) for name in more), line.verdict])
+        numbers = [_number(getattr(line, name)) for name in more]
+        writer.writerow([*cells, *numbers, line.verdict])
     return text.getvalue()
 
 
@@ -214,14 +208,13 @@ def _records(table: Table) -> list[dict[str, str]]:
                 "data set": line.dataset,
                 **{name: getattr(line, name) for name in varied},
                 "labels": _count(line.n_labels),
-                "checkpoint": line.checkpoint or "–",
+                "checkpoint": _checkpoint(line),
                 "metric": titles[line.metric],
                 "class": line.class_name,
                 **{name: show(line) for name, show in arms.items()},
                 "cases": str(basis.cases),
                 "subjects": str(basis.units),
                 "seeds": str(basis.draws),
-                "seen": line.seen,
                 "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
                 "median": "–" if math.isnan(line.median) else f"{line.median:+.1f}",
                 "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
@@ -273,8 +266,20 @@ def _anchored(table: Table) -> bool:
 
 
 def _explain(table: Table) -> str:
+    marks = [f"{said}." for said in _marked(table.lines)]
     anchor = [EXPLAIN_ANCHOR] if _anchored(table) else []
-    return " ".join([EXPLAIN, *anchor, *_same(table)])
+    return " ".join([EXPLAIN, *marks, *anchor, *_same(table)])
+
+
+def _checkpoint(line: Line) -> str:
+    mark, _ = _LEAKAGE.get(line.leakage, ("", ""))
+    return f"{line.checkpoint or '–'} {mark}".rstrip()
+
+
+def _marked(lines: Sequence[Line]) -> list[str]:
+    """What the marks of checkpoints say, as far as lines have them."""
+    used = {line.leakage for line in lines}
+    return [f"{mark}: {said}" for kind, (mark, said) in _LEAKAGE.items() if kind in used]
 
 
 def _notes(table: Table) -> list[str]:

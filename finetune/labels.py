@@ -62,7 +62,7 @@ def count_labels(labels: str | int, available: int) -> int:
     count = math.ceil(round(number / 100 * available, 6)) if share else int(number)
     if count > available:
         raise InputError(
-            f"labels={text}: the training part holds {available} cases; "
+            f"labels={text}: the training part holds {available} cases with all classes annotated; "
             f"ask for at most {available}, or all"
         )
     return count

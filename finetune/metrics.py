@@ -28,7 +28,8 @@ What happens with empty masks decides whether missing an organ is punished (metr
 
 NaN means "not averaged", -1 "not counted". An invented volume is no share of an absent truth: it
 costs in `volume_error_ml`, and in the relative error it cannot. Axes are [D, H, W], spacing is
-(d, h, w) in mm.
+(d, h, w) in mm. In an image of one slice surfaces are contours and the diagonal is the slice's: how
+thick it is counts in volumes alone.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def score_class(
         annotated: False if the class was not looked for in this case; absence then means nothing.
         lesion: whether the class is made of lesions, to be counted one by one.
         image_shape: (D, H, W) of the image where the masks are a part of it; its diagonal is the
-            worst distance.
+            worst distance, and whether it is a single slice decides what a surface is.
 
     Raises:
         ValueError: the masks differ in shape or are not three-dimensional.
@@ -160,8 +161,9 @@ def score_class(
         volume_error_ml=(n_pred - n_true) * voxel_ml,
         volume_error_relative=(n_pred - n_true) / n_true if n_true else math.nan,
     )
+    image_shape = tuple(image_shape or truth.shape)
     box = _union_box(prediction, truth)
-    prediction, truth_shape, truth = prediction[box], truth.shape, truth[box]
+    prediction, truth = prediction[box], truth[box]
     if lesion:
         found = count_lesions(prediction, truth)
         score = replace(
@@ -173,13 +175,16 @@ def score_class(
             lesion_rq=found.rq,
             lesion_pq=found.pq,
         )
+    sides = list(zip(image_shape, (d, h, w), strict=True))
+    if 1 in image_shape:  # and not the box: what is one voxel thick in a volume has two faces
+        across = image_shape.index(1)
+        prediction, truth = prediction.squeeze(across), truth.squeeze(across)
+        del sides[across]
     if n_pred == 0 or n_true == 0:
-        worst = math.hypot(
-            *(n * s for n, s in zip(image_shape or truth_shape, (d, h, w), strict=True))
-        )
+        worst = math.hypot(*(n * s for n, s in sides))
         status = "missed" if n_true else "false_positive"
         return replace(score, status=status, dsc=0.0, nsd=0.0, hd95=worst, assd=worst)
-    a, b = surface(prediction, spacing), surface(truth, spacing)
+    a, b = (surface(mask, [s for _, s in sides]) for mask in (prediction, truth))
     to_truth, to_pred = distances(a, b), distances(b, a)
     area = a.areas.sum() + b.areas.sum()
     # Headers hold spacings as float32: 0.8 mm arrives as 0.80000001, and is still within 0.8 mm.

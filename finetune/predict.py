@@ -34,6 +34,8 @@ class Predicted:
 def predict(settings: PredictSettings) -> Predicted:
     """Segments every scan below a folder; results keep the names and the geometry of the inputs.
 
+    What cannot be read is left out, and the rest is done.
+
     A network of several channels takes NAME_0000.nii.gz, NAME_0001.nii.gz, ... on one grid for a
     case, and its result is NAME.nii.gz.
 
@@ -89,8 +91,6 @@ def predict(settings: PredictSettings) -> Predicted:
         found.written.append(target)
     if not found.written and not found.there:
         raise InputError([f"{source / name}: {why}" for name, why in left_out.items()])
-    for name, why in left_out.items():
-        print(f"left out {name}: {why}")
     return found
 
 

@@ -17,8 +17,11 @@ from pretrain.settings import LoopSettings, RunName, Side
 WindowBatch = Annotated[int, Field(ge=1, le=256)]
 """Windows that the network gets at a time; the result is the same but for rounding."""
 
-RECIPE_VERSION = 1
-"""Raised when the same settings no longer give the same training."""
+RECIPE_VERSION = 2
+"""Raised when the same settings no longer give the same training, or the same hash.
+
+2: the precision is part of the recipe, and partly annotated cases are not trained on.
+"""
 
 FREE = frozenset(
     {
@@ -28,7 +31,8 @@ FREE = frozenset(
         "validations",
     }
 )  # fmt: skip
-"""Settings that arms and draws of one recipe may differ in; see `FinetuneSettings.recipe`."""
+"""Settings that arms and draws of one recipe may differ in, the trainer's precision excepted; see
+`FinetuneSettings.recipe`."""
 
 
 Value = Annotated[int, Field(ge=1, le=65535)]
@@ -74,11 +78,14 @@ class TaskAbout(BaseModel):
 
 
 SIDES = (
-    (2, {"left", "right"}),
+    (2, {"left", "right", "lh", "rh"}),
     (1, {"anterior", "posterior", "front", "back", "ventral", "dorsal"}),
     (0, {"superior", "inferior", "upper", "lower", "top", "bottom"}),
 )
 """Words of a class's name that a mirror along an axis (D, H, W) makes wrong."""
+
+LETTERS = {"l": "r", "r": "l"}
+"""Left and right as a letter of its own, kidney_L; not that of L5, a vertebra."""
 
 
 class TaskSettings(BaseModel):
@@ -170,13 +177,34 @@ class TaskSettings(BaseModel):
         for axis, sides in SIDES:
             for c in self.classes:
                 safe = axis == 2 and set(c.values) <= set(swapped)
-                words = set(re.split(r"[^a-z]+", c.name.lower()))
-                if self.flip[axis] and not safe and sides & words:
+                sided = sides & set(_words(c.name)) or (axis == 2 and self._has_letter(c.name))
+                if self.flip[axis] and not safe and sided:
                     raise ValueError(
                         f"flip: a mirror along {'DHW'[axis]} makes {c.name} wrong; set it to false"
                         + (", or name its partner in swap" if axis == 2 else "")
                     )
         return self
+
+    def _has_letter(self, name: str) -> bool:
+        """Whether a letter tells the side: at an end of the name, or where a twin has the other."""
+        words = _words(name)
+        others = [_words(c.name) for c in self.classes]
+        return any(
+            word in LETTERS
+            and (
+                place in (0, len(words) - 1)
+                or [*words[:place], LETTERS[word], *words[place + 1 :]] in others
+            )
+            for place, word in enumerate(words)
+        )
+
+
+def _words(name: str) -> list[str]:
+    """The words of a class's name in small letters: of left_lung, lung-left2 and LeftLung too."""
+    parted = re.sub(r"(?<=[^\W_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    # A number stays with a letter, which means something else with it, and leaves a word.
+    parted = re.sub(r"(?<=[^\W\d_]{2})(?=\d)", " ", parted)
+    return re.findall(r"[^\W_]+", parted.lower())
 
 
 class SegmentationFacts(BaseModel):
@@ -350,21 +378,23 @@ class FinetuneSettings(LoopSettings):
 
         Names (of the protocol, of its family of networks) do not count, only what they stand for,
         nor does how scratch may depart from it; of `effective()` settings it is what was trained.
+        Of the trainer, the precision alone counts, as it was set: twins are rounded alike.
 
         Args:
             resolved: what the settings only point to (architecture, index and split hashes, ...).
         """
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
         kept = {k: v for k, v in dump.items() if k not in FREE}
-        return {"recipe_version": RECIPE_VERSION, **kept, **resolved}
+        precision = self.trainer.precision
+        return {"recipe_version": RECIPE_VERSION, "precision": precision, **kept, **resolved}
 
 
 class EvaluateSettings(BaseModel):
     """The keys of conf/evaluate.yaml: any predictions against a labelled corpus.
 
     `predictions` holds KEY.nii.gz files with label values on the native grid of each case, or files
-    with the names that the scans had: told by `keymap`, the keymap.csv that prep wrote beside the
-    corpus, where keys are not made of names.
+    with the names or paths that the scans had, or the names of the cases: told by `keymap`, the
+    keymap.csv that prep wrote beside the corpus.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -6,6 +6,10 @@ hold both inside and outside, each weighted with the area in mm² that the surfa
 and their areas as in Nikolov et al. 2018, arXiv:1809.04430). Voxel counting, which others use,
 makes scores depend on how a surface lies in the grid.
 
+In an image of one slice a mask has no top and no bottom: its surface is its contour, whose cells
+are 2x2 pixels, each weighted with the length in mm that the contour has in it. That is the wall of
+a solid with this slice everywhere, per mm of its height, so one table gives both.
+
 Surfels of both masks stand on one lattice, that of voxel corners, so most distances need no search
 structure: a prediction worth scoring lies within a few voxels of the truth, and the nearest surfel
 is found by trying the lattice's smallest steps in order of length. What is farther away asks a
@@ -32,7 +36,7 @@ from scipy.spatial import cKDTree
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Cells = NDArray[np.int64]
-Spacing = tuple[float, float, float]
+Spacing = tuple[float, ...]
 Point = tuple[float, ...]
 Loop = list[Point]
 
@@ -50,8 +54,9 @@ _CORNERS = np.array(list(itertools.product((0, 1), repeat=3)))
 class Surface:
     """Surfels of a mask: flat indices [N] into a lattice of cells, and areas [N] in mm².
 
-    `lattice` [D, H, W] is True where a surfel is; around the mask it has a margin as wide as the
-    longest step along each axis.
+    Of a slice they are pieces of the contour, with lengths in mm. `lattice` [D, H, W] or [H, W] is
+    True where a surfel is; around the mask it has a margin as wide as the longest step along each
+    axis.
     """
 
     cells: Cells
@@ -60,12 +65,12 @@ class Surface:
     spacing: Spacing
 
     def index(self, chosen: slice | Cells = slice(None)) -> Cells:
-        """Positions [N, 3] of surfels on the lattice."""
+        """Positions [N, 3 or 2] of surfels on the lattice."""
         return np.stack(np.unravel_index(self.cells[chosen], self.lattice.shape), axis=1)
 
     @property
     def points(self) -> Floats:
-        """Positions [N, 3] in mm from the first corner of the mask's first voxel."""
+        """Positions [N, 3 or 2] in mm from the first corner of the mask's first voxel."""
         return (self.index() - _steps(self.spacing).reach) * np.asarray(self.spacing)
 
 
@@ -73,21 +78,21 @@ def surface(mask: Mask, spacing: Sequence[float]) -> Surface:
     """Returns the surfels of a mask; what lies beyond its edges counts as outside.
 
     Args:
-        mask: [D, H, W], bool.
-        spacing: (d, h, w) in mm.
+        mask: [D, H, W], bool; or [H, W], the whole of a slice of any direction.
+        spacing: (d, h, w) in mm, or that of the slice's axes.
     """
-    d, h, w = (float(s) for s in spacing)
-    spacing = (d, h, w)
+    spacing = tuple(float(s) for s in spacing)
     codes: NDArray[Any] = np.pad(mask, [(n + 1, n + 1) for n in _steps(spacing).reach]).view(
         np.uint8
     )
-    codes = codes[:, :, :-1] | codes[:, :, 1:] << 1
-    codes = codes[:, :-1] | codes[:, 1:] << 2
-    codes = codes[:-1] | codes[1:] << 4
+    codes = codes[..., :-1] | codes[..., 1:] << 1
+    codes = codes[..., :-1, :] | codes[..., 1:, :] << 2
+    # Above a slice comes the same slice.
+    codes = codes[:-1] | codes[1:] << 4 if mask.ndim == 3 else codes | codes << 4
     # 0 is all outside and 255 all inside; uint8 wraps 255 + 1 to 0, so one comparison finds both.
     lattice = codes + np.uint8(1) > 1
     cells = np.flatnonzero(lattice)
-    return Surface(cells, _areas(spacing)[codes.ravel()[cells]], lattice, spacing)
+    return Surface(cells, _areas((1.0, *spacing)[-3:])[codes.ravel()[cells]], lattice, spacing)
 
 
 def distances(a: Surface, b: Surface) -> Floats:
@@ -101,7 +106,7 @@ def distances(a: Surface, b: Surface) -> Floats:
     there = b.lattice.ravel()
     found = np.empty(len(a.cells))
     left, cells = np.arange(len(a.cells)), a.cells
-    strides = np.array([math.prod(b.lattice.shape[axis + 1 :]) for axis in range(3)])
+    strides = np.array([math.prod(b.lattice.shape[axis + 1 :]) for axis in range(len(a.spacing))])
     for step, length in zip(steps.moves @ strides, steps.lengths, strict=True):
         hit = there[cells + step]
         if hit.any():
@@ -114,7 +119,7 @@ def distances(a: Surface, b: Surface) -> Floats:
         goals = ndimage.distance_transform_edt(
             ~b.lattice, spacing, return_distances=False, return_indices=True
         )
-        nearest = goals.reshape(3, -1)[:, cells].T
+        nearest = goals.reshape(len(spacing), -1)[:, cells].T
     else:
         goals = b.index()
         # Sliding midpoints suit points on a lattice better than median splits, which tie always.
@@ -126,9 +131,9 @@ def distances(a: Surface, b: Surface) -> Floats:
 
 @dataclass(frozen=True)
 class _Steps:
-    """All lattice moves [K, 3] up to some length, shortest first, and their lengths [K] in mm.
+    """All lattice moves [K, 3 or 2] up to some length, shortest first, and their lengths [K] in mm.
 
-    `reach` is how far (d, h, w) the longest go along each axis.
+    `reach` is how far, axis by axis, the longest go along each axis.
     """
 
     moves: Cells
@@ -138,9 +143,10 @@ class _Steps:
 
 @lru_cache(maxsize=64)
 def _steps(spacing: Spacing) -> _Steps:
-    radius = (STEPS * math.prod(spacing) / (4 / 3 * math.pi)) ** (1 / 3)
+    count, ball = len(spacing), {2: math.pi, 3: 4 / 3 * math.pi}
+    radius = (STEPS * math.prod(spacing) / ball[count]) ** (1 / count)
     axes = [np.arange(-n, n + 1) for n in np.floor(radius / np.asarray(spacing)).astype(np.int64)]
-    moves = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    moves = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, count)
     lengths = np.sqrt(((moves * np.asarray(spacing)) ** 2).sum(1))
     # Beyond the radius the box of candidates has gaps, and a nearer surfel could be passed over.
     order = np.argsort(lengths, kind="stable")

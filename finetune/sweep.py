@@ -37,6 +37,7 @@ from conf.compose import settings_for
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
+from data_prep.preprocess import resampled_shape, spacing_factors
 from data_prep.progress import bar
 from finetune.infer import starts
 from finetune.settings import FinetuneSettings
@@ -44,11 +45,19 @@ from finetune.train import Plan, build_model, device_of, is_finished, make_plan
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 
-VARIED = ("ckpt", "init", "transfer", "labels", "seed", "label_seed", "recipe_of")
-"""Keys of which a sweep has many values; the rest is composed once for all of these."""
+VARIED = ("ckpt", "transfer", "labels", "seed", "label_seed")
+"""Keys of which a sweep has many values; the rest is composed once for all of these.
+
+No other setting has a say in whether their values are right, so each is checked once as well.
+"""
+NO_ARM = {"init": "pretrained", "recipe_of": "own"}
+"""What only comes up when both keys are varied to get the three arms: the own recipe is scratch's.
+"""
 TWIN = {"init": "scratch", "transfer": "auto", "recipe_of": "twin"}
 """How a pretrained run's scratch twin is told."""
 LEDGER = "sweep.csv"
+OPENS_QUOTE = ("", *"[{(,:")
+"""What a quote may follow: nothing, where a value begins, or these."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,12 @@ def sweep(
         f"sweep: {len(found)} runs in {runs}, {added} of them scratch twins that were added; "
         f"{len(found) - len(waiting)} are finished, {len(waiting)} to start, {jobs} at a time"
     )
+    combinations = expand(words)
+    if no_arm := len(combinations) - len(_arms(combinations)):
+        print(
+            f"sweep: {no_arm} combinations left out: init=pretrained with recipe_of=own is no arm, "
+            "the own recipe is that of scratch"
+        )
     if dry_run:
         for job in waiting:
             print(f"  {job.name}")
@@ -176,6 +191,13 @@ def expand(words: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
+def _arms(combinations: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The combinations that are an arm; NO_ARM is left out where scratch is asked for as well."""
+    if all(combination.get("init") != "scratch" for combination in combinations):
+        return combinations  # nobody gets the own recipe: a mistake, which its settings tell
+    return [each for each in combinations if not NO_ARM.items() <= each.items()]
+
+
 def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     """The runs of a sweep, twins included, each of them once.
 
@@ -186,7 +208,7 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     releases: dict[Path, Release] = {}
     corpora: dict[Path, Corpus] = {}
     jobs: dict[str, Job] = {}
-    for combination, settings in _settings(expand(words), problems):
+    for combination, settings in _settings(_arms(expand(words)), problems):
         arms = [settings]
         if twins and settings.init == "pretrained":
             arms.append(settings.model_copy(update=TWIN))
@@ -216,14 +238,18 @@ def run_name(plan: Plan) -> str:
     of the recipe, so that checkpoints which share those share the run.
     """
     chosen, identity = plan.settings, plan.identity
-    arm = "scratch-own" if chosen.recipe_of == "own" else "scratch"
+    arm = "scratch"
+    if chosen.recipe_of == "own":
+        # Departing from several shared recipes to the same one, it is the third arm of each.
+        arm += f"-own-of={identity['config_hash'][:8]}"
     if chosen.init == "pretrained":
         arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
         arm += "-network" if plan.transfer == "network" else ""
     draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
     labels = chosen.labels.replace("%", "pct")
+    split = "" if chosen.split == "auto" else f"-{chosen.split}"
     name = (
-        f"{chosen.task.name}-{arm}-{identity['recipe_hash'][:8]}-labels={labels}"
+        f"{chosen.task.name}-{arm}-{identity['recipe_hash'][:8]}{split}-labels={labels}"
         f"-seed={chosen.seed}{draw}"
     )
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name)[-100:].lstrip("._=-")
@@ -232,12 +258,12 @@ def run_name(plan: Plan) -> str:
 def _settings(
     combinations: list[dict[str, str]], problems: list[str]
 ) -> Iterator[tuple[dict[str, str], FinetuneSettings]]:
-    """Settings of each combination.
+    """Settings of each combination, all of whose mistakes are added to `problems`.
 
     Hydra takes half a second to compose one, so values of the keys that only fill a field are
     composed once each and put together here.
     """
-    composed: dict[tuple[Any, ...], FinetuneSettings] = {}
+    composed: dict[tuple[Any, ...], FinetuneSettings | None] = {}
 
     def compose(words: Mapping[str, str]) -> FinetuneSettings | None:
         key = tuple(words.items())
@@ -245,8 +271,8 @@ def _settings(
             try:
                 composed[key] = settings_for("finetune", [f"{k}={v}" for k, v in words.items()])
             except InputError as error:
+                composed[key] = None
                 problems.extend(error.problems)
-                return None
         return composed[key]
 
     first: dict[tuple[Any, ...], dict[str, str]] = {}
@@ -254,25 +280,23 @@ def _settings(
         rest = tuple((k, v) for k, v in combination.items() if k not in VARIED)
         base = first.setdefault(rest, combination)
         settings = compose(base)
-        if settings is None:
-            continue
+        changes: dict[str, Any] = {}
         for key in VARIED:
             if key in combination and combination[key] != base[key]:
                 other = compose(base | {key: combination[key]})
-                if other is None:
-                    break
-                settings = settings.model_copy(update={key: getattr(other, key)})
-        else:
-            yield combination, settings
+                changes[key] = getattr(other, key, None)
+                settings = settings if other else None
+        if settings is not None:
+            yield combination, settings.model_copy(update=changes)
 
 
 def _between_commas(text: str) -> list[str]:
-    """Splits at commas that no bracket or quote holds."""
+    """Splits at commas that no bracket or quote holds; an apostrophe in a word is no quote."""
     parts, start, depth, quote = [], 0, 0, ""
     for i, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "'\"":
+        elif letter in "'\"" and text[start:i].rstrip()[-1:] in OPENS_QUOTE:
             quote = letter
         elif letter in "[{(":
             depth += 1
@@ -317,18 +341,26 @@ def cost(jobs: Sequence[Job], at_once: int) -> Cost:
         step, window, parameters = measured[recipe]
         positions = [plan.corpus.position(key) for key in plan.test.keys]
         shapes = [plan.corpus.shapes[i][1:] for i in positions]
-        seconds += plan.settings.steps * step + window * sum(_windows(plan, s) for s in shapes)
+        seconds += plan.settings.steps * step + window * sum(_windows(plan, i) for i in positions)
         # Label maps compress to about a fiftieth of a byte per voxel.
         kept += 4 * parameters + sum(math.prod(map(int, s)) for s in shapes) // 50
         largest = max(largest, 4 * parameters)
     return Cost(seconds, at_once, kept, at_once * 2 * 3 * largest)
 
 
-def _windows(plan: Plan, shape: Sequence[int]) -> int:
-    size, overlap = plan.settings.crop_size, plan.settings.overlap
-    assert size is not None
-    sides = zip(map(int, shape), size, strict=True)
-    return math.prod(len(starts(max(n, w), w, overlap)) for n, w in sides)
+def _windows(plan: Plan, case: int) -> int:
+    """Windows that the network sees of a case: on its own grid, and again for each mirror."""
+    chosen, shape = plan.settings, [int(n) for n in plan.corpus.shapes[case][1:]]
+    assert chosen.crop_size is not None
+    for operation in plan.preprocess.operations:
+        if operation["op"] == "resample" and operation["spacing_mm"]:
+            factors = spacing_factors(plan.corpus.spacings[case], operation["spacing_mm"])
+            shape = resampled_shape(shape, factors)
+        elif operation["op"] == "pad":
+            shape = [n + -n % m for n, m in zip(shape, operation["multiple"], strict=True)]
+    sides = zip(shape, chosen.crop_size, strict=True)
+    mirrors = 2 ** sum(chosen.task.flip) if chosen.tta else 1
+    return mirrors * math.prod(len(starts(max(n, w), w, chosen.overlap)) for n, w in sides)
 
 
 def _measure(plan: Plan) -> tuple[float, float, int]:

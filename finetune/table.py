@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
 from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
-from finetune.intervals import Estimate, estimate
+from finetune.intervals import Estimate, estimate, estimate_folds
 from finetune.rows import Row, read_rows
 
 ALL_CLASSES = "mean"
@@ -66,6 +66,8 @@ LEVEL = 0.05
 
 Run = tuple[str, ...]
 """What tells a run among others: data set, split, labels, recipe, arm, draw."""
+LabelDraw = tuple[str, str, str, int]
+"""Data set, split hash, labels and label seed."""
 
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
@@ -83,11 +85,12 @@ class Line:
     minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
     of subjects that gain over the twin, `median` the median over subjects of the difference to it.
     `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share; `seen`
-    says of the test cases whether pretraining has seen them: no, unknown, some and how many, all.
+    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share.
     `still_gains` is what the last quarter of training gained on validation, in Dice points and in
     the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
     `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no interval.
+    `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these cases are
+    left out) or unknown.
     """
 
     dataset: str
@@ -111,9 +114,9 @@ class Line:
     split: str = ""
     protocol: str = ""
     recipe: str = ""
-    seen: str = "no"
     still_gains: float = math.nan
     anchor: Estimate | None = None
+    leakage: str = ""
 
     @property
     def decides(self) -> Estimate | None:
@@ -177,20 +180,21 @@ def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
             fit the runs.
     """
     rows: list[Row] = []
-    curves: dict[Run, Curve] = {}
-    unlabelled: dict[Run, Sequence[str]] = {}
     values: dict[str, dict[str, Labels]] = {}
+    unlabelled: dict[LabelDraw, Sequence[str]] = {}
+    curves: dict[Run, Curve] = {}
     for path in find_rows(runs):
-        found, curve, facts = read_rows(path), read_curve(path.parent), _facts(path)
+        found, facts, curve = read_rows(path), _facts(path), read_curve(path.parent)
         rows += found
         for row in found[:1]:
-            unlabelled[_run(row)] = facts.get("classes_without_label", ())
             if curve is not None:
                 curves[_run(row)] = curve
+            if "classes_without_label" in facts:
+                unlabelled[_label_draw(row)] = facts["classes_without_label"]
             if task := facts.get("recipe", {}).get("task"):
                 classes = task["regions"] or task["classes"]
                 values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
-    return tabulate(rows, curves, unlabelled, read_anchors(anchor, values) if anchor else {})
+    return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled, curves)
 
 
 def _facts(rows: Path) -> dict[str, Any]:
@@ -236,17 +240,17 @@ def find_rows(runs: Sequence[Path]) -> list[Path]:
 
 def tabulate(
     rows: Sequence[Row],
-    curves: Mapping[Run, Curve] = MappingProxyType({}),
-    unlabelled: Mapping[Run, Sequence[str]] = MappingProxyType({}),
-    anchors: Mapping[str, Anchor] = MappingProxyType({}),
+    anchors: Mapping[str, Anchor] | None = None,
+    unlabelled: Mapping[LabelDraw, Sequence[str]] | None = None,
+    curves: Mapping[Run, Curve] | None = None,
 ) -> Table:
     """Compares arms within each group of rows.
 
     Args:
-        rows: of any runs.
-        curves: validation Dice of those runs that have it.
-        unlabelled: the classes that no labelled case of a run has.
-        anchors: by data set.
+        rows: of all runs.
+        anchors: of data sets.
+        unlabelled: the classes that no labelled case of a draw has.
+        curves: validation Dice over the steps of those runs that have it.
 
     Raises:
         InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
@@ -259,17 +263,18 @@ def tabulate(
         )
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        arms = twins.setdefault((row.dataset, row.split_hash, row.labels, row.config_hash), {})
+        arms = twins.setdefault((row.dataset, _whole(row), row.labels, row.config_hash), {})
         arms.setdefault(_arm(row), []).append(row)
     groups = []
     order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
     for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
+        anchor = (anchors or {}).get(dataset)
         for others in [found for _, found in sorted(arms.items())] or [[]]:
-            group = _group(others, scratch, own, anchors.get(dataset))
-            notes = _without_label(others + scratch + own, unlabelled)
-            group = dataclasses.replace(group, notes=(*group.notes, *notes))
-            groups.append(_with_budget(group, others, scratch, curves))
+            group = _group(others, scratch, own, anchor)
+            missing = _without_label(others + scratch + own, unlabelled or {})
+            group = dataclasses.replace(group, notes=(*group.notes, *missing))
+            groups.append(_with_budget(group, others, scratch, curves or {}))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -296,6 +301,11 @@ def _with_p(group: Group, p: float) -> Group:
     return dataclasses.replace(group, lines=(main, *group.lines[1:]), notes=notes)
 
 
+def _whole(row: Row) -> str:
+    """What is averaged over: a split, or the folds of a corpus, each scored on its validation."""
+    return "folds" if re.fullmatch(r"fold-\d+/validation", row.split) else row.split_hash
+
+
 def _run(row: Row) -> Run:
     return (row.dataset, row.split_hash, row.labels, row.config_hash, _arm(row), row.draw)
 
@@ -319,9 +329,12 @@ def _with_budget(
     if a is not None and b is not None:
         read = read_budget(a, b)
         speed = f", {read.speed:.1f} times as fast" if math.isfinite(read.speed) else ""
+        sure = group.main.verdict in (BETTER, WORSE)
+        said: str = read.reading if sure or "generalises" not in read.reading else "ends apart"
+        chance = "" if sure or said == read.reading else ", no more than chance may do"
         notes.append(
-            f"validation Dice over training: {read.reading}, {read.gap:+.1f} points at the "
-            f"end{speed}"
+            f"validation Dice over training: {said}, {read.gap:+.1f} points at the end"
+            f"{chance}{speed}"
         )
     notes += [
         f"not converged: the last quarter of training still gained {arm} {gain:.1f} points"
@@ -343,42 +356,46 @@ def _name(row: Row) -> str:
 def _group(
     pretrained: list[Row], scratch: list[Row], own: list[Row], anchor: Anchor | None
 ) -> Group:
-    head, seen = (pretrained or scratch or own)[0], _seen(pretrained)
+    head = (pretrained or scratch or own)[0]
     tainted = {row.case for row in pretrained if row.status == "tainted"}
+    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
+    leakage = _leakage(pretrained)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
-    if seen == "unknown":
+    if leakage == "unknown":
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
     if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
         notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
-    pretrained, scratch, own = every = tuple(
+    pretrained, scratch, own = (
         [row for row in rows if row.case not in tainted] for rows in (pretrained, scratch, own)
     )
-    given = [] if anchor is None else anchor.rows(pretrained + scratch + own)
+    rows = pretrained + scratch + own
+    given = anchor.rows(rows) if anchor is not None else []
     notes += _wrong(head.arm, pretrained) + _wrong("scratch", scratch)
     notes += _wrong("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
-    columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
+    every = (pretrained, scratch, own)
+    folds = {row.case: row.split for row in rows}
     subjects = _subjects(pretrained + scratch + own)
+    columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     scores: dict[str, Scores] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a, b, c = (_scores(rows, metric, name, _invented(rows)) for rows in every)
+            a, b, c, n = (
+                _scores(found, metric, name, _invented(found))
+                for found in (*every, given if metric.name == "dsc" else [])
+            )
             if metric.of_lesions and not a and not b:
                 continue
             gaps = [_differences(pretrained, rows, metric, name) for rows in (scratch, own)]
-            line = _line(head, metric, name, (a, b, c), gaps, subjects)
-            if metric.name == "dsc":
-                anchored = _scores(given, metric, name, ())
-                cases = _complete(gaps[0] or a or b or c)
-                line = dataclasses.replace(line, anchor=_anchored(anchored, cases, subjects))
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
-            line = dataclasses.replace(line, seen=seen)
-            lines.append(dataclasses.replace(line, verdict=SEEN) if seen == "all" else line)
+            line = _line(head, metric, name, (a, b, c, n), gaps, subjects, folds)
+            verdict = SEEN if all_seen else line.verdict
+            lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     notes += _power(lines[0])
     return Group(
         head.dataset,
@@ -391,24 +408,26 @@ def _group(
     )
 
 
-def _seen(rows: list[Row]) -> str:
-    """What is known of a checkpoint and the test cases; see `Line`."""
-    tainted = {row.case for row in rows if row.status == "tainted"}
-    if tainted:
-        return "all" if tainted == {row.case for row in rows} else f"{len(tainted)} left out"
-    unknown = any(row.status == "unknown" for row in rows if row.arm == "pretrained")
-    return "unknown" if unknown else "no"
+def _leakage(rows: list[Row]) -> str:
+    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
+    if any(row.status == "tainted" for row in rows):
+        return "tainted"
+    found = {row.status for row in rows if row.arm == "pretrained"}
+    return "unknown" if "unknown" in found else "clean" if found else ""
 
 
-def _without_label(rows: list[Row], unlabelled: Mapping[Run, Sequence[str]]) -> list[str]:
+def _label_draw(row: Row) -> LabelDraw:
+    return row.dataset, row.split_hash, row.labels, row.label_seed
+
+
+def _without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
     """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
-    seeds: dict[str, set[int]] = {}
-    for run, seed in {_run(row): row.label_seed for row in rows}.items():
-        for name in unlabelled.get(run, ()):
-            seeds.setdefault(name, set()).add(seed)
+    seeds: dict[str, list[str]] = {}
+    for draw in sorted({_label_draw(row) for row in rows}):
+        for name in unlabelled.get(draw, ()):
+            seeds.setdefault(name, []).append(str(draw[-1]))
     return [
-        f"no labelled case has {name} in label draw {', '.join(map(str, sorted(found)))}"
-        for name, found in seeds.items()
+        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
     ]
 
 
@@ -429,12 +448,6 @@ def _wrong(arm: str, rows: list[Row]) -> list[str]:
     words = {"missed": "missed a structure", "false_positive": "invented a structure"}
     counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in words}
     return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
-
-
-def _anchored(scores: Scores, cases: Collection[str], subjects: dict[str, str]) -> Estimate | None:
-    """The mean of an anchor over some cases."""
-    chosen = {cell: value for cell, value in scores.items() if cell[0] in cases}
-    return _estimate(chosen, subjects) if chosen else None
 
 
 def _subjects(rows: Iterable[Row]) -> dict[str, str]:
@@ -496,15 +509,21 @@ def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    arms: tuple[Scores, Scores, Scores],
+    arms: tuple[Scores, Scores, Scores, Scores],
     differences: list[Scores],
     subjects: dict[str, str],
+    folds: dict[str, str],
 ) -> Line:
-    a, b, c = arms
-    difference, against_own = (_estimate(one, subjects) if one else None for one in differences)
+    a, b, c, anchor = arms
+    difference, against_own = (
+        _estimate(one, subjects, folds) if one else None for one in differences
+    )
     paired, _ = _matrix(differences[0], subjects)
+    shared = _complete(differences[0] or a or b or c)
+    anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
+    names = set(folds.values())
     sign = 1 if metric.higher_is_better else -1
-    scratch, own = (_estimate(one, subjects) if one else None for one in (b, c))
+    scratch, own = (_estimate(one, subjects, folds) if one else None for one in (b, c))
     if scratch is None:
         against_own = None  # no delta without a twin
     own_is_stronger = (
@@ -520,7 +539,7 @@ def _line(
         head.checkpoint_digest,
         metric.name,
         class_name,
-        _bounded(_estimate(a, subjects), metric) if a else None,
+        _bounded(_estimate(a, subjects, folds), metric) if a else None,
         _bounded(scratch, metric) if scratch else None,
         difference,
         share_improved(paired, higher_is_better=metric.higher_is_better),
@@ -531,15 +550,22 @@ def _line(
         against_own=against_own,
         own_is_stronger=own_is_stronger,
         median=median_difference(paired),
-        split=head.split,
+        split=head.split if len(names) < 2 else f"{len(names)} folds/validation",
         protocol=head.protocol,
         recipe=head.config_hash[:8],
+        anchor=_estimate(anchor, subjects, {}) if anchor else None,
     )
 
 
-def _estimate(scores: dict[tuple[str, str], float], subjects: dict[str, str]) -> Estimate:
-    matrix, cases = _matrix(scores, subjects)
-    return estimate(matrix, cases)
+def _estimate(scores: Scores, subjects: dict[str, str], folds: dict[str, str]) -> Estimate:
+    """Over subjects and draws; where the cases lie in several `folds`, over folds."""
+    parts: dict[str, Scores] = {}
+    for cell, value in scores.items():
+        parts.setdefault(folds.get(cell[0], ""), {})[cell] = value
+    found = [_matrix(part, subjects) for _, part in sorted(parts.items())]
+    if len(found) == 1:
+        return estimate(*found[0])
+    return estimate_folds([matrix for matrix, _ in found], sum(cases for _, cases in found))
 
 
 def _bounded(value: Estimate, metric: Metric) -> Estimate:
@@ -643,7 +669,8 @@ def _power(line: Line) -> list[str]:
 
 def _basis(value: Estimate) -> str:
     subjects = f" of {value.units} subjects" if value.units != value.cases else ""
-    return f"{value.cases} cases{subjects}, {value.draws} seed{'s' if value.draws != 1 else ''}"
+    folds = f", {value.folds} folds" if value.folds > 1 else ""
+    return f"{value.cases} cases{subjects}{folds}, {value.draws} seed{'s' * (value.draws != 1)}"
 
 
 def _plain(table: Table) -> dict[str, object]:

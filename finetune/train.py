@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class Plan:
     corpus: Corpus
     preprocess: Preprocess
     train_keys: tuple[str, ...]
+    partial: dict[str, list[str]]
+    """Training cases that are left out, and the classes that were not annotated in each."""
     unlabelled: tuple[str, ...]
     test: Split
     validation: tuple[str, ...]
@@ -94,6 +97,7 @@ class Plan:
         return {
             "config_hash": config_hash(self.recipe),
             "recipe_hash": config_hash(self.trained),
+            "split_hash": self.test.hash,
             "checkpoint_digest": self.release.digest if self._pretrained else None,
             "init": self.settings.init,
             "seed": self.settings.seed,
@@ -194,13 +198,14 @@ def make_plan(
         raise InputError(problems)
     train = choose_split(corpus, settings.split, "train")
     test = choose_split(corpus, settings.split, settings.part)
+    partial = _partial(corpus, train, settings)
+    whole = [key for key in train.keys if key not in partial]
     seed = settings.seed if settings.label_seed is None else settings.label_seed
-    subjects = [corpus.subjects[corpus.position(key)] for key in train.keys]
-    chosen = choose_labels(train.keys, subjects, settings.labels, seed)
+    subjects = [corpus.subjects[corpus.position(key)] for key in whole]
+    chosen = choose_labels(whole, subjects, settings.labels, seed)
     resolved = {
         "network": release.equal_but_weights(),
         "index_hash": corpus.index_hash,
-        "split_hash": train.hash,
         "preprocess": preprocess.to_dict(),
     }
     effective = settings.effective()
@@ -210,6 +215,7 @@ def make_plan(
         corpus,
         preprocess,
         tuple(chosen),
+        partial,
         _absent_classes(corpus, chosen, settings),
         test,
         validation=tuple(corpus.split(test.name)["parts"].get("validation", ())),
@@ -332,6 +338,32 @@ def _check_freezes(model: Segmentation, settings: FinetuneSettings) -> None:
         raise InputError(problems)
 
 
+def _partial(corpus: Corpus, train: Split, settings: FinetuneSettings) -> dict[str, list[str]]:
+    """Training cases in which not every class was annotated, and the classes that were not.
+
+    A structure that nobody looked for may be there; as background it would be learnt away.
+    """
+    found = {}
+    for key in train.keys:
+        annotated = set(corpus.meta(corpus.position(key))["annotated"])
+        missing = [c.name for c in settings.task.classes if not annotated.issuperset(c.values)]
+        if missing:
+            found[key] = missing
+    if len(found) == len(train.keys):
+        raise InputError(
+            f"corpus={corpus.path}: none of the {len(found)} training cases of split {train.name} "
+            f"is annotated for all classes of task {settings.task.name} (missing: "
+            f"{_missing(found)}), and what is not annotated would be learnt as background; "
+            "choose a task with the classes that are annotated"
+        )
+    return found
+
+
+def _missing(partial: dict[str, list[str]]) -> str:
+    cases = Counter(name for names in partial.values() for name in names)
+    return ", ".join(f"{name} in {count}" for name, count in cases.items())
+
+
 def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
     """Classes of which no chosen training case has a voxel."""
     present = {
@@ -373,6 +405,7 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         corpus={"path": str(plan.corpus.path), "index_hash": plan.corpus.index_hash},
         release={"name": plan.release.name, "digest": plan.release.digest},
         label_keys=list(plan.train_keys),
+        partly_annotated=plan.partial,
         classes_without_label=list(plan.unlabelled),
         parameters=sum(p.numel() for p in model.parameters()),
     )
@@ -383,6 +416,11 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         )
     if plan.unlabelled:
         print(f"finetune: no training case has {', '.join(plan.unlabelled)} in this label draw")
+    if plan.partial:
+        print(
+            f"finetune: {len(plan.partial)} training cases are left out, for not every class was "
+            f"annotated in them (missing: {_missing(plan.partial)})"
+        )
     how = {"init": plan.settings.init, "transfer": plan.transfer}
     write_json(run.path / "load_report.json", how | report.to_dict())
 

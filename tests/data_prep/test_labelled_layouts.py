@@ -458,7 +458,9 @@ def test_all_that_is_wrong_with_a_label_is_said(tmp_path: Path, rng: np.random.G
     assert "4.00 mm" in detail and "holds 7, not in classes" in detail
 
 
-def test_a_preset_names_the_values(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_preset_names_the_values(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "in"
     for name, high in (("a", 4), ("b", 5)):
         save(root / name / "imaging.nii.gz", image(rng) - 1000)
@@ -467,7 +469,19 @@ def test_a_preset_names_the_values(tmp_path: Path, rng: np.random.Generator) -> 
     corpus = run(root, tmp_path / "c", classes=task)
     assert [row["name"] for row in corpus.classes] == ["background", "kidney", "tumor", "cyst"]
     code, detail = quarantine(tmp_path / "c")["b/imaging.nii.gz"]
-    assert (code, detail) == ("label_values", "the label holds 4, not in classes")
+    assert code == "label_values" and detail.startswith("the label holds 4, not in classes; ")
+    assert "leave classes out" in detail and "to keep every value (a task picks its own)" in detail
+    # The name will do, also where the data lie in a folder of that name; a file comes first.
+    (tmp_path / "kits23").mkdir()
+    monkeypatch.chdir(tmp_path)
+    by_name = run(root, tmp_path / "n", classes="kits23")
+    assert by_name.classes == corpus.classes and len(by_name) == 1
+    with pytest.raises(InputError, match=r"classes=kits32: .*name of a task.*did you mean kits23"):
+        run(root, tmp_path / "m", classes="kits32")
+    (tmp_path / "word").write_text("{1: a, 2: b, 3: c}")
+    assert [row["name"] for row in run(root, tmp_path / "w", classes="word").classes][1:] == [
+        *"abc"
+    ]
     (tmp_path / "t.yaml").write_text("classes: [{name: x, values: [1, 2]}, {name: y, values: [3]}]")
     corpus = run(root, tmp_path / "d", classes=tmp_path / "t.yaml")
     assert [row["name"] for row in corpus.classes] == ["background", "x 1", "x 2", "y"]

@@ -15,6 +15,7 @@ from finetune.intervals import (
     Estimate,
     crossed_spread,
     estimate,
+    estimate_folds,
     estimate_recipe,
     spread,
 )
@@ -375,3 +376,30 @@ def test_estimates_are_plain_numbers() -> None:
     found = estimate(np.random.default_rng(10).normal(size=(8, 4)))
     assert isinstance(found, Estimate)
     assert {type(v) for v in vars(found).values()} <= {float, int, str}
+
+
+def test_folds_are_students_interval_over_their_means() -> None:
+    rng = np.random.default_rng(3)
+    folds = [rng.normal(size=(8, 2)) + 0.5 for _ in range(5)]
+    found = estimate_folds(folds, 50)
+    means = [fold.mean() for fold in folds]
+    low, high = stats.t.interval(0.95, 4, np.mean(means), stats.sem(means))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue, rel=1e-6)
+    assert (found.cases, found.units, found.draws, found.folds) == (50, 40, 2, 5)
+    assert not estimate_folds(folds[:2]).has_interval
+    assert estimate_folds(folds[:2]).note == "an interval needs 3 folds"
+    uneven = estimate_folds([np.full((10, 1), 1.0), np.full((5, 1), 4.0), np.full((5, 1), 4.0)])
+    assert uneven.mean == pytest.approx(2.5), "subjects weigh alike, whatever fold they are in"
+
+
+@pytest.mark.parametrize("draw_sd", [0.0, 0.5, 1.5])
+def test_a_true_zero_over_five_folds_of_one_seed(seed: int, draw_sd: float) -> None:
+    """Each fold's training moves all of its subjects together; one seed knows it from the folds."""
+    rng = np.random.default_rng([seed, int(10 * draw_sd)])
+    wrong, tables = 0, 4000
+    for _ in range(tables):
+        folds = [rng.normal(size=(6, 1)) + draw_sd * rng.normal() for _ in range(5)]
+        found = estimate_folds(folds)
+        wrong += found.low > 0 or found.high < 0
+    assert 0.035 < wrong / tables < 0.065

@@ -348,3 +348,63 @@ def test_scoring_changes_no_map() -> None:
     kept = truth.copy()
     score_labels(prediction, truth, [task_class("a", 1)], (1, 1, 1), annotated=[1])
     assert (truth == kept).all()
+
+
+# One slice: contours, not the surfaces of a slab one voxel thick.
+
+
+def disc(middle: tuple[float, float], radius: float, shape: tuple[int, int]) -> Mask:
+    h, w = np.indices(shape)
+    return np.asarray(np.hypot(h - middle[0], w - middle[1]) < radius)
+
+
+@pytest.mark.parametrize("across", range(3))
+@pytest.mark.parametrize("thickness", [0.3, 1.0, 40.0])
+def test_shifted_discs_are_compared_by_their_contours(across: int, thickness: float) -> None:
+    """Moved by 10 mm a circle lies off the other by up to 10 |cos|, within 2 mm for few angles."""
+    shape = (140, 150)
+    truth, prediction = disc((70, 70), 50, shape), disc((70, 80), 50, shape)
+    masks = [np.expand_dims(mask, across) for mask in (prediction, truth)]
+    spacing = np.insert([1.0, 1.0], across, thickness)
+    found = score_class(*masks, spacing, 2.0)
+    # Every angle's distance: from a point of one circle to the other, all round.
+    angles = np.linspace(0, 2 * np.pi, 20000, endpoint=False)
+    x, y = 50 * np.cos(angles) + 10, 50 * np.sin(angles)
+    exact = np.abs(np.hypot(x, y) - 50)
+    assert found.nsd == pytest.approx((exact <= 2).mean(), abs=0.05)
+    assert found.hd95 == pytest.approx(np.percentile(exact, 95), abs=0.3)
+    assert found.assd == pytest.approx(exact.mean(), abs=0.4)  # a staircase is longer
+    plain = score_class(*(mask[None] for mask in (prediction, truth)), (1, 1, 1), 2.0)
+    assert numbers(found)[:4] == numbers(plain)[:4]  # in whatever direction, however thick
+    assert found.volume_true_ml == pytest.approx(thickness * plain.volume_true_ml)
+
+
+def test_concentric_squares_have_closed_form() -> None:
+    """All around 3 mm apart but at the corners, which are sqrt(18) mm apart."""
+    a, b = np.zeros((2, 1, 260, 260), bool)
+    a[0, 10:250, 10:250] = b[0, 13:247, 13:247] = True
+    found = score_class(a, b, (7, 1, 1), 2.5)
+    assert (found.nsd, found.hd95) == (0, pytest.approx(3))
+    assert score_class(a, b, (7, 1, 1), 5).nsd == 1
+
+
+def test_a_missed_slice_is_off_by_its_own_diagonal() -> None:
+    truth = np.zeros((1, 30, 40), bool)
+    truth[0, 3, 4] = True
+    found = score_class(np.zeros_like(truth), truth, (25.0, 2.0, 1.0), 1.0)
+    assert found.status == "missed" and found.hd95 == math.hypot(60, 40)
+
+
+def test_what_is_one_slice_thick_in_a_volume_keeps_its_faces() -> None:
+    """Scored in its box it is the same as within the whole image, and not a contour."""
+    shape = (9, 140, 150)
+    labels = np.zeros((2, *shape), np.uint8)
+    labels[0, 4], labels[1, 4] = disc((70, 80), 50, shape[1:]), disc((70, 70), 50, shape[1:])
+    chosen = TaskClass(name="a", values=(1,), tolerance_mm=2.0)
+    (found,) = score_labels(labels[0], labels[1], [chosen], (1, 1, 1), annotated=[1])
+    whole = score_class(labels[0] == 1, labels[1] == 1, (1, 1, 1), 2.0)
+    assert numbers(found) == numbers(whole)
+    assert found.nsd > 0.85  # the faces lie on each other
+    flat = labels[:, 4:5]
+    (slice_alone,) = score_labels(flat[0], flat[1], [chosen], (1, 1, 1), annotated=[1])
+    assert slice_alone.nsd < 0.25

@@ -141,6 +141,31 @@ def test_run_and_release_give_what_was_scored(
         assert np.array_equal(found.affine, nib.load(source).affine)
 
 
+def test_scans_that_were_left_out_are_named_and_are_wrong_input(
+    run: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many others were done; those are kept, and a program gets its result."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    words = ["predict", f"ckpt={run}", f"input={source}", f"output={output}", "device=cpu"]
+    shutil.copy(samples / "hippocampus/images/hippocampus_019.nii.gz", source)
+    assert voxelith.main(words) == 0
+    assert capsys.readouterr().err.count("error") == 0
+    for name in ("a.nii.gz", "z.nii"):
+        (source / name).write_bytes(b"no image")
+    assert voxelith.main([*words, "--json"]) == 2
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert result["written"] == 1 and list(result["left_out"]) == ["a.nii.gz", "z.nii"]
+    assert nib.load(output / "hippocampus_019.nii.gz").get_fdata().ndim == 3
+    last = said.err.strip().splitlines()[-3:]
+    assert last[0] == "error: 2 problems"
+    assert f"{source / 'a.nii.gz'}: not_an_image" in last[1] and "z.nii" in last[2]
+    (source / "z.nii").unlink()
+    assert voxelith.main(words) == 2
+    assert f"error: {source / 'a.nii.gz'}: not_an_image" in capsys.readouterr().err
+
+
 def test_tta_batch_and_precision_are_those_asked_for(
     run: Path, samples: Path, tmp_path: Path
 ) -> None:

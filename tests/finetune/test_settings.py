@@ -55,7 +55,9 @@ def test_twins_share_a_recipe_and_nothing_else_does() -> None:
         {"ckpt": "other"},
         {"run": "x"},
         {"log_every": 3},
-        {"trainer": {"accelerator": "cpu"}},
+        {"trainer": {"accelerator": "cpu", "devices": 2, "nodes": 1, "workers": 7, "threads": 3}},
+        {"trainer": {"compile": True, "checkpointing": True}},
+        {"trainer": {"precision": "auto"}},
     ):
         assert config_hash(settings(**same).recipe(network="n")) == base
     for other in (
@@ -64,6 +66,8 @@ def test_twins_share_a_recipe_and_nothing_else_does() -> None:
         {"labels": 4},
         {"augment": {"gain": 0.2}},
         {"foreground": 0.4},
+        {"trainer": {"precision": "32-true"}},
+        {"trainer": {"precision": "bf16-mixed"}},
     ):
         assert config_hash(settings(**other).recipe(network="n")) != base
     assert config_hash(settings().recipe(network="m")) != base

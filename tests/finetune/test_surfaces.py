@@ -138,3 +138,22 @@ def test_a_mask_at_the_edge_of_the_image_is_closed() -> None:
     assert surface(inside, (1, 2, 3)).areas.sum() == pytest.approx(
         surface(outside, (1, 2, 3)).areas.sum()
     )
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.9, 1.4), (5.0, 0.5)])
+def test_a_slice_has_a_contour(spacing: tuple[float, float], seed: int) -> None:
+    """A rectangle's corners are cut off in the middle of their pixels' sides."""
+    mask = np.zeros((30, 40), bool)
+    mask[4:14, 5:25] = True
+    found = surface(mask, spacing)
+    assert len(found.cells) == 2 * (10 + 20)
+    straight = 2 * (9 * spacing[0] + 19 * spacing[1])
+    assert found.areas.sum() == pytest.approx(straight + 4 * math.hypot(*spacing) / 2)
+    whole = surface(np.ones((10, 20), bool), spacing)  # at the edge it is closed, as in a volume
+    assert whole.areas.sum() == pytest.approx(found.areas.sum())
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        masks = [mask[2] for mask in random_masks(rng, (5, 9, 11))]
+        masks[0][3, 4] = masks[1][8, 8] = True
+        a, b = (surface(mask, spacing) for mask in masks)
+        assert distances(a, b) == pytest.approx(brute_force(a, b), abs=1e-9)

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import add_split, write_encoder
 
+from conf.compose import settings_for
 from data_prep.errors import InputError
+from data_prep.preprocess import Preprocess
+from finetune.infer import mirrored, segment
 from finetune.rows import read_rows
-from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
+from finetune.sweep import LEDGER, cost, expand, plan_jobs, read_ledger, sweep
 
 BACKBONE: dict[str, Any] = {
     "name": "resenc.ResEncUNetEncoder",
@@ -83,6 +87,81 @@ def test_checkpoints_of_one_architecture_share_their_twins(
     assert sum(j.plan.settings.init == "scratch" for j in plan_jobs(wider)) == 4
 
 
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("/d/O'Brien/a,/d/b", ["/d/O'Brien/a", "/d/b"]),
+        ("/d/b,/d/O'Brien/a,c'est", ["/d/b", "/d/O'Brien/a", "c'est"]),
+        ("'a,b',\"c,d\", 'e,f'", ["'a,b'", '"c,d"', " 'e,f'"]),
+        ("{a: 'x}', b: ['y]','z']},'O'", ["{a: 'x}', b: ['y]','z']}", "'O'"]),
+        ("[O'Brien,a],b", ["[O'Brien,a]", "b"]),
+    ],
+)
+def test_a_quote_opens_where_a_value_begins(value: str, parts: list[str]) -> None:
+    assert [found["ckpt"] for found in expand([f"ckpt={value}"])] == parts
+
+
+OWN = ["own={lr: 2e-3}", "search={lr: [1e-3,2e-3,3e-3], draws: 1}"]
+
+
+def test_each_shared_recipe_has_a_third_arm_of_its_own(words: list[str]) -> None:
+    """What is trained is the same; what it is compared with is not."""
+    alone = [w for w in words if not w.startswith("seed=")]
+    jobs = plan_jobs([*alone, *OWN, "init=scratch", "recipe_of=own", "lr=1e-3,3e-3"])
+    assert len({job.name for job in jobs}) == len(jobs) == 2
+    identities = [job.plan.identity for job in jobs]
+    assert len({identity["recipe_hash"] for identity in identities}) == 1
+    assert len({identity["config_hash"] for identity in identities}) == 2
+
+
+def test_runs_in_another_precision_are_other_runs(words: list[str]) -> None:
+    alone = [w for w in words if not w.startswith("seed=")]
+    jobs = plan_jobs([*alone, "trainer.precision=32-true,bf16-mixed"])
+    twins = [job.plan.identity["config_hash"] for job in jobs if job.twin]
+    assert (len(jobs), len(set(twins))) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    "order", [("pretrained,scratch", "own,twin"), ("scratch,pretrained", "twin,own")]
+)
+def test_the_three_arms_are_one_sweep(
+    words: list[str], order: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pretrained with scratch's own recipe is no arm: it is left out, and that is said."""
+    alone = [w for w in words if not w.startswith(("seed=", "ckpt="))]
+    ckpt = next(w for w in words if w.startswith("ckpt=")).partition(",")[0]
+    given = [*alone, ckpt, *OWN, "lr=1e-3", f"init={order[0]}", f"recipe_of={order[1]}"]
+    arms = {job.plan.settings.arm: job for job in plan_jobs(given)}
+    assert sorted(arms) == ["pretrained", "scratch", "scratch-own"] and len(plan_jobs(given)) == 3
+    for arm, job in arms.items():
+        # What is planned is what a process of its own makes of the words.
+        told = settings_for("finetune", list(job.words))
+        assert (told.arm, told.effective()) == (
+            arm,
+            job.plan.settings.model_copy(update={"crop_size": told.crop_size}),
+        )
+    sweep(given, dry_run=True)
+    assert "1 combinations left out: init=pretrained" in capsys.readouterr().out
+
+
+def test_a_combination_is_checked_as_the_run_would_be(words: list[str]) -> None:
+    alone = [w for w in words if not w.startswith("seed=")]
+    # Nobody would train the own recipe.
+    with pytest.raises(InputError, match="give init=scratch"):
+        plan_jobs([*alone, *OWN, "lr=1e-3", "recipe_of=twin,own"])
+    # Each rate is fine for the twin, and 5e-3 is not for the third arm.
+    arms = ["init=scratch", "recipe_of=twin,own", "lr=1e-3,5e-3"]
+    with pytest.raises(InputError, match=r"rates \[0.005\] are not among search.lr") as error:
+        plan_jobs([*alone, *OWN, *arms])
+    assert len(error.value.problems) == 1
+    # What is wrong with the first combination does not hide the others.
+    for_labels = [w for w in alone if not w.startswith("labels=")]
+    with pytest.raises(InputError) as error:
+        plan_jobs([*for_labels, *OWN, *arms, "labels=many,2,lots", "seed=0,-1"])
+    said = "\n".join(error.value.problems)
+    assert all(wrong in said for wrong in ("labels=many", "labels=lots", "seed=-1"))
+
+
 def test_all_that_is_wrong_is_said_before_anything_starts(words: list[str]) -> None:
     wrong = [w for w in words if not w.startswith(("labels=", "seed="))]
     with pytest.raises(InputError) as error:
@@ -100,6 +179,32 @@ def test_a_dry_run_starts_nothing_and_names_the_cost(
     said = capsys.readouterr().out
     assert "6 to start, 2 at a time" in said and "hours" in said and "GiB kept" in said
     assert not runs_of(words).exists()
+
+
+def test_the_cost_counts_the_windows_that_the_network_sees(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the checkpoint's grid, not the scan's, and mirrored as often as the task allows."""
+    preprocess = Preprocess.default((0.7, 0.9, 0.8), multiple=(8, 8, 8)).to_dict()
+    fine = write_encoder(tmp_path / "fine", BACKBONE, preprocess=preprocess)
+    alone = [w for w in words if not w.startswith(("seed=", "ckpt="))]
+    given = [*alone, f"ckpt={fine}", "tta=true", "task.flip=[true,false,true]"]
+    (job,) = plan_jobs(given, twins=False)
+    plan, seen = job.plan, []
+
+    def network(window: torch.Tensor) -> torch.Tensor:
+        seen.append(len(window))
+        return torch.zeros(len(window), 2, *window.shape[2:])
+
+    for key in plan.test.keys:
+        volume = plan.corpus.volume(plan.corpus.position(key))
+        size, overlap = plan.settings.crop_size, plan.settings.overlap
+        assert size is not None
+        both = mirrored(network, plan.settings.task.flip)
+        segment(both, volume, plan.preprocess, size, overlap, torch.device("cpu"))
+    # A window takes a second, and nothing else takes any time.
+    monkeypatch.setattr("finetune.sweep._measure", lambda plan: (0.0, 1.0, 0))
+    assert cost([job], 1).seconds == sum(seen) > 4
 
 
 def test_after_a_kill_exactly_the_killed_runs_start_again(words: list[str]) -> None:

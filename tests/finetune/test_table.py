@@ -444,3 +444,32 @@ def test_a_training_that_was_too_short_is_marked(tmp_path: Path) -> None:
     (group,) = read_table([tmp_path]).groups  # not known of every run
     assert math.isfinite(group.main.still_gains)
     assert "faster" not in " ".join(group.notes)
+
+
+def test_folds_are_one_line_over_all_their_cases() -> None:
+    """Five folds with one seed, as cross-validation is reported; each has a split of its own."""
+
+    def folded(rows: list[Row]) -> list[Row]:
+        out = []
+        for r in rows:
+            fold = int(r.subject[1:]) % 5
+            name = {"split": f"fold-{fold}/validation", "split_hash": f"hash{fold}"}
+            out.append(dataclasses.replace(r, **name))
+        return out
+
+    arms = [make_rows("scratch", seeds=1, cases=40), make_rows("pretrained", 0.05, 1, 40)]
+    (group,) = tabulate(folded(arms[0]) + folded(arms[1])).groups
+    d = group.main.difference
+    assert d is not None
+    assert (d.cases, d.units, d.draws, d.folds) == (40, 20, 1, 5)
+    assert group.main.verdict == "pretrained better"
+    assert group.main.split == "5 folds/validation"
+    assert "40 cases of 20 subjects, 5 folds, 1 seed" in group.sentence
+    plain = tabulate(arms[0] + arms[1]).groups[0].main.difference
+    assert plain is not None and not plain.has_interval
+    assert d.mean == pytest.approx(plain.mean)
+    # A test part that all folds share is scored once in each: no folds of one table.
+    again = [
+        dataclasses.replace(r, split=r.split.replace("validation", "test")) for r in folded(arms[0])
+    ]
+    assert len(tabulate(again).groups) == 5

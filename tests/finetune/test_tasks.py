@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,43 @@ def test_no_mirror_goes_through_a_named_direction(axis: int, name: str) -> None:
     for other in {0, 1, 2} - {axis}:
         flip = [n == other for n in range(3)]
         TaskSettings.model_validate({"name": "t", "classes": classes, "flip": flip})
+
+
+LATERAL = [
+    ("kidney_L", "kidney_R"), ("kidney_l", "kidney_r"), ("kidneyL", "kidneyR"),
+    ("L kidney", "R kidney"), ("LeftLung", "RightLung"), ("lungLeft", "lungRight"),
+    ("lung-left", "lung-right"), ("LEFT.LUNG", "RIGHT.LUNG"), ("LLung", "RLung"),
+    ("Left-Hippocampus", "Right-Hippocampus"), ("lung_left2", "lung_right2"), ("rib3L", "rib3R"),
+    ("ctx-lh-cuneus", "ctx-rh-cuneus"), ("lobe_L_two", "lobe_R_two"),
+]  # fmt: skip
+
+
+def of_names(names: Sequence[str], **changes: Any) -> dict[str, Any]:
+    classes = [{"name": n, "values": [v], "tolerance_mm": 1} for v, n in enumerate(names, start=1)]
+    return {"name": "t", "classes": classes, "flip": (False, False, True), **changes}
+
+
+@pytest.mark.parametrize("names", LATERAL, ids=" ".join)
+def test_sides_are_seen_however_they_are_written(names: tuple[str, str]) -> None:
+    for order in (names, names[::-1]):
+        with pytest.raises(ValidationError, match=f"along W makes {re.escape(order[0])} wrong"):
+            TaskSettings.model_validate(of_names(order))
+    TaskSettings.model_validate(of_names(names, swap=[(1, 2)]))
+    TaskSettings.model_validate(of_names(names, flip=(True, True, False)))
+
+
+@pytest.mark.parametrize("name", ["kidney_L", "R-kidney", "LeftLung", "lungRight"])
+def test_a_side_alone_is_one_too(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"along W makes {name} wrong"):
+        TaskSettings.model_validate(of_names([name]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vertebrae_L5", "L5", "lesion R type", "liver", "bright", "cleft", "LV", "T1", "artery"],
+)
+def test_other_letters_are_no_sides(name: str) -> None:
+    TaskSettings.model_validate(of_names([name, "spine"]))
 
 
 def test_swapped_sides_may_be_mirrored() -> None:

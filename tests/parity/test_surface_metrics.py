@@ -51,3 +51,25 @@ def test_random_masks_score_as_with_the_package(seed: int) -> None:
         assert found.nsd == pytest.approx(nsd, rel=1e-9)
         assert found.hd95 == pytest.approx(theirs.compute_robust_hausdorff(apart, 95), rel=1e-9)
         assert found.assd == pytest.approx(np.average(means, weights=areas), rel=1e-9)
+
+
+def test_a_slice_scores_as_with_the_package_in_two_dimensions(seed: int) -> None:
+    """Noise and discs; what the slice is thick changes nothing."""
+    theirs = pytest.importorskip("surface_distance", reason="needs the package surface-distance")
+    rng = np.random.default_rng(seed)
+    h, w = np.indices((40, 50))
+    for round_ in range(12):
+        spacing = tuple(rng.uniform(0.4, 4.0, 2))
+        masks = rng.random((2, 40, 50)) < rng.uniform(0.01, 0.95, (2, 1, 1))
+        if round_ % 2:
+            masks = np.stack([np.hypot(h - 20, w - n) < 14 for n in rng.uniform(16, 34, 2)])
+        masks[:, 5, 5] = True
+        tolerance = rng.uniform(0.3, 6.0)
+        apart = theirs.compute_surface_distances(masks[1], masks[0], spacing)
+        lengths = [apart[f"surfel_areas_{side}"].sum() for side in ("gt", "pred")]
+        means = theirs.compute_average_surface_distance(apart)
+        found = score_class(*masks[:, None], (rng.uniform(0.1, 30), *spacing), tolerance)
+        nsd = theirs.compute_surface_dice_at_tolerance(apart, tolerance)
+        assert found.nsd == pytest.approx(nsd, rel=1e-9)
+        assert found.hd95 == pytest.approx(theirs.compute_robust_hausdorff(apart, 95), rel=1e-9)
+        assert found.assd == pytest.approx(np.average(means, weights=lengths), rel=1e-9)
