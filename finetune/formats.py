@@ -142,14 +142,16 @@ def on_page(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
 def latex(table: Table) -> str:
     """A `tabular` with the main lines, for any document that loads booktabs."""
     mains = [group.main for group in table.groups]
-    arms = _arms(table)
-    names = ["Data set", "Labels", "Checkpoint"]
+    arms, varied = _arms(table), _varied(table)
+    names = ["Data set", *map(str.capitalize, varied), "Labels", "Checkpoint"]
     names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
-            *map(_escaped, (line.dataset, _count(line.n_labels), _checkpoint(line))),
+            _escaped(line.dataset),
+            *(_escaped(getattr(line, name)) for name in varied),
+            *map(_escaped, (_count(line.n_labels), _checkpoint(line))),
             *(_in_math(show(line)) for show in arms.values()),
-            _MARKS.get(line.verdict, "?"),
+            _MARKS.get(line.verdict, "?") + "$^*$" * (line.still_gains > MARGIN),
         ]
         for line in mains
     ]
@@ -157,12 +159,13 @@ def latex(table: Table) -> str:
     for line in mains:
         verdicts.setdefault(_MARKS.get(line.verdict, "?"), {})[line.verdict] = None
     legend = [f"{mark}: {' or '.join(said)}" for mark, said in verdicts.items()]
+    legend += ["$^*$: not converged"] * any(line.still_gains > MARGIN for line in mains)
     legend += [_escaped(said) for said in _marked(mains)]
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}; for the caption:",
             rf"% Dice in points, mean and 95\,\% interval. {'; '.join(legend)}.",
-            rf"\begin{{tabular}}{{l r l {'r ' * len(arms)}c}}",
+            rf"\begin{{tabular}}{{l {'l ' * len(varied)}r l {'r ' * len(arms)}c}}",
             r"\toprule",
             " & ".join(names) + r" & \\",
             r"\midrule",

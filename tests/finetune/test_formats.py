@@ -123,6 +123,20 @@ def test_checkpoints_that_may_have_seen_the_test_are_marked(
     }
 
 
+def test_latex_says_what_tells_its_lines_apart_and_what_has_not_converged() -> None:
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    other = [dataclasses.replace(r, protocol="full_vit", config_hash="z") for r in arms]
+    one, two = tabulate(arms + other).groups
+    short = dataclasses.replace(two, lines=(dataclasses.replace(two.main, still_gains=2.0),))
+    text = latex(Table((one, short)))
+    assert r"\begin{tabular}{l l r l r r r c}" in text
+    assert "Data set & Protocol & Labels" in text and "$^*$: not converged" in text
+    ended, gains = sorted(line for line in text.splitlines() if line.startswith("hippocampus"))
+    assert ended.startswith("hippocampus &  & 4") and "$^*$" not in ended
+    assert gains.startswith(r"hippocampus & full\_vit & 4") and gains.endswith(r"$^*$ \\")
+    assert "not converged" not in latex(Table((one,)))
+
+
 def test_latex_and_markdown_have_the_same_digits() -> None:
     table = two_sets()
     for group, row in zip(
