@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from data_prep.files import write_json, write_text
+from finetune.budget import read_curve
 from finetune.formats import cell
 from finetune.rows import read_rows
 from finetune.table import Table, read_table
@@ -41,9 +42,13 @@ from pretrain.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
 FEATURES = "backbone.features=[8,16,32,64]"
-PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 2000, 300, 1200
+PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 1200, 300, 1200
 RATES = (1e-3, 3e-3, 1e-2)
 LABELS, DRAWS, SEARCH_DRAW = (2, 8), (0, 1, 2), 100
+HIPPOCAMPUS = (
+    "task=hippocampus", "part=validation", "protocol=tiny", "trainer=cpu", "trainer.threads=1",
+    "batch_size=2", f"steps={STEPS}", "warmup=20", "validations=4",
+)  # fmt: skip
 ARMS = ("cnn-mae", "volume-fusion", "permuted", "one-step", "supervised-ixi")
 
 
@@ -56,32 +61,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
-    work, jobs = chosen.work.resolve(), f"jobs={chosen.jobs}"
+    work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     make_corpora(chosen.data.resolve(), work)
     with ThreadPoolExecutor(chosen.jobs) as pool:
+        first = pool.submit(controls, work), pool.submit(search, work)
         fusion = pool.submit(pretrain, work, "volume-fusion", "volume_fusion_small", PRETRAIN_STEPS)
-        for one in (pool.submit(controls, work), pool.submit(cnn_mae, work), fusion):
+        for one in (*first, fusion):
             one.result()
-    finetune = [
-        "task=hippocampus", f"corpus={work / 'hippocampus'}", "part=validation", "protocol=tiny",
-        "trainer=cpu", "trainer.threads=1", "batch_size=2", f"steps={STEPS}", "warmup=20",
-        "validations=4",
-    ]  # fmt: skip
-    one = f"ckpt={work / 'cnn-mae'}"
-    rates = ",".join(f"{rate:g}" for rate in RATES)
-    _voxelith("finetune", "-m", *finetune, one, "labels=8", f"seed={SEARCH_DRAW}", f"lr={rates}",
-              f"runs={work / 'search'}", jobs)  # fmt: skip
     best = best_rates(work / "search")
-    sweep = [*finetune, f"lr={best['pretrained']:g}", f"runs={work / 'runs'}", jobs,
-             f"labels={','.join(map(str, LABELS))}",
-             f"seed={','.join(map(str, DRAWS))}"]  # fmt: skip
+    sweep = [*HIPPOCAMPUS, f"corpus={work / 'hippocampus'}", f"runs={work / 'runs'}",
+             f"lr={best['pretrained']:g}", f"labels={','.join(map(str, LABELS))}",
+             f"seed={','.join(map(str, DRAWS))}", f"jobs={chosen.jobs}"]  # fmt: skip
     _voxelith("finetune", "-m", *sweep, "ckpt=" + ",".join(str(work / name) for name in ARMS))
     if best["scratch"] != best["pretrained"]:
-        search = f"search={{lr: [{rates}], draws: 1}}"
-        _voxelith("finetune", "-m", *sweep, one, "init=scratch", "recipe_of=own",
-                  f"own={{lr: {best['scratch']:g}}}", search)  # fmt: skip
+        _voxelith("finetune", "-m", *sweep, f"ckpt={work / 'cnn-mae'}", "init=scratch",
+                  "recipe_of=own", f"own={{lr: {best['scratch']:g}}}",
+                  f"search={{lr: [{_rates()}], draws: 1}}")  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
     report(work, chosen.output, best, time.perf_counter() - began)
 
@@ -121,11 +118,14 @@ def pretrain(work: Path, name: str, experiment: str, steps: int) -> None:
         _voxelith("export", str(work / "pretrained" / name), str(work / name))
 
 
-def cnn_mae(work: Path) -> None:
-    """Pretraining that is in question, and its weights without their meaning."""
+def search(work: Path) -> None:
+    """Pretraining in question, its weights without their meaning, and rates for both arms."""
     pretrain(work, "cnn-mae", "cnn_mae_small", PRETRAIN_STEPS)
     if not (work / "permuted").exists():
         permute(work / "cnn-mae", work / "permuted")
+    _voxelith("finetune", "-m", *HIPPOCAMPUS, f"corpus={work / 'hippocampus'}",
+              f"ckpt={work / 'cnn-mae'}", "labels=8", f"seed={SEARCH_DRAW}", f"lr={_rates()}",
+              f"runs={work / 'search'}", "jobs=1")  # fmt: skip
 
 
 def controls(work: Path) -> None:
@@ -185,6 +185,7 @@ def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> 
     runs = {
         run.parent.name: {
             "arm": _config(run)["init"],
+            "curve": _curve(run),
             "cases": {f"{row.case} {row.class_name}": round(row.dsc, 5) for row in read_rows(run)},
         }
         for run in sorted((work / "runs").glob("*/rows.csv"))
@@ -250,6 +251,16 @@ def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
         ).rstrip()
         + "\n"
     )
+
+
+def _curve(rows: Path) -> dict[str, float]:
+    curve = read_curve(rows.parent)
+    assert curve is not None
+    return {f"{step:g}": dice for step, dice in zip(curve.steps, curve.dice, strict=True)}
+
+
+def _rates() -> str:
+    return ",".join(f"{rate:g}" for rate in RATES)
 
 
 def _config(rows: Path) -> dict[str, Any]:
