@@ -255,16 +255,28 @@ def test_a_sweep_that_is_ended_stops_its_runs_and_says_so(
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "voxelith", "finetune", "-m", *longer, "jobs=1"]
-    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE)
-    while not list((tmp_path / "runs").glob("*/metrics.csv")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    # A second sweep of the folder is refused while this one works.
-    with pytest.raises(InputError, match="another sweep is at work"):
-        sweep(longer, jobs=1)
-    process.send_signal(end)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1, said
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stderr=subprocess.PIPE,
+        # Under nohup, as whoever runs the tests may be, the signal would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    try:
+        while not list((tmp_path / "runs").glob("*/metrics.csv")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        # A second sweep of the folder is refused while this one works.
+        with pytest.raises(InputError, match="another sweep is at work"):
+            sweep(longer, jobs=1)
+        process.send_signal(end)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1, said
+    except BaseException:
+        process.terminate()  # and with it the run, which would go on for hours
+        process.wait()
+        raise
     entries = read_ledger(tmp_path / "runs" / LEDGER)
     assert [entry.state for entry in entries] == ["stopped"] * 3
     assert sorted(entry.starts for entry in entries) == [0, 0, 1]
