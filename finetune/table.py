@@ -633,6 +633,7 @@ def _verdict(
 def _sentence(group: Group) -> str:
     line = group.main
     what = f"{group.dataset}, {group.n_labels} labels"
+    what += f", {group.checkpoint}" if group.checkpoint else ""
     if line.verdict == ELSEWHERE and line.pretrained is not None:
         given = line.pretrained
         return f"{group.dataset}, {group.checkpoint}: Dice {given.mean:.1f} ({_basis(given)})."
