@@ -12,6 +12,7 @@ This module is the public API and the `voxelith` command: a dispatcher, nothing 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -431,13 +432,22 @@ def _command_help(name: str, words: list[str]) -> str:
     return f"{usage}\n\n{command.summary}\n{command.more}\n\n{describe(name, words)}".rstrip()
 
 
+def _show(text: str) -> None:
+    """Prints what is long; whoever reads it may stop at any line (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0 (done), 1 (failed while running) or 2 (wrong input)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"] and words[1:]:
         words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        _show(_help())
         return 0
     if words[0] == "--version":
         from importlib.metadata import version
@@ -457,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word not in ("--json", "-h", "--help")]
     try:
         if wants_help:
-            print(_command_help(name, words))
+            _show(_command_help(name, words))
         elif as_json:
             # The result alone goes to standard output, what is said on the way to standard error.
             import contextlib
