@@ -42,7 +42,7 @@ from pretrain.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
 FEATURES = "backbone.features=[8,16,32,64]"
-PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 1200, 300, 1200
+PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 4000, 300, 1200
 RATES = (1e-3, 3e-3, 1e-2)
 LABELS, DRAWS, SEARCH_DRAW = (2, 8), (0, 1, 2), 100
 HIPPOCAMPUS = (
