@@ -71,18 +71,21 @@ def memory_line(
     """
     peak = {}
     for samples in (256, 512):
-        small = settings.model_copy(update={"batch_size": samples, "accumulate": 1})
-        small.trainer = settings.trainer.model_copy(update={"devices": 1, "nodes": 1})
-        told = estimate(small, precisions=(precision,))
+        told = estimate(_on_one_device(settings, samples), precisions=(precision,))
         peak[samples] = told.memory[checkpointing].peak
     slope = (peak[512] - peak[256]) / 256
     return peak[256] - 256 * slope, slope
 
 
+def _on_one_device(settings: PretrainSettings, samples: int) -> PretrainSettings:
+    trainer = settings.trainer.model_copy(update={"devices": 1, "nodes": 1})
+    changes = {"batch_size": samples, "accumulate": 1, "trainer": trainer}
+    return settings.model_copy(update=changes)
+
+
 def fitting_batch(settings: PretrainSettings, budget: float) -> int:
     """The largest even micro-batch up to the recipe's that the estimate puts within `budget`."""
-    whole = settings.model_copy(update={"batch_size": micro_batch(settings), "accumulate": 1})
-    whole.trainer = settings.trainer.model_copy(update={"devices": 1, "nodes": 1})
+    whole = _on_one_device(settings, micro_batch(settings))
     told = estimate(whole, precisions=("float32",))
     if told.memory[settings.trainer.checkpointing].peak <= budget:
         return micro_batch(settings)

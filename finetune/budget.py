@@ -109,7 +109,7 @@ class Curve:
 
 
 def read_curve(run: Path) -> Curve | None:
-    """A run's curve; None if it has none.
+    """A run's curve; None if it has none, or if a look found no structure to score.
 
     Raises:
         CorruptionError: the file is damaged, or says nothing of the end of training.
@@ -120,6 +120,8 @@ def read_curve(run: Path) -> Curve | None:
     try:
         with path.open(newline="") as file:
             rows = [(float(row["step"]), float(row["dice"])) for row in csv.DictReader(file)]
+        if any(math.isnan(dice) for _, dice in rows):
+            return None
         return Curve([step for step, _ in rows], [dice for _, dice in rows])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptionError(

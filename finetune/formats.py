@@ -19,7 +19,16 @@ from finetune.anchor import ANCHOR
 from finetune.budget import MARGIN
 from finetune.intervals import Estimate
 from finetune.pages import data_uri, render
-from finetune.table import METRICS, NOTHING, Line, Table, read_table
+from finetune.table import (
+    BETTER,
+    METRICS,
+    NOTHING,
+    UNCLEAR,
+    WORSE,
+    Line,
+    Table,
+    read_table,
+)
 
 WORDS = (
     "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "verdict",
@@ -29,11 +38,10 @@ WORDS = (
 EXPLAIN = (
     "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-    "scratch. Better in: share of subjects that gain "
-    "over the twin; median: over subjects, of the difference to it. p: of the deciding difference "
-    "in Dice, adjusted over the data sets of a checkpoint at one number of labels; where it is "
-    "0.05 or more, no arm is called better. One checkpoint supports a claim about this checkpoint "
-    "only."
+    "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
+    "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
+    "of a checkpoint at one number of labels; where it is 0.05 or more, no arm is called better. "
+    "One checkpoint supports a claim about this checkpoint only."
 )
 
 EXPLAIN_ANCHOR = (
@@ -54,9 +62,9 @@ _LEAKAGE = {
 """Marks of checkpoints, and what they say."""
 
 _MARKS = {
-    "pretrained better": r"$\uparrow$",
-    "scratch better": r"$\downarrow$",
-    "no clear difference": r"$\sim$",
+    BETTER: r"$\uparrow$",
+    WORSE: r"$\downarrow$",
+    UNCLEAR: r"$\sim$",
 }
 """Verdicts in LaTeX; all others share a question mark."""
 

@@ -376,20 +376,25 @@ def _group(
     notes += _wrong("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     every = (pretrained, scratch, own)
+    invented = [_invented(found) for found in every]
     folds = {row.case: row.split for row in rows}
-    subjects = _subjects(pretrained + scratch + own)
+    subjects = _subjects(rows)
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     scores: dict[str, Scores] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
-            a, b, c, n = (
-                _scores(found, metric, name, _invented(found))
-                for found in (*every, given if metric.name == "dsc" else [])
+            a, b, c = (
+                _scores(found, metric, name, wrong)
+                for found, wrong in zip(every, invented, strict=True)
             )
+            n = _scores(given, metric, name, _invented(given)) if metric.name == "dsc" else {}
             if metric.of_lesions and not a and not b:
                 continue
-            gaps = [_differences(pretrained, rows, metric, name) for rows in (scratch, own)]
+            gaps = [
+                _differences(pretrained, found, metric, name, invented[0] | wrong)
+                for found, wrong in zip(every[1:], invented[1:], strict=True)
+            ]
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
                 notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
@@ -454,14 +459,19 @@ def _subjects(rows: Iterable[Row]) -> dict[str, str]:
     return {row.case: row.subject for row in rows}
 
 
-def _differences(a: list[Row], b: list[Row], metric: Metric, class_name: str) -> Scores:
+def _differences(
+    a: list[Row],
+    b: list[Row],
+    metric: Metric,
+    class_name: str,
+    invented: Collection[tuple[str, int]],
+) -> Scores:
     """(case, draw) to the score of one arm minus another's.
 
-    Where a run of either found a structure that is not there, finding nothing is the best score:
+    Where a run of either `invented` a structure that is not there, finding nothing is the best:
     otherwise the two would be compared over other classes, or the case with the invention would
     drop out.
     """
-    invented = _invented(a) | _invented(b)
     first, second = (_scores(rows, metric, class_name, invented) for rows in (a, b))
     return {cell: first[cell] - second[cell] for cell in first.keys() & second.keys()}
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
 from data_prep.splits import split_from, write_split
+from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings
 from pretrain.arguments import build_backbone
+from pretrain.objective import Batch, Losses
 from pretrain.release import Release, load_release, write_release
 
 TASK = {
@@ -114,6 +118,21 @@ def make_release(folder: Path, kind: str) -> Release:
     changes = {"name": f"tiny-{kind}", "crop_size": [8, 16, 32]}
     write_encoder(folder, BACKBONES[kind], prints=["dhash-0:0"], **changes)
     return load_release(folder)
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """A training in here ends without warning in the forward pass of a step."""
+    original = Segmentation.forward
+
+    def forward(self: Segmentation, batch: Batch, progress: float) -> Losses:
+        if self.loop.step == step:
+            raise RuntimeError("killed")
+        return original(self, batch, progress)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(Segmentation, "forward", forward)
+        yield
 
 
 def add_split(path: Path, name: str, train: int, test: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import TASK, add_few_split, backbone, make_release, settings
+from small_runs import TASK, add_few_split, backbone, killed_at, make_release, settings
 from torch import nn
 
 from data_prep.errors import InputError
@@ -115,15 +115,8 @@ def test_a_run_with_adapters_resumes_averages_and_needs_no_peft_afterwards(
         release, labelled_corpus, tmp_path, lora=CHOSEN, ema=0.5, steps=4, save_every=2
     )
     whole = load_file(finetune(given) / "model.safetensors")
-    original, given = Segmentation.forward, given.model_copy(update={"run": "killed"})
-
-    def forward(self: Segmentation, b: Batch, progress: float) -> object:
-        if self.loop.step == 3:
-            raise RuntimeError("killed")
-        return original(self, b, progress)
-
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(Segmentation, "forward", forward)
+    given = given.model_copy(update={"run": "killed"})
+    with killed_at(3):
         finetune(given)
     run = finetune(given)
     found = load_file(run / "model.safetensors")

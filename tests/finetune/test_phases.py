@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from small_runs import add_few_split, make_release, settings
+from small_runs import add_few_split, killed_at, make_release, settings
 from torch.nn import Parameter
 
 from data_prep.errors import InputError
 from finetune.phases import PhasedLoop
 from finetune.protocol import Phase, phase_steps
-from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings
 from finetune.train import build_model, make_plan, train
-from pretrain.objective import Batch
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 
@@ -87,22 +85,14 @@ def test_a_job_killed_after_any_step_gives_the_same_bytes(
 
 
 def test_a_job_killed_without_warning_gives_the_same_bytes(
-    release: Release, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    release: Release, corpus: Path, tmp_path: Path
 ) -> None:
     """Between two checkpoints, in two stages, with moments of two kinds."""
     changes = {"optimizer": "adamw", "lr": 1e-3, "save_every": 2}
     weights = Run(chosen(release, corpus, tmp_path, **changes), tmp_path / "whole").go_on()
     given = chosen(release, corpus, tmp_path, **changes)
-    original = Segmentation.forward
     for step in (5, 7):
-
-        def forward(self: Segmentation, batch: Batch, progress: float, at: int = step) -> Any:
-            if self.loop.step == at:
-                raise RuntimeError("killed")
-            return original(self, batch, progress)
-
-        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-            patched.setattr(Segmentation, "forward", forward)
+        with killed_at(step):
             Run(given, tmp_path / "killed").go_on()
     found = Run(given, tmp_path / "killed").go_on()
     assert all(torch.equal(found[name], weights[name]) for name in found)

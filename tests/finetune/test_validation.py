@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from small_runs import make_release, settings
+from small_runs import killed_at, make_release, settings
 
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError
 from data_prep.splits import split_from, write_split
 from finetune.budget import CURVE, read_curve
 from finetune.rows import read_rows
-from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings
 from finetune.train import finetune
-from pretrain.objective import Batch
 from pretrain.release import Release
 
 
@@ -78,20 +76,10 @@ def test_the_last_value_is_what_the_run_reports(
     assert reported > 1, "a network that finds nothing compares nothing"
 
 
-def test_a_killed_run_has_each_look_once(
-    release: Release, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_has_each_look_once(release: Release, corpus: Path, tmp_path: Path) -> None:
     given = chosen(release, corpus, tmp_path, steps=16, save_every=6)
     whole = finetune(given.model_copy(update={"run": "whole"}))
-    original = Segmentation.forward
-
-    def forward(self: Segmentation, batch: Batch, progress: float) -> Any:
-        if self.loop.step == 10:  # looks at 4 and 8, a checkpoint at 6
-            raise RuntimeError("killed")
-        return original(self, batch, progress)
-
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(Segmentation, "forward", forward)
+    with killed_at(10):  # looks at 4 and 8, a checkpoint at 6
         finetune(given)
     run = finetune(given)
     found, wanted = read_curve(run), read_curve(whole)
@@ -114,6 +102,11 @@ def test_too_few_looks_are_refused(release: Release, corpus: Path, tmp_path: Pat
     for times in (1, 3, 13):
         with pytest.raises(ValidationError, match=r"needs two; give 0, or 4 up to steps=12"):
             chosen(release, corpus, tmp_path, validations=times)
+
+
+def test_a_look_that_had_nothing_to_score_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / CURVE).write_text("step,dice\n3,nan\n6,1\n9,2\n12,3\n")
+    assert read_curve(tmp_path) is None
 
 
 def test_a_damaged_curve_is_named(tmp_path: Path) -> None:
