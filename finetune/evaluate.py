@@ -110,7 +110,7 @@ def score(
     rows: list[Row] = []
     for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
-        doubt = "unknown" if origin.seen is None else "tainted" * bool(prints[key] & origin.seen)
+        doubted = doubt(origin, prints[key])
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
             values = {name: value for name, value in vars(found).items() if name != "status"}
@@ -123,7 +123,7 @@ def score(
                     subject=str(corpus.subjects[i]),
                     class_value=index,
                     class_name=chosen.name,
-                    status=doubt or found.status,
+                    status=doubted or found.status,
                     outcome=found.status,
                     nsd_tolerance_mm=chosen.tolerance_mm,
                     metric_version=METRIC_VERSION,
@@ -132,6 +132,13 @@ def score(
                 )
             )
     return rows
+
+
+def doubt(origin: Origin, prints: set[str]) -> str:
+    """Why a case cannot be believed: tainted, or unknown; empty if it can."""
+    if origin.seen is None:
+        return "unknown"
+    return "tainted" if prints & origin.seen else ""
 
 
 def comparable(fingerprints: Collection[str]) -> frozenset[str] | None:

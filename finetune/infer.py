@@ -107,13 +107,7 @@ def sliding_window(
         device: where the network is.
         batch: windows that it gets at a time.
     """
-    size = image.shape[1:]
-    missing = [max(w - n, 0) for n, w in zip(size, window, strict=True)]
-    kept = tuple(slice(n // 2, n // 2 + m) for n, m in zip(missing, size, strict=True))
-    if any(missing):
-        small, low = image, image.flatten(1).min(1).values[:, None, None, None]
-        image = low.expand(-1, *(m + n for m, n in zip(size, missing, strict=True))).clone()
-        image[(slice(None), *kept)] = small
+    image, kept = filled(image, window)
     depth, height, width = image.shape[1:]
     along = [starts(n, w, overlap) for n, w in zip(image.shape[1:], window, strict=True)]
     corners = list(itertools.product(along[1], along[2]))
@@ -138,6 +132,18 @@ def sliding_window(
             yield (total[:, i] / mass[:, i])[:, kept[1], kept[2]]
         _advance(total, onward - d)
         _advance(mass, onward - d)
+
+
+def filled(image: Tensor, window: Size) -> tuple[Tensor, tuple[slice, ...]]:
+    """An image [C, D, H, W] as large as a window at least, and where in it the given one lies."""
+    size = image.shape[1:]
+    missing = [max(w - n, 0) for n, w in zip(size, window, strict=True)]
+    kept = tuple(slice(n // 2, n // 2 + m) for n, m in zip(missing, size, strict=True))
+    if any(missing):
+        small, low = image, image.flatten(1).min(1).values[:, None, None, None]
+        image = low.expand(-1, *(m + n for m, n in zip(size, missing, strict=True))).clone()
+        image[(slice(None), *kept)] = small
+    return image, kept
 
 
 def _advance(slab: Tensor, n: int) -> None:

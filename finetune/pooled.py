@@ -1,8 +1,8 @@
 """One answer per scan: classification and regression on pooled features.
 
-The deepest map is averaged over the cells, as `Encoder.features` gives its vector, and a linear
-head answers. Targets are values of whole cases, looked up by the keys of a batch.
-B batch, E channels of the deepest map, K classes.
+The deepest map is averaged over the cells, as `Encoder.features` gives its vector, and a head
+answers. Targets are values of whole cases, looked up by the keys of a batch.
+B batch, E channels of the deepest map, K numbers of an answer.
 """
 
 from __future__ import annotations
@@ -15,20 +15,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep.errors import InputError
+from finetune.protocol import DecoderKind
+from finetune.scan_task import ScanTask
 from finetune.supervised import Supervised
+from pretrain.augment import mirrors
 from pretrain.backbones.backbone import Backbone
 from pretrain.objective import Batch, Losses
 
 
 class PooledHead(nn.Module):
-    """The mean of the deepest map over the cells that lie in the volume, and a linear map of it."""
+    """The mean of the deepest map over the cells that lie in the volume, and what is made of it.
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    Args:
+        channels: E.
+        out_channels: K.
+        hidden: width of a hidden layer; 0: none, a linear map.
+    """
+
+    def __init__(self, channels: int, out_channels: int, hidden: int = 0) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.head = nn.Linear(channels, out_channels)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        last = nn.Linear(hidden or channels, out_channels)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
+        self.head: nn.Module = last
+        if hidden:
+            self.head = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), last)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the scores."""
+        found = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+        assert isinstance(found, nn.Linear)
+        return found
 
     def forward(self, features: list[Tensor], valid: Tensor) -> Tensor:
         """Scores [B, out_channels]; a cell counts by its share of valid voxels."""
@@ -36,30 +55,42 @@ class PooledHead(nn.Module):
         d, h, w = cells.shape[2:]
         share = F.adaptive_avg_pool3d(valid.to(cells.dtype), (d, h, w))
         total = share.sum((2, 3, 4)).clamp(min=1e-6)
-        return self.head((cells * share).sum((2, 3, 4)) / total)
+        scores: Tensor = self.head((cells * share).sum((2, 3, 4)) / total)
+        return scores
 
 
 class Pooled(Supervised):
-    """Base of both; subclasses say what is lost between scores and targets.
+    """Base of both; subclasses say what is lost between scores and targets, and what is answered.
 
     Args:
         encoder: gives the maps.
-        targets: of each case that is trained on, by its key.
-        out_channels: scores per scan.
+        task: what is asked.
+        decoder: linear (auto), or mlp with a hidden layer as wide as the pooled features.
+        targets: of each case that is trained on, by its key; none for a network that is only used.
     """
 
     def __init__(
-        self, *, encoder: Backbone, targets: Mapping[str, float], out_channels: int
+        self,
+        *,
+        encoder: Backbone,
+        task: ScanTask,
+        decoder: DecoderKind = "auto",
+        targets: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.decoder = PooledHead(encoder.channels[-1], out_channels)
-        self.targets = dict(targets)
+        channels = encoder.channels[-1]
+        self.decoder = PooledHead(channels, task.outputs, channels if decoder == "mlp" else 0)
+        self.targets = dict(targets or {})
 
     def scores(self, image: Tensor, valid: Tensor) -> Tensor:
-        """Scores [B, out_channels] of crops [B, C, D, H, W] with valid [B, 1, D, H, W]."""
+        """Scores [B, K] of crops [B, C, D, H, W] with valid [B, 1, D, H, W]."""
         scores: Tensor = self.decoder(self.encoder(image), valid)
         return scores.float()
+
+    def answers(self, image: Tensor, valid: Tensor) -> Tensor:
+        """What is said of crops, [B, K]: a probability of each class, or a value in its unit."""
+        raise NotImplementedError
 
     def wanted(self, batch: Batch) -> Tensor:
         """The batch's targets [B] on its device."""
@@ -70,27 +101,46 @@ class Pooled(Supervised):
 class Classification(Pooled):
     """Which of K classes a scan belongs to: softmax cross-entropy.
 
+    Where a crop is mirrored left to right, classes that the task swaps change places.
+
     Raises:
         InputError: a target is no class.
     """
 
-    def __init__(self, *, encoder: Backbone, targets: Mapping[str, float], classes: int) -> None:
-        wrong = sorted(key for key, t in targets.items() if t not in range(classes))
+    def __init__(
+        self,
+        *,
+        encoder: Backbone,
+        task: ScanTask,
+        decoder: DecoderKind = "auto",
+        targets: Mapping[str, float] | None = None,
+    ) -> None:
+        known = dict(targets or {})
+        wrong = sorted(key for key, t in known.items() if t not in range(task.outputs))
         if wrong:
             raise InputError(
-                f"targets of {', '.join(wrong[:5])}: expected a class from 0 to {classes - 1}, "
-                f"found {targets[wrong[0]]}"
+                f"targets of {', '.join(wrong[:5])}: expected a class from 0 to "
+                f"{task.outputs - 1}, found {known[wrong[0]]}"
             )
-        super().__init__(encoder=encoder, targets=targets, out_channels=classes)
+        super().__init__(encoder=encoder, task=task, decoder=decoder, targets=known)
+        self.mirrored = task.flip[2] and bool(task.swap)
+        self.register_buffer("other", torch.tensor(task.mirrored_classes()), persistent=False)
+
+    def wanted(self, batch: Batch) -> Tensor:
+        """The batch's classes [B], of the crops as they are now."""
+        found = super().wanted(batch).long()
+        if not self.mirrored or not self.training:
+            return found
+        return torch.where(mirrors(batch.seeds)[:, 2], self.other[found], found)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """Mean cross-entropy over the batch."""
         scores = self.scores(batch.image, batch.valid)
-        loss = F.cross_entropy(scores, self.wanted(batch).long())
+        loss = F.cross_entropy(scores, self.wanted(batch))
         return Losses(loss, {"cross_entropy": loss})
 
-    def probabilities(self, image: Tensor, valid: Tensor) -> Tensor:
-        """[B, K] for crops."""
+    def answers(self, image: Tensor, valid: Tensor) -> Tensor:
+        """Probabilities [B, K] of crops."""
         return self.scores(image, valid).softmax(1)
 
 
@@ -104,17 +154,18 @@ class Regression(Pooled):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, *, encoder: Backbone, targets: Mapping[str, float]) -> None:
-        values = torch.tensor(list(targets.values()), dtype=torch.float64)
-        deviation = float(values.std(correction=0)) if len(values) else math.nan
-        if not deviation > 0 or not math.isfinite(deviation):
-            raise InputError(
-                f"targets of {len(values)} cases: a regression needs finite numbers that differ, "
-                f"found a standard deviation of {deviation}"
-            )
-        super().__init__(encoder=encoder, targets=targets, out_channels=1)
-        self.register_buffer("mean", values.mean().float())
-        self.register_buffer("deviation", torch.tensor(deviation))
+    def __init__(
+        self,
+        *,
+        encoder: Backbone,
+        task: ScanTask,
+        decoder: DecoderKind = "auto",
+        targets: Mapping[str, float] | None = None,
+    ) -> None:
+        mean, deviation = (0.0, 1.0) if targets is None else standard(targets)
+        super().__init__(encoder=encoder, task=task, decoder=decoder, targets=targets)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation), persistent=False)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """Mean squared error over the batch; the part `mse` is in squared units of the target."""
@@ -122,6 +173,44 @@ class Regression(Pooled):
         loss = (self.scores(batch.image, batch.valid)[:, 0] - scaled).square().mean()
         return Losses(loss, {"mse": loss * self.deviation**2})
 
-    def values(self, image: Tensor, valid: Tensor) -> Tensor:
-        """[B] in the units of the targets."""
-        return self.scores(image, valid)[:, 0] * self.deviation + self.mean
+    def answers(self, image: Tensor, valid: Tensor) -> Tensor:
+        """Values [B, 1] in the unit of the targets."""
+        return self.scores(image, valid) * self.deviation + self.mean
+
+    def finish(self) -> None:
+        """As every supervised objective's; the head then answers in the unit by itself."""
+        super().finish()
+        head = self.decoder
+        assert isinstance(head, PooledHead)
+        with torch.no_grad():
+            head.last.weight.mul_(self.deviation)
+            head.last.bias.mul_(self.deviation).add_(self.mean)
+            self.mean.fill_(0.0)
+            self.deviation.fill_(1.0)
+
+
+def standard(targets: Mapping[str, float]) -> tuple[float, float]:
+    """Mean and standard deviation of the targets.
+
+    Raises:
+        InputError: they are not finite or all the same, so that nothing can be learnt from them.
+    """
+    values = torch.tensor(list(targets.values()), dtype=torch.float64)
+    deviation = float(values.std(correction=0)) if len(values) else math.nan
+    if not deviation > 0 or not math.isfinite(deviation):
+        raise InputError(
+            f"targets of {len(values)} cases: a regression needs finite numbers that differ, "
+            f"found a standard deviation of {deviation}"
+        )
+    return float(values.mean()), deviation
+
+
+def pooled(
+    task: ScanTask,
+    encoder: Backbone,
+    decoder: DecoderKind,
+    targets: Mapping[str, float] | None = None,
+) -> Pooled:
+    """The network of a task; arguments as `Pooled` has them."""
+    kind = Classification if task.kind == "classification" else Regression
+    return kind(encoder=encoder, task=task, decoder=decoder, targets=targets)

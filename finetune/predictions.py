@@ -46,13 +46,22 @@ class Scan:
 
 
 @dataclass
-class _Known:
+class KnownCases:
     """The cases that a name may mean."""
 
     whole: list[dict[Name, set[str]]] = field(default_factory=lambda: [{}, {}, {}])
     """By key, by the data set's name, by path: the first that has a name decides."""
     ends: dict[Name, set[str]] = field(default_factory=dict)
     """By the end of a path."""
+
+    @classmethod
+    def of(cls, corpus: Corpus, keymap: Path | None) -> KnownCases:
+        """By the keys of a corpus and, where there is its keymap.csv, the names of its scans."""
+        return _known(corpus.keys, {} if keymap is None else _read_keymap(keymap, corpus.keys))
+
+    def named(self, text: str) -> set[str]:
+        """The cases of a key, a name or a path."""
+        return self.cases(_name(PurePosixPath(text)))
 
     def cases(self, name: Name) -> set[str]:
         """The cases of a file; the folders that it lies in may be more than their names have."""
@@ -126,8 +135,8 @@ def _name(path: PurePosixPath | Path) -> Name:
     return (*map(slug, folders), slug(stem(Path(path.name))))
 
 
-def _known(keys: Iterable[str], scans: dict[str, Scan]) -> _Known:
-    known = _Known()
+def _known(keys: Iterable[str], scans: dict[str, Scan]) -> KnownCases:
+    known = KnownCases()
     by_key, by_case, by_path = known.whole
     by_key |= {(key,): {key} for key in keys}
     for key, scan in scans.items():

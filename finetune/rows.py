@@ -18,6 +18,8 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 
 ROW_FORMAT = 2
+OPTIONAL = ("truth", "answer", "unit")
+"""Columns that came to format 2 later; a file without them is of segmentation."""
 ARMS = ("pretrained", "scratch", "scratch-own", "external")
 
 
@@ -33,6 +35,9 @@ class Row:
     checkpoint's weights and the draws. `recipe_hash` covers what was trained: it is the same for
     twins, and scratch-own has another. `protocol` is the name that the recipe goes by.
     Scores are those of `metrics.Score`; lesion counts are -1 where lesions are not counted.
+
+    Rows of tasks of whole scans have no scores but `truth` and `answer`: of a classification 1 or 0
+    and the probability of the row's class, of a regression both values, in `unit`.
     """
 
     dataset: str
@@ -74,6 +79,9 @@ class Row:
     lesion_f1: float = math.nan
     lesion_rq: float = math.nan
     lesion_pq: float = math.nan
+    truth: float = math.nan
+    answer: float = math.nan
+    unit: str = ""
 
     @property
     def volume_difference_ml(self) -> float:
@@ -118,8 +126,8 @@ def read_rows(path: Path) -> list[Row]:
             "again; to compare arms, remove the run's folder and start the same finetune command"
         )
     fields = dataclasses.fields(Row)
-    missing = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
-    if missing:
+    absent = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
+    if missing := [name for name in absent if name not in OPTIONAL]:
         raise InputError(
             f"{path}: columns {', '.join(missing)} are missing; "
             f"expected rows of format {ROW_FORMAT} as finetune and evaluate write them"
@@ -127,7 +135,8 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for line, record in enumerate(records, start=2):
         try:
-            rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in fields}))
+            known = {f.name: str(f.type) for f in fields if f.name not in absent}
+            rows.append(Row(**{name: _parsed(record[name], kind) for name, kind in known.items()}))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {line}: {error}") from error
     return rows

@@ -8,10 +8,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from data_prep.settings import MUST_EXIST
 from finetune.protocol import DecoderKind, Freeze, LoRASettings, Own, Phase, Search
+from finetune.scan_task import ScanTask
+from finetune.sides import named_side
 from pretrain.settings import LoopSettings, RunName, Side
 
 WindowBatch = Annotated[int, Field(ge=1, le=256)]
@@ -25,7 +34,7 @@ RECIPE_VERSION = 2
 
 FREE = frozenset(
     {
-        "corpus", "ckpt", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
+        "corpus", "ckpt", "targets", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
         "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
         "recipe_of", "own", "search", "window_batch",
         "validations",
@@ -75,17 +84,6 @@ class TaskAbout(BaseModel):
     split: Annotated[str, Field(min_length=3)]
     class_map: Annotated[str, Field(min_length=3)]
     tolerances: Annotated[str, Field(min_length=3)]
-
-
-SIDES = (
-    (2, {"left", "right", "lh", "rh"}),
-    (1, {"anterior", "posterior", "front", "back", "ventral", "dorsal"}),
-    (0, {"superior", "inferior", "upper", "lower", "top", "bottom"}),
-)
-"""Words of a class's name that a mirror along an axis (D, H, W) makes wrong."""
-
-LETTERS = {"l": "r", "r": "l"}
-"""Left and right as a letter of its own, kidney_L; not that of L5, a vertebra."""
 
 
 class TaskSettings(BaseModel):
@@ -174,40 +172,45 @@ class TaskSettings(BaseModel):
             if len(lone) == 1 or self.ignore in pair:
                 raise ValueError(f"swap: of {list(pair)}, {lone or [self.ignore]} is in no class")
         self.mirrored_classes()
-        for axis, sides in SIDES:
+        names = [c.name for c in self.classes]
+        for axis in (2, 1, 0):
             for c in self.classes:
                 safe = axis == 2 and set(c.values) <= set(swapped)
-                sided = sides & set(_words(c.name)) or (axis == 2 and self._has_letter(c.name))
-                if self.flip[axis] and not safe and sided:
+                if self.flip[axis] and not safe and named_side(c.name, names, axis):
                     raise ValueError(
                         f"flip: a mirror along {'DHW'[axis]} makes {c.name} wrong; set it to false"
                         + (", or name its partner in swap" if axis == 2 else "")
                     )
         return self
 
-    def _has_letter(self, name: str) -> bool:
-        """Whether a letter tells the side: at an end of the name, or where a twin has the other."""
-        words = _words(name)
-        others = [_words(c.name) for c in self.classes]
-        return any(
-            word in LETTERS
-            and (
-                place in (0, len(words) - 1)
-                or [*words[:place], LETTERS[word], *words[place + 1 :]] in others
-            )
-            for place, word in enumerate(words)
+
+def choose_task(given: Any) -> TaskSettings | ScanTask:
+    """A task of whole scans where it has the keys of one, else one of segmentation; checked.
+
+    Raises:
+        ValidationError: of the one that was meant alone.
+    """
+    if isinstance(given, TaskSettings | ScanTask):
+        return given
+    scan = isinstance(given, dict) and not {"target", "kind"}.isdisjoint(given)
+    return (ScanTask if scan else TaskSettings).model_validate(given)
+
+
+def _only_segmentation(given: Any) -> Any:
+    """Refuses a task of whole scans where there is nothing that it could be used for."""
+    if isinstance(choose_task(given), ScanTask):
+        raise ValueError(
+            "is a task of whole scans, and what is scored here are label maps; "
+            "`voxelith finetune` scores its own answers"
         )
+    return given
 
 
-def _words(name: str) -> list[str]:
-    """The words of a class's name in small letters: of left_lung, lung-left2 and LeftLung too."""
-    parted = re.sub(r"(?<=[^\W_A-Z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
-    # A number stays with a letter, which means something else with it, and leaves a word.
-    parted = re.sub(r"(?<=[^\W\d_]{2})(?=\d)", " ", parted)
-    return re.findall(r"[^\W_]+", parted.lower())
+Task = Annotated[TaskSettings | ScanTask, BeforeValidator(choose_task)]
+"""A task of either kind."""
 
 
-class SegmentationFacts(BaseModel):
+class TaskFacts(BaseModel):
     """What a finetuned run and its release say of the network beside its encoder.
 
     `tta`: windows are also seen mirrored along the task's flip axes.
@@ -215,7 +218,7 @@ class SegmentationFacts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: TaskSettings
+    task: Task
     decoder: DecoderKind = "auto"
     overlap: Annotated[float, Field(ge=0, lt=1)]
     tta: bool = False
@@ -233,9 +236,10 @@ class FinetuneSettings(LoopSettings):
     of `own`.
     """
 
-    task: TaskSettings
+    task: Task
     corpus: Annotated[Path, MUST_EXIST]
     ckpt: Annotated[Path, MUST_EXIST]
+    targets: Annotated[Path | None, MUST_EXIST] = None
     init: Literal["pretrained", "scratch"] = "pretrained"
     transfer: Literal["auto", "encoder", "network"] = "auto"
     labels: str = "all"
@@ -304,6 +308,40 @@ class FinetuneSettings(LoopSettings):
                 f"lora with freeze={self.freeze}: adapters keep the encoder's own weights as they "
                 "are already; give freeze=none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _task_has_what_it_takes(self) -> Self:
+        problems = []
+        if not isinstance(self.task, ScanTask):
+            if self.targets is not None:
+                problems.append(
+                    f"targets={self.targets}: belong to a task of whole scans, and "
+                    f"{self.task.name} is one of segmentation; leave them out"
+                )
+        else:
+            if self.targets is None:
+                problems.append(
+                    f"targets: missing; task {self.task.name} is of whole scans and needs a CSV "
+                    f"with the columns key and {self.task.target}: give targets=FILE"
+                )
+            if self.fit != "descent":
+                problems.append(
+                    f"fit={self.fit}: a probe of voxels, and task {self.task.name} is of whole "
+                    "scans; take protocol=probe_linear, or fit=descent with freeze=encoder"
+                )
+            elif self.decoder not in ("auto", "linear", "mlp"):
+                problems.append(
+                    f"decoder={self.decoder}: labels voxels, and task {self.task.name} is of whole "
+                    "scans; give auto or linear (a linear map of the pooled features), or mlp"
+                )
+            if self.transfer == "network":
+                problems.append(
+                    f"transfer=network: a decoder of voxels has no place in task {self.task.name}, "
+                    "which is of whole scans; give transfer=encoder or auto"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")
@@ -376,6 +414,8 @@ class FinetuneSettings(LoopSettings):
     def recipe(self, **resolved: Any) -> dict[str, Any]:
         """All that arms share: what is left when arm, weights and draws are taken away.
 
+        Of a task of whole scans, the targets are part of it and not the file that they come from.
+
         Names (of the protocol, of its family of networks) do not count, only what they stand for,
         nor does how scratch may depart from it; of `effective()` settings it is what was trained.
         Of the trainer, the precision alone counts, as it was set: twins are rounded alike.
@@ -401,7 +441,7 @@ class EvaluateSettings(BaseModel):
 
     predictions: Annotated[Path, MUST_EXIST]
     corpus: Annotated[Path, MUST_EXIST]
-    task: TaskSettings
+    task: Annotated[TaskSettings, BeforeValidator(_only_segmentation)]
     output: Path
     split: str = "auto"
     part: Literal["train", "validation", "test"] = "test"

@@ -4,7 +4,8 @@ runs/NAME/
     config.json run.json metrics.csv   as every run has them
     load_report.json                   what became of each tensor of the release
     model.json model.safetensors       the finetuned network, for predict
-    predictions/KEY.nii.gz             on each case's own grid
+    predictions/KEY.nii.gz             on each case's own grid; of a task of whole scans there is
+                                       answers.csv
     validation.csv                     Dice on validation cases over the steps, if wanted
     rows.csv                           the scores; written last, so it marks a finished run
 
@@ -16,11 +17,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,27 +29,16 @@ from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
-from data_prep.volume import write_nifti
-from finetune.evaluate import (
-    Labels,
-    Origin,
-    Split,
-    choose_split,
-    comparable,
-    score,
-    task_problems,
-)
+from finetune.evaluate import choose_split
+from finetune.kinds import device_of, kind_of
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.phases import PhasedLoop
-from finetune.probes import fit_probe
+from finetune.plan import Plan
 from finetune.protocol import freeze_problem
-from finetune.rows import write_rows
-from finetune.segmentation import Segmentation
-from finetune.segmenter import Segmenter, write_segmenter
-from finetune.settings import FinetuneSettings, config_hash
-from finetune.validation import Validation
-from pretrain.augment import Augment
+from finetune.rows import Row, write_rows
+from finetune.settings import FinetuneSettings, TaskSettings, config_hash
+from finetune.supervised import Supervised
 from pretrain.decoders import without_head
 from pretrain.loader import CropDataset
 from pretrain.loop import check_machine
@@ -61,61 +48,6 @@ from pretrain.schedule import Schedule
 from pretrain.train import make_loggers
 
 LANES = 8
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the settings come to on this release and corpus, before anything is started."""
-
-    settings: FinetuneSettings
-    release: Release
-    corpus: Corpus
-    preprocess: Preprocess
-    train_keys: tuple[str, ...]
-    partial: dict[str, list[str]]
-    """Training cases that are left out, and the classes that were not annotated in each."""
-    unlabelled: tuple[str, ...]
-    test: Split
-    validation: tuple[str, ...]
-    """Cases that are looked at while it trains; none where the split has no validation part."""
-    recipe: dict[str, Any]
-    """What all arms share; `settings` are those that this run trains with."""
-    trained: dict[str, Any]
-    """The recipe of this run: the same, unless it is scratch at its own best."""
-    transfer: str
-    """What the pretrained arm takes over: encoder or network."""
-
-    @property
-    def label_seed(self) -> int:
-        """The seed of the label draw."""
-        chosen = self.settings.label_seed
-        return self.settings.seed if chosen is None else chosen
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a run is; a run folder holds one of these for life."""
-        return {
-            "config_hash": config_hash(self.recipe),
-            "recipe_hash": config_hash(self.trained),
-            "split_hash": self.test.hash,
-            "checkpoint_digest": self.release.digest if self._pretrained else None,
-            "init": self.settings.init,
-            "seed": self.settings.seed,
-            "label_seed": self.label_seed,
-            # Scratch takes nothing over: checkpoints of one architecture share its runs.
-            "transfer": self.transfer if self._pretrained and self.transfer == "network" else None,
-        }
-
-    @property
-    def _pretrained(self) -> bool:
-        return self.settings.init == "pretrained"
-
-    @property
-    def checkpoint(self) -> str:
-        """What rows call the checkpoint; empty for scratch."""
-        if not self._pretrained:
-            return ""
-        return self.release.name + (" with decoder" if self.transfer == "network" else "")
 
 
 def finetune(settings: FinetuneSettings) -> Path:
@@ -147,11 +79,10 @@ def finetune(settings: FinetuneSettings) -> Path:
             write_rows(rows, run.path / "rows.csv")
             # The weights lie in model.safetensors; what only a resumption needs can go.
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
-            mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
             print(
                 f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
-                f"seed {settings.seed}: Dice {100 * mean:.1f} over {len(plan.test.keys)} cases "
-                f"-> {run.path}"
+                f"seed {settings.seed}: {kind_of(settings).told(rows)} over "
+                f"{len(plan.test.keys)} cases -> {run.path}"
             )
     return run.path
 
@@ -177,7 +108,8 @@ def make_plan(
     if release is None or corpus is None:
         raise InputError(problems)
     settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
-    problems += task_problems(corpus, settings.task)
+    kind = kind_of(settings)
+    problems += kind.problems(corpus)
     preprocess = _preprocess(settings, release)
     channels = {int(n) for n in corpus.shapes[:, 0]}
     wanted = int(release.config["backbone"]["args"].get("in_channels", 1))
@@ -198,7 +130,8 @@ def make_plan(
         raise InputError(problems)
     train = choose_split(corpus, settings.split, "train")
     test = choose_split(corpus, settings.split, settings.part)
-    partial = _partial(corpus, train, settings)
+    targets = kind.targets(corpus, test.name)
+    partial = kind.partial(corpus, train)
     whole = [key for key in train.keys if key not in partial]
     seed = settings.seed if settings.label_seed is None else settings.label_seed
     subjects = [corpus.subjects[corpus.position(key)] for key in whole]
@@ -208,6 +141,8 @@ def make_plan(
         "index_hash": corpus.index_hash,
         "preprocess": preprocess.to_dict(),
     }
+    if targets is not None:
+        resolved["targets"] = config_hash(targets.recipe())
     effective = settings.effective()
     return Plan(
         effective,
@@ -216,16 +151,17 @@ def make_plan(
         preprocess,
         tuple(chosen),
         partial,
-        _absent_classes(corpus, chosen, settings),
+        kind.unlabelled(corpus, chosen, targets),
         test,
         validation=tuple(corpus.split(test.name)["parts"].get("validation", ())),
         recipe=settings.recipe(**resolved),
         trained=effective.recipe(**resolved),
         transfer=transfer,
+        targets=targets,
     )
 
 
-def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
+def build_model(plan: Plan) -> tuple[Supervised, LoadReport]:
     """The network of an arm: the seed decides all weights, then the pretrained arm loads its own.
 
     So twins start with the same head, and differ in what is transferred alone: the encoder, or
@@ -235,12 +171,8 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
     """
     settings = plan.settings
     torch.manual_seed(settings.seed)
-    model = Segmentation(
-        encoder=plan.release.build_encoder(),
-        task=settings.task,
-        decoder=settings.decoder,
-        deep_supervision=settings.deep_supervision,
-    )
+    targets = plan.targets.of(plan.train_keys) if plan.targets else {}
+    model = kind_of(settings).network(plan.release.build_encoder(), targets)
     _check_crop(model, settings)
     _check_freezes(model, settings)
     report = _load(plan, model)
@@ -253,7 +185,7 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
     return model, report
 
 
-def _load(plan: Plan, model: Segmentation) -> LoadReport:
+def _load(plan: Plan, model: Supervised) -> LoadReport:
     if plan.settings.init == "scratch":
         return LoadReport(new=sorted(model.state_dict()))
     encoder = plan.release.load(model.encoder)
@@ -266,7 +198,7 @@ def _load(plan: Plan, model: Segmentation) -> LoadReport:
 
 def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[str]]:
     """What the pretrained arm takes over, and why it cannot."""
-    own = settings.decoder == "auto"
+    own = settings.decoder == "auto" and isinstance(settings.task, TaskSettings)
     if settings.transfer == "auto":
         return (release.transfers if own else "encoder"), []
     problems = []
@@ -320,7 +252,7 @@ def _preprocess(settings: FinetuneSettings, release: Release) -> Preprocess:
     return Preprocess(operations)
 
 
-def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
+def _check_crop(model: Supervised, settings: FinetuneSettings) -> None:
     assert settings.crop_size is not None
     try:
         model.encoder.grids(settings.crop_size)
@@ -328,7 +260,7 @@ def _check_crop(model: Segmentation, settings: FinetuneSettings) -> None:
         raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
 
 
-def _check_freezes(model: Segmentation, settings: FinetuneSettings) -> None:
+def _check_freezes(model: Supervised, settings: FinetuneSettings) -> None:
     layers = len(model.encoder.layers())
     named = {"freeze": settings.freeze}
     named |= {f"phases[{i}].freeze": phase.freeze for i, phase in enumerate(settings.phases)}
@@ -336,43 +268,6 @@ def _check_freezes(model: Segmentation, settings: FinetuneSettings) -> None:
     problems = [problem for problem in found if problem]
     if problems:
         raise InputError(problems)
-
-
-def _partial(corpus: Corpus, train: Split, settings: FinetuneSettings) -> dict[str, list[str]]:
-    """Training cases in which not every class was annotated, and the classes that were not.
-
-    A structure that nobody looked for may be there; as background it would be learnt away.
-    """
-    found = {}
-    for key in train.keys:
-        annotated = set(corpus.meta(corpus.position(key))["annotated"])
-        missing = [c.name for c in settings.task.classes if not annotated.issuperset(c.values)]
-        if missing:
-            found[key] = missing
-    if len(found) == len(train.keys):
-        raise InputError(
-            f"corpus={corpus.path}: none of the {len(found)} training cases of split {train.name} "
-            f"is annotated for all classes of task {settings.task.name} (missing: "
-            f"{_missing(found)}), and what is not annotated would be learnt as background; "
-            "choose a task with the classes that are annotated"
-        )
-    return found
-
-
-def _missing(partial: dict[str, list[str]]) -> str:
-    cases = Counter(name for names in partial.values() for name in names)
-    return ", ".join(f"{name} in {count}" for name, count in cases.items())
-
-
-def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings) -> tuple[str, ...]:
-    """Classes of which no chosen training case has a voxel."""
-    present = {
-        int(value)
-        for key in keys
-        for value, voxels in corpus.meta(corpus.position(key))["class_voxels"].items()
-        if voxels
-    }
-    return tuple(c.name for c in settings.task.classes if not present & set(c.values))
 
 
 def is_finished(run: RunFolder, plan: Plan) -> bool:
@@ -394,7 +289,7 @@ def is_finished(run: RunFolder, plan: Plan) -> bool:
     return (run.path / "rows.csv").exists()
 
 
-def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadReport) -> None:
+def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport) -> None:
     run.describe(
         plan.settings.model_dump(mode="json"),
         sys.argv,
@@ -409,25 +304,15 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         classes_without_label=list(plan.unlabelled),
         parameters=sum(p.numel() for p in model.parameters()),
     )
-    if plan.settings.validations and not plan.validation:
-        print(
-            f"finetune: split {plan.test.name!r} has no validation part, so validations="
-            f"{plan.settings.validations} measures nothing"
-        )
-    if plan.unlabelled:
-        print(f"finetune: no training case has {', '.join(plan.unlabelled)} in this label draw")
-    if plan.partial:
-        print(
-            f"finetune: {len(plan.partial)} training cases are left out, for not every class was "
-            f"annotated in them (missing: {_missing(plan.partial)})"
-        )
+    for note in kind_of(plan.settings).notes(plan):
+        print(f"finetune: {note}")
     how = {"init": plan.settings.init, "transfer": plan.transfer}
     write_json(run.path / "load_report.json", how | report.to_dict())
 
 
-def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
+def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
     """Trains what `build_model` made, from the run's newest checkpoint if there is one."""
-    settings, corpus = plan.settings, plan.corpus
+    settings, corpus, kind = plan.settings, plan.corpus, kind_of(plan.settings)
     assert settings.crop_size is not None
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
@@ -438,95 +323,26 @@ def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         Schedule(np.asarray(corpus.shards)[samples], settings.seed, LANES),
         plan.preprocess,
         settings.crop_size,
-        label=True,
-        foreground=settings.foreground,
-        classes=[value for c in settings.task.classes for value in c.values],
         augment=settings.augment,
+        **kind.crops(),
     )
     if settings.fit != "descent":
         # No trainer, which would start the other ranks: this process is the only one.
-        fit_probe(model.to(device_of(settings)), dataset, settings.steps * settings.batch_size)
+        kind.fit(model.to(device_of(settings)), dataset)
         return
     PhasedLoop(
         settings,
         dataset,
         run,
-        validation=_validation(plan, run, model),
-        augment=Augment(settings.task.flip, settings.augment, settings.task.swap),
+        validation=kind.validation(plan, run, model),
+        augment=kind.augment(),
         loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
 
 
-def _validation(plan: Plan, run: RunFolder, model: Segmentation) -> Validation | None:
-    settings = plan.settings
-    if not settings.validations or not plan.validation:
-        return None
-    return Validation(
-        _segmenter(plan, model),
-        plan.corpus,
-        plan.validation,
-        steps=settings.steps,
-        times=settings.validations,
-        run=run.path,
-    )
-
-
-def _segmenter(plan: Plan, model: Segmentation) -> Segmenter:
-    """The network with all that a scan needs to be labelled by it."""
-    settings = plan.settings
-    assert settings.crop_size is not None
-    return Segmenter(
-        model,
-        plan.preprocess,
-        settings.task,
-        settings.crop_size,
-        settings.overlap,
-        tuple(sorted(set(plan.corpus.modalities))),
-        settings.tta,
-        settings.trainer.precision,
-        settings.window_batch,
-    )
-
-
-def device_of(settings: FinetuneSettings) -> torch.device:
-    """Where a run's network is outside of its training."""
-    accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if accelerated else "cpu")
-
-
-def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
-    """Writes the network and the predictions of the test cases; returns their rows."""
-    settings, corpus = plan.settings, plan.corpus
+def _predict_and_score(plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
+    """Writes the network and its answers for the test cases; returns their rows."""
     model.finish()
-    segmenter = _segmenter(plan, model)
-    write_segmenter(segmenter, plan.release.config["backbone"], settings.decoder, run.path)
-    model.to(device_of(settings)).eval()
-    folder = run.path / "predictions"
-    folder.mkdir(exist_ok=True)
-
-    def predict(key: str) -> Labels:
-        volume = corpus.volume(corpus.position(key))
-        labels = segmenter.label_values(segmenter.segment(volume))
-        write_nifti(labels, volume.native, folder / f"{key}.nii.gz")
-        return labels
-
-    release, pretrained = plan.release, settings.init == "pretrained"
-    seen = comparable(release.fingerprints)
-    origin = Origin(
-        arm=settings.arm,
-        protocol=settings.protocol,
-        recipe_hash=config_hash(plan.trained),
-        labels=settings.labels,
-        n_labels=len(plan.train_keys),
-        seed=settings.seed,
-        label_seed=plan.label_seed,
-        init_seed=settings.seed,
-        pretrain_seed=int(release.config["training"].get("seed", -1)) if pretrained else -1,
-        steps=settings.steps,
-        checkpoint=plan.checkpoint,
-        checkpoint_digest=release.digest if pretrained else "",
-        config_hash=config_hash(plan.recipe),
-        seen=seen if pretrained else frozenset(),
-    )
-    return score(corpus, plan.test, settings.task, predict, origin)
+    model.to(device_of(plan.settings)).eval()
+    return kind_of(plan.settings).score(plan, run, model)

@@ -61,7 +61,7 @@ def mirrored(
     image: Tensor, valid: Tensor, label: Tensor | None, seeds: Tensor, augment: Augment
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mirrors each sample along axes of its own; sides of a label stay sides of the patient."""
-    draw = uniform(seeds, (3,), FLIP) < 0.5
+    draw = mirrors(seeds)
     for axis, wanted in enumerate(augment.flip):
         if wanted:
             flip = draw[:, axis, None, None, None, None]
@@ -73,6 +73,11 @@ def mirrored(
                     other = _swapped(other, augment.swap)
                 label = torch.where(flip[:, 0], other, label)
     return image, valid, label
+
+
+def mirrors(seeds: Tensor) -> Tensor:
+    """Along which of D, H, W each sample is mirrored, bool [B, 3], where its task allows it."""
+    return uniform(seeds, (3,), FLIP) < 0.5
 
 
 def _swapped(label: Tensor, pairs: tuple[tuple[int, int], ...]) -> Tensor:

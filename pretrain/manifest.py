@@ -36,6 +36,13 @@ MAX_CROP = 2**27
 """Voxels of a crop: 512 cubed."""
 
 
+ReleaseKind = Literal["encoder", "segmenter", "answerer"]
+"""An encoder, or one that was finetuned: with a decoder to segment, with a head to answer."""
+
+FACTS = {"segmenter": "segmentation", "answerer": "answers"}
+"""The key of config.json that says what a finetuned network is for."""
+
+
 class Part(BaseModel):
     """A class of ours and its arguments, which are checked against its signature where used."""
 
@@ -60,7 +67,7 @@ class ReleaseConfig(BaseModel):
 
     format: Literal[1]
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    kind: Literal["encoder", "segmenter"]
+    kind: ReleaseKind
     backbone: Part
     objective: Part
     crop_size: Annotated[
@@ -75,14 +82,17 @@ class ReleaseConfig(BaseModel):
     transfers: Literal["encoder", "network"] = "encoder"
     segmentation: dict[str, Any] | None = None
     """Of a segmenter: its task and how it looks at scans; finetune checks it."""
+    answers: dict[str, Any] | None = None
+    """The same of an answerer, whose task is of whole scans."""
 
     @model_validator(mode="after")
-    def _segmenter_has_its_parts(self) -> Self:
-        parts = self.segmentation is not None, self.decoder is not None
-        if self.kind == "segmenter" and not all(parts):
-            raise ValueError("kind='segmenter' needs segmentation and decoder")
-        if self.kind == "encoder" and parts[0]:
-            raise ValueError("segmentation belongs to kind='segmenter'")
+    def _finetuned_network_has_its_parts(self) -> Self:
+        for kind, name in FACTS.items():
+            given = getattr(self, name) is not None
+            if self.kind == kind and not (given and self.decoder is not None):
+                raise ValueError(f"kind={kind!r} needs {name} and decoder")
+            if self.kind != kind and given:
+                raise ValueError(f"{name} belongs to kind={kind!r}")
         return self
 
     @model_validator(mode="after")
@@ -140,9 +150,10 @@ class Manifest:
         return str(self.config["name"])
 
     @property
-    def kind(self) -> Literal["encoder", "segmenter"]:
-        """What it is: an encoder, or one that was finetuned with its decoder to segment."""
-        return "segmenter" if self.config["kind"] == "segmenter" else "encoder"
+    def kind(self) -> ReleaseKind:
+        """What it is."""
+        kind: ReleaseKind = self.config["kind"]
+        return kind
 
     @property
     def crop_size(self) -> tuple[int, int, int]:

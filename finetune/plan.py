@@ -1,0 +1,92 @@
+"""What the settings of a run come to on its release and corpus, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.corpus import Corpus
+from data_prep.preprocess import Preprocess
+from finetune.evaluate import Origin, Split, comparable
+from finetune.settings import FinetuneSettings, config_hash
+from finetune.targets import Targets
+from pretrain.release import Release
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to be."""
+
+    settings: FinetuneSettings
+    release: Release
+    corpus: Corpus
+    preprocess: Preprocess
+    train_keys: tuple[str, ...]
+    partial: dict[str, list[str]]
+    """Training cases that are left out, and the classes that were not annotated in each."""
+    unlabelled: tuple[str, ...]
+    test: Split
+    validation: tuple[str, ...]
+    """Cases that are looked at while it trains; none where the split has no validation part."""
+    recipe: dict[str, Any]
+    """What all arms share; `settings` are those that this run trains with."""
+    trained: dict[str, Any]
+    """The recipe of this run: the same, unless it is scratch at its own best."""
+    transfer: str
+    """What the pretrained arm takes over: encoder or network."""
+    targets: Targets | None = None
+    """Of a task of whole scans: what is to be answered for each case of the split."""
+
+    @property
+    def label_seed(self) -> int:
+        """The seed of the label draw."""
+        chosen = self.settings.label_seed
+        return self.settings.seed if chosen is None else chosen
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run is; a run folder holds one of these for life."""
+        return {
+            "config_hash": config_hash(self.recipe),
+            "recipe_hash": config_hash(self.trained),
+            "split_hash": self.test.hash,
+            "checkpoint_digest": self.release.digest if self._pretrained else None,
+            "init": self.settings.init,
+            "seed": self.settings.seed,
+            "label_seed": self.label_seed,
+            # Scratch takes nothing over: checkpoints of one architecture share its runs.
+            "transfer": self.transfer if self._pretrained and self.transfer == "network" else None,
+        }
+
+    @property
+    def origin(self) -> Origin:
+        """Where rows of the run come from."""
+        settings, release, pretrained = self.settings, self.release, self._pretrained
+        training = release.config["training"]
+        return Origin(
+            arm=settings.arm,
+            protocol=settings.protocol,
+            recipe_hash=config_hash(self.trained),
+            labels=settings.labels,
+            n_labels=len(self.train_keys),
+            seed=settings.seed,
+            label_seed=self.label_seed,
+            init_seed=settings.seed,
+            pretrain_seed=int(training.get("seed", -1)) if pretrained else -1,
+            steps=settings.steps,
+            checkpoint=self.checkpoint,
+            checkpoint_digest=release.digest if pretrained else "",
+            config_hash=config_hash(self.recipe),
+            seen=comparable(release.fingerprints) if pretrained else frozenset(),
+        )
+
+    @property
+    def _pretrained(self) -> bool:
+        return self.settings.init == "pretrained"
+
+    @property
+    def checkpoint(self) -> str:
+        """What rows call the checkpoint; empty for scratch."""
+        if not self._pretrained:
+            return ""
+        return self.release.name + (" with decoder" if self.transfer == "network" else "")
