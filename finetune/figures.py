@@ -21,8 +21,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from finetune.intervals import Estimate
+from finetune.lines import Group, Line, Table
 from finetune.pages import data_uri
-from finetune.table import Group, Line, Table
 from pretrain.previews import PLANES, planes
 
 WIDTH = 10.4

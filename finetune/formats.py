@@ -18,17 +18,9 @@ from data_prep.files import make_folder, write_bytes, write_json, write_text
 from finetune.anchor import ANCHOR
 from finetune.budget import MARGIN
 from finetune.intervals import Estimate
+from finetune.lines import BETTER, METRICS, UNCLEAR, WORSE, Line, Table
 from finetune.pages import data_uri, render
-from finetune.table import (
-    BETTER,
-    METRICS,
-    NOTHING,
-    UNCLEAR,
-    WORSE,
-    Line,
-    Table,
-    read_table,
-)
+from finetune.table import NOTHING, read_table
 
 WORDS = (
     "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "verdict",

@@ -32,20 +32,12 @@ from finetune.figures import (
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
+from finetune.lines import ALL_CLASSES, METRICS, SEEN, Group, Line, Table
 from finetune.pages import data_uri, render
 from finetune.rows import Row, read_rows
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings
-from finetune.table import (
-    ALL_CLASSES,
-    METRICS,
-    NOTHING,
-    SEEN,
-    Group,
-    Line,
-    Table,
-    find_rows,
-)
+from finetune.table import NOTHING, find_rows
 
 MAX_BYTES = 10_000_000
 _TONES = {"pretrained better": "better", "scratch better": "worse"}

@@ -13,159 +13,55 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
-from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
-from finetune.intervals import Estimate, estimate, estimate_folds
-from finetune.rows import Row, read_rows
-
-ALL_CLASSES = "mean"
-ELSEWHERE = "predicted elsewhere"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a column of the rows is reported."""
-
-    name: str
-    title: str
-    scale: float
-    unit: str
-    higher_is_better: bool
-    best: float
-    """The end of the scale that no interval of a mean goes beyond."""
-    of_lesions: bool = False
-    """Whether only classes that are made of lesions have it."""
-
-
-METRICS = (
-    Metric("dsc", "Dice", 100.0, "points", True, 100.0),
-    Metric("nsd", "Surface Dice", 100.0, "points", True, 100.0),
-    Metric("hd95", "HD95", 1.0, "mm", False, 0.0),
-    Metric("assd", "ASSD", 1.0, "mm", False, 0.0),
-    Metric("volume_difference_ml", "Volume difference", 1.0, "ml", False, 0.0),
-    Metric("lesion_f1", "Lesion F1", 100.0, "points", True, 100.0, of_lesions=True),
-    Metric("lesion_pq", "Lesion PQ", 100.0, "points", True, 100.0, of_lesions=True),
+from finetune.cells import (
+    Scores,
+    case_scores,
+    complete_cases,
+    invented_structures,
+    score_differences,
+    score_matrix,
+    subjects_of,
 )
-
-
-Scores = dict[tuple[str, str], float]
-"""(case, draw) to a score."""
-
-BETTER, WORSE, UNCLEAR = "pretrained better", "scratch better", "no clear difference"
-LEVEL = 0.05
+from finetune.comparisons import holm_by_family, median_difference, share_improved
+from finetune.intervals import LEVEL, Estimate, estimate, estimate_folds
+from finetune.lines import (
+    ALL_CLASSES,
+    BETTER,
+    ELSEWHERE,
+    METRICS,
+    SEEN,
+    UNCLEAR,
+    WORSE,
+    Group,
+    Line,
+    Metric,
+    Table,
+)
+from finetune.notes import (
+    LabelDraw,
+    label_draw,
+    missed_or_invented,
+    power_of,
+    unpaired,
+    unsuitable,
+    what_leaked,
+    without_label,
+)
+from finetune.rows import Row, read_rows
 
 Run = tuple[str, ...]
 """What tells a run among others: data set, split, labels, recipe, arm, draw."""
-LabelDraw = tuple[str, str, str, int]
-"""Data set, split hash, labels and label seed."""
-
-SEEN = "tainted"
-"""The verdict where pretraining has seen every test case."""
-
 NOTHING = estimate(np.empty((0, 0)), 0)
 """What is known where every case had to be left out."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One comparison: a checkpoint against its scratch twin in one metric and class.
-
-    `class_name` is "mean" for the mean over classes. Estimates are in the metric's reported unit
-    (Dice points, mm); `difference` is pretrained minus its scratch twin, `against_own` pretrained
-    minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
-    of subjects that gain over the twin, `median` the median over subjects of the difference to it.
-    `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share.
-    `still_gains` is what the last quarter of training gained on validation, in Dice points and in
-    the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
-    `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no interval.
-    `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these cases are
-    left out) or unknown.
-    """
-
-    dataset: str
-    labels: str
-    n_labels: int
-    steps: int
-    checkpoint: str
-    checkpoint_digest: str
-    metric: str
-    class_name: str
-    pretrained: Estimate | None
-    scratch: Estimate | None
-    difference: Estimate | None
-    improved: float
-    verdict: str
-    own: Estimate | None = None
-    against_own: Estimate | None = None
-    own_is_stronger: bool = False
-    median: float = math.nan
-    adjusted_p: float = math.nan
-    split: str = ""
-    protocol: str = ""
-    recipe: str = ""
-    still_gains: float = math.nan
-    anchor: Estimate | None = None
-    leakage: str = ""
-
-    @property
-    def decides(self) -> Estimate | None:
-        """The difference that the verdict is about: to the stronger of both scratch arms."""
-        return self.against_own if self.own_is_stronger else self.difference
-
-
-@dataclass(frozen=True)
-class Group:
-    """All lines of one checkpoint on one data set with one label count, and what to know of it."""
-
-    dataset: str
-    labels: str
-    n_labels: int
-    checkpoint: str
-    lines: tuple[Line, ...]
-    scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def main(self) -> Line:
-        """Dice over all classes: what the verdict is about."""
-        return self.lines[0]
-
-    @property
-    def sentence(self) -> str:
-        """The verdict with its numbers."""
-        return _sentence(self)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Groups in the order of data set, labels, checkpoint."""
-
-    groups: tuple[Group, ...]
-
-    @property
-    def lines(self) -> list[Line]:
-        """The lines of all groups."""
-        return [line for group in self.groups for line in group.lines]
-
-    @property
-    def verdict(self) -> str:
-        """One sentence for each group."""
-        return " ".join(group.sentence for group in self.groups)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data, as table.json holds it."""
-        return _plain(self)
 
 
 def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
@@ -190,7 +86,7 @@ def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
             if curve is not None:
                 curves[_run(row)] = curve
             if "classes_without_label" in facts:
-                unlabelled[_label_draw(row)] = facts["classes_without_label"]
+                unlabelled[label_draw(row)] = facts["classes_without_label"]
             if task := facts.get("recipe", {}).get("task"):
                 classes = task["regions"] or task["classes"]
                 values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
@@ -272,7 +168,7 @@ def tabulate(
         anchor = (anchors or {}).get(dataset)
         for others in [found for _, found in sorted(arms.items())] or [[]]:
             group = _group(others, scratch, own, anchor)
-            missing = _without_label(others + scratch + own, unlabelled or {})
+            missing = without_label(others + scratch + own, unlabelled or {})
             group = dataclasses.replace(group, notes=(*group.notes, *missing))
             groups.append(_with_budget(group, others, scratch, curves or {}))
     return Table(tuple(_adjusted(groups)))
@@ -359,7 +255,7 @@ def _group(
     head = (pretrained or scratch or own)[0]
     tainted = {row.case for row in pretrained if row.status == "tainted"}
     all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
-    leakage = _leakage(pretrained)
+    leakage = what_leaked(pretrained)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
@@ -372,36 +268,40 @@ def _group(
     )
     rows = pretrained + scratch + own
     given = anchor.rows(rows) if anchor is not None else []
-    notes += _wrong(head.arm, pretrained) + _wrong("scratch", scratch)
-    notes += _wrong("scratch at its own best", own)
+    notes += missed_or_invented(head.arm, pretrained) + missed_or_invented("scratch", scratch)
+    notes += missed_or_invented("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     every = (pretrained, scratch, own)
-    invented = [_invented(found) for found in every]
+    invented = [invented_structures(found) for found in every]
     folds = {row.case: row.split for row in rows}
-    subjects = _subjects(rows)
+    subjects = subjects_of(rows)
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
     scores: dict[str, Scores] = {}
     lines = []
     for metric in METRICS:
         for name in columns:
             a, b, c = (
-                _scores(found, metric, name, wrong)
+                case_scores(found, metric, name, wrong)
                 for found, wrong in zip(every, invented, strict=True)
             )
-            n = _scores(given, metric, name, _invented(given)) if metric.name == "dsc" else {}
+            n = (
+                case_scores(given, metric, name, invented_structures(given))
+                if metric.name == "dsc"
+                else {}
+            )
             if metric.of_lesions and not a and not b:
                 continue
             gaps = [
-                _differences(pretrained, found, metric, name, invented[0] | wrong)
+                score_differences(pretrained, found, metric, name, invented[0] | wrong)
                 for found, wrong in zip(every[1:], invented[1:], strict=True)
             ]
             if metric.name == "dsc" and name == ALL_CLASSES:
                 scores = {"pretrained": a, "scratch": b}
-                notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
+                notes += unpaired(a, b) + unsuitable((a, b, c), subjects)
             line = _line(head, metric, name, (a, b, c, n), gaps, subjects, folds)
             verdict = SEEN if all_seen else line.verdict
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
-    notes += _power(lines[0])
+    notes += power_of(lines[0])
     return Group(
         head.dataset,
         head.labels,
@@ -411,108 +311,6 @@ def _group(
         scores,
         tuple(notes),
     )
-
-
-def _leakage(rows: list[Row]) -> str:
-    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
-    if any(row.status == "tainted" for row in rows):
-        return "tainted"
-    found = {row.status for row in rows if row.arm == "pretrained"}
-    return "unknown" if "unknown" in found else "clean" if found else ""
-
-
-def _label_draw(row: Row) -> LabelDraw:
-    return row.dataset, row.split_hash, row.labels, row.label_seed
-
-
-def _without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
-    """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
-    seeds: dict[str, list[str]] = {}
-    for draw in sorted({_label_draw(row) for row in rows}):
-        for name in unlabelled.get(draw, ()):
-            seeds.setdefault(name, []).append(str(draw[-1]))
-    return [
-        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
-    ]
-
-
-def _unsuitable(arms: Sequence[Scores], subjects: dict[str, str]) -> list[str]:
-    """What speaks against deciding between the arms on this data set."""
-    present = [scores for scores in arms if scores]
-    cells = set.intersection(*(set(scores) for scores in present)) if len(present) > 1 else set()
-    tables = [_matrix({cell: scores[cell] for cell in cells}, subjects) for scores in present]
-    if not cells or not tables[0][1]:
-        return []
-    means = np.array([table.mean(axis=0) for table, _ in tables])
-    flags = suitability(means, tables[0][1]).flags
-    return [f"suitability: {'; '.join(flags)}"] if flags else []
-
-
-def _wrong(arm: str, rows: list[Row]) -> list[str]:
-    """What an arm missed or invented."""
-    words = {"missed": "missed a structure", "false_positive": "invented a structure"}
-    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in words}
-    return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
-
-
-def _subjects(rows: Iterable[Row]) -> dict[str, str]:
-    return {row.case: row.subject for row in rows}
-
-
-def _differences(
-    a: list[Row],
-    b: list[Row],
-    metric: Metric,
-    class_name: str,
-    invented: Collection[tuple[str, int]],
-) -> Scores:
-    """(case, draw) to the score of one arm minus another's.
-
-    Where a run of either `invented` a structure that is not there, finding nothing is the best:
-    otherwise the two would be compared over other classes, or the case with the invention would
-    drop out.
-    """
-    first, second = (_scores(rows, metric, class_name, invented) for rows in (a, b))
-    return {cell: first[cell] - second[cell] for cell in first.keys() & second.keys()}
-
-
-def _invented(rows: list[Row]) -> set[tuple[str, int]]:
-    """Case and class of structures that are not there and that some run found."""
-    return {(row.case, row.class_value) for row in rows if row.outcome == "false_positive"}
-
-
-def _scores(
-    rows: list[Row], metric: Metric, class_name: str, invented: Collection[tuple[str, int]]
-) -> Scores:
-    """(case, draw) to the score, meaned over classes; cases without any score are absent.
-
-    Args:
-        rows: of one arm.
-        metric: the column.
-        class_name: a class, or all of them.
-        invented: case and class of structures that this arm, or the one that it is compared
-            with, found where there are none; see `_differences`.
-    """
-    values: dict[tuple[str, str], list[float]] = {}
-    seen: set[tuple[str, str, int]] = set()
-    for row in rows:
-        cell = (row.case, row.draw, row.class_value)
-        if cell in seen:
-            raise InputError(
-                f"{row.arm} of {row.checkpoint or row.dataset}, labels={row.labels}, seed="
-                f"{row.draw}: case {row.case} occurs twice; two runs of the same settings were "
-                "given, leave one out"
-            )
-        seen.add(cell)
-        if metric.of_lesions and row.lesion_tp < 0:
-            continue
-        if class_name in (ALL_CLASSES, row.class_name):
-            value = metric.scale * getattr(row, metric.name)
-            if row.outcome == "true_negative" and (row.case, row.class_value) in invented:
-                value = metric.best
-            if not math.isnan(value):
-                values.setdefault((row.case, row.draw), []).append(value)
-    return {cell: float(np.mean(found)) for cell, found in values.items()}
 
 
 def _line(
@@ -528,8 +326,8 @@ def _line(
     difference, against_own = (
         _estimate(one, subjects, folds) if one else None for one in differences
     )
-    paired, _ = _matrix(differences[0], subjects)
-    shared = _complete(differences[0] or a or b or c)
+    paired, _ = score_matrix(differences[0], subjects)
+    shared = complete_cases(differences[0] or a or b or c)
     anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
     names = set(folds.values())
     sign = 1 if metric.higher_is_better else -1
@@ -572,7 +370,7 @@ def _estimate(scores: Scores, subjects: dict[str, str], folds: dict[str, str]) -
     parts: dict[str, Scores] = {}
     for cell, value in scores.items():
         parts.setdefault(folds.get(cell[0], ""), {})[cell] = value
-    found = [_matrix(part, subjects) for _, part in sorted(parts.items())]
+    found = [score_matrix(part, subjects) for _, part in sorted(parts.items())]
     if len(found) == 1:
         return estimate(*found[0])
     return estimate_folds([matrix for matrix, _ in found], sum(cases for _, cases in found))
@@ -582,43 +380,6 @@ def _bounded(value: Estimate, metric: Metric) -> Estimate:
     """With an interval that ends where the scale does; Student's knows no end."""
     high = min(value.high, metric.best) if metric.higher_is_better else value.high
     return dataclasses.replace(value, low=max(value.low, 0.0), high=high)
-
-
-def _matrix(
-    scores: dict[tuple[str, str], float], subjects: dict[str, str]
-) -> tuple[NDArray[np.float64], int]:
-    """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
-    draws = sorted({draw for _, draw in scores})
-    complete = _complete(scores)
-    by_subject: dict[str, list[list[float]]] = {}
-    for case in complete:
-        by_subject.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
-    if not by_subject:
-        return np.empty((0, len(draws))), 0
-    return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
-
-
-def _complete(scores: Scores) -> list[str]:
-    """The cases that every draw has scored."""
-    draws = {draw for _, draw in scores}
-    cases = sorted({case for case, _ in scores})
-    return [case for case in cases if all((case, draw) in scores for draw in draws)]
-
-
-def _gaps(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:
-    """What could not be paired."""
-    if not a or not b:
-        return []
-    notes = []
-    draws_a, draws_b = {draw for _, draw in a}, {draw for _, draw in b}
-    alone = sorted(draws_a ^ draws_b)
-    if alone:
-        notes.append(f"seeds {', '.join(map(str, alone))} have one arm only: not in the difference")
-    common = draws_a & draws_b
-    unpaired = {case for case, draw in a.keys() ^ b.keys() if draw in common}
-    if unpaired:
-        notes.append(f"{len(unpaired)} cases lack a score in one arm: not in the difference")
-    return notes
 
 
 def _verdict(
@@ -635,76 +396,3 @@ def _verdict(
     if difference.low <= 0 <= difference.high:
         return UNCLEAR
     return BETTER if sign * difference.mean > 0 else WORSE
-
-
-# Text
-
-
-def _sentence(group: Group) -> str:
-    line = group.main
-    what = f"{group.dataset}, {group.n_labels} labels"
-    what += f", {group.checkpoint}" if group.checkpoint else ""
-    if line.verdict == ELSEWHERE and line.pretrained is not None:
-        given = line.pretrained
-        return f"{group.dataset}, {group.checkpoint}: Dice {given.mean:.1f} ({_basis(given)})."
-    if line.difference is None or line.pretrained is None or line.scratch is None:
-        missing = {
-            SEEN: "every test case was seen in pretraining, so there is nothing to believe.",
-            "no scratch twin": "no difference is shown without a scratch twin "
-            "(run the same with init=scratch).",
-            "no pretrained arm": "only the scratch arm is there.",
-        }.get(line.verdict, "the arms share no case and seed.")
-        return f"{what}: {missing}"
-    d = line.decides or line.difference
-    arms = f"Dice {line.pretrained.mean:.1f} pretrained, {line.scratch.mean:.1f} scratch"
-    if line.own is not None:
-        arms += f", {line.own.mean:.1f} scratch at its own best"
-    basis = _basis(d)
-    if not d.has_interval:
-        return f"{what}: undecided, {arms}, difference {d.mean:+.1f} ({basis}; {d.note})."
-    interval = f"difference {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}] points ({basis})"
-    return f"{what}: {line.verdict}, {arms}, {interval}."
-
-
-def _power(line: Line) -> list[str]:
-    """What a comparison of this size could have found."""
-    found = line.decides
-    if found is None or not found.has_interval:
-        return []
-    chances = " and ".join(f"{found.power(d):.0%} for +{d}" for d in (2, 5))
-    return [
-        f"a true difference would be found with a chance of {chances} Dice points, of 80% from "
-        f"{found.detectable():.1f} points on"
-    ]
-
-
-def _basis(value: Estimate) -> str:
-    subjects = f" of {value.units} subjects" if value.units != value.cases else ""
-    folds = f", {value.folds} folds" if value.folds > 1 else ""
-    return f"{value.cases} cases{subjects}{folds}, {value.draws} seed{'s' * (value.draws != 1)}"
-
-
-def _plain(table: Table) -> dict[str, object]:
-    groups = []
-    for group in table.groups:
-        groups.append(
-            {
-                "dataset": group.dataset,
-                "labels": group.labels,
-                "n_labels": group.n_labels,
-                "checkpoint": group.checkpoint,
-                "protocol": group.main.protocol,
-                "verdict": group.main.verdict,
-                "sentence": group.sentence,
-                "notes": list(group.notes),
-                "lines": [_without_nan(dataclasses.asdict(line)) for line in group.lines],
-            }
-        )
-    return {"format": 1, "verdict": table.verdict, "groups": groups}
-
-
-def _without_nan(value: object) -> object:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: _without_nan(part) for name, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
