@@ -7,7 +7,7 @@ and prediction has no score and is not averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from finetune.rows import Row
 
 Scores = dict[tuple[str, str], float]
 """(case, draw) to a score."""
+
+Parts = Sequence[Scores]
+"""The scores of one checkpoint, or of each of several that are one recipe."""
 
 
 def score_differences(
@@ -76,25 +79,62 @@ def case_scores(
     return {cell: float(np.mean(found)) for cell, found in values.items()}
 
 
-def score_matrix(
-    scores: dict[tuple[str, str], float], subjects: dict[str, str]
-) -> tuple[NDArray[np.float64], int]:
+def score_matrix(scores: Scores, subjects: dict[str, str]) -> tuple[NDArray[np.float64], int]:
     """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
     draws = sorted({draw for _, draw in scores})
-    complete = complete_cases(scores)
-    by_subject: dict[str, list[list[float]]] = {}
-    for case in complete:
-        by_subject.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
-    if not by_subject:
-        return np.empty((0, len(draws))), 0
-    return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
+    complete = complete_cases([scores])
+    return _by_subject(scores, complete, draws, subjects), len(complete)
 
 
-def complete_cases(scores: Scores) -> list[str]:
-    """The cases that every draw has scored."""
-    draws = {draw for _, draw in scores}
-    cases = sorted({case for case, _ in scores})
-    return [case for case in cases if all((case, draw) in scores for draw in draws)]
+def score_cube(parts: Parts, subjects: dict[str, str]) -> tuple[NDArray[np.float64], bool, int]:
+    """[checkpoints, subjects, draws], whether draws are shared, and how many cases it is of.
+
+    Of draws that only some checkpoints have nothing is taken; where no draw is common to all, each
+    checkpoint has its own, as many as the poorest has.
+    """
+    draws = [sorted({draw for _, draw in scores}) for scores in parts]
+    common = sorted(set.intersection(*map(set, draws)))
+    fewest = min(map(len, draws))
+    chosen = [common or own[:fewest] for own in draws]
+    kept = [
+        {(case, draw): value for (case, draw), value in scores.items() if draw in own}
+        for scores, own in zip(parts, chosen, strict=True)
+    ]
+    complete = complete_cases(kept)
+    tables = [
+        _by_subject(scores, complete, own, subjects)
+        for scores, own in zip(kept, chosen, strict=True)
+    ]
+    return np.stack(tables), bool(common), len(complete)
+
+
+def _by_subject(
+    scores: Scores, cases: list[str], draws: list[str], subjects: dict[str, str]
+) -> NDArray[np.float64]:
+    """[subjects, draws]: the mean over the cases of a subject."""
+    found: dict[str, list[list[float]]] = {}
+    for case in cases:
+        found.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
+    if not found:
+        return np.empty((0, len(draws)))
+    return np.array([np.mean(rows, axis=0) for rows in found.values()])
+
+
+def mean_scores(parts: Parts) -> Scores:
+    """The mean over checkpoints of the cells that all of them have."""
+    cells = set.intersection(*(set(scores) for scores in parts)) if parts else set()
+    return {cell: float(np.mean([scores[cell] for scores in parts])) for cell in sorted(cells)}
+
+
+def complete_cases(parts: Parts) -> list[str]:
+    """The cases that every draw of every part has scored."""
+    cases = sorted({case for scores in parts for case, _ in scores})
+    draws = [{draw for _, draw in scores} for scores in parts]
+    return [
+        case
+        for case in cases
+        if all((case, draw) in s for s, own in zip(parts, draws, strict=True) for draw in own)
+    ]
 
 
 def subjects_of(rows: Iterable[Row]) -> dict[str, str]:

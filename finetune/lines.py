@@ -163,7 +163,10 @@ def _sentence(group: Group) -> str:
 def _basis(value: Estimate) -> str:
     subjects = f" of {value.units} subjects" if value.units != value.cases else ""
     folds = f", {value.folds} folds" if value.folds > 1 else ""
-    return f"{value.cases} cases{subjects}{folds}, {value.draws} seed{'s' * (value.draws != 1)}"
+    seeds = f"{value.draws} seed{'s' * (value.draws != 1)}"
+    if value.pretrainings > 1:
+        seeds = f"{value.pretrainings} pretraining seeds, {seeds} each"
+    return f"{value.cases} cases{subjects}{folds}, {seeds}"
 
 
 def _plain(table: Table) -> dict[str, object]:

@@ -18,6 +18,8 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 
 ROW_FORMAT = 2
+LATER = frozenset({"pretrain_recipe"})
+"""Columns that files of this format may lack: they came later, and their defaults are right."""
 ARMS = ("pretrained", "scratch", "scratch-own", "external")
 
 
@@ -32,6 +34,8 @@ class Row:
     that were made elsewhere. `config_hash` covers all that arms share: everything but the arm, the
     checkpoint's weights and the draws. `recipe_hash` covers what was trained: it is the same for
     twins, and scratch-own has another. `protocol` is the name that the recipe goes by.
+    `pretrain_recipe` is a hash of all that checkpoints of one recipe share, which differ in
+    `pretrain_seed`; empty where the checkpoint does not say how it was made.
     Scores are those of `metrics.Score`; lesion counts are -1 where lesions are not counted.
     """
 
@@ -74,6 +78,7 @@ class Row:
     lesion_f1: float = math.nan
     lesion_rq: float = math.nan
     lesion_pq: float = math.nan
+    pretrain_recipe: str = ""
 
     @property
     def volume_difference_ml(self) -> float:
@@ -118,7 +123,8 @@ def read_rows(path: Path) -> list[Row]:
             "again; to compare arms, remove the run's folder and start the same finetune command"
         )
     fields = dataclasses.fields(Row)
-    missing = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
+    columns = set(reader.fieldnames or ())
+    missing = [f.name for f in fields if f.name not in columns | LATER]
     if missing:
         raise InputError(
             f"{path}: columns {', '.join(missing)} are missing; "
@@ -127,7 +133,8 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for line, record in enumerate(records, start=2):
         try:
-            rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in fields}))
+            given = [f for f in fields if f.name in columns]
+            rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in given}))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {line}: {error}") from error
     return rows

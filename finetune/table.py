@@ -23,16 +23,26 @@ from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
 from finetune.cells import (
+    Parts,
     Scores,
     case_scores,
     complete_cases,
     invented_structures,
+    mean_scores,
+    score_cube,
     score_differences,
     score_matrix,
     subjects_of,
 )
 from finetune.comparisons import holm_by_family, median_difference, share_improved
-from finetune.intervals import LEVEL, Estimate, estimate, estimate_folds
+from finetune.intervals import (
+    LEVEL,
+    Estimate,
+    estimate,
+    estimate_folds,
+    estimate_recipe,
+    without_interval,
+)
 from finetune.lines import (
     ALL_CLASSES,
     BETTER,
@@ -166,12 +176,27 @@ def tabulate(
     for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         anchor = (anchors or {}).get(dataset)
-        for others in [found for _, found in sorted(arms.items())] or [[]]:
+        checkpoints = [found for _, found in sorted(arms.items())]
+        for others in [[one] for one in checkpoints or [[]]] + recipes(checkpoints):
+            pretrained = [row for one in others for row in one]
             group = _group(others, scratch, own, anchor)
-            missing = without_label(others + scratch + own, unlabelled or {})
+            missing = without_label(pretrained + scratch + own, unlabelled or {})
             group = dataclasses.replace(group, notes=(*group.notes, *missing))
-            groups.append(_with_budget(group, others, scratch, curves or {}))
+            groups.append(_with_budget(group, pretrained, scratch, curves or {}))
     return Table(tuple(_adjusted(groups)))
+
+
+def recipes(checkpoints: Sequence[list[Row]]) -> list[list[list[Row]]]:
+    """Those checkpoints that are one pretraining but for its seed, together: a recipe's own line.
+
+    A checkpoint that does not say how it was made belongs to none. Of two with the same seed the
+    first counts: they are no two draws of anything.
+    """
+    found: dict[str, dict[int, list[Row]]] = {}
+    for rows in checkpoints:
+        if rows[0].pretrain_recipe:
+            found.setdefault(rows[0].pretrain_recipe, {}).setdefault(rows[0].pretrain_seed, rows)
+    return [[one for _, one in sorted(seeds.items())] for seeds in found.values() if len(seeds) > 1]
 
 
 def _adjusted(groups: list[Group]) -> list[Group]:
@@ -250,24 +275,27 @@ def _name(row: Row) -> str:
 
 
 def _group(
-    pretrained: list[Row], scratch: list[Row], own: list[Row], anchor: Anchor | None
+    checkpoints: Sequence[list[Row]], scratch: list[Row], own: list[Row], anchor: Anchor | None
 ) -> Group:
-    head = (pretrained or scratch or own)[0]
-    tainted = {row.case for row in pretrained if row.status == "tainted"}
-    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
-    leakage = what_leaked(pretrained)
+    """What one checkpoint is worth, or several of one recipe."""
+    given = [row for rows in checkpoints for row in rows]
+    tainted = {row.case for row in given if row.status == "tainted"}
+    all_seen = bool(given) and tainted == {row.case for row in given}
+    leakage = what_leaked(given)
+    head = _head(checkpoints, scratch, own)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
     if leakage == "unknown":
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
-    if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
+    if anchor is not None and (more := anchor.left_over(given + scratch + own)):
         notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
-    pretrained, scratch, own = (
-        [row for row in rows if row.case not in tainted] for rows in (pretrained, scratch, own)
+    *checkpoints, scratch, own = (
+        [row for row in rows if row.case not in tainted] for rows in (*checkpoints, scratch, own)
     )
+    pretrained = [row for rows in checkpoints for row in rows]
     rows = pretrained + scratch + own
-    given = anchor.rows(rows) if anchor is not None else []
+    anchored = anchor.rows(rows) if anchor is not None else []
     notes += missed_or_invented(head.arm, pretrained) + missed_or_invented("scratch", scratch)
     notes += missed_or_invented("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
@@ -280,27 +308,32 @@ def _group(
     lines = []
     for metric in METRICS:
         for name in columns:
-            a, b, c = (
+            a = [case_scores(one, metric, name, invented[0]) for one in checkpoints]
+            b, c = (
                 case_scores(found, metric, name, wrong)
-                for found, wrong in zip(every, invented, strict=True)
+                for found, wrong in zip(every[1:], invented[1:], strict=True)
             )
-            n = (
-                case_scores(given, metric, name, invented_structures(given))
-                if metric.name == "dsc"
-                else {}
-            )
-            if metric.of_lesions and not a and not b:
+            n: Scores = {}
+            if metric.name == "dsc":
+                n = case_scores(anchored, metric, name, invented_structures(anchored))
+            if metric.of_lesions and not any(a) and not b:
                 continue
             gaps = [
-                score_differences(pretrained, found, metric, name, invented[0] | wrong)
+                [
+                    score_differences(one, found, metric, name, invented[0] | wrong)
+                    for one in checkpoints
+                ]
                 for found, wrong in zip(every[1:], invented[1:], strict=True)
             ]
             if metric.name == "dsc" and name == ALL_CLASSES:
-                scores = {"pretrained": a, "scratch": b}
-                notes += unpaired(a, b) + unsuitable((a, b, c), subjects)
-            line = _line(head, metric, name, (a, b, c, n), gaps, subjects, folds)
+                scores = {"pretrained": mean_scores(a), "scratch": b}
+                notes += list(dict.fromkeys(note for one in a for note in unpaired(one, b)))
+                notes += unsuitable((scores["pretrained"], b, c), subjects)
+            line = _line(head, metric, name, (a, [b], [c], [n]), gaps, subjects, folds)
             verdict = SEEN if all_seen else line.verdict
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
+    if len(checkpoints) > 1 and (difference := lines[0].difference) is not None:
+        notes.append(f"its difference is about {difference.claim}")
     notes += power_of(lines[0])
     return Group(
         head.dataset,
@@ -313,25 +346,37 @@ def _group(
     )
 
 
+def _head(checkpoints: Sequence[list[Row]], scratch: list[Row], own: list[Row]) -> Row:
+    """A row that says what a group is about."""
+    heads = [rows[0] for rows in checkpoints if rows] or (scratch or own)[:1]
+    if len(checkpoints) < 2:
+        return heads[0]
+    return dataclasses.replace(
+        heads[0],
+        checkpoint=f"{len(heads)} pretraining seeds: {', '.join(row.checkpoint for row in heads)}",
+        checkpoint_digest="+".join(row.checkpoint_digest for row in heads),
+    )
+
+
 def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    arms: tuple[Scores, Scores, Scores, Scores],
-    differences: list[Scores],
+    arms: tuple[Parts, Parts, Parts, Parts],
+    differences: Sequence[Parts],
     subjects: dict[str, str],
     folds: dict[str, str],
 ) -> Line:
     a, b, c, anchor = arms
-    difference, against_own = (
-        _estimate(one, subjects, folds) if one else None for one in differences
+    pretrained, scratch, own, difference, against_own = (
+        _estimate(parts, subjects, folds) for parts in (a, b, c, *differences)
     )
-    paired, _ = score_matrix(differences[0], subjects)
-    shared = complete_cases(differences[0] or a or b or c)
-    anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
+    paired, _ = score_matrix(mean_scores(differences[0]), subjects)
+    shared = complete_cases(next((p for p in (differences[0], a, b, c) if any(p)), a))
+    [anchored] = anchor
+    anchored = {cell: value for cell, value in anchored.items() if cell[0] in shared}
     names = set(folds.values())
     sign = 1 if metric.higher_is_better else -1
-    scratch, own = (_estimate(one, subjects, folds) if one else None for one in (b, c))
     if scratch is None:
         against_own = None  # no delta without a twin
     own_is_stronger = (
@@ -347,13 +392,13 @@ def _line(
         head.checkpoint_digest,
         metric.name,
         class_name,
-        _bounded(_estimate(a, subjects, folds), metric) if a else None,
+        _bounded(pretrained, metric) if pretrained else None,
         _bounded(scratch, metric) if scratch else None,
         difference,
         share_improved(paired, higher_is_better=metric.higher_is_better),
         ELSEWHERE
         if head.arm == "external"
-        else _verdict(decides, sign, has_scratch=bool(b), has_pretrained=bool(a)),
+        else _verdict(decides, sign, has_scratch=any(b), has_pretrained=any(a)),
         own=_bounded(own, metric) if own else None,
         against_own=against_own,
         own_is_stronger=own_is_stronger,
@@ -361,19 +406,32 @@ def _line(
         split=head.split if len(names) < 2 else f"{len(names)} folds/validation",
         protocol=head.protocol,
         recipe=head.config_hash[:8],
-        anchor=_estimate(anchor, subjects, {}) if anchor else None,
+        anchor=_estimate([anchored], subjects, {}),
     )
 
 
-def _estimate(scores: Scores, subjects: dict[str, str], folds: dict[str, str]) -> Estimate:
-    """Over subjects and draws; where the cases lie in several `folds`, over folds."""
-    parts: dict[str, Scores] = {}
-    for cell, value in scores.items():
-        parts.setdefault(folds.get(cell[0], ""), {})[cell] = value
-    found = [score_matrix(part, subjects) for _, part in sorted(parts.items())]
-    if len(found) == 1:
-        return estimate(*found[0])
-    return estimate_folds([matrix for matrix, _ in found], sum(cases for _, cases in found))
+def _estimate(parts: Parts, subjects: dict[str, str], folds: dict[str, str]) -> Estimate | None:
+    """Over subjects and draws, and over the checkpoints that have a part each.
+
+    Where the cases lie in several `folds`, over folds. None where there is nothing.
+    """
+    if not any(parts):
+        return None
+    if len(parts) > 1:
+        cube, shared, cases = score_cube(parts, subjects)
+        found = estimate_recipe(cube, "shared" if shared else "own", cases)
+        if len(set(folds.values())) < 2:
+            return found
+        note = "several pretraining seeds over several folds: each checkpoint has its own interval"
+        counts = found.cases, found.units, found.draws
+        return without_interval(found.mean, *counts, note, found.pretrainings)
+    by_fold: dict[str, Scores] = {}
+    for cell, value in parts[0].items():
+        by_fold.setdefault(folds.get(cell[0], ""), {})[cell] = value
+    tables = [score_matrix(part, subjects) for _, part in sorted(by_fold.items())]
+    if len(tables) == 1:
+        return estimate(*tables[0])
+    return estimate_folds([table for table, _ in tables], sum(cases for _, cases in tables))
 
 
 def _bounded(value: Estimate, metric: Metric) -> Estimate:

@@ -513,6 +513,7 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
 
     release, pretrained = plan.release, settings.init == "pretrained"
     seen = comparable(release.fingerprints)
+    made, how = release.config["training"] if pretrained else {}, plan.transfer
     origin = Origin(
         arm=settings.arm,
         protocol=settings.protocol,
@@ -522,7 +523,8 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         seed=settings.seed,
         label_seed=plan.label_seed,
         init_seed=settings.seed,
-        pretrain_seed=int(release.config["training"].get("seed", -1)) if pretrained else -1,
+        pretrain_seed=int(made.get("seed", -1)),
+        pretrain_recipe=str(made.get("recipe_hash", "")) and f"{made['recipe_hash']}/{how}",
         steps=settings.steps,
         checkpoint=plan.checkpoint,
         checkpoint_digest=release.digest if pretrained else "",
