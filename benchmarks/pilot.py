@@ -34,8 +34,9 @@ import torch
 from data_prep.files import write_json, write_text
 from finetune.budget import read_curve
 from finetune.formats import cell
+from finetune.lines import Table
 from finetune.rows import read_rows
-from finetune.table import Table, read_table
+from finetune.table import read_table
 from pretrain.bench import machine
 from pretrain.release import load_release, write_release
 from pretrain.run_folder import versions

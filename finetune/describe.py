@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.licences import strictest_first
-from pretrain.manifest import DECODER, Manifest, read_manifest, stored_shapes
+from pretrain.manifest import DECODER, FACTS, Manifest, read_manifest, stored_shapes
 
 
 def describe(ref: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _release(release: Manifest) -> dict[str, Any]:
         weights["decoder"] = _count(release.path / DECODER)
     return {
         "path": str(release.path),
-        "kind": f"release of {'an encoder' if release.kind == 'encoder' else 'a segmenter'}",
+        "kind": f"release of a{'' if release.kind == 'segmenter' else 'n'} {release.kind}",
         "name": release.name,
         "digest": release.digest,
         "architecture": config["backbone"],
@@ -54,7 +54,7 @@ def _release(release: Manifest) -> dict[str, Any]:
         "modalities": list(release.modalities),
         "crop_size": list(release.crop_size),
         "preprocess": config["preprocess"]["operations"],
-        **_segmentation(config["segmentation"]),
+        **_task(config[FACTS[release.kind]] if release.kind in FACTS else None),
         "training": config["training"],
         **_data(config["data"]),
         "fingerprints": len(release.fingerprints),
@@ -94,7 +94,7 @@ def _run(path: Path) -> dict[str, Any]:
         "decoder": config.get("decoder", "auto"),
         "began_from": facts.get("release"),
         "preprocess": facts.get("recipe", {}).get("preprocess", {}).get("operations"),
-        **_segmentation({name: config.get(name) for name in ("task", "overlap", "tta")}),
+        **_task({name: config.get(name) for name in ("task", "overlap", "tta")}),
         "training": training,
         "data": facts.get("corpus"),
         "versions": facts.get("versions"),
@@ -105,20 +105,26 @@ def _decoder(release: Manifest) -> str:
     if not release.has_decoder:
         return "none: finetuning begins with a new one"
     outputs = release.config["decoder"]["out_channels"]
+    if release.kind == "answerer":
+        return f"a head of {outputs} outputs; finetuning begins with a new one"
     takes = "takes it over but for its head" if release.transfers == "network" else "may take it"
     return f"{outputs} outputs; finetuning {takes}"
 
 
-def _segmentation(facts: Any) -> dict[str, Any]:
-    """Of a network that segments: its classes and how it looks at scans."""
+def _task(facts: Any) -> dict[str, Any]:
+    """Of a finetuned network: its classes or what it answers, and how it looks at scans."""
     if not isinstance(facts, dict) or not isinstance(facts.get("task"), dict):
         return {}
-    classes = facts["task"].get("classes", ())
-    return {
-        "task": facts["task"].get("name"),
-        "classes": {c.get("name"): c.get("values") for c in classes if isinstance(c, dict)},
-        "windows": {name: value for name, value in facts.items() if name != "task"},
-    }
+    task = facts["task"]
+    classes = task.get("classes", ())
+    if "target" in task:
+        told = ", ".join(map(str, classes)) or task.get("unit")
+        said: dict[str, Any] = {"answers": f"{task.get('kind')} of {task['target']}: {told}"}
+    else:
+        named = {c.get("name"): c.get("values") for c in classes if isinstance(c, dict)}
+        said = {"classes": named}
+    windows = {name: value for name, value in facts.items() if name != "task"}
+    return {"task": task.get("name"), **said, "windows": windows}
 
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:

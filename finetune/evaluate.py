@@ -46,6 +46,7 @@ class Origin:
     label_seed: int = -1
     init_seed: int = -1
     pretrain_seed: int = -1
+    pretrain_recipe: str = ""
     steps: int = -1
     checkpoint: str = ""
     checkpoint_digest: str = ""

@@ -1,7 +1,8 @@
-"""`voxelith export`: a run to a release; one that was finetuned becomes a segmenter's.
+"""`voxelith export`: a run to a release; a finetuned one to a segmenter's, or an answerer's.
 
-A segmenter's release is an encoder's release whose decoder carries its head, and whose config says
-what it segments: features, further finetuning and the leakage gate take it as any other.
+A finetuned network's release is an encoder's release whose decoder carries its head, and whose
+config says what it segments or answers: features, further finetuning and the leakage gate take it
+as any other.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.licences import strictest_first
+from finetune.answerer import Answerer
+from finetune.cards import card
 from finetune.evaluate import comparable
-from finetune.rows import Row, read_rows
-from finetune.segmenter import (
-    Segmenter,
-    check_golden_segmenter,
-    golden_scores,
-    load_segmenter,
+from finetune.lines import metrics_of
+from finetune.model_file import (
+    check_golden_network,
+    golden_answers,
+    load_network,
     read_model_file,
+    task_outputs,
 )
-from finetune.settings import SegmentationFacts
+from finetune.rows import Row, read_rows
+from finetune.scan_metrics import score_in_words
+from finetune.segmenter import Segmenter
+from finetune.settings import TaskFacts
 from pretrain import export as pretraining
-from pretrain.manifest import FORMAT
+from pretrain.manifest import FACTS, FORMAT
 from pretrain.release import Release, load_release, write_release
 from pretrain.run_folder import RunFolder, versions
 
@@ -55,19 +60,19 @@ def export(run_path: Path, output: Path) -> Release:
             f"{run_path}: is not finished, it has no rows.csv; run `voxelith finetune` again, it "
             "goes on from its last checkpoint"
         )
-    segmenter = load_segmenter(run_path, "cpu")
+    network = load_network(run_path, "cpu")
     facts = json.loads((run_path / "run.json").read_text())
     corpus, start = _corpus(config, facts, run_path), _start(config, facts, run_path)
-    described = _config(run_path, config, facts, corpus, start, segmenter)
+    described = _config(run_path, config, facts, corpus, start, network)
     return write_release(
         output,
-        encoder=segmenter.model.encoder,
-        decoder=segmenter.model.decoder,
+        encoder=network.model.encoder,
+        decoder=network.model.decoder,
         config=described,
         fingerprints={"format": 1, "values": _fingerprints(corpus, facts["label_keys"], start)},
-        card=_card(described, segmenter),
-        outputs=lambda folder: golden_scores(segmenter, folder),
-        check=check_golden_segmenter,
+        card=card(described, network),
+        outputs=lambda folder: golden_answers(network, folder),
+        check=check_golden_network,
     )
 
 
@@ -115,21 +120,23 @@ def _config(
     facts: Mapping[str, Any],
     corpus: Corpus,
     start: Release | None,
-    segmenter: Segmenter,
+    network: Segmenter | Answerer,
 ) -> dict[str, Any]:
     stored = read_model_file(path)
-    segmentation = stored.model_dump(mode="json", include=set(SegmentationFacts.model_fields))
-    fits_others = pretraining.transferable_decoder(segmenter.model) is not None
+    told = stored.model_dump(mode="json", include=set(TaskFacts.model_fields))
+    kind = "answerer" if isinstance(network, Answerer) else "segmenter"
+    # The head of an answerer is no decoder of voxels.
+    fits_others = kind == "segmenter" and pretraining.transferable_decoder(network.model)
     trained = facts.get("trained", facts["recipe"])
     return {
         "format": FORMAT,
         "name": path.resolve().name,
-        "kind": "segmenter",
+        "kind": kind,
         "backbone": stored.backbone.model_dump(mode="json"),
-        "objective": {"name": "finetune.segmentation.Segmentation", "args": {}},
-        "crop_size": list(segmenter.window),
-        "modalities": list(segmenter.modalities),
-        "preprocess": segmenter.preprocess.to_dict(),
+        "objective": {"name": _objective(network), "args": {}},
+        "crop_size": list(network.window),
+        "modalities": list(network.modalities),
+        "preprocess": network.preprocess.to_dict(),
         "training": {
             "init": config["init"],
             "began_from": None if start is None else {"name": start.name, "digest": start.digest},
@@ -144,10 +151,15 @@ def _config(
         },
         "data": _data(corpus, facts["label_keys"], start),
         "versions": versions(),
-        "decoder": {"out_channels": len(segmenter.task.classes) + 1},
+        "decoder": {"out_channels": task_outputs(stored)},
         "transfers": "network" if fits_others else "encoder",
-        "segmentation": segmentation,
+        FACTS[kind]: told,
     }
+
+
+def _objective(network: Segmenter | Answerer) -> str:
+    kind = type(network.model)
+    return f"{kind.__module__}.{kind.__name__}"
 
 
 def _data(corpus: Corpus, keys: Sequence[str], start: Release | None) -> dict[str, Any]:
@@ -174,93 +186,25 @@ def _data(corpus: Corpus, keys: Sequence[str], start: Release | None) -> dict[st
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """Mean Dice of each class over the cases that can be believed, and how many those are."""
-    names = list(dict.fromkeys(row.class_name for row in rows))
+    """Scores over the cases that can be believed, and how many those are.
+
+    Mean Dice of each class; of a task of whole scans the main score in words.
+    """
     believed = [row for row in rows if row.status not in ("tainted", "unknown")]
+    if rows and metrics_of(rows)[0].of_scans:
+        told = score_in_words(believed) if believed else "No score"
+        return {**_counts(rows), "score": told}
     classes = {}
-    for name in names:
+    for name in dict.fromkeys(row.class_name for row in rows):
         dice = [r.dsc for r in believed if r.class_name == name and not math.isnan(r.dsc)]
         classes[name] = {"dice": sum(dice) / len(dice) if dice else None, "cases": len(dice)}
+    return {**_counts(rows), "classes": classes}
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "part": rows[0].split if rows else "",
         "cases": len({row.case for row in rows}),
         "tainted": len({row.case for row in rows if row.status == "tainted"}),
         "unknown": len({row.case for row in rows if row.status == "unknown"}),
-        "classes": classes,
     }
-
-
-def _card(config: Mapping[str, Any], segmenter: Segmenter) -> str:
-    data, training, scores = config["data"], config["training"], config["training"]["scores"]
-    licences = strictest_first(data["licence"])
-    listed = "\n".join(f"- {name}: {data['licence'][name]} volumes" for name in licences)
-    sources = "\n".join(f"| {name} | {count} |" for name, count in data["source"].items())
-    task, lines = segmenter.task, []
-    # A task with regions is scored in those; what is written are its classes.
-    for group, written in ((task.classes, True), (task.regions, False)):
-        for chosen in group:
-            found = scores["classes"].get(chosen.name) if group == task.scored else None
-            dice = "none" if not found or found["dice"] is None else f"{100 * found['dice']:.1f}"
-            values = ", ".join(map(str, chosen.values))
-            lines.append(
-                f"| {chosen.values[0] if written else '–'} | {chosen.name} | {values} | {dice} "
-                f"| {found['cases'] if found else 0} |"
-            )
-    table = "\n".join(lines)
-    begun = training["began_from"]
-    start = f"`{begun['name']}`, digest {begun['digest'][:12]}" if begun else "random weights"
-    parameters = sum(p.numel() for p in segmenter.model.parameters())
-    doubt = ""
-    if scores["tainted"] or scores["unknown"]:
-        doubt = (
-            f"\nLeft out: {scores['tainted']} cases that pretraining had seen, {scores['unknown']} "
-            "of which that is not known.\n"
-        )
-    return f"""# {config["name"]}
-
-A segmentation network for the task `{segmenter.task.name}`, finetuned by Voxelith.
-
-```
-voxelith predict ckpt=path/to/this/folder input=scans/ output=labels/
-```
-
-**Strictest licence of the training data: {licences[0] if licences else "not stated"}.**
-Whether weights inherit the licence of their data is for you to judge; all of them are below.
-
-| | |
-| --- | --- |
-| architecture | `{config["backbone"]["name"]}`, {parameters:,} parameters with its decoder |
-| begins from | {start} |
-| modalities | {", ".join(config["modalities"])} |
-| training | {training["steps"]} steps of {training["batch_size"]} crops of \
-{config["crop_size"]} voxels on {training["labelled_cases"]} labelled cases, \
-seed {training["seed"]} |
-| a scan is | seen by windows of {config["crop_size"]} voxels, overlap {segmenter.overlap}, \
-{"mirrored too" if segmenter.tta else "not mirrored"}; spacing and intensities as in config.json |
-
-## Scores
-
-Dice on the part {scores["part"]} of the labelled corpus. One run: one label draw and one start, so
-there is no interval.
-
-| written | class | label values | Dice | cases |
-| --- | --- | --- | --- | --- |
-{table}
-{doubt}
-## Data
-
-| source | volumes |
-| --- | --- |
-{sources}
-
-Licences, strictest first:
-
-{listed}
-
-`fingerprints.json` holds hashes of these volumes, those of pretraining among them.
-
-## Limits
-
-Trained for research; no medical device. On other scanners, protocols and patients than those it was
-scored on it may fail without a sign.
-"""

@@ -21,8 +21,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from finetune.intervals import Estimate
+from finetune.lines import Group, Line, Table
 from finetune.pages import data_uri
-from finetune.table import Group, Line, Table
 from pretrain.previews import PLANES, planes
 
 WIDTH = 10.4
@@ -102,29 +102,34 @@ def png(figure: Figure, dpi: int = 190) -> bytes:
 def draw_comparison(
     rows: Sequence[tuple[str, Estimate]],
     scores: dict[str, dict[tuple[str, str], float]],
+    main: Line,
+    shown: str = "Dice",
 ) -> str:
     """Differences with intervals beside the scores they come from.
 
     Args:
-        rows: name and difference in Dice points (pretrained minus scratch), from top to bottom.
-        scores: per arm, (case, seed) to Dice points.
+        rows: name and difference in the main metric (pretrained minus scratch), from top to bottom.
+        scores: per arm, (case, seed) to a score.
+        main: the line whose metric it is.
+        shown: which score of cases that is.
     """
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(WIDTH, 3.3), width_ratios=[1.55, 1], layout="constrained"
         )
-        _forest(left, rows)
-        _pairs(right, scores)
+        _forest(left, rows, main)
+        _pairs(right, scores, shown)
         return svg(figure)
 
 
-def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]]) -> None:
+def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]], main: Line) -> None:
     axis.axvline(0, color=INK, linewidth=1)
     for y, (_, value) in enumerate(reversed(rows)):
         first = y == len(rows) - 1
         if value.has_interval:
             clear = value.low > 0 or value.high < 0
-            colour = ARM_COLOURS["pretrained" if value.mean > 0 else "scratch"] if clear else FAINT
+            better = (value.mean > 0) == main.measures.higher_is_better
+            colour = ARM_COLOURS["pretrained" if better else "scratch"] if clear else FAINT
             axis.plot([value.low, value.high], [y, y], color=colour, linewidth=3.2 if first else 2)
         else:
             colour = FAINT
@@ -134,11 +139,11 @@ def _forest(axis: Axes, rows: Sequence[tuple[str, Estimate]]) -> None:
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="y", visible=False)
-    _centre_zero(axis, [value for _, value in rows])
-    axis.set_title("Difference in Dice: pretrained minus scratch")
+    _centre_zero(axis, [value for _, value in rows], main)
+    axis.set_title(f"Difference in {main.measures.title}: pretrained minus scratch")
 
 
-def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, str], float]]) -> None:
+def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, str], float]], shown: str) -> None:
     a, b = scores.get("pretrained", {}), scores.get("scratch", {})
     cells = sorted(a.keys() & b.keys())
     seeds = sorted({seed for _, seed in cells})
@@ -148,11 +153,12 @@ def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, str], float]]) -> None:
         x, y = [b[cell] for cell in chosen], [a[cell] for cell in chosen]
         axis.scatter(x, y, s=20, color=colour, alpha=0.75, linewidths=0, label=f"seed {seed}")
     values = [v for cell in cells for v in (a[cell], b[cell])] or [0.0, 100.0]
-    low, high = min(values) - 2, max(values) + 2
+    room = 2.0 if max(values) > 10 else 0.02 * (max(values) - min(values)) or 1.0
+    low, high = min(values) - room, max(values) + room
     axis.plot([low, high], [low, high], color=INK, linewidth=1)
     axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    axis.set_xlabel("scratch, Dice")
-    axis.set_ylabel("pretrained, Dice")
+    axis.set_xlabel(f"scratch, {shown}")
+    axis.set_ylabel(f"pretrained, {shown}")
     axis.set_title("Each case and seed")
     if 1 < len(seeds) <= 8:
         axis.legend(loc="upper left", handletextpad=0.1, borderpad=0.2)
@@ -165,63 +171,87 @@ def draw_table(table: Table) -> dict[str, bytes]:
 
 
 def draw_forest(table: Table) -> bytes | None:
-    """The deciding difference in Dice of every group with its interval, by data set, as a PNG."""
-    by_dataset: dict[str, list[tuple[Group, Estimate]]] = {}
+    """The deciding difference of every group with its interval, by data set, as a PNG.
+
+    Differences in another metric or unit have axes of their own.
+    """
+    panels: dict[str, list[tuple[Group, Estimate]]] = {}
     for group in table.groups:
         if (found := group.main.decides) is not None:
-            by_dataset.setdefault(group.dataset, []).append((group, found))
-    shown = [pair for pairs in by_dataset.values() for pair in pairs]
-    if not shown:
+            panels.setdefault(group.main.quantity, []).append((group, found))
+    if not panels:
         return None
-    height = 1.0 + 0.27 * (len(shown) + 1.2 * len(by_dataset))
+    heights = [
+        1.0 + 0.27 * (len(pairs) + 1.2 * len({group.dataset for group, _ in pairs}))
+        for pairs in panels.values()
+    ]
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(WIDTH, height), layout="constrained")
-        axis.axvline(0, color=INK, linewidth=1)
-        y, ticks = -1.2, {}
-        for dataset, pairs in by_dataset.items():
-            y += 1.2
-            ticks[y] = dataset
-            for group, value in pairs:
-                y += 1
-                ticks[y] = f"{group.checkpoint}, {group.n_labels} labels"
-                _effect(axis, y, value, group.main.verdict)
-        axis.set_ylim(y + 0.6, -0.7)
-        axis.set_yticks(list(ticks), list(ticks.values()))
-        for label, name in zip(axis.get_yticklabels(), ticks.values(), strict=True):
-            label.set_weight("bold" if name in by_dataset else "normal")
-        axis.tick_params(axis="y", length=0, labelcolor=INK)
-        axis.grid(axis="y", visible=False)
-        _centre_zero(axis, [value for _, value in shown])
-        own = any(group.main.own_is_stronger for group, _ in shown)
-        axis.set_title(f"Difference in Dice: pretrained minus {'the stronger ' * own}scratch")
+        figure, axes = plt.subplots(
+            len(panels), figsize=(WIDTH, sum(heights)), height_ratios=heights, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for axis, pairs in zip(axes.flat, panels.values(), strict=True):
+            _effects(axis, pairs)
         return png(figure)
 
 
-def _effect(axis: Axes, y: float, value: Estimate, verdict: str) -> None:
+def _effects(axis: Axes, shown: Sequence[tuple[Group, Estimate]]) -> None:
+    """The differences in one metric, one below the other."""
+    by_dataset: dict[str, list[tuple[Group, Estimate]]] = {}
+    for group, value in shown:
+        by_dataset.setdefault(group.dataset, []).append((group, value))
+    axis.axvline(0, color=INK, linewidth=1)
+    y, ticks = -1.2, {}
+    for dataset, pairs in by_dataset.items():
+        y += 1.2
+        ticks[y] = dataset
+        for group, value in pairs:
+            y += 1
+            ticks[y] = f"{group.checkpoint}, {group.n_labels} labels"
+            _effect(axis, y, value, group.main)
+    axis.set_ylim(y + 0.6, -0.7)
+    axis.set_yticks(list(ticks), list(ticks.values()))
+    for label, name in zip(axis.get_yticklabels(), ticks.values(), strict=True):
+        label.set_fontweight("bold" if name in by_dataset else "normal")
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    axis.grid(axis="y", visible=False)
+    main = shown[0][0].main
+    _centre_zero(axis, [value for _, value in shown], main)
+    stronger = "the stronger " * any(group.main.own_is_stronger for group, _ in shown)
+    axis.set_title(f"Difference in {main.measures.title}: pretrained minus {stronger}scratch")
+
+
+def _effect(axis: Axes, y: float, value: Estimate, line: Line) -> None:
     """A row of the forest, with its numbers beside the axes; hollow without an interval."""
+    verdict, form = line.verdict, f"+.{line.digits}f"
     colour = _VERDICT_COLOURS.get(verdict, FAINT)
     interval = "no interval"
     if value.has_interval:
         axis.plot([value.low, value.high], [y, y], color=colour, linewidth=2.4)
-        interval = f"{value.low:+.1f}, {value.high:+.1f}"
+        interval = f"{value.low:{form}}, {value.high:{form}}"
     inside = colour if value.has_interval else "white"
     axis.plot(value.mean, y, "D", color=colour, markersize=6, markerfacecolor=inside)
     axis.text(
-        1.01, y, f"{value.mean:+.1f} [{interval}]", transform=axis.get_yaxis_transform(),
+        1.01, y, f"{value.mean:{form}} [{interval}]", transform=axis.get_yaxis_transform(),
         va="center_baseline", color=_VERDICT_COLOURS.get(verdict, INK),
     )  # fmt: skip
 
 
-def _centre_zero(axis: Axes, values: Sequence[Estimate]) -> None:
-    """Differences on an axis with as much room on either side, which is said to be whose."""
+def _centre_zero(axis: Axes, values: Sequence[Estimate], line: Line) -> None:
+    """Differences on an axis with as much room on either side, which is said to be whose.
+
+    The pretrained arm's is the right one, also where lower is better.
+    """
     ends = [abs(v) for r in values for v in (r.low, r.high, r.mean) if not math.isnan(v)]
-    reach = 1.15 * max([*ends, 1.0])
-    axis.set_xlim(-reach, reach)
-    axis.set_xlabel("← scratch better | pretrained better →\nDice points, 95 % interval")
+    reach = 1.15 * max([*ends, 1.0 if line.unit == "points" else 1e-6])
+    sides = (-reach, reach) if line.measures.higher_is_better else (reach, -reach)
+    axis.set_xlim(*sides)
+    unit = f"{line.measures.title} points" if line.unit == "points" else line.quantity
+    axis.set_xlabel(f"← scratch better | pretrained better →\n{unit}, 95 % interval")
 
 
 def draw_label_curves(table: Table) -> bytes | None:
-    """Dice of the arms against the number of labels with 95 % bands, as a PNG.
+    """The main score of the arms against the number of labels with 95 % bands, as a PNG.
 
     A panel for each data set, checkpoint and protocol with two numbers of labels at least. Where a
     number of labels has several recipes, no line can be drawn through them, and there is no panel.
@@ -234,6 +264,7 @@ def draw_label_curves(table: Table) -> bytes | None:
                 group.main.checkpoint_digest,
                 group.checkpoint,
                 group.main.protocol,
+                group.main.quantity,
             )
             panels.setdefault(key, []).append(group)
     panels = {
@@ -251,7 +282,7 @@ def draw_label_curves(table: Table) -> bytes | None:
         )
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        for axis, ((dataset, _, checkpoint, protocol), found) in zip(
+        for axis, ((dataset, _, checkpoint, protocol, _), found) in zip(
             axes.flat, panels.items(), strict=False
         ):
             _label_curves(axis, [group.main for group in found])
@@ -287,7 +318,8 @@ def _label_curves(axis: Axes, lines: Sequence[Line]) -> None:
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.minorticks_off()
     axis.set_xlabel("labelled cases")
-    axis.set_ylabel("Dice, 95 % band")
+    title = lines[0].measures.title if lines[0].unit == "points" else lines[0].quantity
+    axis.set_ylabel(f"{title}, 95 % band")
 
 
 def draw_losses(pretraining: Curve | None, finetuning: Sequence[Curve]) -> str:

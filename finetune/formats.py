@@ -1,7 +1,7 @@
 """The table as files: Markdown and HTML to read, LaTeX for a paper, CSV and JSON to compute with.
 
-Markdown and HTML show the same columns with the same digits; LaTeX has the main lines, Dice over
-all classes; CSV and JSON have every number in full.
+Markdown and HTML show the same columns with the same digits; LaTeX has the main lines, such as Dice
+over all classes; CSV and JSON have every number in full.
 """
 
 from __future__ import annotations
@@ -18,17 +18,9 @@ from data_prep.files import make_folder, write_bytes, write_json, write_text
 from finetune.anchor import ANCHOR
 from finetune.budget import MARGIN
 from finetune.intervals import Estimate
+from finetune.lines import BETTER, UNCLEAR, WORSE, Line, Table
 from finetune.pages import data_uri, render
-from finetune.table import (
-    BETTER,
-    METRICS,
-    NOTHING,
-    UNCLEAR,
-    WORSE,
-    Line,
-    Table,
-    read_table,
-)
+from finetune.table import NOTHING, read_table
 
 WORDS = (
     "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "verdict",
@@ -39,7 +31,7 @@ EXPLAIN = (
     "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
     "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
-    "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
+    "the difference to it. p: of the deciding difference in {main}, adjusted over the data sets "
     "of a checkpoint at one number of labels; where it is 0.05 or more, no arm is called better. "
     "One checkpoint supports a claim about this checkpoint only."
 )
@@ -51,7 +43,7 @@ EXPLAIN_ANCHOR = (
 
 PICTURES = {
     "forest.png": "The difference that each verdict is about, with its 95 % interval.",
-    "label_curves.png": "Dice against the number of labelled cases, means with 95 % bands.",
+    "label_curves.png": "The main score against the number of labelled cases, with 95 % bands.",
 }
 """Pictures of a table by file name, with what they show."""
 
@@ -151,13 +143,17 @@ def latex(table: Table) -> str:
     """A `tabular` with the main lines, for any document that loads booktabs."""
     mains = [group.main for group in table.groups]
     arms, varied = _arms(table), _varied(table)
+    quantities = list(dict.fromkeys(line.quantity for line in mains))
+    metric = len(quantities) > 1  # else it stands above the table
     names = ["Data set", *map(str.capitalize, varied), "Labels", "Checkpoint"]
+    names += ["Metric"] * metric
     names += [arm if arm == ANCHOR else arm.capitalize() for arm in arms]
     rows = [
         [
             _escaped(line.dataset),
             *(_escaped(getattr(line, name)) for name in varied),
             *map(_escaped, (_count(line.n_labels), _checkpoint(line))),
+            *([_escaped(line.quantity)] if metric else []),
             *(_in_math(show(line)) for show in arms.values()),
             _MARKS.get(line.verdict, "?") + "$^*$" * (line.still_gains > MARGIN),
         ]
@@ -169,11 +165,13 @@ def latex(table: Table) -> str:
     legend = [f"{mark}: {' or '.join(said)}" for mark, said in verdicts.items()]
     legend += ["$^*$: not converged"] * any(line.still_gains > MARGIN for line in mains)
     legend += [_escaped(said) for said in _marked(mains)]
+    told = [f"{line.measures.title} in {line.unit}" for line in mains]
+    measured = _escaped(" or ".join(dict.fromkeys(told)) or "Dice in points")
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}; for the caption:",
-            rf"% Dice in points, mean and 95\,\% interval. {'; '.join(legend)}.",
-            rf"\begin{{tabular}}{{l {'l ' * len(varied)}r l {'r ' * len(arms)}c}}",
+            rf"% {measured}, mean and 95\,\% interval. {'; '.join(legend)}.",
+            rf"\begin{{tabular}}{{l {'l ' * len(varied)}r l {'l ' * metric}{'r ' * len(arms)}c}}",
             r"\toprule",
             " & ".join(names) + r" & \\",
             r"\midrule",
@@ -193,7 +191,7 @@ def csv_text(table: Table) -> str:
     parts = ("mean", "low", "high", "cases", "units", "draws")
     arms = ("pretrained", "scratch", "difference", "own", "against_own", "anchor")
     more = ("improved", "median", "adjusted_p", "still_gains")
-    told = ("split", "protocol", "recipe", "leakage")
+    told = ("split", "protocol", "recipe", "leakage", "unit")
     estimates = [f"{arm}_{part}" for arm in arms for part in parts]
     writer.writerow([*plain, *told, *estimates, *more, "verdict"])
     for line in table.lines:
@@ -208,7 +206,6 @@ def csv_text(table: Table) -> str:
 
 def _records(table: Table) -> list[dict[str, str]]:
     """Column to text, of each line."""
-    titles = {metric.name: f"{metric.title} ({metric.unit})" for metric in METRICS}
     arms = _arms(table)
     varied = _varied(table)
     records = []
@@ -220,14 +217,14 @@ def _records(table: Table) -> list[dict[str, str]]:
                 **{name: getattr(line, name) for name in varied},
                 "labels": _count(line.n_labels),
                 "checkpoint": _checkpoint(line),
-                "metric": titles[line.metric],
+                "metric": line.quantity,
                 "class": line.class_name,
                 **{name: show(line) for name, show in arms.items()},
                 "cases": str(basis.cases),
                 "subjects": str(basis.units),
                 "seeds": str(basis.draws),
                 "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
-                "median": "–" if math.isnan(line.median) else f"{line.median:+.1f}",
+                "median": "–" if math.isnan(line.median) else f"{line.median:+.{line.digits}f}",
                 "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",
                 "verdict": line.verdict + ", not converged" * (line.still_gains > MARGIN),
             }
@@ -260,13 +257,15 @@ def _same(table: Table) -> list[str]:
 def _arms(table: Table) -> dict[str, Callable[[Line], str]]:
     """The columns of arms and differences that the table has, and how a line shows them."""
     arms: dict[str, Callable[[Line], str]] = {
-        "pretrained": lambda line: cell(line.pretrained),
-        "scratch": lambda line: cell(line.scratch),
-        "difference": lambda line: cell(line.difference, sign=True),
+        "pretrained": lambda line: cell(line.pretrained, digits=line.digits),
+        "scratch": lambda line: cell(line.scratch, digits=line.digits),
+        "difference": lambda line: cell(line.difference, sign=True, digits=line.digits),
     }
     if any(line.own is not None for line in table.lines):
-        arms["scratch, own best"] = lambda line: cell(line.own)
-        arms["difference to it"] = lambda line: cell(line.against_own, sign=True)
+        arms["scratch, own best"] = lambda line: cell(line.own, digits=line.digits)
+        arms["difference to it"] = lambda line: cell(
+            line.against_own, sign=True, digits=line.digits
+        )
     if _anchored(table):
         arms[ANCHOR] = lambda line: f"{line.anchor.mean:.1f}" if line.anchor else "–"
     return arms
@@ -279,7 +278,9 @@ def _anchored(table: Table) -> bool:
 def _explain(table: Table) -> str:
     marks = [f"{said}." for said in _marked(table.lines)]
     anchor = [EXPLAIN_ANCHOR] if _anchored(table) else []
-    return " ".join([EXPLAIN, *marks, *anchor, *_same(table)])
+    mains = dict.fromkeys(group.main.measures.title for group in table.groups)
+    explain = EXPLAIN.format(main=" or ".join(mains) or "Dice")
+    return " ".join([explain, *marks, *anchor, *_same(table)])
 
 
 def _checkpoint(line: Line) -> str:
@@ -305,11 +306,11 @@ def _count(n_labels: int) -> str:
     return str(n_labels) if n_labels >= 0 else "–"
 
 
-def cell(value: Estimate | None, sign: bool = False) -> str:
+def cell(value: Estimate | None, sign: bool = False, digits: int = 1) -> str:
     """An estimate as text: mean and interval."""
     if value is None or math.isnan(value.mean):
         return "–"
-    form = "+.1f" if sign else ".1f"
+    form = f"{'+' * sign}.{digits}f"
     if not value.has_interval:
         return f"{value.mean:{form}} [no interval]"
     return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"

@@ -159,11 +159,11 @@ def estimate(scores: Floats, cases: int | None = None) -> Estimate:
     units, draws = scores.shape
     cases = units if cases is None else cases
     if units == 0 or draws == 0:
-        return _without_interval(math.nan, cases, units, draws, "no scored case")
+        return without_interval(math.nan, cases, units, draws, "no scored case")
     mean = float(scores.mean())
     note = _too_few(units, draws)
     if note:
-        return _without_interval(mean, cases, units, draws, note)
+        return without_interval(mean, cases, units, draws, note)
     return _with_interval(mean, spread(scores), _deviations(scores), (cases, units, draws, 1))
 
 
@@ -184,13 +184,13 @@ def estimate_folds(folds: Sequence[Floats], cases: int | None = None) -> Estimat
     units, draws = int(sizes.sum()), min(fold.shape[1] for fold in folds)
     cases = units if cases is None else cases
     if 0 in sizes or draws == 0:
-        return _without_interval(math.nan, cases, units, draws, "a fold has no scored case")
+        return without_interval(math.nan, cases, units, draws, "a fold has no scored case")
     means, shares = np.array([fold.mean() for fold in folds]), sizes / units
     mean, k = float(shares @ means), len(folds)
     note = "" if k >= MIN_FOLDS else f"an interval needs {MIN_FOLDS} folds"
     note = note or _too_few(units, MIN_DRAWS)
     if note:
-        return replace(_without_interval(mean, cases, units, draws, note), folds=k)
+        return replace(without_interval(mean, cases, units, draws, note), folds=k)
     variance = k / (k - 1) * np.sum((shares * (means - mean)) ** 2)
     found = Spread(np.asarray(variance), (np.ones(()),), (k - 1,))
     nothing = (math.nan, math.nan, math.nan)
@@ -220,7 +220,7 @@ def estimate_recipe(
     if pretrainings == 1:
         return estimate(scores[0], cases)
     if 0 in scores.shape:
-        return _without_interval(math.nan, cases, units, n_draws, "no scored case", pretrainings)
+        return without_interval(math.nan, cases, units, n_draws, "no scored case", pretrainings)
     mean = float(scores.mean())
     # Own draws need not be many: how the checkpoints' means vary holds them.
     note = _too_few(units, n_draws if draws == "shared" else MIN_DRAWS)
@@ -230,7 +230,7 @@ def estimate_recipe(
             "each checkpoint has its own"
         )
     if note:
-        return _without_interval(mean, cases, units, n_draws, note, pretrainings)
+        return without_interval(mean, cases, units, n_draws, note, pretrainings)
     by_checkpoint = scores.mean(axis=2).T  # [units, pretraining seeds]
     found = spread(by_checkpoint) if draws == "own" else crossed_spread(scores)
     deviations = _deviations(by_checkpoint)
@@ -336,9 +336,10 @@ def _too_few(units: int, draws: int) -> str:
     return f"an interval needs {MIN_UNITS} subjects" if units < MIN_UNITS else ""
 
 
-def _without_interval(
+def without_interval(
     mean: float, cases: int, units: int, draws: int, note: str, pretrainings: int = 1
 ) -> Estimate:
+    """A mean alone; `note` says why."""
     return Estimate(mean, math.nan, math.nan, cases, units, draws, note, pretrainings=pretrainings)
 
 

@@ -1,8 +1,8 @@
 """What finetuning does in a way of its own for each kind of task; train.py does all the rest.
 
-A kind is asked, in this order: does the corpus fit the task, which training cases can be used, which
-network is to be trained, on which crops, what is watched meanwhile, and at the end for the network
-as a file, the answers to the test cases and their rows.
+A kind is asked, in this order: does the corpus fit the task, which training cases can be used,
+which network is to be trained, on which crops, what is watched meanwhile, and at the end for the
+network as a file, the answers to the test cases and their rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.plan import Plan
 from finetune.pooled import Pooled, pooled, standard
 from finetune.probes import fit_probe
 from finetune.rows import Row
-from finetune.scan_metrics import headline
+from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter
@@ -226,9 +226,7 @@ class Segmenting(Kind):
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
         """Label maps in predictions/, and their rows."""
         corpus, segmenter = plan.corpus, self._segmenter(plan, model)
-        write_network(
-            segmenter, plan.release.config["backbone"], self.settings.decoder, run.path
-        )
+        write_network(segmenter, plan.release.config["backbone"], self.settings.decoder, run.path)
         folder = run.path / "predictions"
         folder.mkdir(exist_ok=True)
 
@@ -288,7 +286,7 @@ class Answering(Kind):
         return tuple(name for i, name in enumerate(self.task.classes) if i not in present)
 
     def network(self, encoder: Backbone, targets: dict[str, float]) -> Pooled:
-        """An encoder with a head on its pooled features, which knows the training cases' targets."""
+        """An encoder with a head on its pooled features."""
         return pooled(self.task, encoder, self.settings.decoder, targets)
 
     def crops(self) -> dict[str, Any]:
@@ -323,7 +321,7 @@ class Answering(Kind):
 
     def told(self, rows: Sequence[Row]) -> str:
         """The main score."""
-        return headline(rows)
+        return score_in_words(rows)
 
     def look(self, model: Supervised, batch: Batch) -> Tensor:
         """Answers."""

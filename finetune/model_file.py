@@ -57,9 +57,7 @@ def write_network(
     network: Finetuned, backbone: dict[str, Any], decoder: DecoderKind, folder: Path
 ) -> None:
     """Writes model.safetensors and model.json into a run folder; `load_network` reads them."""
-    facts = TaskFacts(
-        task=network.task, decoder=decoder, overlap=network.overlap, tta=network.tta
-    )
+    facts = TaskFacts(task=network.task, decoder=decoder, overlap=network.overlap, tta=network.tta)
     state = network.model.state_dict()
     weights = {name: value.contiguous().cpu() for name, value in state.items()}
     write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))

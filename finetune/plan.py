@@ -62,7 +62,8 @@ class Plan:
     def origin(self) -> Origin:
         """Where rows of the run come from."""
         settings, release, pretrained = self.settings, self.release, self._pretrained
-        training = release.config["training"]
+        made = release.config["training"] if pretrained else {}
+        pretraining = str(made.get("recipe_hash", ""))
         return Origin(
             arm=settings.arm,
             protocol=settings.protocol,
@@ -72,7 +73,8 @@ class Plan:
             seed=settings.seed,
             label_seed=self.label_seed,
             init_seed=settings.seed,
-            pretrain_seed=int(training.get("seed", -1)) if pretrained else -1,
+            pretrain_seed=int(made.get("seed", -1)),
+            pretrain_recipe=pretraining and f"{pretraining}/{self.transfer}",
             steps=settings.steps,
             checkpoint=self.checkpoint,
             checkpoint_digest=release.digest if pretrained else "",

@@ -14,7 +14,11 @@ from data_prep.files import make_folder
 from data_prep.layouts.case import is_image
 from data_prep.progress import bar
 from data_prep.volume import Reject, Volume, as_known, read_channels, write_nifti
-from finetune.segmenter import Segmenter, load_segmenter
+from finetune.answerer import Answerer
+from finetune.answers import read_answers, write_answers
+from finetune.finetuned import Finetuned
+from finetune.model_file import load_network
+from finetune.segmenter import Segmenter
 from finetune.settings import PredictSettings
 
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
@@ -23,7 +27,10 @@ CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.
 
 @dataclass(frozen=True)
 class Predicted:
-    """What `predict` did: files written, and per input left out the reason."""
+    """What `predict` did: files written, and per input left out the reason.
+
+    Of a network that answers for whole scans, `written` and `there` are scans with an answer.
+    """
 
     written: list[Path] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -34,7 +41,8 @@ class Predicted:
 def predict(settings: PredictSettings) -> Predicted:
     """Segments every scan below a folder; results keep the names and the geometry of the inputs.
 
-    What cannot be read is left out, and the rest is done.
+    A network that answers for whole scans gives a row of answers.csv for each instead. What cannot
+    be read is left out, and the rest is done.
 
     A network of several channels takes NAME_0000.nii.gz, NAME_0001.nii.gz, ... on one grid for a
     case, and its result is NAME.nii.gz.
@@ -59,39 +67,58 @@ def predict(settings: PredictSettings) -> Predicted:
     if device == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda: this machine has no GPU; take device=auto or device=cpu")
         device = "cpu"
-    segmenter = attempt(problems, load_segmenter, settings.ckpt, device=device)
-    if problems or segmenter is None:
+    network = attempt(problems, load_network, settings.ckpt, device=device)
+    if problems or network is None:
         raise InputError(problems)
     make_folder(output, "output")
-    segmenter = replace(
-        segmenter,
-        tta=segmenter.tta if settings.tta is None else settings.tta,
+    network = replace(
+        network,
+        tta=network.tta if settings.tta is None else settings.tta,
         precision=settings.precision,
         window_batch=settings.window_batch,
     )
     names = [file.relative_to(source) for file in files]
-    cases, left_out = _cases(names, segmenter.channels)
+    cases, left_out = _cases(names, network.channels)
     found = Predicted(left_out=left_out)
-    for name, channels in bar(iterable=cases.items(), desc="predict", unit="scan"):
-        target = output / name
-        if settings.resume and target.is_file():
-            found.there.append(target)
-            continue
-        try:
-            volume = _read([source / one for one in channels], segmenter)
-        except Reject as reject:
-            left_out[str(name)] = str(reject)
-            continue
-        except Exception as error:
-            # A header that no reader foresaw must not stop the folder.
-            left_out[str(name)] = f"unreadable: {type(error).__name__}: {error}"
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_nifti(segmenter.label_values(segmenter.segment(volume)), volume.native, target)
-        found.written.append(target)
+    kept = _answers(output, network, resume=settings.resume)
+    try:
+        for name, channels in bar(iterable=cases.items(), desc="predict", unit="scan"):
+            target = output / name
+            if settings.resume and (target.is_file() if kept is None else str(name) in kept):
+                found.there.append(target)
+                continue
+            try:
+                volume = _read([source / one for one in channels], network)
+            except Reject as reject:
+                left_out[str(name)] = str(reject)
+                continue
+            except Exception as error:
+                # A header that no reader foresaw must not stop the folder.
+                left_out[str(name)] = f"unreadable: {type(error).__name__}: {error}"
+                continue
+            if isinstance(network, Answerer):
+                assert kept is not None
+                kept[str(name)] = network.answer(volume).tolist()
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                labels = network.label_values(network.segment(volume))
+                write_nifti(labels, volume.native, target)
+            found.written.append(target)
+    finally:  # an interrupted folder keeps the answers that it has
+        if isinstance(network, Answerer) and kept:
+            write_answers(output, "file", network.task, kept)
     if not found.written and not found.there:
         raise InputError([f"{source / name}: {why}" for name, why in left_out.items()])
     return found
+
+
+def _answers(
+    output: Path, network: Segmenter | Answerer, *, resume: bool
+) -> dict[str, list[float]] | None:
+    """Answers that are there already, for a network that gives any; None for one of label maps."""
+    if isinstance(network, Segmenter):
+        return None
+    return read_answers(output, "file", network.task) if resume else {}
 
 
 def _cases(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]], dict[str, str]]:
@@ -122,5 +149,5 @@ def _cases(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]]
     return cases, left_out
 
 
-def _read(files: Sequence[Path], segmenter: Segmenter) -> Volume:
-    return as_known(read_channels(files), segmenter.modalities)
+def _read(files: Sequence[Path], network: Finetuned) -> Volume:
+    return as_known(read_channels(files), network.modalities)

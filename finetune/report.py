@@ -32,20 +32,14 @@ from finetune.figures import (
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
+from finetune.lines import ALL_CLASSES, SEEN, UNDEFINED, Group, Line, Table
 from finetune.pages import data_uri, render
 from finetune.rows import Row, read_rows
+from finetune.scan_metrics import score_in_words
+from finetune.scan_task import ScanTask
 from finetune.segmentation import class_table
-from finetune.settings import TaskSettings
-from finetune.table import (
-    ALL_CLASSES,
-    METRICS,
-    NOTHING,
-    SEEN,
-    Group,
-    Line,
-    Table,
-    find_rows,
-)
+from finetune.settings import TaskSettings, choose_task
+from finetune.table import NOTHING, find_rows
 
 MAX_BYTES = 10_000_000
 _TONES = {"pretrained better": "better", "scratch better": "worse"}
@@ -158,6 +152,7 @@ def _group(group: Group) -> dict[str, Any]:
         SEEN: "Every test case was seen in pretraining",
         "no scratch twin": "No scratch twin, no verdict",
         "no pretrained arm": "Only the scratch arm",
+        UNDEFINED: f"{line.measures.title} is not defined",
     }.get(line.verdict, line.verdict.capitalize())
     comparison = None
     if line.difference is not None:
@@ -165,16 +160,18 @@ def _group(group: Group) -> dict[str, Any]:
         rows = [
             (names.get(one.class_name, one.class_name), one.difference)
             for one in group.lines
-            if one.metric == "dsc" and one.difference is not None
+            if one.metric == line.metric and one.difference is not None
         ]
         if line.against_own is not None:
             rows.insert(1, ("all classes, to own best", line.against_own))
-        comparison = draw_comparison(rows, group.scores)
+        comparison = draw_comparison(rows, group.scores, line, group.shown)
     return {
         "dataset": group.dataset,
         "n_labels": group.n_labels,
         "checkpoint": group.checkpoint,
         "headline": headline,
+        "measured": f"{line.measures.title}, {line.unit}",
+        "scored": "one answer each" if line.measures.of_scans else "every class, native grid",
         "tone": _TONES.get(line.verdict, "unclear"),
         "why": _why(line),
         **_arms(line),
@@ -187,12 +184,13 @@ def _group(group: Group) -> dict[str, Any]:
 
 def _arms(line: Line) -> dict[str, dict[str, str] | None]:
     """The arms and their differences; None stands for a third arm that is not there."""
+    own = line.own is not None
     return {
-        "difference": _number(line.difference, sign=True),
-        "pretrained": _number(line.pretrained),
-        "scratch": _number(line.scratch),
-        "own": None if line.own is None else _number(line.own),
-        "against_own": None if line.own is None else _number(line.against_own, sign=True),
+        "difference": _number(line.difference, line.digits, sign=True),
+        "pretrained": _number(line.pretrained, line.digits),
+        "scratch": _number(line.scratch, line.digits),
+        "own": _number(line.own, line.digits) if own else None,
+        "against_own": _number(line.against_own, line.digits, sign=True) if own else None,
     }
 
 
@@ -208,21 +206,20 @@ def _why(line: Line) -> str:
     return f"The 95 % interval {which}lies on one side of zero."
 
 
-def _number(value: Estimate | None, sign: bool = False) -> dict[str, str]:
+def _number(value: Estimate | None, digits: int, sign: bool = False) -> dict[str, str]:
     if value is None or math.isnan(value.mean):
         return {"mean": "–", "interval": ""}
-    form = "+.1f" if sign else ".1f"
+    form = f"{'+' * sign}.{digits}f"
     interval = f"{value.low:{form}} to {value.high:{form}}" if value.has_interval else "no interval"
     minus = str.maketrans("-", "−")
     return {"mean": f"{value.mean:{form}}".translate(minus), "interval": interval.translate(minus)}
 
 
 def _line(line: Line) -> dict[str, Any]:
-    metric = next(m for m in METRICS if m.name == line.metric)
     basis = line.difference or line.pretrained or line.scratch or NOTHING
     return {
-        "metric": metric.title,
-        "unit": metric.unit,
+        "metric": line.measures.title,
+        "unit": line.unit,
         "class_name": "all classes" if line.class_name == ALL_CLASSES else line.class_name,
         "overall": line.class_name == ALL_CLASSES,
         **_arms(line),
@@ -287,6 +284,9 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
     if not lead or not Path(lead[0].facts["corpus"]["path"]).is_dir():
         return None
     first = lead[0]
+    task = choose_task(first.config["task"])
+    if isinstance(task, ScanTask):
+        return None  # nothing that could be drawn
     chosen = {first.arm: first}
     for arm in ("scratch", "scratch-own"):
         for run in runs:
@@ -298,7 +298,6 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
     if not ranked:
         return None
     picks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    task = TaskSettings.model_validate(first.config["task"])
     corpus = Corpus.open(first.facts["corpus"]["path"])
     overlays = [
         _overlay(corpus, key, f"{name} case", chosen, means, task)
@@ -357,7 +356,7 @@ def _overlay(
 
 def _run_line(run: _Run) -> dict[str, Any]:
     head = run.rows[0]
-    means = _case_means(run.rows)
+    means, scans = _case_means(run.rows), any(math.isfinite(row.truth) for row in run.rows)
     report = run.path / "load_report.json"
     covered = json.loads(report.read_text()).get("covered", 0.0) if report.exists() else 0.0
     return {
@@ -366,11 +365,19 @@ def _run_line(run: _Run) -> dict[str, Any]:
         "labels": head.n_labels,
         "seed": head.seed,
         "steps": head.steps,
-        "dice": f"{np.mean(list(means.values())):.1f}" if means else "–",
-        "cases": len(means),
+        "score": _run_score(run.rows),
+        "cases": len({row.case for row in run.rows}) if scans else len(means),
         "missed": sum(row.outcome == "missed" for row in run.rows),
         "loaded": f"{covered:.0%}",
     }
+
+
+def _run_score(rows: list[Row]) -> str:
+    """The main score of a run in words."""
+    if any(math.isfinite(row.truth) for row in rows):
+        return score_in_words(rows)
+    means = _case_means(rows)
+    return f"Dice {np.mean(list(means.values())):.1f}" if means else "–"
 
 
 def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
@@ -395,6 +402,11 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
         ", ".join(f"{name} {version}" for name, version in run.facts["versions"].items())
         for run in runs
     ]
+    tolerances = [
+        f"{r.class_name} {r.nsd_tolerance_mm:g} mm"
+        for r in rows
+        if math.isfinite(r.nsd_tolerance_mm)
+    ]
     facts = [
         ("Checkpoint", values(checkpoints)),
         ("Leakage", "; ".join(said[kind] for kind in sorted(leakage))),
@@ -404,7 +416,7 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
         ("Labelled cases", values([r.n_labels for r in heads])),
         ("Label draws (seeds)", values(sorted({r.label_seed for r in heads}))),
         ("Network", values(sizes)),
-        ("Surface Dice at", values([f"{r.class_name} {r.nsd_tolerance_mm:g} mm" for r in rows])),
+        ("Surface Dice at", values(tolerances)),
         ("Versions", values(versions)),
     ]
     return [(name, value) for name, value in facts if value]

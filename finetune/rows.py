@@ -18,8 +18,8 @@ from data_prep.errors import InputError
 from data_prep.files import write_text
 
 ROW_FORMAT = 2
-OPTIONAL = ("truth", "answer", "unit")
-"""Columns that came to format 2 later; a file without them is of segmentation."""
+LATER = frozenset({"pretrain_recipe", "truth", "answer", "unit"})
+"""Columns that files of this format may lack: they came later, and their defaults are right."""
 ARMS = ("pretrained", "scratch", "scratch-own", "external")
 
 
@@ -34,6 +34,8 @@ class Row:
     that were made elsewhere. `config_hash` covers all that arms share: everything but the arm, the
     checkpoint's weights and the draws. `recipe_hash` covers what was trained: it is the same for
     twins, and scratch-own has another. `protocol` is the name that the recipe goes by.
+    `pretrain_recipe` is a hash of all that checkpoints of one recipe share, which differ in
+    `pretrain_seed`; empty where the checkpoint does not say how it was made.
     Scores are those of `metrics.Score`; lesion counts are -1 where lesions are not counted.
 
     Rows of tasks of whole scans have no scores but `truth` and `answer`: of a classification 1 or 0
@@ -79,6 +81,7 @@ class Row:
     lesion_f1: float = math.nan
     lesion_rq: float = math.nan
     lesion_pq: float = math.nan
+    pretrain_recipe: str = ""
     truth: float = math.nan
     answer: float = math.nan
     unit: str = ""
@@ -126,8 +129,9 @@ def read_rows(path: Path) -> list[Row]:
             "again; to compare arms, remove the run's folder and start the same finetune command"
         )
     fields = dataclasses.fields(Row)
-    absent = [f.name for f in fields if f.name not in (reader.fieldnames or [])]
-    if missing := [name for name in absent if name not in OPTIONAL]:
+    columns = set(reader.fieldnames or ())
+    missing = [f.name for f in fields if f.name not in columns | LATER]
+    if missing:
         raise InputError(
             f"{path}: columns {', '.join(missing)} are missing; "
             f"expected rows of format {ROW_FORMAT} as finetune and evaluate write them"
@@ -135,8 +139,8 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for line, record in enumerate(records, start=2):
         try:
-            known = {f.name: str(f.type) for f in fields if f.name not in absent}
-            rows.append(Row(**{name: _parsed(record[name], kind) for name, kind in known.items()}))
+            given = [f for f in fields if f.name in columns]
+            rows.append(Row(**{f.name: _parsed(record[f.name], str(f.type)) for f in given}))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {line}: {error}") from error
     return rows

@@ -34,7 +34,8 @@ RECIPE_VERSION = 2
 
 FREE = frozenset(
     {
-        "corpus", "ckpt", "targets", "init", "seed", "label_seed", "split", "run", "runs", "trainer",
+        "corpus", "ckpt", "targets", "init", "seed", "label_seed", "split", "run", "runs",
+        "trainer",
         "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
         "recipe_of", "own", "search", "window_batch",
         "validations",

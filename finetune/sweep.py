@@ -41,8 +41,10 @@ from data_prep.files import make_folder, write_text
 from data_prep.preprocess import resampled_shape, spacing_factors
 from data_prep.progress import bar
 from finetune.infer import starts
+from finetune.kinds import device_of, kind_of
+from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
-from finetune.train import Plan, build_model, device_of, is_finished, make_plan
+from finetune.train import build_model, is_finished, make_plan
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 
@@ -343,8 +345,9 @@ def cost(jobs: Sequence[Job], at_once: int) -> Cost:
         positions = [plan.corpus.position(key) for key in plan.test.keys]
         shapes = [plan.corpus.shapes[i][1:] for i in positions]
         seconds += plan.settings.steps * step + window * sum(_windows(plan, i) for i in positions)
+        voxels = 0 if plan.targets else sum(math.prod(map(int, s)) for s in shapes)
         # Label maps compress to about a fiftieth of a byte per voxel.
-        kept += 4 * parameters + sum(math.prod(map(int, s)) for s in shapes) // 50
+        kept += 4 * parameters + voxels // 50
         largest = max(largest, 4 * parameters)
     return Cost(seconds, at_once, kept, at_once * 2 * 3 * largest)
 
@@ -382,6 +385,7 @@ def _measure(plan: Plan) -> tuple[float, float, int]:
         torch.ones(micro, 1, *chosen.crop_size, dtype=torch.bool, device=device),
         torch.ones(micro, 3, device=device),
         torch.arange(micro, device=device),
+        [plan.train_keys[0]] * micro,
         label=torch.zeros(micro, *chosen.crop_size, dtype=torch.int64, device=device),
     )
 
@@ -400,7 +404,7 @@ def _measure(plan: Plan) -> tuple[float, float, int]:
     try:
         step = timed(lambda: model(batch, 0.5).loss.backward())
         with torch.inference_mode():
-            window = timed(lambda: model.logits(batch.image[:1]))
+            window = timed(lambda: kind_of(chosen).look(model, batch))
     finally:
         torch.set_num_threads(threads)
     return step, window, sum(p.numel() for p in model.parameters())

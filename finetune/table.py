@@ -4,7 +4,8 @@ Rows meet in a group when they share data set, split, labels and recipe (`config
 group, each checkpoint's pretrained arm is compared with the scratch twin, case by case and draw
 by draw. Scores are averaged in this order: classes of a case, cases of a subject, subjects and
 draws. A class that is absent from truth and prediction has no score and is not averaged; cases
-that the checkpoint has seen in pretraining are left out and counted.
+that the checkpoint has seen in pretraining are left out and counted. Answers for whole scans are
+compared in the same way (`scan_metrics`).
 """
 
 from __future__ import annotations
@@ -13,159 +14,69 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
-from finetune.comparisons import holm_by_family, median_difference, share_improved, suitability
-from finetune.intervals import Estimate, estimate, estimate_folds
-from finetune.rows import Row, read_rows
-
-ALL_CLASSES = "mean"
-ELSEWHERE = "predicted elsewhere"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a column of the rows is reported."""
-
-    name: str
-    title: str
-    scale: float
-    unit: str
-    higher_is_better: bool
-    best: float
-    """The end of the scale that no interval of a mean goes beyond."""
-    of_lesions: bool = False
-    """Whether only classes that are made of lesions have it."""
-
-
-METRICS = (
-    Metric("dsc", "Dice", 100.0, "points", True, 100.0),
-    Metric("nsd", "Surface Dice", 100.0, "points", True, 100.0),
-    Metric("hd95", "HD95", 1.0, "mm", False, 0.0),
-    Metric("assd", "ASSD", 1.0, "mm", False, 0.0),
-    Metric("volume_difference_ml", "Volume difference", 1.0, "ml", False, 0.0),
-    Metric("lesion_f1", "Lesion F1", 100.0, "points", True, 100.0, of_lesions=True),
-    Metric("lesion_pq", "Lesion PQ", 100.0, "points", True, 100.0, of_lesions=True),
+from finetune.cells import (
+    Parts,
+    Scores,
+    case_scores,
+    complete_cases,
+    invented_structures,
+    mean_scores,
+    score_cube,
+    score_differences,
+    score_matrix,
+    subjects_of,
 )
-
-
-Scores = dict[tuple[str, str], float]
-"""(case, draw) to a score."""
-
-BETTER, WORSE, UNCLEAR = "pretrained better", "scratch better", "no clear difference"
-LEVEL = 0.05
+from finetune.comparisons import holm_by_family, median_difference, share_improved
+from finetune.intervals import (
+    LEVEL,
+    Estimate,
+    estimate,
+    estimate_folds,
+    estimate_recipe,
+    without_interval,
+)
+from finetune.lines import (
+    ALL_CLASSES,
+    BETTER,
+    CLASSIFICATION,
+    ELSEWHERE,
+    SEEN,
+    UNCLEAR,
+    UNDEFINED,
+    WORSE,
+    Group,
+    Line,
+    Metric,
+    Table,
+    metrics_of,
+    shown_digits,
+)
+from finetune.notes import (
+    LabelDraw,
+    label_draw,
+    missed_or_invented,
+    power_of,
+    too_few_of_a_class,
+    unpaired,
+    unsuitable,
+    what_leaked,
+    without_label,
+)
+from finetune.rows import Row, read_rows
 
 Run = tuple[str, ...]
 """What tells a run among others: data set, split, labels, recipe, arm, draw."""
-LabelDraw = tuple[str, str, str, int]
-"""Data set, split hash, labels and label seed."""
-
-SEEN = "tainted"
-"""The verdict where pretraining has seen every test case."""
-
 NOTHING = estimate(np.empty((0, 0)), 0)
 """What is known where every case had to be left out."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One comparison: a checkpoint against its scratch twin in one metric and class.
-
-    `class_name` is "mean" for the mean over classes. Estimates are in the metric's reported unit
-    (Dice points, mm); `difference` is pretrained minus its scratch twin, `against_own` pretrained
-    minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
-    of subjects that gain over the twin, `median` the median over subjects of the difference to it.
-    `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share.
-    `still_gains` is what the last quarter of training gained on validation, in Dice points and in
-    the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
-    `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no interval.
-    `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these cases are
-    left out) or unknown.
-    """
-
-    dataset: str
-    labels: str
-    n_labels: int
-    steps: int
-    checkpoint: str
-    checkpoint_digest: str
-    metric: str
-    class_name: str
-    pretrained: Estimate | None
-    scratch: Estimate | None
-    difference: Estimate | None
-    improved: float
-    verdict: str
-    own: Estimate | None = None
-    against_own: Estimate | None = None
-    own_is_stronger: bool = False
-    median: float = math.nan
-    adjusted_p: float = math.nan
-    split: str = ""
-    protocol: str = ""
-    recipe: str = ""
-    still_gains: float = math.nan
-    anchor: Estimate | None = None
-    leakage: str = ""
-
-    @property
-    def decides(self) -> Estimate | None:
-        """The difference that the verdict is about: to the stronger of both scratch arms."""
-        return self.against_own if self.own_is_stronger else self.difference
-
-
-@dataclass(frozen=True)
-class Group:
-    """All lines of one checkpoint on one data set with one label count, and what to know of it."""
-
-    dataset: str
-    labels: str
-    n_labels: int
-    checkpoint: str
-    lines: tuple[Line, ...]
-    scores: dict[str, dict[tuple[str, str], float]] = field(repr=False)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def main(self) -> Line:
-        """Dice over all classes: what the verdict is about."""
-        return self.lines[0]
-
-    @property
-    def sentence(self) -> str:
-        """The verdict with its numbers."""
-        return _sentence(self)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Groups in the order of data set, labels, checkpoint."""
-
-    groups: tuple[Group, ...]
-
-    @property
-    def lines(self) -> list[Line]:
-        """The lines of all groups."""
-        return [line for group in self.groups for line in group.lines]
-
-    @property
-    def verdict(self) -> str:
-        """One sentence for each group."""
-        return " ".join(group.sentence for group in self.groups)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data, as table.json holds it."""
-        return _plain(self)
 
 
 def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
@@ -190,8 +101,9 @@ def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
             if curve is not None:
                 curves[_run(row)] = curve
             if "classes_without_label" in facts:
-                unlabelled[_label_draw(row)] = facts["classes_without_label"]
-            if task := facts.get("recipe", {}).get("task"):
+                unlabelled[label_draw(row)] = facts["classes_without_label"]
+            task = facts.get("recipe", {}).get("task")
+            if task and "target" not in task:
                 classes = task["regions"] or task["classes"]
                 values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
     return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled, curves)
@@ -270,12 +182,27 @@ def tabulate(
     for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         anchor = (anchors or {}).get(dataset)
-        for others in [found for _, found in sorted(arms.items())] or [[]]:
+        checkpoints = [found for _, found in sorted(arms.items())]
+        for others in [[one] for one in checkpoints or [[]]] + recipes(checkpoints):
+            pretrained = [row for one in others for row in one]
             group = _group(others, scratch, own, anchor)
-            missing = _without_label(others + scratch + own, unlabelled or {})
+            missing = without_label(pretrained + scratch + own, unlabelled or {})
             group = dataclasses.replace(group, notes=(*group.notes, *missing))
-            groups.append(_with_budget(group, others, scratch, curves or {}))
+            groups.append(_with_budget(group, pretrained, scratch, curves or {}))
     return Table(tuple(_adjusted(groups)))
+
+
+def recipes(checkpoints: Sequence[list[Row]]) -> list[list[list[Row]]]:
+    """Those checkpoints that are one pretraining but for its seed, together: a recipe's own line.
+
+    A checkpoint that does not say how it was made belongs to none. Of two with the same seed the
+    first counts: they are no two draws of anything.
+    """
+    found: dict[str, dict[int, list[Row]]] = {}
+    for rows in checkpoints:
+        if rows[0].pretrain_recipe:
+            found.setdefault(rows[0].pretrain_recipe, {}).setdefault(rows[0].pretrain_seed, rows)
+    return [[one for _, one in sorted(seeds.items())] for seeds in found.values() if len(seeds) > 1]
 
 
 def _adjusted(groups: list[Group]) -> list[Group]:
@@ -354,54 +281,75 @@ def _name(row: Row) -> str:
 
 
 def _group(
-    pretrained: list[Row], scratch: list[Row], own: list[Row], anchor: Anchor | None
+    checkpoints: Sequence[list[Row]], scratch: list[Row], own: list[Row], anchor: Anchor | None
 ) -> Group:
-    head = (pretrained or scratch or own)[0]
-    tainted = {row.case for row in pretrained if row.status == "tainted"}
-    all_seen = bool(pretrained) and tainted == {row.case for row in pretrained}
-    leakage = _leakage(pretrained)
+    """What one checkpoint is worth, or several of one recipe."""
+    given = [row for rows in checkpoints for row in rows]
+    tainted = {row.case for row in given if row.status == "tainted"}
+    all_seen = bool(given) and tainted == {row.case for row in given}
+    leakage = what_leaked(given)
+    head = _head(checkpoints, scratch, own)
     notes = []
     if tainted:
         notes.append(f"{len(tainted)} test cases were seen in pretraining and are left out")
     if leakage == "unknown":
         notes.append("whether the checkpoint has seen the test cases is unknown: it does not say")
-    if anchor is not None and (more := anchor.left_over(pretrained + scratch + own)):
+    if anchor is not None and (more := anchor.left_over(given + scratch + own)):
         notes.append(f"{ANCHOR}: {more} cases of {anchor.path.name} are no test cases, left out")
-    pretrained, scratch, own = (
-        [row for row in rows if row.case not in tainted] for rows in (pretrained, scratch, own)
+    *checkpoints, scratch, own = (
+        [row for row in rows if row.case not in tainted] for rows in (*checkpoints, scratch, own)
     )
+    pretrained = [row for rows in checkpoints for row in rows]
     rows = pretrained + scratch + own
-    given = anchor.rows(rows) if anchor is not None else []
-    notes += _wrong(head.arm, pretrained) + _wrong("scratch", scratch)
-    notes += _wrong("scratch at its own best", own)
+    anchored = anchor.rows(rows) if anchor is not None else []
+    notes += missed_or_invented(head.arm, pretrained) + missed_or_invented("scratch", scratch)
+    notes += missed_or_invented("scratch at its own best", own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     every = (pretrained, scratch, own)
-    invented = [_invented(found) for found in every]
+    invented = [invented_structures(found) for found in every]
     folds = {row.case: row.split for row in rows}
-    subjects = _subjects(rows)
+    subjects = subjects_of(rows)
+    metrics = metrics_of(rows)
     columns = [ALL_CLASSES, *classes] if len(classes) > 1 else [ALL_CLASSES]
+    if metrics is CLASSIFICATION and len(classes) == 2:
+        columns = [ALL_CLASSES]  # what is right of the one is right of the other
+    few = too_few_of_a_class(rows) if metrics is CLASSIFICATION else ""
+    shown = next(metric for metric in metrics if not metric.pseudo)
     scores: dict[str, Scores] = {}
     lines = []
-    for metric in METRICS:
-        for name in columns:
-            a, b, c = (
-                _scores(found, metric, name, wrong)
-                for found, wrong in zip(every, invented, strict=True)
+    for metric in metrics:
+        for name in columns if metric.by_class else [ALL_CLASSES]:
+            a = [case_scores(one, metric, name, invented[0]) for one in checkpoints]
+            b, c = (
+                case_scores(found, metric, name, wrong)
+                for found, wrong in zip(every[1:], invented[1:], strict=True)
             )
-            n = _scores(given, metric, name, _invented(given)) if metric.name == "dsc" else {}
-            if metric.of_lesions and not a and not b:
+            n: Scores = {}
+            if metric.name == "dsc":
+                n = case_scores(anchored, metric, name, invented_structures(anchored))
+            if metric.of_lesions and not any(a) and not b:
                 continue
             gaps = [
-                _differences(pretrained, found, metric, name, invented[0] | wrong)
+                [
+                    score_differences(one, found, metric, name, invented[0] | wrong)
+                    for one in checkpoints
+                ]
                 for found, wrong in zip(every[1:], invented[1:], strict=True)
             ]
-            if metric.name == "dsc" and name == ALL_CLASSES:
-                scores = {"pretrained": a, "scratch": b}
-                notes += _gaps(a, b) + _unsuitable((a, b, c), subjects)
-            line = _line(head, metric, name, (a, b, c, n), gaps, subjects, folds)
-            verdict = SEEN if all_seen else line.verdict
+            if metric is shown and name == ALL_CLASSES:
+                scores = {"pretrained": mean_scores(a), "scratch": b}
+            if metric is metrics[0] and name == ALL_CLASSES:
+                notes += list(dict.fromkeys(note for one in a for note in unpaired(one, b)))
+                notes += unsuitable((mean_scores(a), b, c), subjects)
+            line = _line(head, metric, name, (a, [b], [c], [n]), gaps, subjects, folds)
+            if few and metric.pseudo:
+                line = _undecided(line, few)
+            nothing = metric.of_scans and rows and not any(a) and not b and not c
+            verdict = SEEN if all_seen else UNDEFINED if nothing else line.verdict
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
-    notes += _power(lines[0])
+    if len(checkpoints) > 1 and (difference := lines[0].difference) is not None:
+        notes.append(f"its difference is about {difference.claim}")
+    notes += power_of(lines[0])
     return Group(
         head.dataset,
         head.labels,
@@ -410,130 +358,62 @@ def _group(
         tuple(lines),
         scores,
         tuple(notes),
+        shown=shown.title,
     )
 
 
-def _leakage(rows: list[Row]) -> str:
-    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
-    if any(row.status == "tainted" for row in rows):
-        return "tainted"
-    found = {row.status for row in rows if row.arm == "pretrained"}
-    return "unknown" if "unknown" in found else "clean" if found else ""
+def _undecided(line: Line, note: str) -> Line:
+    """The line without its intervals, and why."""
+
+    def mean(value: Estimate | None) -> Estimate | None:
+        if value is None:
+            return None
+        counts = value.cases, value.units, value.draws
+        return without_interval(value.mean, *counts, note, value.pretrainings)
+
+    decided = line.verdict in (BETTER, WORSE, UNCLEAR)
+    return dataclasses.replace(
+        line,
+        pretrained=mean(line.pretrained),
+        scratch=mean(line.scratch),
+        difference=mean(line.difference),
+        own=mean(line.own),
+        against_own=mean(line.against_own),
+        verdict="undecided" if decided else line.verdict,
+    )
 
 
-def _label_draw(row: Row) -> LabelDraw:
-    return row.dataset, row.split_hash, row.labels, row.label_seed
-
-
-def _without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
-    """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
-    seeds: dict[str, list[str]] = {}
-    for draw in sorted({_label_draw(row) for row in rows}):
-        for name in unlabelled.get(draw, ()):
-            seeds.setdefault(name, []).append(str(draw[-1]))
-    return [
-        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
-    ]
-
-
-def _unsuitable(arms: Sequence[Scores], subjects: dict[str, str]) -> list[str]:
-    """What speaks against deciding between the arms on this data set."""
-    present = [scores for scores in arms if scores]
-    cells = set.intersection(*(set(scores) for scores in present)) if len(present) > 1 else set()
-    tables = [_matrix({cell: scores[cell] for cell in cells}, subjects) for scores in present]
-    if not cells or not tables[0][1]:
-        return []
-    means = np.array([table.mean(axis=0) for table, _ in tables])
-    flags = suitability(means, tables[0][1]).flags
-    return [f"suitability: {'; '.join(flags)}"] if flags else []
-
-
-def _wrong(arm: str, rows: list[Row]) -> list[str]:
-    """What an arm missed or invented."""
-    words = {"missed": "missed a structure", "false_positive": "invented a structure"}
-    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in words}
-    return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
-
-
-def _subjects(rows: Iterable[Row]) -> dict[str, str]:
-    return {row.case: row.subject for row in rows}
-
-
-def _differences(
-    a: list[Row],
-    b: list[Row],
-    metric: Metric,
-    class_name: str,
-    invented: Collection[tuple[str, int]],
-) -> Scores:
-    """(case, draw) to the score of one arm minus another's.
-
-    Where a run of either `invented` a structure that is not there, finding nothing is the best:
-    otherwise the two would be compared over other classes, or the case with the invention would
-    drop out.
-    """
-    first, second = (_scores(rows, metric, class_name, invented) for rows in (a, b))
-    return {cell: first[cell] - second[cell] for cell in first.keys() & second.keys()}
-
-
-def _invented(rows: list[Row]) -> set[tuple[str, int]]:
-    """Case and class of structures that are not there and that some run found."""
-    return {(row.case, row.class_value) for row in rows if row.outcome == "false_positive"}
-
-
-def _scores(
-    rows: list[Row], metric: Metric, class_name: str, invented: Collection[tuple[str, int]]
-) -> Scores:
-    """(case, draw) to the score, meaned over classes; cases without any score are absent.
-
-    Args:
-        rows: of one arm.
-        metric: the column.
-        class_name: a class, or all of them.
-        invented: case and class of structures that this arm, or the one that it is compared
-            with, found where there are none; see `_differences`.
-    """
-    values: dict[tuple[str, str], list[float]] = {}
-    seen: set[tuple[str, str, int]] = set()
-    for row in rows:
-        cell = (row.case, row.draw, row.class_value)
-        if cell in seen:
-            raise InputError(
-                f"{row.arm} of {row.checkpoint or row.dataset}, labels={row.labels}, seed="
-                f"{row.draw}: case {row.case} occurs twice; two runs of the same settings were "
-                "given, leave one out"
-            )
-        seen.add(cell)
-        if metric.of_lesions and row.lesion_tp < 0:
-            continue
-        if class_name in (ALL_CLASSES, row.class_name):
-            value = metric.scale * getattr(row, metric.name)
-            if row.outcome == "true_negative" and (row.case, row.class_value) in invented:
-                value = metric.best
-            if not math.isnan(value):
-                values.setdefault((row.case, row.draw), []).append(value)
-    return {cell: float(np.mean(found)) for cell, found in values.items()}
+def _head(checkpoints: Sequence[list[Row]], scratch: list[Row], own: list[Row]) -> Row:
+    """A row that says what a group is about."""
+    heads = [rows[0] for rows in checkpoints if rows] or (scratch or own)[:1]
+    if len(checkpoints) < 2:
+        return heads[0]
+    return dataclasses.replace(
+        heads[0],
+        checkpoint=f"{len(heads)} pretraining seeds: {', '.join(row.checkpoint for row in heads)}",
+        checkpoint_digest="+".join(row.checkpoint_digest for row in heads),
+    )
 
 
 def _line(
     head: Row,
     metric: Metric,
     class_name: str,
-    arms: tuple[Scores, Scores, Scores, Scores],
-    differences: list[Scores],
+    arms: tuple[Parts, Parts, Parts, Parts],
+    differences: Sequence[Parts],
     subjects: dict[str, str],
     folds: dict[str, str],
 ) -> Line:
     a, b, c, anchor = arms
-    difference, against_own = (
-        _estimate(one, subjects, folds) if one else None for one in differences
+    pretrained, scratch, own, difference, against_own = (
+        _estimate(parts, subjects, folds) for parts in (a, b, c, *differences)
     )
-    paired, _ = _matrix(differences[0], subjects)
-    shared = _complete(differences[0] or a or b or c)
-    anchor = {cell: value for cell, value in anchor.items() if cell[0] in shared}
+    paired, _ = score_matrix(mean_scores(differences[0]), subjects)
+    shared = complete_cases(next((p for p in (differences[0], a, b, c) if any(p)), a))
+    [anchored] = anchor
+    anchored = {cell: value for cell, value in anchored.items() if cell[0] in shared}
     names = set(folds.values())
     sign = 1 if metric.higher_is_better else -1
-    scratch, own = (_estimate(one, subjects, folds) if one else None for one in (b, c))
     if scratch is None:
         against_own = None  # no delta without a twin
     own_is_stronger = (
@@ -549,76 +429,56 @@ def _line(
         head.checkpoint_digest,
         metric.name,
         class_name,
-        _bounded(_estimate(a, subjects, folds), metric) if a else None,
+        _bounded(pretrained, metric) if pretrained else None,
         _bounded(scratch, metric) if scratch else None,
         difference,
-        share_improved(paired, higher_is_better=metric.higher_is_better),
+        math.nan
+        if metric.pseudo
+        else share_improved(paired, higher_is_better=metric.higher_is_better),
         ELSEWHERE
         if head.arm == "external"
-        else _verdict(decides, sign, has_scratch=bool(b), has_pretrained=bool(a)),
+        else _verdict(decides, sign, has_scratch=any(b), has_pretrained=any(a)),
         own=_bounded(own, metric) if own else None,
         against_own=against_own,
         own_is_stronger=own_is_stronger,
-        median=median_difference(paired),
+        median=math.nan if metric.pseudo else median_difference(paired),
         split=head.split if len(names) < 2 else f"{len(names)} folds/validation",
         protocol=head.protocol,
         recipe=head.config_hash[:8],
-        anchor=_estimate(anchor, subjects, {}) if anchor else None,
+        anchor=_estimate([anchored], subjects, {}),
+        unit=metric.unit.format(unit=head.unit),
+        digits=shown_digits(metric, next((e.mean for e in (scratch, pretrained, own) if e), 0.0)),
     )
 
 
-def _estimate(scores: Scores, subjects: dict[str, str], folds: dict[str, str]) -> Estimate:
-    """Over subjects and draws; where the cases lie in several `folds`, over folds."""
-    parts: dict[str, Scores] = {}
-    for cell, value in scores.items():
-        parts.setdefault(folds.get(cell[0], ""), {})[cell] = value
-    found = [_matrix(part, subjects) for _, part in sorted(parts.items())]
-    if len(found) == 1:
-        return estimate(*found[0])
-    return estimate_folds([matrix for matrix, _ in found], sum(cases for _, cases in found))
+def _estimate(parts: Parts, subjects: dict[str, str], folds: dict[str, str]) -> Estimate | None:
+    """Over subjects and draws, and over the checkpoints that have a part each.
+
+    Where the cases lie in several `folds`, over folds. None where there is nothing.
+    """
+    if not any(parts):
+        return None
+    if len(parts) > 1:
+        cube, shared, cases = score_cube(parts, subjects)
+        found = estimate_recipe(cube, "shared" if shared else "own", cases)
+        if len(set(folds.values())) < 2:
+            return found
+        note = "several pretraining seeds over several folds: each checkpoint has its own interval"
+        counts = found.cases, found.units, found.draws
+        return without_interval(found.mean, *counts, note, found.pretrainings)
+    by_fold: dict[str, Scores] = {}
+    for cell, value in parts[0].items():
+        by_fold.setdefault(folds.get(cell[0], ""), {})[cell] = value
+    tables = [score_matrix(part, subjects) for _, part in sorted(by_fold.items())]
+    if len(tables) == 1:
+        return estimate(*tables[0])
+    return estimate_folds([table for table, _ in tables], sum(cases for _, cases in tables))
 
 
 def _bounded(value: Estimate, metric: Metric) -> Estimate:
     """With an interval that ends where the scale does; Student's knows no end."""
     high = min(value.high, metric.best) if metric.higher_is_better else value.high
-    return dataclasses.replace(value, low=max(value.low, 0.0), high=high)
-
-
-def _matrix(
-    scores: dict[tuple[str, str], float], subjects: dict[str, str]
-) -> tuple[NDArray[np.float64], int]:
-    """[subjects, draws] of the cases that every draw has scored, and how many cases these are."""
-    draws = sorted({draw for _, draw in scores})
-    complete = _complete(scores)
-    by_subject: dict[str, list[list[float]]] = {}
-    for case in complete:
-        by_subject.setdefault(subjects[case], []).append([scores[case, draw] for draw in draws])
-    if not by_subject:
-        return np.empty((0, len(draws))), 0
-    return np.array([np.mean(rows, axis=0) for rows in by_subject.values()]), len(complete)
-
-
-def _complete(scores: Scores) -> list[str]:
-    """The cases that every draw has scored."""
-    draws = {draw for _, draw in scores}
-    cases = sorted({case for case, _ in scores})
-    return [case for case in cases if all((case, draw) in scores for draw in draws)]
-
-
-def _gaps(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:
-    """What could not be paired."""
-    if not a or not b:
-        return []
-    notes = []
-    draws_a, draws_b = {draw for _, draw in a}, {draw for _, draw in b}
-    alone = sorted(draws_a ^ draws_b)
-    if alone:
-        notes.append(f"seeds {', '.join(map(str, alone))} have one arm only: not in the difference")
-    common = draws_a & draws_b
-    unpaired = {case for case, draw in a.keys() ^ b.keys() if draw in common}
-    if unpaired:
-        notes.append(f"{len(unpaired)} cases lack a score in one arm: not in the difference")
-    return notes
+    return dataclasses.replace(value, low=max(value.low, metric.least), high=high)
 
 
 def _verdict(
@@ -635,76 +495,3 @@ def _verdict(
     if difference.low <= 0 <= difference.high:
         return UNCLEAR
     return BETTER if sign * difference.mean > 0 else WORSE
-
-
-# Text
-
-
-def _sentence(group: Group) -> str:
-    line = group.main
-    what = f"{group.dataset}, {group.n_labels} labels"
-    what += f", {group.checkpoint}" if group.checkpoint else ""
-    if line.verdict == ELSEWHERE and line.pretrained is not None:
-        given = line.pretrained
-        return f"{group.dataset}, {group.checkpoint}: Dice {given.mean:.1f} ({_basis(given)})."
-    if line.difference is None or line.pretrained is None or line.scratch is None:
-        missing = {
-            SEEN: "every test case was seen in pretraining, so there is nothing to believe.",
-            "no scratch twin": "no difference is shown without a scratch twin "
-            "(run the same with init=scratch).",
-            "no pretrained arm": "only the scratch arm is there.",
-        }.get(line.verdict, "the arms share no case and seed.")
-        return f"{what}: {missing}"
-    d = line.decides or line.difference
-    arms = f"Dice {line.pretrained.mean:.1f} pretrained, {line.scratch.mean:.1f} scratch"
-    if line.own is not None:
-        arms += f", {line.own.mean:.1f} scratch at its own best"
-    basis = _basis(d)
-    if not d.has_interval:
-        return f"{what}: undecided, {arms}, difference {d.mean:+.1f} ({basis}; {d.note})."
-    interval = f"difference {d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}] points ({basis})"
-    return f"{what}: {line.verdict}, {arms}, {interval}."
-
-
-def _power(line: Line) -> list[str]:
-    """What a comparison of this size could have found."""
-    found = line.decides
-    if found is None or not found.has_interval:
-        return []
-    chances = " and ".join(f"{found.power(d):.0%} for +{d}" for d in (2, 5))
-    return [
-        f"a true difference would be found with a chance of {chances} Dice points, of 80% from "
-        f"{found.detectable():.1f} points on"
-    ]
-
-
-def _basis(value: Estimate) -> str:
-    subjects = f" of {value.units} subjects" if value.units != value.cases else ""
-    folds = f", {value.folds} folds" if value.folds > 1 else ""
-    return f"{value.cases} cases{subjects}{folds}, {value.draws} seed{'s' * (value.draws != 1)}"
-
-
-def _plain(table: Table) -> dict[str, object]:
-    groups = []
-    for group in table.groups:
-        groups.append(
-            {
-                "dataset": group.dataset,
-                "labels": group.labels,
-                "n_labels": group.n_labels,
-                "checkpoint": group.checkpoint,
-                "protocol": group.main.protocol,
-                "verdict": group.main.verdict,
-                "sentence": group.sentence,
-                "notes": list(group.notes),
-                "lines": [_without_nan(dataclasses.asdict(line)) for line in group.lines],
-            }
-        )
-    return {"format": 1, "verdict": table.verdict, "groups": groups}
-
-
-def _without_nan(value: object) -> object:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: _without_nan(part) for name, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -59,7 +59,8 @@ def read_targets(path: Path, task: ScanTask, corpus: Corpus, keys: Sequence[str]
     keymap = private_folder(corpus.path) / KEYMAP_FILE
     known = KnownCases.of(corpus, keymap if keymap.is_file() else None)
     cells: dict[str, list[str]] = {}
-    strange, doubtful = [], []
+    strange: list[str] = []
+    doubtful: list[str] = []
     for name, cell in rows:
         found = known.named(name) if name else set()
         if len(found) == 1:
@@ -69,7 +70,9 @@ def read_targets(path: Path, task: ScanTask, corpus: Corpus, keys: Sequence[str]
     problems = []
     if strange:
         hint = (
-            "" if keymap.is_file() else f"; names of scans are known where {keymap.name} lies in "
+            ""
+            if keymap.is_file()
+            else f"; names of scans are known where {keymap.name} lies in "
             f"{keymap.parent.name} beside the corpus"
         )
         problems.append(

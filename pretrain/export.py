@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pretrain.decoders import build_decoder, without_head
 from pretrain.objective import Objective
 from pretrain.release import FORMAT, Release, write_release
 from pretrain.run_folder import RunFolder, versions
+from pretrain.settings import FREE
 from pretrain.train import load_trained
 
 
@@ -61,6 +64,7 @@ def export(run_path: Path, output: Path) -> Release:
             "samples_seen": step * settings["batch_size"],
             "seed": settings["seed"],
             "lr": settings["lr"],
+            "recipe_hash": recipe_hash(settings, corpus.index_hash, step),
         },
         "data": {**facts["corpus"], **facts["data"]},
         "versions": versions(),
@@ -76,6 +80,23 @@ def export(run_path: Path, output: Path) -> Release:
         card=_card(config, facts),
         decoder=decoder,
     )
+
+
+def recipe_hash(settings: dict[str, Any], index_hash: str, step: int) -> str:
+    """The same for releases that differ in the seed of pretraining alone.
+
+    What several seeds of one recipe are worth together is told by this (`finetune.table`).
+
+    Args:
+        settings: of the run, as its config.json has them.
+        index_hash: of the corpus.
+        step: how far the run had come.
+    """
+    kept = {k: v for k, v in settings.items() if k not in FREE | {"run", "seed"}}
+    precision = settings["trainer"]["precision"]
+    recipe = {**kept, "precision": precision, "index_hash": index_hash, "step": step}
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def transferable_decoder(objective: Objective) -> nn.Module | None:

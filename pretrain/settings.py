@@ -185,6 +185,15 @@ def _run_name(name: str) -> str:
 RunName = Annotated[str, AfterValidator(_run_name)]
 
 
+FREE = frozenset(
+    {
+        "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
+        "loggers", "accumulate", "health",
+    }
+)  # fmt: skip
+"""What is no part of what a run is: where it runs, how often it logs, where its folder lies."""
+
+
 class PretrainSettings(LoopSettings):
     """The keys of conf/pretrain.yaml."""
 
@@ -202,14 +211,9 @@ class PretrainSettings(LoopSettings):
     def changed(self, before: dict[str, Any]) -> list[str]:
         """Settings that a resumed run must not change, and did: `key: old -> new`.
 
-        Where it runs, how often it logs and where its folder lies may change; all else is part of
-        what the run is.
+        What is `FREE` may change; all else is part of what the run is.
         """
-        free = {
-            "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
-            "loggers", "accumulate", "health",
-        }  # fmt: skip
-        now = {n: v for n, v in self.model_dump(mode="json").items() if n not in free}
+        now = {n: v for n, v in self.model_dump(mode="json").items() if n not in FREE}
         before = with_augment(before)
         if "augment" in before:
             before = {**before, "augment": AugmentSettings.model_validate(before["augment"])}

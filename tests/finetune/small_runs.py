@@ -98,7 +98,7 @@ def write_encoder(
         "crop_size": [16, 24, 16],
         "modalities": ["CT", "MR"],
         "preprocess": Preprocess.default().to_dict(),
-        "training": {"steps": 0, "seed": seed},
+        "training": {"steps": 0, "seed": seed, "recipe_hash": "abc"},
         "data": {},
         "versions": {},
         **changes,

@@ -12,8 +12,9 @@ from arm_rows import make_rows
 
 from data_prep.errors import InputError
 from finetune.formats import make_table
+from finetune.lines import Line
 from finetune.rows import Row, write_rows
-from finetune.table import Line, read_table
+from finetune.table import read_table
 from voxelith import main
 
 

@@ -19,8 +19,8 @@ from finetune.decoders import (
     MLPDecoder,
     choose_decoder,
 )
+from finetune.model_file import load_network
 from finetune.segmentation import Segmentation, shrunk
-from finetune.segmenter import load_segmenter
 from finetune.settings import TaskSettings
 from finetune.train import build_model, finetune, make_plan
 from pretrain.backbones.vit import ViT3D
@@ -204,7 +204,7 @@ def test_heads_for_training_alone_stay_out_of_what_is_kept(
         "decoder.heads.0.weight", "decoder.heads.0.bias",
     }  # fmt: skip
     run = finetune(given)
-    loaded = load_segmenter(run, "cpu").model
+    loaded = load_network(run, "cpu").model
     assert loaded.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -215,6 +215,6 @@ def test_another_decoder_is_kept_with_the_run_and_is_not_transferred(
     release = make_release(tmp_path / "release", "vit")
     given = settings(release, labelled_corpus, tmp_path, decoder="aggregate", steps=2)
     run = finetune(given)
-    assert isinstance(load_segmenter(run, "cpu").model.decoder, AggregateDecoder)
+    assert isinstance(load_network(run, "cpu").model.decoder, AggregateDecoder)
     with pytest.raises(InputError, match="transfer=network with decoder=aggregate"):
         make_plan(given.model_copy(update={"transfer": "network"}))

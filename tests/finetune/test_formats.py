@@ -12,8 +12,9 @@ from arm_rows import make_rows, scratch_own
 
 from finetune.figures import draw_label_curves, draw_table
 from finetune.formats import csv_text, html, latex, make_table, markdown
+from finetune.lines import Table
 from finetune.rows import Row, write_rows
-from finetune.table import Table, tabulate
+from finetune.table import tabulate
 
 NASTY = "a_b & 5% #1 $x {y} ~z^2 \\w <i>"
 

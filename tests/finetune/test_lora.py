@@ -14,9 +14,9 @@ from torch import nn
 
 from data_prep.errors import InputError
 from finetune.lora import adapted_layers, adapter_parameters, add_adapters
+from finetune.model_file import load_network
 from finetune.protocol import LoRASettings
 from finetune.segmentation import Segmentation
-from finetune.segmenter import load_segmenter
 from finetune.settings import TaskSettings
 from finetune.train import build_model, finetune, make_plan
 from pretrain.objective import Batch
@@ -126,4 +126,4 @@ def test_a_run_with_adapters_resumes_averages_and_needs_no_peft_afterwards(
     frozen = {n for n in found if "norm" in n and n.startswith("encoder.")}
     assert frozen and all(torch.equal(found[n], plain.state_dict()[n]) for n in frozen)
     monkeypatch.setitem(sys.modules, "peft", None)
-    load_segmenter(run, "cpu")
+    load_network(run, "cpu")

@@ -29,15 +29,11 @@ from data_prep.volume import read_nifti
 from finetune.describe import as_text, describe
 from finetune.evaluate import comparable, evaluate
 from finetune.export import UNKNOWN, export
+from finetune.model_file import check_golden_network, load_network, write_network
 from finetune.predict import predict
 from finetune.rows import read_rows
 from finetune.segmentation import Segmentation
-from finetune.segmenter import (
-    Segmenter,
-    check_golden_segmenter,
-    load_segmenter,
-    write_segmenter,
-)
+from finetune.segmenter import Segmenter
 from finetune.settings import EvaluateSettings, FinetuneSettings, PredictSettings, TaskSettings
 from finetune.train import build_model, finetune, make_plan
 from pretrain.arguments import build_backbone
@@ -186,7 +182,7 @@ def test_tta_batch_and_precision_are_those_asked_for(
 
 
 def test_layers_run_in_half_precision_where_asked(run: Path) -> None:
-    segmenter = load_segmenter(run, "cpu")
+    segmenter = load_network(run, "cpu")
     seen = []
     segmenter.model.encoder.register_forward_hook(lambda m, i, out: seen.append(out[0].dtype))
     volume = read_nifti(run / f"predictions/{read_rows(run / 'rows.csv')[0].case}.nii.gz")
@@ -281,7 +277,7 @@ def body_segmenter(channels: int, folder: Path) -> Segmenter:
         model.decoder.head.bias -= middle
     run = folder / "body"
     run.mkdir()
-    write_segmenter(segmenter, {"name": BACKBONE["name"], "args": args}, "auto", run)
+    write_network(segmenter, {"name": BACKBONE["name"], "args": args}, "auto", run)
     return segmenter
 
 
@@ -370,18 +366,18 @@ def test_a_release_is_an_encoder_as_well(run: Path, release: Release, samples: P
     golden = load_file(release.path / "golden_output.safetensors")
     np.testing.assert_allclose(features.map, golden["map"], rtol=1e-4, atol=1e-5)
     assert golden["scores"].shape[0] == 3
-    assert check_golden_segmenter(release.path) <= 1e-5
+    assert check_golden_network(release.path) <= 1e-5
 
 
 def test_a_network_of_two_channels_is_exported_too(run: Path, tmp_path: Path) -> None:
     """Its golden scan is both channels; features of a case come from its files."""
     segmenter = body_segmenter(2, tmp_path)
     copy = Path(shutil.copytree(run, tmp_path / "two"))
-    write_segmenter(
+    write_network(
         segmenter, {**BACKBONE, "args": {**BACKBONE["args"], "in_channels": 2}}, "auto", copy
     )
     release = export(copy, tmp_path / "release")
-    assert check_golden_segmenter(release.path) <= 1e-5
+    assert check_golden_network(release.path) <= 1e-5
     scan = release.path / "golden_input.nii.gz"
     encoder = voxelith.load_encoder(release.path)
     golden = load_file(release.path / "golden_output.safetensors")
@@ -485,7 +481,7 @@ def test_a_flipped_bit_anywhere_is_refused(copy: Path, name: str, seed: int) -> 
     data[int(np.random.default_rng((seed, len(name))).integers(len(data)))] ^= 1 << 3
     file.write_bytes(data)
     with pytest.raises(CorruptionError, match=f"{name}: its bytes are not those"):
-        load_segmenter(copy, "cpu")
+        load_network(copy, "cpu")
 
 
 def nested(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -547,7 +543,7 @@ def test_hostile_contents_are_refused_with_a_message(copy: Path, case: str) -> N
     change, said = HOSTILE[case]
     change_config(copy, change)
     with pytest.raises(InputError, match=said) as caught:
-        load_segmenter(copy, "cpu")
+        load_network(copy, "cpu")
     assert str(copy) in str(caught.value)
 
 
@@ -557,7 +553,7 @@ def test_weights_of_another_decoder_are_listed(copy: Path) -> None:
     save_file(weights, copy / DECODER)
     resign(copy)
     with pytest.raises(InputError, match=r"2 tensors differ.*head.weight is missing; renamed is"):
-        load_segmenter(copy, "cpu")
+        load_network(copy, "cpu")
 
 
 @pytest.mark.parametrize("name", ["map", "scores"])
@@ -567,13 +563,13 @@ def test_the_golden_check_notices_other_outputs(copy: Path, name: str) -> None:
     save_file(golden, copy / "golden_output.safetensors")
     resign(copy)
     with pytest.raises(CorruptionError, match="the golden scan gives features that differ"):
-        check_golden_segmenter(copy)
+        check_golden_network(copy)
 
 
 def test_the_golden_check_notices_another_way_to_look(copy: Path) -> None:
     change_config(copy, nested(tta=False))
     with pytest.raises(CorruptionError, match="the golden scan gives features that differ"):
-        check_golden_segmenter(copy)
+        check_golden_network(copy)
 
 
 # What it is.
@@ -586,7 +582,7 @@ def test_inspect_tells_what_a_folder_is(run: Path, release: Release, start: Path
     assert segmenter["digest"] == release.digest
     assert segmenter["classes"] == finetuned["classes"] == {"anterior": [1], "posterior": [2]}
     assert next(iter(segmenter["licences"])) == "CC BY-NC-SA 4.0"
-    model = load_segmenter(run, "cpu").model
+    model = load_network(run, "cpu").model
     assert segmenter["parameters"]["encoder"] == sum(p.numel() for p in model.encoder.parameters())
     assert sum(segmenter["parameters"].values()) == finetuned["parameters"]["network"]
     assert segmenter["architecture"] == finetuned["architecture"] == BACKBONE

@@ -18,11 +18,12 @@ from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
 from finetune.evaluate import evaluate
+from finetune.model_file import write_network
 from finetune.predict import predict
 from finetune.predictions import find_predictions
 from finetune.rows import read_rows
 from finetune.segmentation import Segmentation
-from finetune.segmenter import Segmenter, write_segmenter
+from finetune.segmenter import Segmenter
 from finetune.settings import EvaluateSettings, PredictSettings, TaskSettings
 
 TASK = {"name": "t", "classes": [{"name": "liver", "values": [5], "tolerance_mm": 1.0}]}
@@ -118,7 +119,7 @@ def test_what_predict_wrote_is_scored(folder: Path, tmp_path: Path) -> None:
     model = Segmentation(encoder=backbone("unet"), task=task).eval()
     segmenter = Segmenter(model, Preprocess.default(), task, (8, 16, 32), 0.0, ("CT",))
     (tmp_path / "run").mkdir()
-    write_segmenter(segmenter, BACKBONES["unet"], "auto", tmp_path / "run")
+    write_network(segmenter, BACKBONES["unet"], "auto", tmp_path / "run")
     scans = tmp_path / "scans"
     for case in CASES:
         (scans / case).mkdir(parents=True)

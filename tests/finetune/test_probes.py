@@ -14,10 +14,10 @@ from torch import Tensor
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
 from finetune.decoders import LinearDecoder, NeighbourDecoder
+from finetune.model_file import load_network
 from finetune.probes import fit_probe
 from finetune.rows import read_rows
 from finetune.segmentation import Segmentation
-from finetune.segmenter import load_segmenter
 from finetune.settings import TaskSettings
 from finetune.train import finetune
 from pretrain.loader import CropDataset
@@ -121,7 +121,7 @@ def test_a_probe_is_scored_as_every_run(
         run = finetune(given)
         rows = read_rows(run / "rows.csv")
         heads.append(rows[0])
-        loaded = load_segmenter(run, "cpu").model
+        loaded = load_network(run, "cpu").model
         if init == "pretrained":
             state: dict[str, Tensor] = loaded.encoder.state_dict()
             assert all(torch.equal(state[n], v) for n, v in before.state_dict().items())

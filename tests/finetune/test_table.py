@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arm_rows import BASE, make_rows, scratch_own
+from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from finetune.formats import make_table, markdown
+from finetune.intervals import estimate_recipe
 from finetune.rows import Row, read_rows, write_rows
 from finetune.table import read_table, tabulate
 
@@ -473,3 +475,117 @@ def test_folds_are_one_line_over_all_their_cases() -> None:
         dataclasses.replace(r, split=r.split.replace("validation", "test")) for r in folded(arms[0])
     ]
     assert len(tabulate(again).groups) == 5
+
+
+# Several pretraining seeds
+
+
+def seeds_of_a_recipe(gains: list[float], seeds: int = 3) -> list[Row]:
+    """Checkpoints that are one recipe but for the seed, each with its gain over scratch."""
+    out = []
+    for number, gain in enumerate(gains):
+        told = {
+            "checkpoint": f"mae-{number}",
+            "checkpoint_digest": f"d{number}",
+            "pretrain_seed": number,
+            "pretrain_recipe": "r",
+        }
+        rows = make_rows("pretrained", gain, seeds=seeds)
+        out += [dataclasses.replace(row, **told) for row in rows]
+    return out
+
+
+def dice(rows: list[Row], draws: list[int]) -> NDArray[np.float64]:
+    """[subjects, draws] in points, the slow way."""
+    found = np.zeros((6, len(draws)))
+    for row in rows:
+        if row.seed in draws:
+            found[int(row.subject[1:]), draws.index(row.seed)] += 100 * row.dsc / 4
+    return found
+
+
+def test_checkpoints_that_differ_in_the_seed_have_a_line_together() -> None:
+    gains = [0.03, 0.05, 0.08]
+    rows = make_rows("scratch") + seeds_of_a_recipe(gains)
+    *alone, recipe = tabulate(rows).groups
+    assert [group.checkpoint for group in alone] == ["mae-0", "mae-1", "mae-2"]
+    assert recipe.checkpoint == "3 pretraining seeds: mae-0, mae-1, mae-2"
+    draws = [0, 1, 2]
+    scratch = dice(make_rows("scratch"), draws)
+    cube = np.stack([dice(make_rows("pretrained", gain), draws) - scratch for gain in gains])
+    expected = estimate_recipe(cube, "shared", 12)
+    found = recipe.main.difference
+    assert found is not None and found.pretrainings == 3 and found.cases == 12
+    assert (found.mean, found.low, found.high, found.p) == pytest.approx(
+        (expected.mean, expected.low, expected.high, expected.p), rel=1e-6
+    )
+    # How seeds of pretraining vary is no part of what is known of one.
+    single = alone[1].main.difference
+    assert single is not None and found.error > 2 * single.error
+    assert any("about the recipe, over 3 pretraining seeds" in note for note in recipe.notes)
+    assert "3 pretraining seeds, 3 seeds each" in recipe.sentence
+    assert recipe.main.pretrained is not None
+    assert recipe.main.pretrained.mean == pytest.approx(
+        np.mean([g.main.pretrained.mean for g in alone if g.main.pretrained is not None])
+    )
+
+
+def test_draws_of_a_recipe_are_shared_or_each_checkpoints_own() -> None:
+    gains = [0.03, 0.05, 0.08]
+    rows = seeds_of_a_recipe(gains, seeds=4)
+    partly = [row for row in rows if (row.checkpoint, row.seed) != ("mae-1", 0)]
+    shared = tabulate(make_rows("scratch", seeds=4) + partly).groups[-1].main.difference
+    assert shared is not None and (shared.draws, shared.pretrainings) == (3, 3)
+    own = [
+        dataclasses.replace(row, **dict.fromkeys(("seed", "label_seed", "init_seed"), seed))
+        for row in rows
+        for seed in [row.seed + 10 * row.pretrain_seed]
+    ]
+    scratch = [
+        dataclasses.replace(row, **dict.fromkeys(("seed", "label_seed", "init_seed"), seed))
+        for row in make_rows("scratch", seeds=4)
+        for seed in (row.seed, row.seed + 10, row.seed + 20)
+    ]
+    nested = tabulate(scratch + own).groups[-1].main.difference
+    assert nested is not None and (nested.draws, nested.pretrainings) == (4, 3)
+    plain = dice(make_rows("scratch", seeds=4), [0, 1, 2, 3])
+    cube = np.stack(
+        [dice(make_rows("pretrained", g, seeds=4), [0, 1, 2, 3]) - plain for g in gains]
+    )
+    assert nested.error == pytest.approx(estimate_recipe(cube, "own").error, rel=1e-6)
+
+
+def test_what_is_no_recipe_has_no_line_of_it() -> None:
+    scratch = make_rows("scratch")
+    two = tabulate(scratch + seeds_of_a_recipe([0.03, 0.05])).groups[-1]
+    assert two.main.verdict == "undecided" and "3 pretraining seeds" in two.sentence
+    assert len(tabulate(scratch + seeds_of_a_recipe([0.03])).groups) == 1
+    unknown = [dataclasses.replace(r, pretrain_recipe="") for r in seeds_of_a_recipe([0.03, 0.05])]
+    assert len(tabulate(scratch + unknown).groups) == 2
+    same = [dataclasses.replace(r, pretrain_seed=1) for r in seeds_of_a_recipe([0.03, 0.05])]
+    assert len(tabulate(scratch + same).groups) == 2
+    cases = {f"c{n}": n % 3 for n in range(12)}
+    folds = [
+        dataclasses.replace(r, split=f"fold-{cases[r.case]}/validation")
+        for r in scratch + seeds_of_a_recipe([0.03, 0.05, 0.08])
+    ]
+    pooled = tabulate(folds).groups[-1].main
+    assert pooled.verdict == "undecided" and pooled.difference is not None
+    assert "over several folds" in pooled.difference.note
+
+
+def test_rows_of_before_recipes_are_read(tmp_path: Path) -> None:
+    write_rows([BASE], tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    for dropped in ("pretrain_recipe", "assd"):
+        names = [name for name in records[0] if name != dropped]
+        with (tmp_path / "old.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(records)
+        if dropped == "pretrain_recipe":
+            assert read_rows(tmp_path / "old.csv") == [BASE]
+        else:
+            with pytest.raises(InputError, match="columns assd are missing"):
+                read_rows(tmp_path / "old.csv")

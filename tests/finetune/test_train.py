@@ -98,6 +98,8 @@ def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
     ]
     assert {r.arm for r in rows} == {"pretrained"}
     assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 8)}
+    assert {r.pretrain_recipe for r in rows} == {"abc/encoder"}
+    assert {r.pretrain_recipe for r in read_rows(arms[1] / "rows.csv")} == {""}
     corpus = Corpus.open(stage.corpus)
     for key in stage.test_keys:
         image = nib.load(run / "predictions" / f"{key}.nii.gz")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import voxelith
 from data_prep.errors import CorruptionError, InputError
-from pretrain.export import export, strictest_first
+from pretrain.export import export, recipe_hash, strictest_first
 from pretrain.release import DECODER, FILES, Release, check_golden, file_digest, load_release
 from pretrain.settings import PretrainSettings
 from pretrain.train import pretrain
@@ -110,6 +110,20 @@ def test_every_file_is_there_and_golden_features_come_back(release: Release) -> 
 
 def test_the_same_run_gives_the_same_release(run: Path, release: Release, tmp_path: Path) -> None:
     assert export(run, tmp_path / "again").digest == release.digest
+
+
+def test_a_recipe_is_all_but_the_seed_and_the_place(run: Path, release: Release) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    index_hash = release.config["data"]["index_hash"]
+    own = release.config["training"]["recipe_hash"]
+    elsewhere = {"seed": 7, "run": "b", "runs": "y", "corpus": "z", "log_every": 3, "accumulate": 2}
+    for name, value in elsewhere.items():
+        assert recipe_hash(settings | {name: value}, index_hash, 2) == own, name
+    others = {"lr": 2e-3, "steps": 3, "flip": [False] * 3, "objective": {}, "backbone": {}}
+    trainer = settings["trainer"] | {"precision": "bf16-mixed"}
+    for name, value in (others | {"trainer": trainer}).items():
+        assert recipe_hash(settings | {name: value}, index_hash, 2) != own, name
+    assert recipe_hash(settings, "another", 2) != own != recipe_hash(settings, index_hash, 1)
 
 
 def test_three_lines_from_a_scan_to_features(release: Release, samples: Path) -> None:

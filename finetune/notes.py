@@ -1,0 +1,105 @@
+"""What a table says beside its numbers: what speaks against believing a comparison, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from finetune.cells import Scores, score_matrix
+from finetune.comparisons import suitability
+from finetune.intervals import MIN_UNITS
+from finetune.lines import Line
+from finetune.rows import Row
+
+LabelDraw = tuple[str, str, str, int]
+"""Data set, split hash, labels and label seed."""
+
+
+def what_leaked(rows: list[Row]) -> str:
+    """What is known of a checkpoint and the test cases; nothing of predictions from elsewhere."""
+    if any(row.status == "tainted" for row in rows):
+        return "tainted"
+    found = {row.status for row in rows if row.arm == "pretrained"}
+    return "unknown" if "unknown" in found else "clean" if found else ""
+
+
+def label_draw(row: Row) -> LabelDraw:
+    """Whose labels were drawn, and how."""
+    return row.dataset, row.split_hash, row.labels, row.label_seed
+
+
+def without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
+    """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
+    seeds: dict[str, list[str]] = {}
+    for draw in sorted({label_draw(row) for row in rows}):
+        for name in unlabelled.get(draw, ()):
+            seeds.setdefault(name, []).append(str(draw[-1]))
+    return [
+        f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
+    ]
+
+
+def unsuitable(arms: Sequence[Scores], subjects: dict[str, str]) -> list[str]:
+    """What speaks against deciding between the arms on this data set."""
+    present = [scores for scores in arms if scores]
+    cells = set.intersection(*(set(scores) for scores in present)) if len(present) > 1 else set()
+    tables = [score_matrix({cell: scores[cell] for cell in cells}, subjects) for scores in present]
+    if not cells or not tables[0][1]:
+        return []
+    means = np.array([table.mean(axis=0) for table, _ in tables])
+    flags = suitability(means, tables[0][1]).flags
+    return [f"suitability: {'; '.join(flags)}"] if flags else []
+
+
+def missed_or_invented(arm: str, rows: list[Row]) -> list[str]:
+    """What an arm missed or invented."""
+    words = {"missed": "missed a structure", "false_positive": "invented a structure"}
+    counts = {outcome: sum(row.outcome == outcome for row in rows) for outcome in words}
+    return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
+
+
+def unpaired(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:
+    """What could not be paired."""
+    if not a or not b:
+        return []
+    notes = []
+    draws_a, draws_b = {draw for _, draw in a}, {draw for _, draw in b}
+    alone = sorted(draws_a ^ draws_b)
+    if alone:
+        notes.append(f"seeds {', '.join(map(str, alone))} have one arm only: not in the difference")
+    common = draws_a & draws_b
+    unpaired = {case for case, draw in a.keys() ^ b.keys() if draw in common}
+    if unpaired:
+        notes.append(f"{len(unpaired)} cases lack a score in one arm: not in the difference")
+    return notes
+
+
+def power_of(line: Line) -> list[str]:
+    """What a comparison of this size could have found."""
+    found = line.decides
+    if found is None or not found.has_interval:
+        return []
+    enough = f"of 80% from {found.detectable():.{line.digits}f} {line.unit} on"
+    if line.unit != "points":
+        return [f"a true difference would be found with a chance {enough}"]
+    chances = " and ".join(f"{found.power(d):.0%} for +{d}" for d in (2, 5))
+    return [
+        f"a true difference would be found with a chance of {chances} {line.measures.title} "
+        f"points, {enough}"
+    ]
+
+
+def too_few_of_a_class(rows: Sequence[Row]) -> str:
+    """Why scores that compare classes get no interval; empty if they get one.
+
+    The fewer cases of a class there are, the more the score hangs on each of them, and a variance
+    over all cases does not know how few these are.
+    """
+    subjects: dict[tuple[str, float], set[str]] = {}
+    for row in rows:
+        subjects.setdefault((row.class_name, row.truth), set()).add(row.subject)
+    fewest = min(map(len, subjects.values()), default=0)
+    if fewest >= MIN_UNITS:
+        return ""
+    return f"an interval needs {MIN_UNITS} subjects of each class"
