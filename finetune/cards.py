@@ -92,8 +92,8 @@ def _segmented(task: TaskSettings, scores: Mapping[str, Any]) -> str:
                 f"| {found['cases'] if found else 0} |"
             )
     table = "\n".join(lines)
-    return f"""Dice on the part {scores["part"]} of the labelled corpus. One run: one label draw and one start, \
-so there is no interval.
+    return f"""Dice on the part {scores["part"]} of the labelled corpus. \
+One run: one label draw and one start, so there is no interval.
 
 | written | class | label values | Dice | cases |
 | --- | --- | --- | --- | --- |

@@ -97,15 +97,15 @@ class Line:
 
     `class_name` is "mean" for the mean over classes. Estimates are in the metric's reported unit
     (Dice points, mm, years); `difference` is pretrained minus its scratch twin, `against_own`
-    pretrained minus scratch at its own best recipe (`own`). What is missing is None. `improved` is the share
-    of subjects that gain over the twin, `median` the median over subjects of the difference to it.
-    `adjusted_p` stands in main lines alone: p of the deciding difference, adjusted over the data
-    sets (Holm 1979). `split` is name and part, `recipe` the hash of all that arms share.
-    `still_gains` is what the last quarter of training gained on validation, in Dice points and in
-    the arm that gained most, NaN where runs were not validated: above 0.5 it was too short.
-    `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no interval.
-    `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these cases are
-    left out) or unknown. Numbers are in `unit` and shown with `digits` behind the point.
+    pretrained minus scratch at its own best recipe (`own`). What is missing is None. `improved` is
+    the share of subjects that gain over the twin, `median` the median over subjects of the
+    difference to it. `adjusted_p` stands in main lines alone: p of the deciding difference,
+    adjusted over the data sets (Holm 1979). `split` is name and part, `recipe` the hash of all that
+    arms share. `still_gains` is what the last quarter of training gained on validation, in Dice
+    points and in the arm that gained most, NaN where runs were not validated: above 0.5 it was too
+    short. `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no
+    interval. `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these
+    cases are left out) or unknown. Numbers are in `unit`, shown with `digits` behind the point.
     """
 
     dataset: str
