@@ -1,4 +1,4 @@
-"""One answer per scan: closed forms, padding, and a batch that can be learnt."""
+"""One answer per scan: closed forms, padding, mirrors, and a batch that can be learnt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from small_runs import backbone
 
 from data_prep.errors import InputError
 from finetune.pooled import Classification, PooledHead, Regression
+from finetune.scan_task import ScanTask
+from pretrain.augment import mirrors
 from pretrain.objective import Batch
+
+
+def classes(*names: str, **changes: Any) -> ScanTask:
+    return ScanTask(name="t", target="x", kind="classification", classes=names, **changes)
+
+
+AGE = ScanTask(name="t", target="x", kind="regression", unit="years")
 
 
 def batch() -> Batch:
@@ -24,7 +33,7 @@ def batch() -> Batch:
 def test_the_mean_leaves_padding_out() -> None:
     head = PooledHead(2, 1)
     with torch.no_grad():
-        head.head.weight.copy_(torch.tensor([[1.0, 10.0]]))
+        head.last.weight.copy_(torch.tensor([[1.0, 10.0]]))
     cells = torch.arange(8.0).reshape(1, 2, 1, 2, 2)
     valid = torch.ones(1, 1, 2, 4, 4, dtype=torch.bool)
     assert head([cells], valid).item() == pytest.approx(1.5 + 10 * 5.5)
@@ -38,11 +47,18 @@ def test_the_mean_leaves_padding_out() -> None:
     assert torch.isfinite(head([cells], valid)).all()
 
 
+@pytest.mark.parametrize("decoder", ["auto", "mlp"])
 @pytest.mark.parametrize("kind", ["resenc", "vit"])
-def test_classes_can_be_learnt_with_the_encoder_frozen_or_not(kind: str) -> None:
+def test_classes_can_be_learnt_with_the_encoder_frozen_or_not(kind: str, decoder: Any) -> None:
     torch.manual_seed(0)
-    targets = {"a": 0, "b": 0, "c": 1, "d": 2}
-    model = Classification(encoder=backbone(kind), targets=targets, classes=3)
+    model = Classification(
+        encoder=backbone(kind),
+        task=classes("p", "q", "r"),
+        decoder=decoder,
+        targets={"a": 0, "b": 0, "c": 1, "d": 2},
+    )
+    assert isinstance(model.decoder, PooledHead)
+    assert (model.decoder.last is model.decoder.head) == (decoder == "auto")
     one = batch()
     assert model.eval()(one, 0.0).loss.item() == pytest.approx(math.log(3), rel=0.2)
     model.hold("encoder")
@@ -56,13 +72,15 @@ def test_classes_can_be_learnt_with_the_encoder_frozen_or_not(kind: str) -> None
         model(one, 0.0).loss.backward()
         optimizer.step()
     model.eval()
-    assert model.probabilities(one.image, one.valid).argmax(1).tolist() == [0, 0, 1, 2]
+    answers = model.answers(one.image, one.valid)
+    assert answers.argmax(1).tolist() == [0, 0, 1, 2]
+    assert answers.sum(1).tolist() == pytest.approx([1, 1, 1, 1])
 
 
 def test_numbers_are_learnt_in_units_of_their_deviation() -> None:
     torch.manual_seed(0)
     targets = {"a": 20.0, "b": 40.0, "c": 60.0, "d": 80.0}
-    model = Regression(encoder=backbone("resenc"), targets=targets)
+    model = Regression(encoder=backbone("resenc"), task=AGE, targets=targets)
     one = batch()
     losses = model(one, 0.0)
     assert losses.loss.item() == pytest.approx(1, abs=0.2)  # predicting the mean
@@ -73,16 +91,46 @@ def test_numbers_are_learnt_in_units_of_their_deviation() -> None:
         model(one, 0.0).loss.backward()
         optimizer.step()
     model.eval()
-    assert model.values(one.image, one.valid).tolist() == pytest.approx([20, 40, 60, 80], abs=5)
+    with torch.no_grad():
+        before = model.answers(one.image, one.valid)
+        assert before[:, 0].tolist() == pytest.approx([20, 40, 60, 80], abs=5)
+        # A network without its targets gives the same answers from the weights alone.
+        model.finish()
+        other = Regression(encoder=backbone("resenc"), task=AGE)
+        other.load_state_dict(model.state_dict())
+        other.eval()
+        assert torch.allclose(other.answers(one.image, one.valid), before, rtol=1e-5)
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"encoder", "decoder"}
+
+
+def test_a_mirrored_crop_is_of_the_other_side() -> None:
+    task = classes("left", "mid", "right", flip=(False, False, True), swap=[("left", "right")])
+    targets = {"a": 0, "b": 0, "c": 1, "d": 2}
+    model = Classification(encoder=backbone("resenc"), task=task, targets=targets)
+    one = batch()
+    turned = mirrors(one.seeds)[:, 2].tolist()
+    assert len(set(turned)) == 2
+    partner = {0: 2, 1: 1, 2: 0}
+    expected = [partner[t] if m else t for t, m in zip([0, 0, 1, 2], turned, strict=True)]
+    assert model.train().wanted(one).tolist() == expected
+    assert model.eval().wanted(one).tolist() == [0, 0, 1, 2]
+    still = Classification(encoder=backbone("resenc"), task=classes("p", "q", "r"), targets=targets)
+    assert still.train().wanted(one).tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda e: Classification(encoder=e, targets={"a": 3}, classes=3), "from 0 to 2, found 3"),
-        (lambda e: Regression(encoder=e, targets={"a": 1.0, "b": 1.0}), "numbers that differ"),
-        (lambda e: Regression(encoder=e, targets={"a": 1.0, "b": math.nan}), "finite"),
-        (lambda e: Regression(encoder=e, targets={}), "of 0 cases"),
+        (
+            lambda e: Classification(encoder=e, task=classes("p", "q", "r"), targets={"a": 3}),
+            "from 0 to 2, found 3",
+        ),
+        (
+            lambda e: Regression(encoder=e, task=AGE, targets={"a": 1.0, "b": 1.0}),
+            "numbers that differ",
+        ),
+        (lambda e: Regression(encoder=e, task=AGE, targets={"a": 1.0, "b": math.nan}), "finite"),
+        (lambda e: Regression(encoder=e, task=AGE, targets={}), "of 0 cases"),
     ],
 )
 def test_targets_that_cannot_be_learnt_are_refused(make: Any, said: str) -> None:
