@@ -64,7 +64,7 @@ def read_targets(path: Path, task: ScanTask, corpus: Corpus, keys: Sequence[str]
     for name, cell in rows:
         found = known.named(name) if name else set()
         if len(found) == 1:
-            cells.setdefault(found.pop(), []).append(cell)
+            cells.setdefault(next(iter(found)), []).append(cell)
         else:
             (doubtful if found else strange).append(name or "(empty)")
     problems = []

@@ -271,7 +271,7 @@ def test_an_unlabelled_corpus_will_do(
 
 
 def test_a_release_answers_as_its_run(runs: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    for name in ("volume-pretrained", "side-scratch"):
+    for name in ("volume-scratch", "side-scratch"):
         run = runs[name]
         found = export(run, tmp_path / name)
         assert found.kind == "answerer" and found.transfers == "encoder"

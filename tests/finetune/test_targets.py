@@ -175,7 +175,7 @@ def test_rows_of_before_are_read(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(records)
-    assert repr(read_rows(tmp_path / "old.csv")) == repr(make_rows("scratch"))
+    assert repr(read_rows(tmp_path / "old.csv")) == repr(read_rows(tmp_path / "rows.csv"))
     with (tmp_path / "old.csv").open("w") as file:
         writer = csv.DictWriter(file, names[:-1], extrasaction="ignore")
         writer.writeheader()
@@ -184,8 +184,12 @@ def test_rows_of_before_are_read(tmp_path: Path) -> None:
         read_rows(tmp_path / "old.csv")
 
 
-@pytest.mark.parametrize("name", ["ixi_age", "ixi_sex"])
+PRESETS = [p.stem for p in (CONF / "task").glob("*.yaml") if "\ntarget: " in p.read_text()]
+
+
+@pytest.mark.parametrize("name", sorted({*PRESETS, "ixi_age", "ixi_sex"}))
 def test_presets_of_whole_scans_are_whole(name: str) -> None:
     task = choose_task(OmegaConf.to_container(OmegaConf.load(CONF / f"task/{name}.yaml")))
     assert isinstance(task, ScanTask) and task.about is not None
-    assert task.name == name and task.flip == (False, False, True)
+    assert task.name == name and task.flip[:2] == (False, False)
+    assert len(task.about.source) >= 8 and "://" in task.about.source
