@@ -35,6 +35,7 @@ from finetune.cells import (
     subjects_of,
 )
 from finetune.comparisons import holm_by_family, median_difference, share_improved
+from finetune.costs import Cost, cost_note
 from finetune.intervals import (
     LEVEL,
     Estimate,
@@ -89,18 +90,22 @@ def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
     values: dict[str, dict[str, Labels]] = {}
     unlabelled: dict[LabelDraw, Sequence[str]] = {}
     curves: dict[Run, Curve] = {}
+    costs: dict[Run, Cost] = {}
     for path in find_rows(runs):
         found, facts, curve = read_rows(path), _facts(path), read_curve(path.parent)
         rows += found
         for row in found[:1]:
             if curve is not None:
                 curves[_run(row)] = curve
+            if (cost := Cost.of(facts)) is not None:
+                costs[_run(row)] = cost
             if "classes_without_label" in facts:
                 unlabelled[label_draw(row)] = facts["classes_without_label"]
             if task := facts.get("recipe", {}).get("task"):
                 classes = task["regions"] or task["classes"]
                 values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
-    return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled, curves)
+    anchors = read_anchors(anchor, values) if anchor else {}
+    return tabulate(rows, anchors, unlabelled, curves, costs)
 
 
 def _facts(rows: Path) -> dict[str, Any]:
@@ -149,6 +154,7 @@ def tabulate(
     anchors: Mapping[str, Anchor] | None = None,
     unlabelled: Mapping[LabelDraw, Sequence[str]] | None = None,
     curves: Mapping[Run, Curve] | None = None,
+    costs: Mapping[Run, Cost] | None = None,
 ) -> Table:
     """Compares arms within each group of rows.
 
@@ -157,6 +163,7 @@ def tabulate(
         anchors: of data sets.
         unlabelled: the classes that no labelled case of a draw has.
         curves: validation Dice over the steps of those runs that have it.
+        costs: of those runs that say it.
 
     Raises:
         InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
@@ -180,8 +187,11 @@ def tabulate(
         for others in [[one] for one in checkpoints or [[]]] + recipes(checkpoints):
             pretrained = [row for one in others for row in one]
             group = _group(others, scratch, own, anchor)
-            missing = without_label(pretrained + scratch + own, unlabelled or {})
-            group = dataclasses.replace(group, notes=(*group.notes, *missing))
+            more = without_label(pretrained + scratch + own, unlabelled or {})
+            runs = dict.fromkeys(map(_run, pretrained + scratch))
+            if known := [cost for run in runs if (cost := (costs or {}).get(run))]:
+                more.append(cost_note(known))
+            group = dataclasses.replace(group, notes=(*group.notes, *more))
             groups.append(_with_budget(group, pretrained, scratch, curves or {}))
     return Table(tuple(_adjusted(groups)))
 

@@ -32,6 +32,7 @@ from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import write_nifti
+from finetune.costs import Cost
 from finetune.evaluate import (
     Labels,
     Origin,
@@ -43,6 +44,7 @@ from finetune.evaluate import (
 )
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
+from finetune.meter import priced, training_flops
 from finetune.phases import PhasedLoop
 from finetune.probes import fit_probe
 from finetune.protocol import freeze_problem
@@ -143,7 +145,9 @@ def finetune(settings: FinetuneSettings) -> Path:
             _describe(run, plan, model, report)
         train(plan, run, model)
         if main:
-            rows = _predict_and_score(plan, run, model)
+            devices = settings.trainer.devices * settings.trainer.nodes
+            with priced(run, device_of(settings), devices):
+                rows = _predict_and_score(plan, run, model)
             write_rows(rows, run.path / "rows.csv")
             # The weights lie in model.safetensors; what only a resumption needs can go.
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
@@ -235,12 +239,7 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
     """
     settings = plan.settings
     torch.manual_seed(settings.seed)
-    model = Segmentation(
-        encoder=plan.release.build_encoder(),
-        task=settings.task,
-        decoder=settings.decoder,
-        deep_supervision=settings.deep_supervision,
-    )
+    model = _network(plan)
     _check_crop(model, settings)
     _check_freezes(model, settings)
     report = _load(plan, model)
@@ -251,6 +250,15 @@ def build_model(plan: Plan) -> tuple[Segmentation, LoadReport]:
     if settings.ema is not None:
         model.start_average(settings.ema)
     return model, report
+
+
+def _network(plan: Plan) -> Segmentation:
+    return Segmentation(
+        encoder=plan.release.build_encoder(),
+        task=plan.settings.task,
+        decoder=plan.settings.decoder,
+        deep_supervision=plan.settings.deep_supervision,
+    )
 
 
 def _load(plan: Plan, model: Segmentation) -> LoadReport:
@@ -408,6 +416,7 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         partly_annotated=plan.partial,
         classes_without_label=list(plan.unlabelled),
         parameters=sum(p.numel() for p in model.parameters()),
+        cost=_cost(plan, model)._asdict(),
     )
     if plan.settings.validations and not plan.validation:
         print(
@@ -423,6 +432,31 @@ def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadRepor
         )
     how = {"init": plan.settings.init, "transfer": plan.transfer}
     write_json(run.path / "load_report.json", how | report.to_dict())
+
+
+def _cost(plan: Plan, model: Segmentation) -> Cost:
+    """What is known of a run's cost before it begins."""
+    settings = plan.settings
+    weights = [*model.encoder.parameters(), *model.decoder.parameters()]
+    flops = None
+    if settings.fit == "descent":
+        with torch.device("meta"):
+            bare = _network(plan)
+            if settings.lora is not None:
+                add_adapters(bare.encoder, settings.lora)
+        flops = training_flops(bare, settings, int(plan.corpus.shapes[0, 0]))
+    device = device_of(settings)
+    made = plan.release.config["training"] if settings.init == "pretrained" else {}
+    return Cost(
+        parameters=sum(p.numel() for p in weights),
+        trained_parameters=sum(p.numel() for p in weights if p.requires_grad),
+        flops=flops,
+        train_seconds=None,
+        predict_seconds=None,
+        peak_mib=None,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        pretrain_seconds=made.get("seconds"),
+    )
 
 
 def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:

@@ -98,6 +98,9 @@ def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
     ]
     assert {r.arm for r in rows} == {"pretrained"}
     assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 8)}
+    cost = json.loads((run / "run.json").read_text())["cost"]
+    assert 0 < cost["train_seconds"] < 600 and 0 < cost["predict_seconds"] < 600
+    assert cost["flops"] > 0 and cost["peak_mib"] > 0 and cost["parameters"] > 0
     assert {r.pretrain_recipe for r in rows} == {"abc/encoder"}
     assert {r.pretrain_recipe for r in read_rows(arms[1] / "rows.csv")} == {""}
     corpus = Corpus.open(stage.corpus)
