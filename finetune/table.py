@@ -172,7 +172,8 @@ def tabulate(
     if len(versions) > 1:
         raise InputError(
             f"rows with metric versions {versions} cannot be compared; "
-            "score the kept predictions again with `voxelith evaluate`"
+            "start the runs of the older one again: they score their kept predictions anew and "
+            "train nothing"
         )
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:

@@ -31,7 +31,7 @@ from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
-from data_prep.volume import write_nifti
+from data_prep.volume import read_label, write_nifti
 from finetune.costs import Cost
 from finetune.evaluate import (
     Labels,
@@ -45,10 +45,12 @@ from finetune.evaluate import (
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.meter import priced, training_flops
+from finetune.metrics import METRIC_VERSION
 from finetune.phases import PhasedLoop
+from finetune.predictions import find_predictions
 from finetune.probes import fit_probe
 from finetune.protocol import freeze_problem
-from finetune.rows import write_rows
+from finetune.rows import Row, are_current, write_rows
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter, write_segmenter
 from finetune.settings import FinetuneSettings, config_hash
@@ -123,7 +125,8 @@ class Plan:
 def finetune(settings: FinetuneSettings) -> Path:
     """Trains one arm with one seed, predicts the test cases and scores them.
 
-    A run that was interrupted goes on from its last checkpoint; a finished one is left as it is.
+    A run that was interrupted goes on from its last checkpoint; a finished one is left as it is,
+    but for scores of an older metric, which are made anew from the predictions.
 
     Returns:
         The run folder.
@@ -139,6 +142,13 @@ def finetune(settings: FinetuneSettings) -> Path:
         print(f"finetune: {run.path} is finished already, nothing to do")
         return run.path
     main = rank_zero_only.rank in (None, 0)
+    if (run.path / "rows.csv").exists():
+        if main:
+            with run.lease():
+                rows = _score_again(plan, run)
+                write_rows(rows, run.path / "rows.csv")
+            print(f"finetune: {run.path}: its predictions are scored anew, {_told(plan, rows)}")
+        return run.path
     model, report = build_model(plan)
     with run.lease() if main else nullcontext():
         if main:
@@ -151,13 +161,17 @@ def finetune(settings: FinetuneSettings) -> Path:
             write_rows(rows, run.path / "rows.csv")
             # The weights lie in model.safetensors; what only a resumption needs can go.
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
-            mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
             print(
                 f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
-                f"seed {settings.seed}: Dice {100 * mean:.1f} over {len(plan.test.keys)} cases "
-                f"-> {run.path}"
+                f"seed {settings.seed}: {_told(plan, rows)} -> {run.path}"
             )
     return run.path
+
+
+def _told(plan: Plan, rows: list[Row]) -> str:
+    """The scores in a few words."""
+    mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
+    return f"Dice {100 * mean:.1f} over {len(plan.test.keys)} cases"
 
 
 def make_plan(
@@ -384,7 +398,11 @@ def _absent_classes(corpus: Corpus, keys: list[str], settings: FinetuneSettings)
 
 
 def is_finished(run: RunFolder, plan: Plan) -> bool:
-    """Whether the folder holds this run, finished; refuses a folder that holds another."""
+    """Whether the folder holds this run, finished, with scores of today's metric.
+
+    Raises:
+        InputError: it holds another run.
+    """
     file = run.path / "run.json"
     if not file.exists():
         return False
@@ -399,7 +417,8 @@ def is_finished(run: RunFolder, plan: Plan) -> bool:
             f"{run.path}: holds another run ({'; '.join(changed)}); choose another run=NAME, "
             "remove the folder, or restore the settings"
         )
-    return (run.path / "rows.csv").exists()
+    rows = run.path / "rows.csv"
+    return rows.exists() and are_current(rows, METRIC_VERSION)
 
 
 def _describe(run: RunFolder, plan: Plan, model: Segmentation, report: LoadReport) -> None:
@@ -529,7 +548,7 @@ def device_of(settings: FinetuneSettings) -> torch.device:
     return torch.device("cuda" if accelerated else "cpu")
 
 
-def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Any]:
+def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[Row]:
     """Writes the network and the predictions of the test cases; returns their rows."""
     settings, corpus = plan.settings, plan.corpus
     model.finish()
@@ -545,10 +564,31 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         write_nifti(labels, volume.native, folder / f"{key}.nii.gz")
         return labels
 
-    release, pretrained = plan.release, settings.init == "pretrained"
+    return score(corpus, plan.test, settings.task, predict, _origin(plan))
+
+
+def _score_again(plan: Plan, run: RunFolder) -> list[Row]:
+    """Rows of today's metric from the predictions of a finished run."""
+    corpus, keys = plan.corpus, plan.test.keys
+    try:
+        files = find_predictions(run.path / "predictions", corpus, keys, None)
+    except InputError as error:
+        why = f"{run.path}: its scores are of an older metric and cannot be made anew; remove the "
+        raise InputError([why + "folder to train it again", *error.problems]) from error
+
+    def read(key: str) -> Labels:
+        return read_label(files[key], corpus.volume(corpus.position(key)))
+
+    return score(corpus, plan.test, plan.settings.task, read, _origin(plan))
+
+
+def _origin(plan: Plan) -> Origin:
+    """What all rows of a run say of where they come from."""
+    settings, release = plan.settings, plan.release
+    pretrained = settings.init == "pretrained"
     seen = comparable(release.fingerprints)
     made, how = release.config["training"] if pretrained else {}, plan.transfer
-    origin = Origin(
+    return Origin(
         arm=settings.arm,
         protocol=settings.protocol,
         recipe_hash=config_hash(plan.trained),
@@ -565,4 +605,3 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Segmentation) -> list[
         config_hash=config_hash(plan.recipe),
         seen=seen if pretrained else frozenset(),
     )
-    return score(corpus, plan.test, settings.task, predict, origin)
