@@ -75,7 +75,12 @@ _LATEX = {
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
-def make_table(runs: Sequence[Path], output: Path, anchor: str = "") -> Table:
+def make_table(
+    runs: Sequence[Path],
+    output: Path,
+    anchor: str = "",
+    search: Sequence[Path] | None = None,
+) -> Table:
     """Makes the table of finished runs and writes it to `output` in all formats.
 
     Args:
@@ -83,11 +88,12 @@ def make_table(runs: Sequence[Path], output: Path, anchor: str = "") -> Table:
         output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
             pictures of `PICTURES` that have something to show.
         anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
+        search: the runs in which rates were chosen, on validation, as `runs`.
 
     Raises:
         InputError: what `read_table` refuses, or `output` cannot be written.
     """
-    table = read_table(runs, anchor)
+    table = read_table(runs, anchor, search)
     make_folder(output, "output")
     from finetune.figures import draw_table  # matplotlib takes its time to start
 
