@@ -75,9 +75,9 @@ def main() -> None:
     sweep = [*HIPPOCAMPUS, f"corpus={work / 'hippocampus'}", f"runs={work / 'runs'}",
              f"lr={best['pretrained']:g}", f"labels={','.join(map(str, LABELS))}",
              f"seed={','.join(map(str, DRAWS))}", f"jobs={chosen.jobs}"]  # fmt: skip
-    _voxelith("finetune", "-m", *sweep, "ckpt=" + ",".join(str(work / name) for name in ARMS))
+    voxelith("finetune", "-m", *sweep, "ckpt=" + ",".join(str(work / name) for name in ARMS))
     if best["scratch"] != best["pretrained"]:
-        _voxelith("finetune", "-m", *sweep, f"ckpt={work / 'cnn-mae'}", "init=scratch",
+        voxelith("finetune", "-m", *sweep, f"ckpt={work / 'cnn-mae'}", "init=scratch",
                   "recipe_of=own", f"own={{lr: {best['scratch']:g}}}",
                   f"search={{lr: [{_rates()}], draws: 1}}")  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -113,10 +113,10 @@ def make_corpora(data: Path, work: Path) -> None:
 def pretrain(work: Path, name: str, experiment: str, steps: int) -> None:
     """The release `name` of a run of its own."""
     if not (work / name).exists():
-        _voxelith("pretrain", f"experiment={experiment}", f"corpus={work / 'unlabelled'}",
+        voxelith("pretrain", f"experiment={experiment}", f"corpus={work / 'unlabelled'}",
                   f"run={name}", f"runs={work / 'pretrained'}", FEATURES, f"steps={steps}",
                   f"warmup={steps // 10}", "trainer.threads=1", "augment=light")  # fmt: skip
-        _voxelith("export", str(work / "pretrained" / name), str(work / name))
+        voxelith("export", str(work / "pretrained" / name), str(work / name))
 
 
 def search(work: Path) -> None:
@@ -124,7 +124,7 @@ def search(work: Path) -> None:
     pretrain(work, "cnn-mae", "cnn_mae_small", PRETRAIN_STEPS)
     if not (work / "permuted").exists():
         permute(work / "cnn-mae", work / "permuted")
-    _voxelith("finetune", "-m", *HIPPOCAMPUS, f"corpus={work / 'hippocampus'}",
+    voxelith("finetune", "-m", *HIPPOCAMPUS, f"corpus={work / 'hippocampus'}",
               f"ckpt={work / 'cnn-mae'}", "labels=8", f"seed={SEARCH_DRAW}", f"lr={_rates()}",
               f"runs={work / 'search'}", "jobs=1")  # fmt: skip
 
@@ -135,11 +135,11 @@ def controls(work: Path) -> None:
     scratch = [f"ckpt={work / 'one-step'}", "init=scratch", "labels=all", "lr=3e-3", "warmup=60",
                "part=validation", "trainer=cpu", "trainer.threads=1"]  # fmt: skip
     if not (work / "supervised-ixi").exists():
-        _voxelith("finetune", "task=ixi_dlmuse", f"corpus={work / 'heads'}", *scratch,
+        voxelith("finetune", "task=ixi_dlmuse", f"corpus={work / 'heads'}", *scratch,
                   f"steps={SUPERVISED_STEPS}", "overlap=0.0", f"runs={work / 'supervised'}",
                   "run=ixi")  # fmt: skip
-        _voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
-    _voxelith("finetune", "task=hippocampus", f"corpus={work / 'hippocampus'}", *scratch,
+        voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
+    voxelith("finetune", "task=hippocampus", f"corpus={work / 'hippocampus'}", *scratch,
               f"steps={ALL_STEPS}", f"runs={work / 'all'}", "run=all")  # fmt: skip
 
 
@@ -276,11 +276,12 @@ def _write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
 
 def _prep(corpus: Path, *words: str) -> None:
     if not (corpus / "corpus.json").exists():
-        _voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
+        voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
                   *words)  # fmt: skip
 
 
-def _voxelith(*words: str) -> None:
+def voxelith(*words: str) -> None:
+    """A command as a user gives it, and what it was."""
     print(f"$ voxelith {' '.join(words)}", flush=True)
     command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
     subprocess.run(command, cwd=ROOT, check=True)
