@@ -33,8 +33,8 @@ import torch
 
 from data_prep.files import write_json, write_text
 from finetune.budget import read_curve
-from finetune.formats import cell
-from finetune.lines import Table
+from finetune.formats import cell, notes_of
+from finetune.lines import Group, Table
 from finetune.rows import read_rows
 from finetune.table import read_table
 from pretrain.bench import machine
@@ -177,7 +177,7 @@ def mean_dice(rows: Path) -> float:
 
 def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> None:
     """Writes pilot.json and pilot.md."""
-    table = read_table([work / "runs"])
+    table = read_table([work / "runs"], search=[work / "search"])
     everything = mean_dice(work / "all" / "all" / "rows.csv")
     search = {
         run.parent.name: {"dice": mean_dice(run), "lr": _config(run)["lr"]}
@@ -214,19 +214,15 @@ def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> 
 def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
     """What docs/results/pilot.md shows."""
     rows = []
-    for group in sorted(table.groups, key=lambda g: (g.n_labels, ARMS.index(g.checkpoint))):
+    for group in sorted(table.groups, key=lambda g: (g.n_labels, ARMS.index(arm_of(g)))):
         line = group.main
-        values = [group.checkpoint, str(group.n_labels), cell(line.pretrained), cell(line.scratch)]
+        values = [arm_of(group), str(group.n_labels), cell(line.pretrained), cell(line.scratch)]
         values += [cell(line.difference, sign=True), cell(line.own)]
         values += [cell(line.against_own, sign=True), f"{line.adjusted_p:.2g}", line.verdict]
         rows.append(f"| {' | '.join(values)} |")
     basis = table.groups[0].main.difference
     assert basis is not None
-    notes = [
-        f"- {group.checkpoint}, {group.n_labels} labels: {note}"
-        for group in table.groups
-        for note in group.notes
-    ]
+    notes = [f"- {note}" for note in notes_of(table)]
     return (
         "\n".join(
             [
@@ -252,6 +248,12 @@ def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
         ).rstrip()
         + "\n"
     )
+
+
+def arm_of(group: Group) -> str:
+    """The arm of a checkpoint, whose name may say that its decoder came along."""
+    [found] = [arm for arm in ARMS if group.checkpoint.split()[0] in (arm, arm.split("-")[-1])]
+    return found
 
 
 def _curve(rows: Path) -> dict[str, float]:

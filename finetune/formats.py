@@ -117,7 +117,7 @@ def markdown(table: Table) -> str:
     out = [names, ["---" if name in WORDS else "--:" for name in names]]
     out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
     lines = [f"| {' | '.join(cells)} |" for cells in out]
-    notes = [f"- {note}" for note in _notes(table)]
+    notes = [f"- {note}" for note in notes_of(table)]
     return "\n".join([table.verdict, "", *lines, "", _explain(table), "", *notes]).rstrip() + "\n"
 
 
@@ -136,7 +136,7 @@ def html(table: Table, pictures: Mapping[str, bytes]) -> str:
         records=_records(table),
         words=WORDS,
         explain=_explain(table),
-        notes=_notes(table),
+        notes=notes_of(table),
     )
 
 
@@ -291,12 +291,22 @@ def _marked(lines: Sequence[Line]) -> list[str]:
     return [f"{mark}: {said}" for kind, (mark, said) in _LEAKAGE.items() if kind in used]
 
 
-def _notes(table: Table) -> list[str]:
-    return [
-        f"{g.dataset}, {_count(g.n_labels)} labels, {g.checkpoint or 'scratch'}: {note}"
-        for g in table.groups
-        for note in g.notes
-    ]
+def notes_of(table: Table) -> list[str]:
+    """All notes; what holds for all checkpoints of a data set and number of labels is said once."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    names: dict[tuple[str, str], list[str]] = {}
+    for group in table.groups:
+        block, name = (group.dataset, _count(group.n_labels)), group.checkpoint or "scratch"
+        names.setdefault(block, []).append(name)
+        for note in group.notes:
+            found.setdefault(block, {}).setdefault(note, []).append(name)
+    told = []
+    for block, notes in found.items():
+        for note, who in notes.items():
+            every = len(who) > 1 and who == names[block]
+            about = "" if every else f", {', '.join(who)}"
+            told.append(f"{block[0]}, {block[1]} labels{about}: {note}")
+    return told
 
 
 def _count(n_labels: int) -> str:
