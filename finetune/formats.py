@@ -28,7 +28,8 @@ WORDS = (
 """Columns of words; all others are numbers and end on the right."""
 
 EXPLAIN = (
-    "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
+    "Means over a case's classes, a subject's cases, then subjects and seeds, with 95 % intervals "
+    "over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
     "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
     "the difference to it. p: of the deciding difference in Dice, adjusted over the data sets "
