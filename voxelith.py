@@ -213,11 +213,12 @@ def _runs(command: str, words: list[str], options: dict[str, str]) -> list[Path]
 
 
 def _table(words: list[str]) -> Any:
-    options = {"output": "table", "anchor": ""}
+    options = {"output": "table", "anchor": "", "search": ""}
     runs = _runs("table", words, options)
     from finetune.formats import make_table, markdown
 
-    table = make_table(runs, Path(options["output"]), options["anchor"])
+    search = [Path(options["search"])] if options["search"] else None
+    table = make_table(runs, Path(options["output"]), options["anchor"], search)
     print(f"{markdown(table)}\n{options['output']}: table.md, .html, .tex, .csv and .json")
     return table.to_dict()
 
@@ -379,13 +380,14 @@ example: voxelith inspect release/""",
     ),
     "table": Command(
         "finetuning runs to a table",
-        "table RUN [RUN ...] [anchor=summary.json] [output=table]",
+        "table RUN [RUN ...] [anchor=summary.json] [search=DIR] [output=table]",
         _table,
         """
 RUN is the folder of a finetuning, one that holds several, or a rows.csv. The folder `output` gets
 table.md, .html, .tex, .csv and .json, forest.png and, for two numbers of labels or more,
 label_curves.png. `anchor` is a summary.json of nnU-Net v2 on the same test cases, for a column of
-its own; where runs have several data sets, anchor=NAME:FILE,NAME:FILE.
+its own; where runs have several data sets, anchor=NAME:FILE,NAME:FILE. `search` holds the runs on
+validation cases in which the arms' rates were chosen: the notes say whether it was a fair choice.
 
 example: voxelith table runs/ output=table/""",
     ),

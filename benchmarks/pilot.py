@@ -33,8 +33,8 @@ import torch
 
 from data_prep.files import write_json, write_text
 from finetune.budget import read_curve
-from finetune.formats import cell
-from finetune.lines import Table
+from finetune.formats import cell, notes_of
+from finetune.lines import Group, Table
 from finetune.rows import read_rows
 from finetune.table import read_table
 from pretrain.bench import machine
@@ -75,9 +75,9 @@ def main() -> None:
     sweep = [*HIPPOCAMPUS, f"corpus={work / 'hippocampus'}", f"runs={work / 'runs'}",
              f"lr={best['pretrained']:g}", f"labels={','.join(map(str, LABELS))}",
              f"seed={','.join(map(str, DRAWS))}", f"jobs={chosen.jobs}"]  # fmt: skip
-    _voxelith("finetune", "-m", *sweep, "ckpt=" + ",".join(str(work / name) for name in ARMS))
+    voxelith("finetune", "-m", *sweep, "ckpt=" + ",".join(str(work / name) for name in ARMS))
     if best["scratch"] != best["pretrained"]:
-        _voxelith("finetune", "-m", *sweep, f"ckpt={work / 'cnn-mae'}", "init=scratch",
+        voxelith("finetune", "-m", *sweep, f"ckpt={work / 'cnn-mae'}", "init=scratch",
                   "recipe_of=own", f"own={{lr: {best['scratch']:g}}}",
                   f"search={{lr: [{_rates()}], draws: 1}}")  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -113,10 +113,10 @@ def make_corpora(data: Path, work: Path) -> None:
 def pretrain(work: Path, name: str, experiment: str, steps: int) -> None:
     """The release `name` of a run of its own."""
     if not (work / name).exists():
-        _voxelith("pretrain", f"experiment={experiment}", f"corpus={work / 'unlabelled'}",
+        voxelith("pretrain", f"experiment={experiment}", f"corpus={work / 'unlabelled'}",
                   f"run={name}", f"runs={work / 'pretrained'}", FEATURES, f"steps={steps}",
                   f"warmup={steps // 10}", "trainer.threads=1", "augment=light")  # fmt: skip
-        _voxelith("export", str(work / "pretrained" / name), str(work / name))
+        voxelith("export", str(work / "pretrained" / name), str(work / name))
 
 
 def search(work: Path) -> None:
@@ -124,7 +124,7 @@ def search(work: Path) -> None:
     pretrain(work, "cnn-mae", "cnn_mae_small", PRETRAIN_STEPS)
     if not (work / "permuted").exists():
         permute(work / "cnn-mae", work / "permuted")
-    _voxelith("finetune", "-m", *HIPPOCAMPUS, f"corpus={work / 'hippocampus'}",
+    voxelith("finetune", "-m", *HIPPOCAMPUS, f"corpus={work / 'hippocampus'}",
               f"ckpt={work / 'cnn-mae'}", "labels=8", f"seed={SEARCH_DRAW}", f"lr={_rates()}",
               f"runs={work / 'search'}", "jobs=1")  # fmt: skip
 
@@ -135,11 +135,11 @@ def controls(work: Path) -> None:
     scratch = [f"ckpt={work / 'one-step'}", "init=scratch", "labels=all", "lr=3e-3", "warmup=60",
                "part=validation", "trainer=cpu", "trainer.threads=1"]  # fmt: skip
     if not (work / "supervised-ixi").exists():
-        _voxelith("finetune", "task=ixi_dlmuse", f"corpus={work / 'heads'}", *scratch,
+        voxelith("finetune", "task=ixi_dlmuse", f"corpus={work / 'heads'}", *scratch,
                   f"steps={SUPERVISED_STEPS}", "overlap=0.0", f"runs={work / 'supervised'}",
                   "run=ixi")  # fmt: skip
-        _voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
-    _voxelith("finetune", "task=hippocampus", f"corpus={work / 'hippocampus'}", *scratch,
+        voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
+    voxelith("finetune", "task=hippocampus", f"corpus={work / 'hippocampus'}", *scratch,
               f"steps={ALL_STEPS}", f"runs={work / 'all'}", "run=all")  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def mean_dice(rows: Path) -> float:
 
 def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> None:
     """Writes pilot.json and pilot.md."""
-    table = read_table([work / "runs"])
+    table = read_table([work / "runs"], search=[work / "search"])
     everything = mean_dice(work / "all" / "all" / "rows.csv")
     search = {
         run.parent.name: {"dice": mean_dice(run), "lr": _config(run)["lr"]}
@@ -214,19 +214,15 @@ def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> 
 def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
     """What docs/results/pilot.md shows."""
     rows = []
-    for group in sorted(table.groups, key=lambda g: (g.n_labels, ARMS.index(g.checkpoint))):
+    for group in sorted(table.groups, key=lambda g: (g.n_labels, ARMS.index(arm_of(g)))):
         line = group.main
-        values = [group.checkpoint, str(group.n_labels), cell(line.pretrained), cell(line.scratch)]
+        values = [arm_of(group), str(group.n_labels), cell(line.pretrained), cell(line.scratch)]
         values += [cell(line.difference, sign=True), cell(line.own)]
         values += [cell(line.against_own, sign=True), f"{line.adjusted_p:.2g}", line.verdict]
         rows.append(f"| {' | '.join(values)} |")
     basis = table.groups[0].main.difference
     assert basis is not None
-    notes = [
-        f"- {group.checkpoint}, {group.n_labels} labels: {note}"
-        for group in table.groups
-        for note in group.notes
-    ]
+    notes = [f"- {note}" for note in notes_of(table)]
     return (
         "\n".join(
             [
@@ -254,6 +250,12 @@ def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
     )
 
 
+def arm_of(group: Group) -> str:
+    """The arm of a checkpoint, whose name may say that its decoder came along."""
+    [found] = [arm for arm in ARMS if group.checkpoint.split()[0] in (arm, arm.split("-")[-1])]
+    return found
+
+
 def _curve(rows: Path) -> dict[str, float]:
     curve = read_curve(rows.parent)
     assert curve is not None
@@ -276,11 +278,12 @@ def _write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
 
 def _prep(corpus: Path, *words: str) -> None:
     if not (corpus / "corpus.json").exists():
-        _voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
+        voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
                   *words)  # fmt: skip
 
 
-def _voxelith(*words: str) -> None:
+def voxelith(*words: str) -> None:
+    """A command as a user gives it, and what it was."""
     print(f"$ voxelith {' '.join(words)}", flush=True)
     command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -28,7 +28,8 @@ WORDS = (
 """Columns of words; all others are numbers and end on the right."""
 
 EXPLAIN = (
-    "Means with 95 % intervals over subjects and seeds, both taken as random. Difference: "
+    "Means over a case's classes, a subject's cases, then subjects and seeds, with 95 % intervals "
+    "over subjects and seeds, both taken as random. Difference: "
     "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
     "scratch. Better in: share of subjects that gain over the twin; median: over subjects, of "
     "the difference to it. p: of the deciding difference in {main}, adjusted over the data sets "
@@ -75,7 +76,12 @@ _LATEX = {
 } | {sign: f"\\{sign}" for sign in "_&%#${}"}
 
 
-def make_table(runs: Sequence[Path], output: Path, anchor: str = "") -> Table:
+def make_table(
+    runs: Sequence[Path],
+    output: Path,
+    anchor: str = "",
+    search: Sequence[Path] | None = None,
+) -> Table:
     """Makes the table of finished runs and writes it to `output` in all formats.
 
     Args:
@@ -83,11 +89,12 @@ def make_table(runs: Sequence[Path], output: Path, anchor: str = "") -> Table:
         output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
             pictures of `PICTURES` that have something to show.
         anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
+        search: the runs in which rates were chosen, on validation, as `runs`.
 
     Raises:
         InputError: what `read_table` refuses, or `output` cannot be written.
     """
-    table = read_table(runs, anchor)
+    table = read_table(runs, anchor, search)
     make_folder(output, "output")
     from finetune.figures import draw_table  # matplotlib takes its time to start
 
@@ -111,7 +118,7 @@ def markdown(table: Table) -> str:
     out = [names, ["---" if name in WORDS else "--:" for name in names]]
     out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
     lines = [f"| {' | '.join(cells)} |" for cells in out]
-    notes = [f"- {note}" for note in _notes(table)]
+    notes = [f"- {note}" for note in notes_of(table)]
     return "\n".join([table.verdict, "", *lines, "", _explain(table), "", *notes]).rstrip() + "\n"
 
 
@@ -130,7 +137,7 @@ def html(table: Table, pictures: Mapping[str, bytes]) -> str:
         records=_records(table),
         words=WORDS,
         explain=_explain(table),
-        notes=_notes(table),
+        notes=notes_of(table),
     )
 
 
@@ -294,12 +301,22 @@ def _marked(lines: Sequence[Line]) -> list[str]:
     return [f"{mark}: {said}" for kind, (mark, said) in _LEAKAGE.items() if kind in used]
 
 
-def _notes(table: Table) -> list[str]:
-    return [
-        f"{g.dataset}, {_count(g.n_labels)} labels, {g.checkpoint or 'scratch'}: {note}"
-        for g in table.groups
-        for note in g.notes
-    ]
+def notes_of(table: Table) -> list[str]:
+    """All notes; what holds for all checkpoints of a data set and number of labels is said once."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    names: dict[tuple[str, str], list[str]] = {}
+    for group in table.groups:
+        block, name = (group.dataset, _count(group.n_labels)), group.checkpoint or "scratch"
+        names.setdefault(block, []).append(name)
+        for note in group.notes:
+            found.setdefault(block, {}).setdefault(note, []).append(name)
+    told = []
+    for block, notes in found.items():
+        for note, who in notes.items():
+            every = len(who) > 1 and who == names[block]
+            about = "" if every else f", {', '.join(who)}"
+            told.append(f"{block[0]}, {block[1]} labels{about}: {note}")
+    return told
 
 
 def _count(n_labels: int) -> str:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.volume import write_nifti
+from data_prep.volume import read_label, write_nifti
 from finetune.answerer import Answerer
-from finetune.answers import score_answers, write_answers
+from finetune.answers import ANSWERS, read_answers, score_answers, write_answers
 from finetune.evaluate import Labels, Split, score, task_problems
 from finetune.model_file import write_network
 from finetune.plan import Plan
 from finetune.pooled import Pooled, pooled, standard
+from finetune.predictions import find_predictions
 from finetune.probes import fit_probe
 from finetune.rows import Row
 from finetune.scan_metrics import score_in_words
@@ -97,6 +98,14 @@ class Kind(ABC):
     @abstractmethod
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
         """Writes the network and its answers for the test cases; returns their rows."""
+
+    @abstractmethod
+    def score_again(self, plan: Plan, run: RunFolder) -> list[Row]:
+        """Rows from what a finished run has answered.
+
+        Raises:
+            InputError: it is not there any more.
+        """
 
     @abstractmethod
     def told(self, rows: Sequence[Row]) -> str:
@@ -238,6 +247,16 @@ class Segmenting(Kind):
 
         return score(corpus, plan.test, self.task, predict, plan.origin)
 
+    def score_again(self, plan: Plan, run: RunFolder) -> list[Row]:
+        """From predictions/."""
+        corpus = plan.corpus
+        files = find_predictions(run.path / "predictions", corpus, plan.test.keys, None)
+
+        def read(key: str) -> Labels:
+            return read_label(files[key], corpus.volume(corpus.position(key)))
+
+        return score(corpus, plan.test, self.task, read, plan.origin)
+
     def told(self, rows: Sequence[Row]) -> str:
         """Mean Dice."""
         mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
@@ -317,6 +336,14 @@ class Answering(Kind):
         write_network(answerer, plan.release.config["backbone"], self.settings.decoder, run.path)
         answers = answerer.all(plan.corpus, plan.test.keys)
         write_answers(run.path, "key", self.task, answers)
+        return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
+
+    def score_again(self, plan: Plan, run: RunFolder) -> list[Row]:
+        """From answers.csv."""
+        assert plan.targets is not None
+        answers = read_answers(run.path, "key", self.task)
+        if absent := [key for key in plan.test.keys if key not in answers]:
+            raise InputError(f"{run.path / ANSWERS}: has no answer for {', '.join(absent[:5])}")
         return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
 
     def told(self, rows: Sequence[Row]) -> str:

@@ -8,14 +8,13 @@ import numpy as np
 
 from finetune.cells import Scores, score_matrix
 from finetune.comparisons import suitability
+from finetune.facts import Facts, Run, run_of
 from finetune.lines import Line
 from finetune.rows import Row
 
 CLASS_UNITS = 10
 """With 6 cases of a class up to 8 % of true zeros were called a difference; see
 docs/results/scan_tasks.md."""
-LabelDraw = tuple[str, str, str, int]
-"""Data set, split hash, labels and label seed."""
 
 
 def what_leaked(rows: list[Row]) -> str:
@@ -26,17 +25,12 @@ def what_leaked(rows: list[Row]) -> str:
     return "unknown" if "unknown" in found else "clean" if found else ""
 
 
-def label_draw(row: Row) -> LabelDraw:
-    """Whose labels were drawn, and how."""
-    return row.dataset, row.split_hash, row.labels, row.label_seed
-
-
-def without_label(rows: list[Row], unlabelled: Mapping[LabelDraw, Sequence[str]]) -> list[str]:
+def without_label(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     """Which classes have no labelled case, and in which draws: there, nobody could learn them."""
-    seeds: dict[str, list[str]] = {}
-    for draw in sorted({label_draw(row) for row in rows}):
-        for name in unlabelled.get(draw, ()):
-            seeds.setdefault(name, []).append(str(draw[-1]))
+    seeds: dict[str, dict[str, None]] = {}
+    for row in sorted(rows, key=lambda row: row.label_seed):
+        for name in facts[run_of(row)].without_label if run_of(row) in facts else ():
+            seeds.setdefault(name, {})[str(row.label_seed)] = None
     return [
         f"no labelled case has {name} in label draw {', '.join(n)}" for name, n in seeds.items()
     ]

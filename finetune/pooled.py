@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -195,8 +196,8 @@ def standard(targets: Mapping[str, float]) -> tuple[float, float]:
     Raises:
         InputError: they are not finite or all the same, so that nothing can be learnt from them.
     """
-    values = torch.tensor(list(targets.values()), dtype=torch.float64)
-    deviation = float(values.std(correction=0)) if len(values) else math.nan
+    values = np.array(list(targets.values()), np.float64)
+    deviation = float(values.std()) if len(values) else math.nan
     if not deviation > 0 or not math.isfinite(deviation):
         raise InputError(
             f"targets of {len(values)} cases: a regression needs finite numbers that differ, "

@@ -21,6 +21,7 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import write_text
 from data_prep.volume import read_label
+from finetune.facts import find_rows
 from finetune.figures import (
     Curve,
     Overlay,
@@ -39,7 +40,7 @@ from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings, choose_task
-from finetune.table import NOTHING, find_rows
+from finetune.table import NOTHING
 
 MAX_BYTES = 10_000_000
 _TONES = {"pretrained better": "better", "scratch better": "worse"}

@@ -125,8 +125,8 @@ def read_rows(path: Path) -> list[Row]:
     if other:
         raise InputError(
             f"{path}: row format {min(map(str, other))}, expected {ROW_FORMAT}; rows of format 1 "
-            "lack ASSD, volume errors and lesions. `voxelith evaluate` scores kept predictions "
-            "again; to compare arms, remove the run's folder and start the same finetune command"
+            "lack ASSD, volume errors and lesions. Start the same `voxelith finetune` again: it "
+            "scores the kept predictions anew and trains nothing; `voxelith evaluate` scores others"
         )
     fields = dataclasses.fields(Row)
     columns = set(reader.fieldnames or ())
@@ -144,6 +144,14 @@ def read_rows(path: Path) -> list[Row]:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {line}: {error}") from error
     return rows
+
+
+def are_current(path: Path, metric_version: int) -> bool:
+    """Whether rows are of today's format and metric; others are made again from predictions."""
+    with path.open(newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file), None)
+    wanted = str(ROW_FORMAT), str(metric_version)
+    return first is None or (first.get("format"), first.get("metric_version")) == wanted
 
 
 def _written(value: object) -> str:

@@ -69,18 +69,22 @@ def scan_scores(rows: Sequence[Row], metric: Metric, class_name: str) -> Scores:
 
 def score_in_words(rows: Sequence[Row]) -> str:
     """The main score of one run in words."""
-    metric = metrics_of(rows)[0]
-    scores = scan_scores(rows, metric, ALL_CLASSES)
+    metric, mean = metrics_of(rows)[0], mean_score(rows)
+    if math.isnan(mean):
+        return f"{metric.title} not defined"
+    unit = metric.unit.format(unit=rows[0].unit)
+    told = "" if unit == "points" else f" {unit}"
+    return f"{metric.title} {mean:.{shown_digits(metric, mean)}f}{told}"
+
+
+def mean_score(rows: Sequence[Row]) -> float:
+    """The main score of one run, the mean over its subjects; NaN where it is not defined."""
+    scores = scan_scores(rows, metrics_of(rows)[0], ALL_CLASSES)
     subject = {row.case: row.subject for row in rows}
     found: dict[str, list[float]] = {}
     for (case, _), value in scores.items():
         found.setdefault(subject[case], []).append(value)
-    if not found:
-        return f"{metric.title} not defined"
-    mean = float(np.mean([np.mean(values) for values in found.values()]))
-    unit = metric.unit.format(unit=rows[0].unit)
-    told = "" if unit == "points" else f" {unit}"
-    return f"{metric.title} {mean:.{shown_digits(metric, mean)}f}{told}"
+    return float(np.mean([np.mean(values) for values in found.values()])) if found else math.nan
 
 
 def by_subject(values: Floats, subjects: Sequence[str]) -> Floats:

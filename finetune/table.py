@@ -11,18 +11,16 @@ compared in the same way (`scan_metrics`).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_prep.errors import InputError
-from finetune.anchor import ANCHOR, Anchor, Labels, read_anchors
-from finetune.budget import MARGIN, Curve, mean_curve, read_budget, read_curve
+from finetune.anchor import ANCHOR, Anchor, read_anchors
+from finetune.budget import MARGIN, Curve, mean_curve, read_budget
 from finetune.cells import (
     Parts,
     Scores,
@@ -36,6 +34,8 @@ from finetune.cells import (
     subjects_of,
 )
 from finetune.comparisons import holm_by_family, median_difference, share_improved
+from finetune.costs import cost_note
+from finetune.facts import Facts, Run, arm_of, find_rows, read_run, run_of
 from finetune.intervals import (
     LEVEL,
     Estimate,
@@ -61,8 +61,6 @@ from finetune.lines import (
     shown_digits,
 )
 from finetune.notes import (
-    LabelDraw,
-    label_draw,
     missed_or_invented,
     power_of,
     too_few_of_a_class,
@@ -71,98 +69,51 @@ from finetune.notes import (
     what_leaked,
     without_label,
 )
-from finetune.rows import Row, read_rows
+from finetune.rows import Row
+from finetune.search import Search, read_searches, search_notes
 
-Run = tuple[str, ...]
-"""What tells a run among others: data set, split, labels, recipe, arm, draw."""
 NOTHING = estimate(np.empty((0, 0)), 0)
 """What is known where every case had to be left out."""
 
 
-def read_table(runs: Sequence[Path], anchor: str = "") -> Table:
+def read_table(
+    runs: Sequence[Path], anchor: str = "", search: Sequence[Path] | None = None
+) -> Table:
     """The table of finished runs, written nowhere.
 
     Args:
         runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
         anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
+        search: the runs in which rates were chosen, likewise.
 
     Raises:
         InputError: a folder has no rows, two runs are the same arm and seed, or the anchor does not
             fit the runs.
     """
     rows: list[Row] = []
-    values: dict[str, dict[str, Labels]] = {}
-    unlabelled: dict[LabelDraw, Sequence[str]] = {}
-    curves: dict[Run, Curve] = {}
+    facts: dict[Run, Facts] = {}
     for path in find_rows(runs):
-        found, facts, curve = read_rows(path), _facts(path), read_curve(path.parent)
+        found, known = read_run(path)
         rows += found
-        for row in found[:1]:
-            if curve is not None:
-                curves[_run(row)] = curve
-            if "classes_without_label" in facts:
-                unlabelled[label_draw(row)] = facts["classes_without_label"]
-            task = facts.get("recipe", {}).get("task")
-            if task and "target" not in task:
-                classes = task["regions"] or task["classes"]
-                values[row.dataset] = {c["name"]: frozenset(c["values"]) for c in classes}
-    return tabulate(rows, read_anchors(anchor, values) if anchor else {}, unlabelled, curves)
-
-
-def _facts(rows: Path) -> dict[str, Any]:
-    """The run.json beside a rows.csv; rows that were made or moved elsewhere have none."""
-    path = rows.with_name("run.json")
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore it, or remove it") from error
-
-
-def find_rows(runs: Sequence[Path]) -> list[Path]:
-    """The rows.csv of each run.
-
-    Raises:
-        InputError: names every path that leads to none.
-    """
-    found: list[Path] = []
-    problems = []
-    for run in runs:
-        if run.is_file():
-            found.append(run)
-            continue
-        if not run.is_dir():
-            problems.append(f"{run}: no such folder; give finetuning runs, or a folder of them")
-            continue
-        here = [run / "rows.csv"] if (run / "rows.csv").is_file() else []
-        here = here or sorted(run.glob("*/rows.csv"))
-        if not here:
-            problems.append(
-                f"{run}: no rows.csv in it or one level below; expected finetune runs that have "
-                "finished (an unfinished one goes on with the same command)"
-            )
-        found += here
-    if not runs:
-        problems.append("no run folder was given")
-    if problems:
-        raise InputError(problems)
-    return list(dict.fromkeys(path.resolve() for path in found))
+        facts |= {run_of(row): known for row in found[:1]}
+    classes = {dataset: known.classes for (dataset, *_), known in facts.items() if known.classes}
+    anchors = read_anchors(anchor, classes) if anchor else {}
+    return tabulate(rows, anchors, facts, read_searches(search) if search else None)
 
 
 def tabulate(
     rows: Sequence[Row],
     anchors: Mapping[str, Anchor] | None = None,
-    unlabelled: Mapping[LabelDraw, Sequence[str]] | None = None,
-    curves: Mapping[Run, Curve] | None = None,
+    facts: Mapping[Run, Facts] | None = None,
+    searches: Mapping[str, Search] | None = None,
 ) -> Table:
     """Compares arms within each group of rows.
 
     Args:
         rows: of all runs.
         anchors: of data sets.
-        unlabelled: the classes that no labelled case of a draw has.
-        curves: validation Dice over the steps of those runs that have it.
+        facts: what run folders say beside their rows.
+        searches: the runs in which the rates of each data set were chosen.
 
     Raises:
         InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
@@ -171,12 +122,13 @@ def tabulate(
     if len(versions) > 1:
         raise InputError(
             f"rows with metric versions {versions} cannot be compared; "
-            "score the kept predictions again with `voxelith evaluate`"
+            "start the runs of the older one again: they score their kept predictions anew and "
+            "train nothing"
         )
     twins: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for row in rows:
         arms = twins.setdefault((row.dataset, _whole(row), row.labels, row.config_hash), {})
-        arms.setdefault(_arm(row), []).append(row)
+        arms.setdefault(arm_of(row), []).append(row)
     groups = []
     order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
     for (dataset, *_), arms in order:
@@ -186,9 +138,8 @@ def tabulate(
         for others in [[one] for one in checkpoints or [[]]] + recipes(checkpoints):
             pretrained = [row for one in others for row in one]
             group = _group(others, scratch, own, anchor)
-            missing = without_label(pretrained + scratch + own, unlabelled or {})
-            group = dataclasses.replace(group, notes=(*group.notes, *missing))
-            groups.append(_with_budget(group, pretrained, scratch, curves or {}))
+            found = {"pretrained": pretrained, "scratch": scratch, "scratch-own": own}
+            groups.append(_with_facts(group, found, facts or {}, searches))
     return Table(tuple(_adjusted(groups)))
 
 
@@ -233,22 +184,32 @@ def _whole(row: Row) -> str:
     return "folds" if re.fullmatch(r"fold-\d+/validation", row.split) else row.split_hash
 
 
-def _run(row: Row) -> Run:
-    return (row.dataset, row.split_hash, row.labels, row.config_hash, _arm(row), row.draw)
-
-
-def _arm(row: Row) -> str:
-    return row.arm if row.arm in ("scratch", "scratch-own") else _name(row)
-
-
-def _with_budget(
-    group: Group, pretrained: list[Row], scratch: list[Row], curves: Mapping[Run, Curve]
+def _with_facts(
+    group: Group,
+    arms: Mapping[str, list[Row]],
+    facts: Mapping[Run, Facts],
+    searches: Mapping[str, Search] | None,
 ) -> Group:
-    """The group with what its arms' curves say: whether training ended, and who was faster."""
+    """The group with what the folders of its runs say, and the runs in which rates were chosen."""
+    known = {
+        arm: [facts.get(run) for run in dict.fromkeys(map(run_of, rows))]
+        for arm, rows in arms.items()
+    }
+    notes = without_label([row for rows in arms.values() for row in rows], facts)
+    notes += search_notes(arms, known, searches)
+    twins = [one for arm in ("pretrained", "scratch") for one in known[arm] if one is not None]
+    if costs := [one.cost for one in twins if one.cost is not None]:
+        notes.append(cost_note(costs))
+    group = dataclasses.replace(group, notes=(*group.notes, *notes))
     a, b = (
-        mean_curve([curves.get(run) for run in dict.fromkeys(map(_run, rows))])
-        for rows in (pretrained, scratch)
+        mean_curve([None if one is None else one.curve for one in known[arm]])
+        for arm in ("pretrained", "scratch")
     )
+    return _with_budget(group, a, b)
+
+
+def _with_budget(group: Group, a: Curve | None, b: Curve | None) -> Group:
+    """The group with what its arms' curves say: whether training ended, and who was faster."""
     gains = {arm: c.last_gain for arm, c in (("pretrained", a), ("scratch", b)) if c is not None}
     if not gains:
         return group
@@ -274,10 +235,6 @@ def _with_budget(
 
 def _labels(arms: dict[str, list[Row]]) -> int:
     return next(iter(arms.values()))[0].n_labels
-
-
-def _name(row: Row) -> str:
-    return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
 
 
 def _group(

@@ -29,14 +29,17 @@ from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
+from finetune.costs import Cost
 from finetune.evaluate import choose_split
 from finetune.kinds import device_of, kind_of
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
+from finetune.meter import priced, training_flops
+from finetune.metrics import METRIC_VERSION
 from finetune.phases import PhasedLoop
 from finetune.plan import Plan
 from finetune.protocol import freeze_problem
-from finetune.rows import Row, write_rows
+from finetune.rows import Row, are_current, write_rows
 from finetune.settings import FinetuneSettings, TaskSettings, config_hash
 from finetune.supervised import Supervised
 from pretrain.decoders import without_head
@@ -53,7 +56,8 @@ LANES = 8
 def finetune(settings: FinetuneSettings) -> Path:
     """Trains one arm with one seed, predicts the test cases and scores them.
 
-    A run that was interrupted goes on from its last checkpoint; a finished one is left as it is.
+    A run that was interrupted goes on from its last checkpoint; a finished one is left as it is,
+    but for scores of an older metric, which are made anew from the predictions.
 
     Returns:
         The run folder.
@@ -69,22 +73,35 @@ def finetune(settings: FinetuneSettings) -> Path:
         print(f"finetune: {run.path} is finished already, nothing to do")
         return run.path
     main = rank_zero_only.rank in (None, 0)
+    if (run.path / "rows.csv").exists():
+        if main:
+            with run.lease():
+                rows = _score_again(plan, run)
+                write_rows(rows, run.path / "rows.csv")
+            print(f"finetune: {run.path}: its predictions are scored anew, {_told(plan, rows)}")
+        return run.path
     model, report = build_model(plan)
     with run.lease() if main else nullcontext():
         if main:
             _describe(run, plan, model, report)
         train(plan, run, model)
         if main:
-            rows = _predict_and_score(plan, run, model)
+            devices = settings.trainer.devices * settings.trainer.nodes
+            with priced(run, device_of(settings), devices):
+                rows = _predict_and_score(plan, run, model)
             write_rows(rows, run.path / "rows.csv")
             # The weights lie in model.safetensors; what only a resumption needs can go.
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
             print(
                 f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
-                f"seed {settings.seed}: {kind_of(settings).told(rows)} over "
-                f"{len(plan.test.keys)} cases -> {run.path}"
+                f"seed {settings.seed}: {_told(plan, rows)} -> {run.path}"
             )
     return run.path
+
+
+def _told(plan: Plan, rows: list[Row]) -> str:
+    """The scores in a few words."""
+    return f"{kind_of(plan.settings).told(rows)} over {len(plan.test.keys)} cases"
 
 
 def make_plan(
@@ -171,8 +188,7 @@ def build_model(plan: Plan) -> tuple[Supervised, LoadReport]:
     """
     settings = plan.settings
     torch.manual_seed(settings.seed)
-    targets = plan.targets.of(plan.train_keys) if plan.targets else {}
-    model = kind_of(settings).network(plan.release.build_encoder(), targets)
+    model = _network(plan)
     _check_crop(model, settings)
     _check_freezes(model, settings)
     report = _load(plan, model)
@@ -183,6 +199,11 @@ def build_model(plan: Plan) -> tuple[Supervised, LoadReport]:
     if settings.ema is not None:
         model.start_average(settings.ema)
     return model, report
+
+
+def _network(plan: Plan) -> Supervised:
+    targets = plan.targets.of(plan.train_keys) if plan.targets else {}
+    return kind_of(plan.settings).network(plan.release.build_encoder(), targets)
 
 
 def _load(plan: Plan, model: Supervised) -> LoadReport:
@@ -271,7 +292,11 @@ def _check_freezes(model: Supervised, settings: FinetuneSettings) -> None:
 
 
 def is_finished(run: RunFolder, plan: Plan) -> bool:
-    """Whether the folder holds this run, finished; refuses a folder that holds another."""
+    """Whether the folder holds this run, finished, with scores of today's metric.
+
+    Raises:
+        InputError: it holds another run.
+    """
     file = run.path / "run.json"
     if not file.exists():
         return False
@@ -286,7 +311,8 @@ def is_finished(run: RunFolder, plan: Plan) -> bool:
             f"{run.path}: holds another run ({'; '.join(changed)}); choose another run=NAME, "
             "remove the folder, or restore the settings"
         )
-    return (run.path / "rows.csv").exists()
+    rows = run.path / "rows.csv"
+    return rows.exists() and are_current(rows, METRIC_VERSION)
 
 
 def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport) -> None:
@@ -303,11 +329,37 @@ def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport)
         partly_annotated=plan.partial,
         classes_without_label=list(plan.unlabelled),
         parameters=sum(p.numel() for p in model.parameters()),
+        cost=_cost(plan, model)._asdict(),
     )
     for note in kind_of(plan.settings).notes(plan):
         print(f"finetune: {note}")
     how = {"init": plan.settings.init, "transfer": plan.transfer}
     write_json(run.path / "load_report.json", how | report.to_dict())
+
+
+def _cost(plan: Plan, model: Supervised) -> Cost:
+    """What is known of a run's cost before it begins."""
+    settings = plan.settings
+    weights = [*model.encoder.parameters(), *model.decoder.parameters()]
+    flops = None
+    if settings.fit == "descent":
+        with torch.device("meta"):
+            bare = _network(plan)
+            if settings.lora is not None:
+                add_adapters(bare.encoder, settings.lora)
+        flops = training_flops(bare, settings, int(plan.corpus.shapes[0, 0]), plan.train_keys[0])
+    device = device_of(settings)
+    made = plan.release.config["training"] if settings.init == "pretrained" else {}
+    return Cost(
+        parameters=sum(p.numel() for p in weights),
+        trained_parameters=sum(p.numel() for p in weights if p.requires_grad),
+        flops=flops,
+        train_seconds=None,
+        predict_seconds=None,
+        peak_mib=None,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        pretrain_seconds=made.get("seconds"),
+    )
 
 
 def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
@@ -346,3 +398,12 @@ def _predict_and_score(plan: Plan, run: RunFolder, model: Supervised) -> list[Ro
     model.finish()
     model.to(device_of(plan.settings)).eval()
     return kind_of(plan.settings).score(plan, run, model)
+
+
+def _score_again(plan: Plan, run: RunFolder) -> list[Row]:
+    """Rows of today's metric from the predictions or answers of a finished run."""
+    try:
+        return kind_of(plan.settings).score_again(plan, run)
+    except InputError as error:
+        why = f"{run.path}: its scores are of an older metric and cannot be made anew; remove the "
+        raise InputError([why + "folder to train it again", *error.problems]) from error

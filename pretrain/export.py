@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.licences import strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
+from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
 from pretrain.objective import Objective
 from pretrain.release import FORMAT, Release, write_release
@@ -64,6 +66,7 @@ def export(run_path: Path, output: Path) -> Release:
             "samples_seen": step * settings["batch_size"],
             "seed": settings["seed"],
             "lr": settings["lr"],
+            "seconds": _device_seconds(run, settings),
             "recipe_hash": recipe_hash(settings, corpus.index_hash, step),
         },
         "data": {**facts["corpus"], **facts["data"]},
@@ -80,6 +83,13 @@ def export(run_path: Path, output: Path) -> Release:
         card=_card(config, facts),
         decoder=decoder,
     )
+
+
+def _device_seconds(run: RunFolder, settings: dict[str, Any]) -> float | None:
+    """What the training took of each device, one after the other; None where its log is gone."""
+    seconds = trained_seconds(run.path / "metrics.csv")
+    devices = settings["trainer"]["devices"] * settings["trainer"]["nodes"]
+    return None if math.isnan(seconds) else round(seconds * devices, 1)
 
 
 def recipe_hash(settings: dict[str, Any], index_hash: str, step: int) -> str:
@@ -143,6 +153,10 @@ def _decoder_words(config: dict[str, Any]) -> str:
     return "`decoder.safetensors`; finetuning takes it over with `transfer=network`"
 
 
+def _took(seconds: float | None) -> str:
+    return "" if seconds is None else f", {seconds / 3600:.3g} device hours"
+
+
 def _card(config: dict[str, Any], facts: dict[str, Any]) -> str:
     data, training = config["data"], config["training"]
     licences = strictest_first(data["licence"])
@@ -171,7 +185,7 @@ Whether weights inherit the licence of their data is for you to judge; all of th
 | objective | `{config["objective"]["name"]}` |
 | modalities | {", ".join(config["modalities"])} |
 | training | {training["steps"]} of {training["planned_steps"]} steps of {training["batch_size"]} \
-crops of {config["crop_size"]} voxels, seed {training["seed"]} |
+crops of {config["crop_size"]} voxels, seed {training["seed"]}{_took(training["seconds"])} |
 | volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |
 | decoder | {_decoder_words(config)} |
 | a scan is | turned to S, P, L axes and {grid}; intensities as in config.json |

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from arm_rows import make_rows, scratch_own
 
 from finetune.figures import draw_label_curves, draw_table
-from finetune.formats import csv_text, html, latex, make_table, markdown
+from finetune.formats import csv_text, html, latex, make_table, markdown, notes_of
 from finetune.lines import Table
 from finetune.rows import Row, write_rows
 from finetune.table import tabulate
@@ -175,3 +177,40 @@ def test_pictures_lie_beside_the_table_and_never_outlive_it(tmp_path: Path) -> N
         names.append(sorted(path.name for path in (tmp_path / "table").iterdir()))
     files = [f"table.{kind}" for kind in ("csv", "html", "json", "md", "tex")]
     assert names == [["forest.png", "label_curves.png", *files], ["forest.png", *files]]
+
+
+def test_what_holds_for_all_checkpoints_is_said_once() -> None:
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    other = [
+        dataclasses.replace(row, checkpoint="other", checkpoint_digest="d2")
+        for row in make_rows("pretrained", 0.05)
+    ]
+    one, two = tabulate(arms + other).groups
+    shared = dataclasses.replace(one, notes=("a", "b")), dataclasses.replace(two, notes=("c", "b"))
+    assert notes_of(Table(shared)) == [
+        "hippocampus, 4 labels, mae: a",
+        "hippocampus, 4 labels: b",
+        "hippocampus, 4 labels, other: c",
+    ]
+    assert notes_of(Table(shared[:1])) == [
+        "hippocampus, 4 labels, mae: a",
+        "hippocampus, 4 labels, mae: b",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles_whatever_the_names(tmp_path: Path) -> None:
+    odd = 'a_b&c%$#{}~^\\<>|[*–†"q'
+    rows = [
+        dataclasses.replace(
+            row, dataset="[set]_1", checkpoint=odd if row.arm == "pretrained" else ""
+        )
+        for row in make_rows("scratch") + make_rows("pretrained", 0.05)
+    ]
+    (tmp_path / "table.tex").write_text(latex(tabulate(rows)))
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}"
+    body = r"\begin{document}\input{table.tex}\end{document}"
+    (tmp_path / "all.tex").write_text(head + body)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

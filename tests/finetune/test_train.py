@@ -21,7 +21,8 @@ from finetune.report import make_report
 from finetune.rows import read_rows, write_rows
 from finetune.settings import EvaluateSettings, FinetuneSettings
 from finetune.table import read_table
-from finetune.train import finetune
+from finetune.train import finetune, is_finished, make_plan
+from pretrain.run_folder import RunFolder
 
 TASK = {
     "name": "hippocampus",
@@ -98,6 +99,9 @@ def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
     ]
     assert {r.arm for r in rows} == {"pretrained"}
     assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 8)}
+    cost = json.loads((run / "run.json").read_text())["cost"]
+    assert 0 < cost["train_seconds"] < 600 and 0 < cost["predict_seconds"] < 600
+    assert cost["flops"] > 0 and cost["peak_mib"] > 0 and cost["parameters"] > 0
     assert {r.pretrain_recipe for r in rows} == {"abc/encoder"}
     assert {r.pretrain_recipe for r in read_rows(arms[1] / "rows.csv")} == {""}
     corpus = Corpus.open(stage.corpus)
@@ -231,3 +235,38 @@ def test_a_report_of_runs_whose_cases_were_all_seen_says_so(
     assert "Every test case was seen in pretraining" in page
     with pytest.raises(InputError, match="is no pretraining run"):
         make_report(tmp_path, copies, read_table(copies), tmp_path / "report.html")
+
+
+def test_scores_of_an_older_metric_are_made_anew_without_training(
+    stage: Stage, arms: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(arms[0], tmp_path / arms[0].name))
+    rows = read_rows(run / "rows.csv")
+    old = [dataclasses.replace(row, metric_version=1, dsc=0.9) for row in rows]
+    write_rows(old, run / "rows.csv")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    chosen = stage.settings(init="pretrained", seed=0, run=run.name).model_copy(
+        update={"runs": tmp_path}
+    )
+    assert not is_finished(RunFolder(run), make_plan(chosen))
+    assert finetune(chosen) == run
+    assert "scored anew" in capsys.readouterr().out
+    assert read_rows(run / "rows.csv") == rows
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {p for p in before if before[p] != after[p]} == {run / "rows.csv"}
+    assert before.keys() == after.keys()
+    # An older format as well; and what is not there is not made up.
+    lines = (run / "rows.csv").read_text().splitlines()
+    position = lines[0].split(",").index("format")
+    old_lines = [line.split(",") for line in lines]
+    for line in old_lines[1:]:
+        line[position] = "1"
+    (run / "rows.csv").write_text("".join(",".join(line) + "\n" for line in old_lines))
+    with pytest.raises(InputError, match=r"row format 1, expected 2.*trains nothing"):
+        read_table([run])
+    finetune(chosen)
+    assert read_rows(run / "rows.csv") == rows
+    write_rows(old, run / "rows.csv")
+    (run / "predictions" / f"{stage.test_keys[0]}.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"(?s)cannot be made anew.*" + stage.test_keys[0]):
+        finetune(chosen)

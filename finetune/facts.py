@@ -1,0 +1,102 @@
+"""What the folders of finished runs hold: their rows, and what they say beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.errors import InputError
+from finetune.anchor import Labels
+from finetune.budget import Curve, read_curve
+from finetune.costs import Cost
+from finetune.rows import Row, read_rows
+
+Run = tuple[str, ...]
+"""What tells a run among others: data set, split, labels, recipe, arm, draw."""
+
+
+class Facts(NamedTuple):
+    """Of one run; empty or None where its folder does not say it.
+
+    `without_label` names classes that no labelled case of its draw has, `trained` is the recipe
+    that it trained with, `classes` are the label values of each structure that it is scored on.
+    """
+
+    curve: Curve | None
+    cost: Cost | None
+    without_label: Sequence[str]
+    trained: dict[str, Any]
+    classes: dict[str, Labels]
+
+
+def run_of(row: Row) -> Run:
+    """The run that a row belongs to."""
+    return (row.dataset, row.split_hash, row.labels, row.config_hash, arm_of(row), row.draw)
+
+
+def arm_of(row: Row) -> str:
+    """The arm; of those with weights of their own, each checkpoint is one."""
+    if row.arm in ("scratch", "scratch-own"):
+        return row.arm
+    return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
+
+
+def read_run(rows: Path) -> tuple[list[Row], Facts]:
+    """The rows of a rows.csv and what lies beside it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    said = _read(rows.with_name("run.json"))
+    task = said.get("recipe", {}).get("task")
+    labelled = task and "target" not in task
+    scored = (task["regions"] or task["classes"]) if labelled else ()
+    return read_rows(rows), Facts(
+        read_curve(rows.parent),
+        Cost.of(said),
+        said.get("classes_without_label", ()),
+        said.get("trained", {}),
+        {c["name"]: frozenset(c["values"]) for c in scored},
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A run.json; rows that were made or moved elsewhere have none."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it, or remove it") from error
+
+
+def find_rows(runs: Sequence[Path]) -> list[Path]:
+    """The rows.csv of each run.
+
+    Raises:
+        InputError: names every path that leads to none.
+    """
+    found: list[Path] = []
+    problems = []
+    for run in runs:
+        if run.is_file():
+            found.append(run)
+            continue
+        if not run.is_dir():
+            problems.append(f"{run}: no such folder; give finetuning runs, or a folder of them")
+            continue
+        here = [run / "rows.csv"] if (run / "rows.csv").is_file() else []
+        here = here or sorted(run.glob("*/rows.csv"))
+        if not here:
+            problems.append(
+                f"{run}: no rows.csv in it or one level below; expected finetune runs that have "
+                "finished (an unfinished one goes on with the same command)"
+            )
+        found += here
+    if not runs:
+        problems.append("no run folder was given")
+    if problems:
+        raise InputError(problems)
+    return list(dict.fromkeys(path.resolve() for path in found))

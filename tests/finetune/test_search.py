@@ -1,0 +1,134 @@
+"""A search is held against the report: what was tried, on which cases, and what was taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arm_rows import make_rows, scratch_own
+
+from data_prep.errors import InputError
+from finetune.rows import Row, write_rows
+from finetune.table import read_table
+
+
+def write_run(folder: Path, rows: list[Row], lr: float, **recipe: Any) -> None:
+    """A run folder as far as a table reads it, one for each seed."""
+    for seed in sorted({row.seed for row in rows}):
+        run = folder / f"{rows[0].arm}-{lr:g}-{seed}"
+        run.mkdir(parents=True)
+        write_rows([row for row in rows if row.seed == seed], run / "rows.csv")
+        trained = {"lr": lr, "steps": 100, "part": "test", **recipe}
+        (run / "run.json").write_text(json.dumps({"trained": trained}))
+
+
+def report(folder: Path, own: float = 1e-2) -> Path:
+    write_run(folder, make_rows("pretrained", 0.05), 1e-3)
+    write_run(folder, make_rows("scratch"), 1e-3)
+    write_run(folder, scratch_own(0.01), own)
+    return folder
+
+
+def searched(
+    folder: Path, arm: str, gains: dict[float, float], seeds: int = 2, **recipe: Any
+) -> Path:
+    """The arm's runs on validation cases; the twins' rates have a recipe hash each."""
+    for lr, gain in gains.items():
+        rows = [
+            dataclasses.replace(
+                row,
+                case=f"v{row.case}",
+                split="official/validation",
+                config_hash=f"lr{lr:g}",
+            )
+            for row in make_rows(arm, gain, seeds=seeds)
+        ]
+        write_run(folder, rows, lr, part="validation", **recipe)
+    return folder
+
+
+def notes(runs: Path, search: Path | None) -> list[str]:
+    table = read_table([runs], search=None if search is None else [search])
+    return [note for note in table.groups[0].notes if "search" in note or "rates were" in note]
+
+
+PRETRAINED = {1e-3: 0.05, 1e-2: 0.02}
+SCRATCH = {1e-3: 0.0, 1e-2: 0.01}
+
+
+def test_without_a_search_the_own_recipe_is_a_claim(tmp_path: Path) -> None:
+    (note,) = notes(report(tmp_path / "runs"), None)
+    assert note.startswith("scratch's own recipe (rate 0.01) is its protocol's claim")
+
+
+def test_a_fair_search_is_told_and_nothing_is_wrong(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    searched(search, "pretrained", PRETRAINED)
+    searched(search, "scratch", SCRATCH)
+    (note,) = notes(report(tmp_path / "runs"), search)
+    assert "pretrained 0.001 of 0.001, 0.01 (Dice 70." in note and "4 runs" in note
+    assert "scratch 0.01 of 0.001, 0.01 (Dice 66." in note
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        ({"scratch": {1e-2: 0.01}}, "scratch was searched with less"),
+        ({"seeds": 1}, "scratch was searched with less"),
+        ({"scratch": {}}, "scratch had none"),
+        ({"scratch": {1e-3: 0.05, 1e-2: 0.0}}, "scratch-own trained with 0.01, where 0.001 was"),
+        ({"pretrained": {1e-3: 0.0, 1e-2: 0.1}}, "pretrained trained with 0.001, where 0.01 was"),
+        ({"steps": 50}, "it differs from the report in steps"),
+    ],
+)
+def test_an_unfair_search_is_told(tmp_path: Path, planted: dict[str, Any], said: str) -> None:
+    search = tmp_path / "search"
+    more = {"steps": planted["steps"]} if "steps" in planted else {}
+    searched(search, "pretrained", planted.get("pretrained", PRETRAINED), **more)
+    searched(
+        search, "scratch", planted.get("scratch", SCRATCH), seeds=planted.get("seeds", 2), **more
+    )
+    found = notes(report(tmp_path / "runs"), search)
+    assert any(said in note for note in found), found
+
+
+def test_a_rate_that_was_chosen_on_reported_cases_is_told(tmp_path: Path) -> None:
+    runs = report(tmp_path / "runs")
+    found = notes(runs, runs)
+    assert any("chosen on cases that are reported" in note for note in found)
+
+
+def test_another_checkpoint_or_data_set_is_told(tmp_path: Path) -> None:
+    search, runs = tmp_path / "search", report(tmp_path / "runs")
+    searched(search, "scratch", SCRATCH)
+    for lr, gain in PRETRAINED.items():
+        rows = [
+            dataclasses.replace(row, case=f"v{row.case}", checkpoint_digest="other")
+            for row in make_rows("pretrained", gain, seeds=2)
+        ]
+        write_run(search, rows, lr)
+    assert any("with another checkpoint" in note for note in notes(runs, search))
+    elsewhere = [dataclasses.replace(row, dataset="liver") for row in make_rows("scratch")]
+    write_run(tmp_path / "liver", elsewhere, 1e-3)
+    assert notes(runs, tmp_path / "liver") == ["no run of the search is about this data set"]
+
+
+def test_without_an_own_arm_scratchs_best_rate_is_told(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    searched(search, "pretrained", PRETRAINED)
+    searched(search, "scratch", SCRATCH)
+    write_run(tmp_path / "runs", make_rows("pretrained", 0.05), 1e-3)
+    write_run(tmp_path / "runs", make_rows("scratch"), 1e-3)
+    found = notes(tmp_path / "runs", search)
+    assert "the search: scratch is best with 0.01, its twin has 0.001: recipe_of=own" in found
+
+
+def test_runs_that_do_not_say_their_rate_show_no_search(tmp_path: Path) -> None:
+    runs = report(tmp_path / "runs")
+    (tmp_path / "bare").mkdir()
+    write_rows(make_rows("scratch"), tmp_path / "bare" / "rows.csv")
+    with pytest.raises(InputError, match=r"no run\.json that says its rate"):
+        notes(runs, tmp_path / "bare")
