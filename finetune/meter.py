@@ -20,7 +20,9 @@ from pretrain.estimate import bare_loop, counted_flops, raw_batch
 from pretrain.run_folder import RunFolder
 
 
-def training_flops(model: Supervised, settings: FinetuneSettings, channels: int, key: str) -> int:
+def training_flops(
+    model: Supervised, settings: FinetuneSettings, channels: int, key: str = ""
+) -> int:
     """Floating-point operations of all steps, forward and backward, on tensors without values.
 
     What is frozen in a phase is not computed backwards in it.
@@ -29,7 +31,7 @@ def training_flops(model: Supervised, settings: FinetuneSettings, channels: int,
         model: the network on the meta device; it is of no use afterwards.
         settings: of the run.
         channels: of the images.
-        key: of a case that it is trained on.
+        key: of a case that it is trained on, where targets are looked up by it.
     """
     freezes = [phase.freeze for phase in settings.phases] + [settings.freeze]
     total = 0
