@@ -355,20 +355,21 @@ example: voxelith features release/ scan.nii.gz features.npz""",
         "inspect RUN|RELEASE",
         _inspect,
         """
-Printed are architecture, preprocessing, training, data with licences, classes and digest.
+Printed are architecture, preprocessing, training, data with licences, classes or what is answered,
+and digest.
 
 example: voxelith inspect release/""",
     ),
     "finetune": Command(
-        "a release to a segmentation network and its scores",
-        "finetune task=NAME corpus=DIR ckpt=RELEASE [run=NAME] [init=pretrained|scratch] "
-        "[labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] [--config-dir DIR]\n"
+        "a release to a network that segments or answers for scans, and its scores",
+        "finetune task=NAME corpus=DIR ckpt=RELEASE [targets=CSV] [run=NAME] "
+        "[init=pretrained|scratch] [labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] [--config-dir DIR]\n"
         "voxelith finetune -m task=NAME corpus=DIR ckpt=A,B labels=4,16 seed=0,1,2 runs=DIR "
         "[jobs=N] [twins=false] [--dry-run] [key=value,value ...]",
         _finetune,
     ),
     "predict": Command(
-        "segment a folder of scans",
+        "segment a folder of scans, or answer for each",
         "predict ckpt=RUN|RELEASE input=DIR output=DIR [tta=true] [key=value ...]",
         _predict,
     ),

@@ -86,6 +86,13 @@ def power_of(line: Line) -> list[str]:
     ]
 
 
+def untested_classes(rows: Sequence[Row]) -> list[str]:
+    """Classes of a classification that no test case is of: nothing is known of them."""
+    present = {row.class_name for row in rows if row.truth == 1}
+    names = dict.fromkeys(row.class_name for row in rows)
+    return [f"no test case is {name}" for name in names if name not in present]
+
+
 def too_few_of_a_class(rows: Sequence[Row]) -> str:
     """Why scores that compare classes get no interval; empty if they get one.
 

@@ -66,6 +66,7 @@ from finetune.notes import (
     too_few_of_a_class,
     unpaired,
     unsuitable,
+    untested_classes,
     what_leaked,
     without_label,
 )
@@ -271,6 +272,7 @@ def _group(
     if metrics is CLASSIFICATION and len(classes) == 2:
         columns = [ALL_CLASSES]  # what is right of the one is right of the other
     few = too_few_of_a_class(rows) if metrics is CLASSIFICATION else ""
+    notes += untested_classes(rows) if metrics is CLASSIFICATION else []
     shown = next(metric for metric in metrics if not metric.pseudo)
     scores: dict[str, Scores] = {}
     lines = []

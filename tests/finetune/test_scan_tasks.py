@@ -33,8 +33,9 @@ from finetune.model_file import check_golden_network, load_network
 from finetune.pooled import Pooled
 from finetune.predict import predict
 from finetune.report import make_report
-from finetune.rows import Row, read_rows
+from finetune.rows import Row, read_rows, write_rows
 from finetune.scan_task import ScanTask
+from finetune.search import read_searches
 from finetune.settings import PredictSettings
 from finetune.sweep import plan_jobs
 from finetune.table import read_table
@@ -350,6 +351,39 @@ def test_predict_writes_a_row_for_each_scan(
         )
 
 
+def test_scores_are_made_anew_from_the_answers(
+    runs: dict[str, Path], release: Release, corpus: Path, targets: Path, tmp_path: Path
+) -> None:
+    """As those of segmentations are, when the metric has changed."""
+    run = tmp_path / "volume-scratch"
+    shutil.copytree(runs[run.name], run)
+    rows = read_rows(run / "rows.csv")
+    write_rows([dataclasses.replace(r, metric_version=1, answer=9.0) for r in rows],
+               run / "rows.csv")  # fmt: skip
+    given = scan_settings(release, corpus, tmp_path, VOLUME, targets, init="scratch", run=run.name)
+    assert repr(read_rows(finetune(given) / "rows.csv")) == repr(rows)
+    write_rows([dataclasses.replace(r, metric_version=1) for r in rows], run / "rows.csv")
+    (run / ANSWERS).write_text("key,ml\n")
+    with pytest.raises(InputError, match=r"has no answer for hippocampus_\d+") as caught:
+        finetune(given)
+    assert "cannot be made anew; remove the folder" in str(caught.value)
+
+
+def test_a_search_is_for_the_lowest_error(tmp_path: Path) -> None:
+    from test_scan_metrics import row
+
+    for rate, error in ((0.001, 0.5), (0.003, 0.2), (0.01, 0.9)):
+        run = tmp_path / str(rate)
+        run.mkdir()
+        rows = [row(f"c{i}", "ml", 0, 3.0, 3.0 + error, "ml", arm="scratch") for i in range(4)]
+        write_rows(rows, run / "rows.csv")
+        facts = {"trained": {"lr": rate}, "recipe": {"task": VOLUME}}
+        (run / "run.json").write_text(json.dumps(facts))
+    (search,) = read_searches([tmp_path]).values()
+    rate, found = search.best("scratch")
+    assert rate == 0.003 and found == pytest.approx(0.2)
+
+
 # Tables.
 
 
@@ -462,6 +496,7 @@ def test_a_better_ranking_is_seen_and_power_is_told(seed: int) -> None:
     (group,) = tabulate(arm("scratch", 0, positives=40) + arm("pretrained", 0, positives=40)).groups
     assert group.main.verdict == "not defined"
     assert "AUROC is not defined, for all test cases are of one class" in group.sentence
+    assert "no test case is well" in group.notes
 
 
 def test_lower_errors_are_better() -> None:
