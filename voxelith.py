@@ -363,7 +363,8 @@ example: voxelith inspect release/""",
     "finetune": Command(
         "a release to a network that segments or answers for scans, and its scores",
         "finetune task=NAME corpus=DIR ckpt=RELEASE [targets=CSV] [run=NAME] "
-        "[init=pretrained|scratch] [labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] [--config-dir DIR]\n"
+        "[init=pretrained|scratch] [labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] "
+        "[--config-dir DIR]\n"
         "voxelith finetune -m task=NAME corpus=DIR ckpt=A,B labels=4,16 seed=0,1,2 runs=DIR "
         "[jobs=N] [twins=false] [--dry-run] [key=value,value ...]",
         _finetune,

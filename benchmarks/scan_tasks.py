@@ -45,6 +45,8 @@ from pretrain.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
 PRETRAIN_STEPS, STEPS, LABELS, SEEDS = 200, 300, 64, (0, 1, 2)
+CROP = "crop_size=[24,40,24]"
+"""At 1.5 mm a hippocampus' image of MSD Task04 lies in it."""
 TASKS = {
     "volume": "name: volume\ntarget: volume\nkind: regression\nunit: ml\n"
     "flip: [false, false, true]\n",
@@ -74,7 +76,7 @@ def main() -> None:
     if not (work / "heads-mae").exists():
         _voxelith("pretrain", "experiment=cnn_mae_small", f"corpus={work / 'heads'}",
                   "run=heads-mae", f"runs={work / 'pretrained'}", "trainer=cpu",
-                  "backbone.features=[8,16,32,64]", f"steps={PRETRAIN_STEPS}", "warmup=20",
+                  "backbone.features=[8,16,32,64]", CROP, f"steps={PRETRAIN_STEPS}", "warmup=20",
                   "trainer.threads=1", "augment=light")  # fmt: skip
         _voxelith("export", str(work / "pretrained" / "heads-mae"), str(work / "heads-mae"))
     for task in TASKS:
@@ -117,7 +119,7 @@ def make_corpora(data: Path, work: Path) -> None:
     heads = sorted((data / "ixi_t1_dlmuse" / "t1").glob("*.nii.gz"))
     _write_list(work / "heads.csv", ["image", "subject", "modality"],
                 [[head, head.name[:6], "MR"] for head in heads])  # fmt: skip
-    _prep(work / "heads", "labels=false", "spacing=[1,1,1]", "shard_mib=16")
+    _prep(work / "heads", "labels=false", "spacing=[1.5,1.5,1.5]", "shard_mib=16")
     corpus = Corpus.open(work / "hippocampus")
     usual = corpus.split("default")["parts"]
     open_keys = {*usual["train"], *usual["validation"]}
@@ -203,8 +205,8 @@ in [scan_tasks.json](scan_tasks.json). Nothing here says what pretraining is wor
 ## Volume and side of a hippocampus
 
 MSD Task04: {len(parts["train"])} cases to draw {LABELS} labelled ones from, {len(scored)} scored \
-on, {STEPS} steps of 2 crops of 32x48x32, draws {", ".join(map(str, SEEDS))}. Whoever always said \
-the mean volume would have an MAE of {np.abs(volumes - volumes.mean()).mean():.3f} ml; {odd} of \
+on, {STEPS} steps of 2 crops of 24x40x24 at 1.5 mm, \
+draws {", ".join(map(str, SEEDS))}. Whoever always said the mean volume would have an MAE of {np.abs(volumes - volumes.mean()).mean():.3f} ml; {odd} of \
 the {len(scored)} are odd.
 
 {table.strip()}

@@ -1,8 +1,9 @@
 """A finetuned network with all that it needs to answer for a whole scan.
 
-Windows lie over the scan as those that segment it. Each is answered, and the answer for the scan is
-the mean of the probabilities, or of the values, weighted by the windows' shares of valid voxels.
-What counts as valid is the scan itself: a NIfTI knows nothing of anonymised voxels.
+Windows lie over the scan as those that segment it. Each is answered, and the scan gets the mean of
+their probabilities or values. All windows hold equally much of it, for padding is
+only along axes where there is one window. Padding counts for nothing in a window's answer, and
+anonymised voxels, of which a NIfTI knows nothing, count as any other.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Answerer(Finetuned):
             starts(n, w, self.overlap) for n, w in zip(image.shape[1:], self.window, strict=True)
         ]
         corners = list(itertools.product(*along))
-        total, mass = torch.zeros(self.task.outputs, device=self.device), 0.0
+        total = torch.zeros(self.task.outputs, device=self.device)
         for first in range(0, len(corners), self.window_batch):
             places = [
                 (slice(None), *(slice(a, a + w) for a, w in zip(corner, self.window, strict=True)))
@@ -66,10 +67,8 @@ class Answerer(Finetuned):
             ]
             crops = torch.stack([image[place] for place in places]).to(self.device)
             inside = torch.stack([valid[place] for place in places]).to(self.device)
-            share = inside.float().mean((1, 2, 3, 4))
-            total += (self._seen(crops, inside) * share[:, None]).sum(0)
-            mass += float(share.sum())
-        return total / mass
+            total += self._seen(crops, inside).sum(0)
+        return total / len(corners)
 
     def _seen(self, image: Tensor, valid: Tensor) -> Tensor:
         """Answers [B, K] for windows, with `tta` the mean over all their mirrors."""

@@ -20,6 +20,7 @@ from conf.compose import settings_for
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
+from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
 from data_prep.splits import make_split, write_split
 from finetune.answerer import Answerer
@@ -98,7 +99,10 @@ def test_a_run_has_answers_and_rows(runs: dict[str, Path], corpus: Path) -> None
 def test_a_window_is_answered_as_the_network_answers_it(
     runs: dict[str, Path], corpus: Path
 ) -> None:
-    """An oracle: windows one by one, padded where the scan is smaller, weighted by what is in."""
+    """An oracle: windows one by one, padded where the scan is smaller, weighted by what is in.
+
+    The weights turn out to be the same.
+    """
     found = load_network(runs["side-pretrained"], "cpu")
     assert isinstance(found, Answerer)
     volume = Corpus.open(corpus).volume(3)
@@ -126,6 +130,11 @@ def test_a_window_is_answered_as_the_network_answers_it(
                     total += share * found.model.answers(full[box][None], valid[box][None])[0]
                     mass += share
     assert network.answer(volume).tolist() == pytest.approx((total / mass).tolist(), abs=1e-5)
+    # Padding to a multiple, which segmentation needs, is no part of the scan.
+    padded = Preprocess.default(multiple=(64, 64, 64))
+    assert torch.equal(
+        dataclasses.replace(network, preprocess=padded).answer(volume), network.answer(volume)
+    )
     # Mirrored too, the answer for the mirrored scan is that of the other side.
     both = dataclasses.replace(network, tta=True)
     turned = dataclasses.replace(volume, array=volume.array[..., ::-1].copy())
@@ -497,6 +506,19 @@ def test_a_better_ranking_is_seen_and_power_is_told(seed: int) -> None:
     assert group.main.verdict == "not defined"
     assert "AUROC is not defined, for all test cases are of one class" in group.sentence
     assert "no test case is well" in group.notes
+
+
+def test_arms_are_compared_over_the_cases_that_both_have(seed: int) -> None:
+    """A case that one arm lacks takes no part in the other's ranks."""
+    from finetune.table import tabulate
+
+    ours, theirs = arm("pretrained", seed, shift=1.0), arm("scratch", seed)
+    fewer = [r for r in theirs if r.case not in ("c0", "c1", "c39")]
+    shared = [r for r in ours if r.case not in ("c0", "c1", "c39")]
+    (group,) = tabulate(ours + fewer).groups
+    (other,) = tabulate(shared + fewer).groups
+    assert group.main.difference == other.main.difference
+    assert group.main.pretrained != other.main.pretrained
 
 
 def test_lower_errors_are_better() -> None:
