@@ -1,9 +1,9 @@
 """A finetuned network with all that it needs to answer for a whole scan.
 
 Windows lie over the scan as those that segment it. Each is answered, and the scan gets the mean of
-their probabilities or values. All windows hold equally much of it, for padding is
-only along axes where there is one window. Padding counts for nothing in a window's answer, and
-anonymised voxels, of which a NIfTI knows nothing, count as any other.
+their probabilities or values. All windows hold equally much of it, for padding is only along axes
+where there is one window. Padding counts for nothing in a window's answer, and anonymised voxels,
+of which a NIfTI knows nothing, count as any other.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def test_every_trainer_composes(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((HERE / "task").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_task_composes(file: Path) -> None:
-    settings_for("finetune", ["corpus=c", "ckpt=r", f"task={file.stem}"])
+    targets = ["targets=t.csv"] if "\ntarget: " in file.read_text() else []
+    settings_for("finetune", ["corpus=c", "ckpt=r", f"task={file.stem}", *targets])
 
 
 def test_lists_and_numbers_keep_hydras_grammar() -> None:
