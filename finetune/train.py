@@ -493,7 +493,7 @@ def train(plan: Plan, run: RunFolder, model: Segmentation) -> None:
         settings.crop_size,
         label=True,
         foreground=settings.foreground,
-        classes=[value for c in settings.task.classes for value in c.values],
+        classes=[c.values for c in settings.task.classes],
         augment=settings.augment,
     )
     if settings.fit != "descent":
