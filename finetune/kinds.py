@@ -189,7 +189,7 @@ class Segmenting(Kind):
         return {
             "label": True,
             "foreground": self.settings.foreground,
-            "classes": [value for c in self.task.classes for value in c.values],
+            "classes": [c.values for c in self.task.classes],
         }
 
     def augment(self) -> Augment:

@@ -30,6 +30,7 @@ RECIPE_VERSION = 2
 """Raised when the same settings no longer give the same training, or the same hash.
 
 2: the precision is part of the recipe, and partly annotated cases are not trained on.
+3, for tasks alone whose classes have several label values: crops are drawn by class, not by value.
 """
 
 FREE = frozenset(
@@ -427,7 +428,8 @@ class FinetuneSettings(LoopSettings):
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
         kept = {k: v for k, v in dump.items() if k not in FREE}
         precision = self.trainer.precision
-        return {"recipe_version": RECIPE_VERSION, "precision": precision, **kept, **resolved}
+        version = 3 if any(len(c.values) > 1 for c in self.task.classes) else RECIPE_VERSION
+        return {"recipe_version": version, "precision": precision, **kept, **resolved}
 
 
 class EvaluateSettings(BaseModel):

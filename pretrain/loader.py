@@ -54,7 +54,8 @@ class CropDataset(Dataset[dict[str, Any]]):
         crop_size: (D, H, W) in voxels; volumes that are smaller are padded and marked invalid.
         label: read the segmentation too.
         foreground: chance that a labelled crop is centred on a voxel of a random class.
-        classes: label values that count as foreground; all of them by default.
+        classes: the label values of each class that counts as foreground; by default every value
+            is a class of its own.
         crops: crops of a sample, as its objective declares.
         augment: how crops are rotated and scaled; the rest of it is left to the device.
     """
@@ -69,7 +70,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         *,
         label: bool = False,
         foreground: float = 0.0,
-        classes: Collection[int] | None = None,
+        classes: Collection[Collection[int]] | None = None,
         crops: int = 1,
         augment: AugmentSettings | None = None,
     ) -> None:
@@ -80,7 +81,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.crop_size = crop_size
         self.label = label
         self.foreground = foreground
-        self.classes = None if classes is None else {str(value) for value in classes}
+        self.classes = classes and sorted([str(v) for v in values] for values in classes)
         self.crops = crops
         self.augment = augment or AugmentSettings()
 
@@ -215,16 +216,19 @@ class CropDataset(Dataset[dict[str, Any]]):
 
     def _centre(self, rng: np.random.Generator, meta: dict[str, Any]) -> NDArray[np.int64]:
         """The voxel of the volume that a crop is to lie around."""
-        voxels = []
         if self.label and rng.random() < self.foreground:
-            voxels = [
-                found
-                for value, found in sorted(meta["class_voxels"].items())
-                if found and (self.classes is None or value in self.classes)
-            ]
-        if voxels:
-            chosen = voxels[rng.integers(len(voxels))]
-            return np.array(chosen[rng.integers(len(chosen))])
+            voxels = meta["class_voxels"]
+            # Of a class that is present, each voxel is as likely as any other: a class of many
+            # values is drawn no more often than one of a single value, nor its small parts.
+            classes = self.classes or [[value] for value in sorted(voxels)]
+            there = [[v for v in values if voxels.get(v)] for values in classes]
+            if there := [values for values in there if values]:
+                chosen = there[rng.integers(len(there))]
+                value = chosen[0]
+                if len(chosen) > 1:
+                    counts = np.array([meta["class_counts"][v] for v in chosen], dtype=float)
+                    value = str(rng.choice(chosen, p=counts / counts.sum()))
+                return np.array(voxels[value][rng.integers(len(voxels[value]))])
         # The centre falls into the foreground's box: air at the border teaches nothing.
         low, high = np.array(meta["foreground_box"]).T
         return rng.integers(low, np.maximum(high, low + 1))

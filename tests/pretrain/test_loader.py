@@ -194,9 +194,29 @@ def test_only_the_tasks_classes_draw_crops(labelled_corpus: Path) -> None:
         (8, 8, 8),
         label=True,
         foreground=1.0,
-        classes=[2],
+        classes=[[2]],
     )
     assert all((dataset[i]["label"] == 2).any() for i in range(40))
+
+
+def test_crops_are_drawn_by_class_and_not_by_label_value(labelled_corpus: Path, seed: int) -> None:
+    """Twelve values of a cortex and one of a stem: each class gets half, each voxel its share."""
+    corpus = Corpus.open(labelled_corpus)
+    schedule = Schedule(corpus.shards, seed=3, lanes=4)
+    options = {"label": True, "foreground": 1.0, "classes": [range(1, 13), [40], [41]]}
+    crops = CropDataset(
+        corpus, np.arange(len(corpus)), schedule, Preprocess.default(), (8, 8, 8), **options
+    )
+    counts = {**{str(v): 10 * v for v in range(1, 13)}, "40": 5, "99": 10**6}
+    voxels = {value: [[int(value), 0, 0], [int(value), 1, 0]] for value in counts}
+    meta = {"class_voxels": {**voxels, "41": []}, "class_counts": counts}
+    rng = np.random.default_rng(seed)
+    drawn = np.array([crops._centre(rng, meta)[0] for _ in range(4000)])
+    assert (drawn == 40).mean() == pytest.approx(0.5, abs=0.04)
+    assert set(drawn) <= {*range(1, 13), 40}
+    within = drawn[drawn < 40]
+    for value in (1, 6, 12):
+        assert (within == value).mean() == pytest.approx(value / 78, abs=0.04)
 
 
 def test_forked_workers_read_after_the_parent_decompressed(pretrain_corpus: Path) -> None:
