@@ -428,7 +428,8 @@ class FinetuneSettings(LoopSettings):
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
         kept = {k: v for k, v in dump.items() if k not in FREE}
         precision = self.trainer.precision
-        version = 3 if any(len(c.values) > 1 for c in self.task.classes) else RECIPE_VERSION
+        labelled = self.task.classes if isinstance(self.task, TaskSettings) else ()
+        version = 3 if any(len(c.values) > 1 for c in labelled) else RECIPE_VERSION
         return {"recipe_version": version, "precision": precision, **kept, **resolved}
 
 
