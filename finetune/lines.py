@@ -66,11 +66,14 @@ CLASSIFICATION = (
     ),
 )  # fmt: skip
 REGRESSION = (
-    Metric("mae", "MAE", 1.0, "{unit}", False, 0.0, of_scans=True, digits=None),
-    Metric("rmse", "RMSE", 1.0, "{unit}", False, 0.0, of_scans=True, pseudo=True, digits=None),
+    Metric("mae", "MAE", 1.0, "{unit}", False, 0.0, of_scans=True, by_class=False, digits=None),
     Metric(
-        "r2", "R²", 1.0, "1 is perfect", True, 1.0, of_scans=True, pseudo=True, digits=3,
-        least=-math.inf,
+        "rmse", "RMSE", 1.0, "{unit}", False, 0.0, of_scans=True, pseudo=True, by_class=False,
+        digits=None,
+    ),
+    Metric(
+        "r2", "R²", 1.0, "1 is perfect", True, 1.0, of_scans=True, pseudo=True, by_class=False,
+        digits=3, least=-math.inf,
     ),
 )  # fmt: skip
 METRICS = {m.name: m for m in (*SEGMENTATION, *CLASSIFICATION, *REGRESSION)}

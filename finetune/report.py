@@ -157,14 +157,13 @@ def _group(group: Group) -> dict[str, Any]:
     }.get(line.verdict, line.verdict.capitalize())
     comparison = None
     if line.difference is not None:
-        names = {ALL_CLASSES: "all classes"}
         rows = [
-            (names.get(one.class_name, one.class_name), one.difference)
+            (_class(one), one.difference)
             for one in group.lines
             if one.metric == line.metric and one.difference is not None
         ]
         if line.against_own is not None:
-            rows.insert(1, ("all classes, to own best", line.against_own))
+            rows.insert(1, (f"{_class(line)}, to own best", line.against_own))
         comparison = draw_comparison(rows, group.scores, line, group.shown)
     return {
         "dataset": group.dataset,
@@ -181,6 +180,13 @@ def _group(group: Group) -> dict[str, Any]:
         "lines": [_line(one) for one in group.lines],
         "notes": group.notes,
     }
+
+
+def _class(line: Line) -> str:
+    """What a line is about."""
+    if line.class_name != ALL_CLASSES:
+        return line.class_name
+    return "all classes" if line.measures.by_class else "all cases"
 
 
 def _arms(line: Line) -> dict[str, dict[str, str] | None]:
@@ -221,7 +227,7 @@ def _line(line: Line) -> dict[str, Any]:
     return {
         "metric": line.measures.title,
         "unit": line.unit,
-        "class_name": "all classes" if line.class_name == ALL_CLASSES else line.class_name,
+        "class_name": _class(line),
         "overall": line.class_name == ALL_CLASSES,
         **_arms(line),
         "basis": basis,
