@@ -41,8 +41,9 @@ def overlap_fractions(crops: Tensor, bases: Tensor) -> Tensor:
 def predicted_overlap(crops: Tensor, bases: Tensor) -> Tensor:
     """Cosine of each crop with each base, 0 where negative, which then has no gradient.
 
-    Within a volume the bases are the teacher's. Between volumes, `bases.roll(-1, 0)` are those of
-    the next one: the teacher's pair predicts the target of the student's.
+    Within a volume the bases are the teacher's. Between volumes the teacher's pair predicts the
+    target of the student's; VoCo takes the bases of the next volume in the batch. With
+    `bases.roll(B // 2, 0)` a volume has the same partner for any number of ranks.
 
     Args:
         crops: embeddings [B, T, E].

@@ -79,6 +79,15 @@ def voco(loss: Callable[[Tensor, Tensor], Tensor]) -> Embedded:
     return found
 
 
+def between(student: Tensor, teacher: Tensor, hidden: Tensor) -> Tensor:
+    """VoCo between volumes: what the teacher says of another volume's bases is the target."""
+    half = len(student) // 2
+    target, found = (
+        predicted_overlap(z[:, :3], z[:, 3:].roll(half, 0)) for z in (teacher, student)
+    )
+    return overlap_cross_entropy(target, found)
+
+
 LOSSES: dict[str, Embedded] = {
     "dino": dino,
     "ibot": ibot,
@@ -97,5 +106,6 @@ LOSSES: dict[str, Embedded] = {
     ),
     "overlap_cross_entropy": voco(overlap_cross_entropy),
     "overlap_log_loss": voco(overlap_log_loss),
+    "overlap between volumes": between,
     "base_similarity": lambda s, t, h: base_similarity(s, squared=True),
 }

@@ -81,7 +81,8 @@ def test_predictions_are_cosines_without_the_negative_ones() -> None:
         cosine = float(crops[b, t] @ bases[b, n] / crops[b, t].norm() / bases[b, n].norm())
         assert found[b, t, n].item() == pytest.approx(max(cosine, 0.0))
     assert (found == 0).any()
-    assert predicted_overlap(crops.float(), crops.float()).max() <= 1
+    many = randn(1, 200, 64, seed=2).float()
+    assert predicted_overlap(many, many).max() <= 1  # rounding alone passes it
 
 
 def planted() -> tuple[Tensor, Tensor]:
