@@ -7,6 +7,9 @@ in the same order, so it belongs into `forward`, never into a preview, which ran
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +17,11 @@ from torch import Tensor
 def world_size() -> int:
     """Number of ranks that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among those that train together."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def global_sum(own: Tensor) -> Tensor:
@@ -30,6 +38,46 @@ def global_sum(own: Tensor) -> Tensor:
     return total + ranks * (own - own.detach())
 
 
+def global_max(own: Tensor) -> Tensor:
+    """Largest value of each element over all ranks, without a gradient."""
+    own = own.detach()
+    if world_size() == 1 or own.is_meta:
+        return own
+    largest = own.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
+def gather(own: Tensor) -> Tensor:
+    """Rows of all ranks, [B, ...] to [W * B, ...], rank by rank, with a gradient.
+
+    Each rank takes the mean over its own anchors of a loss that looks at the rows of all. A row
+    then has a gradient from every rank's loss: their sum, which DDP divides by the ranks, is that
+    of the joint batch. All ranks must have equally many rows.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return own
+    if own.is_meta:
+        return own.repeat(ranks, *[1] * (own.ndim - 1))
+    return _Gather.apply(own)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        own = own.contiguous()
+        rows = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(rows, own)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
+
+
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """Mean over the batch of all ranks, from this rank's sum and its number of summands.
 
@@ -43,7 +91,7 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
 
     Args:
         total: sum over what counts, a scalar with gradient.
-        count: how many summands it has, an integer scalar.
+        count: how many summands it has, or the sum of their weights; a scalar.
 
     Returns:
         A scalar; 0 where nothing counts on any rank.
@@ -54,4 +102,4 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
         count = count.clone()
         dist.all_reduce(count)
         total = total * ranks
-    return total / count.clamp(min=1)
+    return total / torch.where(count > 0, count, 1)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from pretrain.heads import ProjectionHead
+
+
+def head(train_scale: bool = True) -> ProjectionHead:
+    torch.manual_seed(0)
+    return ProjectionHead(6, 9, hidden_dim=16, bottleneck_dim=8, train_scale=train_scale)
+
+
+def test_logits_are_scaled_cosines_with_prototypes() -> None:
+    built, x = head(), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        built.scale.uniform_(0.5, 2)
+    point = built.mlp(x)[..., None, :].expand(2, 5, 9, 8)
+    prototypes = built.prototypes.expand(2, 5, 9, 8)
+    expected = F.cosine_similarity(point, prototypes, dim=-1) * built.scale
+    torch.testing.assert_close(built(x), expected)
+
+
+def test_logits_start_within_one() -> None:
+    built = head()
+    assert (built.scale == 1).all()
+    with torch.no_grad():
+        built.prototypes.mul_(100)
+        built.mlp[-1].weight.mul_(100)
+    assert built(torch.randn(50, 6)).abs().max() <= 1 + 1e-6
+
+
+def test_weights_start_small() -> None:
+    built = ProjectionHead(32, 64)
+    assert [m.weight.shape for m in built.mlp if hasattr(m, "weight")] == [
+        (2048, 32), (2048, 2048), (256, 2048),
+    ]  # fmt: skip
+    for name, parameter in built.named_parameters():
+        if name.endswith("weight") or name == "prototypes":
+            assert abs(parameter.std().item() - 0.02) < 1e-3, name
+        elif name.endswith("bias"):
+            assert not parameter.any()
+
+
+def test_state_travels_plainly() -> None:
+    built, other = head(), ProjectionHead(6, 9, hidden_dim=16, bottleneck_dim=8)
+    layers = {f"mlp.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")}
+    assert set(built.state_dict()) == {"prototypes", "scale"} | layers
+    other.load_state_dict(built.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(built(x), other(x))
+
+
+def test_the_scale_is_trained_unless_it_is_not() -> None:
+    for trained in (True, False):
+        built = head(trained)
+        built(torch.randn(3, 6)).square().sum().backward()
+        grads = {n for n, p in built.named_parameters() if p.grad is not None}
+        assert ("scale" in grads) is trained
+        assert grads | {"scale"} == set(built.state_dict())
+
+
+def test_lengths_are_float32_under_autocast() -> None:
+    built, x = head(), 1e-3 * torch.randn(64, 6)
+    exact = built(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = built(x)
+    assert found.dtype == torch.bfloat16
+    assert F.cosine_similarity(found.float(), exact, dim=-1).min() > 0.999
+
+
+def test_a_zero_has_a_finite_gradient() -> None:
+    x = torch.zeros(3, 6, requires_grad=True)
+    built = head()
+    built(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in built.parameters())
+
+
+def test_the_head_compiles_without_a_break() -> None:
+    built, x = head(), torch.randn(3, 6)
+    traced = torch.compile(built, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x), built(x))
