@@ -13,7 +13,7 @@ from finetune.lines import Line
 from finetune.rows import Row
 
 CLASS_UNITS = 10
-"""With 6 cases of a class up to 8 % of true zeros were called a difference; see
+"""With 6 cases of a class up to 7 % of true zeros were called a difference, with 10 up to 6 %; see
 docs/results/scan_tasks.md."""
 
 
