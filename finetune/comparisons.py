@@ -54,6 +54,20 @@ def holm_by_family(families: Sequence[Hashable], p_values: Sequence[float]) -> l
     return adjusted
 
 
+def p_against_stronger(p: float, *, loses: bool, arms: int) -> float:
+    """P of a difference to the strongest of several scratch arms, picked by the very same scores.
+
+    For a gain that choice is strict already. Against pretraining it is a choice of the luckiest, so
+    p counts as often as there were arms (Bonferroni). NaN stays NaN.
+
+    Args:
+        p: of the difference by itself.
+        loses: whether it speaks against pretraining.
+        arms: how many scratch arms there were.
+    """
+    return p if not loses or math.isnan(p) else min(arms * p, 1.0)
+
+
 def share_improved(differences: Floats, *, higher_is_better: bool = True) -> float:
     """Share of units whose difference, meaned over draws, is a gain; no difference counts half.
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from finetune.comparisons import p_against_stronger
 from finetune.intervals import Estimate
 from finetune.rows import Row
 
@@ -152,6 +153,16 @@ class Line:
     def decides(self) -> Estimate | None:
         """The difference that the verdict is about: to the stronger of both scratch arms."""
         return self.against_own if self.own_is_stronger else self.difference
+
+    @property
+    def p(self) -> float:
+        """Of the deciding difference, which is to the stronger of one scratch arm or two."""
+        found = self.decides
+        if found is None:
+            return math.nan
+        arms = sum(one is not None for one in (self.difference, self.against_own))
+        loses = found.mean < 0 if self.measures.higher_is_better else found.mean > 0
+        return p_against_stronger(found.p, loses=loses, arms=arms)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from finetune.cells import Scores, score_matrix
 from finetune.comparisons import suitability
 from finetune.facts import Facts, Run, run_of
+from finetune.intervals import LEVEL
 from finetune.lines import Line
 from finetune.rows import Row
 
@@ -69,6 +70,17 @@ def unpaired(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -
     if unpaired:
         notes.append(f"{len(unpaired)} cases lack a score in one arm: not in the difference")
     return notes
+
+
+def counted_double(line: Line) -> list[str]:
+    """Why an interval that leaves zero out makes no verdict."""
+    found = line.decides
+    if found is None or not found.p < LEVEL <= line.p:
+        return []
+    return [
+        f"behind the stronger of two scratch arms, which the same scores picked: p {found.p:.2g} "
+        "counts double"
+    ]
 
 
 def power_of(line: Line) -> list[str]:

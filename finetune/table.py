@@ -61,6 +61,7 @@ from finetune.lines import (
     shown_digits,
 )
 from finetune.notes import (
+    counted_double,
     missed_or_invented,
     power_of,
     too_few_of_a_class,
@@ -162,7 +163,7 @@ def _adjusted(groups: list[Group]) -> list[Group]:
     mains = [group.main for group in groups]
     adjusted = holm_by_family(
         [(one.checkpoint_digest, one.labels, one.split, one.protocol) for one in mains],
-        [math.nan if line.decides is None else line.decides.p for line in mains],
+        [line.p for line in mains],
     )
     return [_with_p(group, p) for group, p in zip(groups, adjusted, strict=True)]
 
@@ -171,9 +172,8 @@ def _with_p(group: Group, p: float) -> Group:
     """The group with its adjusted p, which takes back a verdict that chance over many explains."""
     main, notes = dataclasses.replace(group.main, adjusted_p=p), group.notes
     if main.verdict in (BETTER, WORSE) and p >= LEVEL:
-        assert main.decides is not None
         notes += (
-            f"{main.verdict} by itself (p {main.decides.p:.2g}), not among the data sets that this "
+            f"{main.verdict} by itself (p {main.p:.2g}), not among the data sets that this "
             f"checkpoint is compared on (p {p:.2g}, Holm)",
         )
         main = dataclasses.replace(main, verdict=UNCLEAR)
@@ -308,7 +308,7 @@ def _group(
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     if len(checkpoints) > 1 and (difference := lines[0].difference) is not None:
         notes.append(f"its difference is about {difference.claim}")
-    notes += power_of(lines[0])
+    notes += counted_double(lines[0]) + power_of(lines[0])
     return Group(
         head.dataset,
         head.labels,
@@ -378,8 +378,7 @@ def _line(
     own_is_stronger = (
         own is not None and scratch is not None and sign * own.mean > sign * scratch.mean
     )
-    decides = against_own if own_is_stronger else difference
-    return Line(
+    line = Line(
         head.dataset,
         head.labels,
         head.n_labels,
@@ -394,9 +393,7 @@ def _line(
         math.nan
         if metric.pseudo
         else share_improved(paired, higher_is_better=metric.higher_is_better),
-        ELSEWHERE
-        if head.arm == "external"
-        else _verdict(decides, sign, has_scratch=any(b), has_pretrained=any(a)),
+        ELSEWHERE,
         own=_bounded(own, metric) if own else None,
         against_own=against_own,
         own_is_stronger=own_is_stronger,
@@ -408,6 +405,10 @@ def _line(
         unit=metric.unit.format(unit=head.unit),
         digits=shown_digits(metric, next((e.mean for e in (scratch, pretrained, own) if e), 0.0)),
     )
+    if head.arm == "external":
+        return line
+    verdict = _verdict(line, has_scratch=any(b), has_pretrained=any(a))
+    return dataclasses.replace(line, verdict=verdict)
 
 
 def _estimate(parts: Parts, subjects: dict[str, str], folds: dict[str, str]) -> Estimate | None:
@@ -440,9 +441,8 @@ def _bounded(value: Estimate, metric: Metric) -> Estimate:
     return dataclasses.replace(value, low=max(value.low, metric.least), high=high)
 
 
-def _verdict(
-    difference: Estimate | None, sign: int, *, has_scratch: bool, has_pretrained: bool
-) -> str:
+def _verdict(line: Line, *, has_scratch: bool, has_pretrained: bool) -> str:
+    difference = line.decides
     if not has_pretrained:
         return "no pretrained arm"
     if not has_scratch:
@@ -451,6 +451,6 @@ def _verdict(
         return "nothing to pair"
     if not difference.has_interval:
         return "undecided"
-    if difference.low <= 0 <= difference.high:
+    if line.p >= LEVEL:
         return UNCLEAR
-    return BETTER if sign * difference.mean > 0 else WORSE
+    return BETTER if (difference.mean > 0) == line.measures.higher_is_better else WORSE

@@ -7,9 +7,11 @@ from finetune.comparisons import (
     holm,
     holm_by_family,
     median_difference,
+    p_against_stronger,
     share_improved,
     suitability,
 )
+from finetune.intervals import estimate
 
 
 def test_holm_by_hand() -> None:
@@ -70,3 +72,29 @@ def test_suitability_by_hand() -> None:
 def test_suitability_without_seeds_is_unknown() -> None:
     assert math.isnan(suitability(np.array([[1.0], [2.0]]), 40).ratio)
     assert suitability(np.array([[1.0, 1.0], [2.0, 2.0]]), 40).ratio == math.inf
+
+
+def test_the_stronger_of_two_equal_scratch_arms_makes_nothing_worse(seed: int) -> None:
+    """Three equal arms, 3000 studies of 5 draws: 2.5 % either way, within four standard errors."""
+    rng = np.random.default_rng(seed)
+    better = worse = plain = 0
+    studies, units, draws = 3000, 20, 5
+    for _ in range(studies):
+        pretrained, twin, own = rng.normal(size=(3, units, draws)) + rng.normal(size=(3, 1, draws))
+        scratch = max((twin, own), key=lambda arm: arm.mean())
+        found = estimate(pretrained - scratch)
+        p = p_against_stronger(found.p, loses=found.mean < 0, arms=2)
+        better += p < 0.05 and found.mean > 0
+        worse += p < 0.05 and found.mean < 0
+        plain += found.p < 0.05 and found.mean < 0
+    error = 4 * math.sqrt(0.025 * 0.975 / studies)
+    assert better / studies <= 0.025 + error and worse / studies <= 0.025 + error
+    assert plain / studies > 0.025 + error / 2  # what picking does if p is taken as it is
+
+
+def test_p_against_the_stronger_by_hand() -> None:
+    assert p_against_stronger(0.03, loses=False, arms=2) == 0.03
+    assert p_against_stronger(0.03, loses=True, arms=2) == 0.06
+    assert p_against_stronger(0.03, loses=True, arms=1) == 0.03
+    assert p_against_stronger(0.7, loses=True, arms=2) == 1.0
+    assert math.isnan(p_against_stronger(math.nan, loses=True, arms=2))

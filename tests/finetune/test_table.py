@@ -589,3 +589,21 @@ def test_rows_of_before_recipes_are_read(tmp_path: Path) -> None:
         else:
             with pytest.raises(InputError, match="columns assd are missing"):
                 read_rows(tmp_path / "old.csv")
+
+
+def test_a_loss_to_the_luckier_of_two_scratch_arms_counts_double() -> None:
+    """By itself the difference to scratch at its own best is just below 0.05."""
+    arms = make_rows("scratch") + make_rows("pretrained", 0.05)
+    for gain in np.arange(0.0505, 0.07, 0.0005):
+        group = tabulate(arms + scratch_own(float(gain))).groups[0]
+        against = group.main.against_own
+        assert against is not None
+        if against.mean < 0 and 0.025 <= against.p < 0.05:
+            break
+    else:
+        pytest.fail("no gain gives such a p")
+    assert group.main.own_is_stronger and group.main.verdict == "no clear difference"
+    assert group.main.adjusted_p == pytest.approx(2 * against.p)
+    assert any("counts double" in note for note in group.notes)
+    gained = tabulate(arms + scratch_own(0.04)).groups[0].main
+    assert gained.decides is not None and gained.adjusted_p == gained.decides.p
