@@ -25,10 +25,12 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_prep.files import write_json, write_text
@@ -243,11 +245,47 @@ def markdown(table: Table, everything: float, best: dict[str, float]) -> str:
                 "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
                 *rows,
                 "",
+                "## What it says",
+                "",
+                *reading(table),
+                "",
+                "## Notes of the table",
+                "",
                 *notes,
             ]
         ).rstrip()
         + "\n"
     )
+
+
+def reading(table: Table) -> list[str]:
+    """What the controls say of the benchmark, and what it could have found."""
+    said = []
+    for what, arms in (
+        ("Negative controls (permuted, one-step)", ("permuted", "one-step")),
+        ("Positive control (supervised-ixi)", ("supervised-ixi",)),
+        ("Methods (cnn-mae, volume-fusion)", ("cnn-mae", "volume-fusion")),
+    ):
+        lines = [group.main for group in table.groups if arm_of(group) in arms]
+        gaps = [line.difference.mean for line in lines if line.difference is not None]
+        verdicts = Counter(line.verdict for line in lines)
+        told = ", ".join(f"{name} {count}" for name, count in verdicts.items())
+        said.append(
+            f"- {what}: {len(lines)} comparisons, differences to the twin {min(gaps):+.1f} to "
+            f"{max(gaps):+.1f} points; {told}."
+        )
+    for labels in LABELS:
+        found = [
+            group.main.difference.detectable()
+            for group in table.groups
+            if group.n_labels == labels and group.main.difference is not None
+        ]
+        said.append(
+            f"- {labels} labels, {len(DRAWS)} draws: true differences to the twin from "
+            f"{np.median(found):.1f} points on would be found with 80 % (median of "
+            f"{len(found)} comparisons, {min(found):.1f} to {max(found):.1f})."
+        )
+    return said
 
 
 def arm_of(group: Group) -> str:

@@ -81,6 +81,7 @@ def test_a_note_says_what_is_known() -> None:
         "a run: 2 M parameters, 5 TFLOP, 15 min of training, 30 s of prediction, 2 GiB at its "
         "peak (CPU); the pretraining before it: 3 days"
     )
+    assert "110 s of training" in cost_note([plain._replace(train_seconds=109.0)])
     little = Cost(10, 4, None, None, None, None, "H200")
     assert cost_note([little]) == "a run: 1e-05 M parameters (4e-06 M trained) (H200)"
     assert Cost.of({}) is None
