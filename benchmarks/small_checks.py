@@ -118,7 +118,7 @@ def make_corpora(data: Path, work: Path) -> dict[str, Path]:
     )
     if not (work / "labelled" / "corpus.json").exists():
         voxelith("prep", f"input={work / 'labelled.csv'}", f"output={work / 'labelled'}",
-                 "keys=names")  # fmt: skip
+                 "keys=names", "classes=totalsegmentator")  # fmt: skip
         folds = [{"train": ["totalsegmentator"], "val": ["chaos"]}]
         write_json(work / "splits_final.json", folds)
         voxelith("split", f"corpus={work / 'labelled'}", f"read={work / 'splits_final.json'}")

@@ -144,16 +144,19 @@ class Line:
         found: list[str] = []
         if not self.values:
             return found  # help alone does not wait for what settings import
-        texts = _text_keys(settings_class(self.command))
+        model = settings_class(self.command)
+        texts, fields = _text_keys(model), {key for key, _ in _fields(model)}
         for key, value in self.values.items():
             parent = self.config
             *above, last = key.split(".")
+            known = key in fields
             for part in above:
                 child = parent.get(part)
+                known = known and isinstance(child, dict)
                 parent = child if isinstance(child, dict) else {}
             # Arguments of a class are checked against its signature, which knows more than the
-            # YAML.
-            if last not in parent and "_target_" not in parent:
+            # YAML; a file of a group may leave out what has a default.
+            if last not in parent and not known and "_target_" not in parent:
                 self.problems.append(f"{key}={value}: no such key; {self.near(key)}")
                 continue
             if not value and parent.get(last) != "":

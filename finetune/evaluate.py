@@ -196,10 +196,14 @@ def task_problems(corpus: Corpus, task: TaskSettings) -> list[str]:
     if not corpus.labelled:
         return [f"corpus={corpus.path}: holds no labels; prep writes them where the input has them"]
     known = {int(c["value"]): str(c["name"]) for c in corpus.classes}
+    missing = {c.name: sorted(set(c.values) - known.keys()) for c in task.classes}
+    missing = {name: values for name, values in missing.items() if values}
+    if not missing:
+        return []
     table = ", ".join(f"{value} {name}" for value, name in sorted(known.items()))
+    who = ", ".join(f"{name} {values}" for name, values in missing.items())
     return [
-        f"task {task.name}, class {c.name}: label values {missing} do not occur in "
-        f"{corpus.path}, which has {table}; choose the task that belongs to it"
-        for c in task.classes
-        if (missing := sorted(set(c.values) - known.keys()))
+        f"task {task.name}: label values of {len(missing)} classes do not occur in {corpus.path} "
+        f"({who}), which has {table}; choose the task that belongs to it, or name all of its "
+        "values when the corpus is prepared (prep classes=)"
     ]

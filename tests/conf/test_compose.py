@@ -270,6 +270,20 @@ def test_words_that_name_nothing_are_explained(word: str, said: str) -> None:
     assert found.startswith(said)
 
 
+def test_keys_that_a_file_leaves_out_can_be_given() -> None:
+    """Regions have a default, and few files of conf/task name any."""
+    needed = ["corpus=c", "ckpt=r", "task=hippocampus", "lr=1e-3"]
+    region = "{name: whole, values: [1, 2], tolerance_mm: 1.0}"
+    chosen = settings_for("finetune", [*needed, f"task.regions=[{region}]"])
+    assert [one.name for one in chosen.task.scored] == ["whole"]
+    for word, said in (
+        ("task.region=3", "task.region=3: no such key"),
+        ("lora.rank=3", "lora.rank=3: no such key; did you mean lora?"),
+        ("task.unit=ml", "task.unit: no such key"),
+    ):
+        assert any(p.startswith(said) for p in problems("finetune", *needed, word)), word
+
+
 def test_no_recipe_can_be_said() -> None:
     with_null = settings_for("pretrain", [*NEEDED, "experiment=null"])
     assert with_null == settings_for("pretrain", NEEDED)
