@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--draws", type=int, default=12)
     chosen = parser.parse_args()
-    work, began = chosen.work.resolve(), time.perf_counter()
+    work = chosen.work.resolve()
     for draw in range(chosen.draws):
         start = work / "random" / f"random-{draw}"
         if not start.exists():
@@ -59,7 +58,7 @@ def main() -> None:
     rows = [row for file in find_rows([work / "aa"]) for row in read_rows(file)]
     rows = [row if row.arm == "scratch" else dataclasses.replace(row, **SAME) for row in rows]
     chosen.output.mkdir(parents=True, exist_ok=True)
-    report(rows, chosen.output, time.perf_counter() - began)
+    report(rows, chosen.output)
 
 
 def randomise(source: Path, output: Path, seed: int) -> None:
@@ -74,7 +73,7 @@ def randomise(source: Path, output: Path, seed: int) -> None:
                   card=f"# {output.name}\n\nRandom weights, seed {seed}.\n")  # fmt: skip
 
 
-def report(rows: list[Row], output: Path, seconds: float) -> None:
+def report(rows: list[Row], output: Path) -> None:
     """Writes aa_harness.json and aa_harness.md."""
     [group] = tabulate(rows).groups
     draws = sorted({row.seed for row in rows})
@@ -96,7 +95,6 @@ def report(rows: list[Row], output: Path, seconds: float) -> None:
     result: dict[str, Any] = {
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
-        "seconds": round(seconds),
         "network": FEATURES,
         "line": dataclasses.asdict(group.main),
         "subsets": found,

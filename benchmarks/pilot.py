@@ -24,7 +24,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,7 +65,6 @@ def main() -> None:
     chosen = parser.parse_args()
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     make_corpora(chosen.data.resolve(), work)
     with ThreadPoolExecutor(chosen.jobs) as pool:
         first = pool.submit(controls, work), pool.submit(search, work)
@@ -83,7 +81,7 @@ def main() -> None:
                   "recipe_of=own", f"own={{lr: {best['scratch']:g}}}",
                   f"search={{lr: [{_rates()}], draws: 1}}")  # fmt: skip
     chosen.output.mkdir(parents=True, exist_ok=True)
-    report(work, chosen.output, best, time.perf_counter() - began)
+    report(work, chosen.output, best)
 
 
 def make_corpora(data: Path, work: Path) -> None:
@@ -177,7 +175,7 @@ def mean_dice(rows: Path) -> float:
     return 100 * sum(sum(v) / len(v) for v in cases.values()) / len(cases)
 
 
-def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> None:
+def report(work: Path, output: Path, best: dict[str, float]) -> None:
     """Writes pilot.json and pilot.md."""
     table = read_table([work / "runs"], search=[work / "search"])
     everything = mean_dice(work / "all" / "all" / "rows.csv")
@@ -196,7 +194,6 @@ def report(work: Path, output: Path, best: dict[str, float], seconds: float) -> 
     result = {
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
-        "seconds": round(seconds),
         "steps": {
             "pretraining": PRETRAIN_STEPS,
             "supervised": SUPERVISED_STEPS,
