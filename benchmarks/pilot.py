@@ -5,11 +5,13 @@
 `--data` has `msd_task04_hippocampus/` (images, labels) and `ixi_t1_dlmuse/` (t1, dlmuse_seg).
 A residual U-Net of 0.5 M parameters in the encoder learns, without labels, from the training
 subjects' hippocampi and from IXI's heads, and is finetuned on 2 and on 8 labelled hippocampi, three
-draws each, beside scratch at the same recipe and at its own best. Three controls stand beside it:
+draws each, beside scratch at the same recipe and at its own best. Controls stand beside it:
 
 - permuted: the weights of `cnn-mae`, shuffled within each tensor: sizes without meaning;
 - one-step: the same pretraining after a single step;
-- supervised-ixi: trained to segment IXI's heads with their labels.
+- supervised-ixi: trained to segment IXI's heads with their labels;
+- supervised-all: trained on this very task with all training labels, so the gain is planted: a
+  benchmark that does not see this one sees nothing.
 
 Negative controls that help, or a positive one that does not, say something about the benchmark.
 Test subjects take no part. What is finished is not done again; `--work` holds it. Writes pilot.json
@@ -51,7 +53,7 @@ HIPPOCAMPUS = (
     "task=hippocampus", "part=validation", "protocol=tiny", "trainer=cpu", "trainer.threads=1",
     "batch_size=2", f"steps={STEPS}", "warmup=20", "validations=4",
 )  # fmt: skip
-ARMS = ("cnn-mae", "volume-fusion", "permuted", "one-step", "supervised-ixi")
+ARMS = ("cnn-mae", "volume-fusion", "permuted", "one-step", "supervised-ixi", "supervised-all")
 
 
 def main() -> None:
@@ -141,6 +143,8 @@ def controls(work: Path) -> None:
         voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
     voxelith("finetune", "task=hippocampus", f"corpus={work / 'hippocampus'}", *scratch,
               f"steps={ALL_STEPS}", f"runs={work / 'all'}", "run=all")  # fmt: skip
+    if not (work / "supervised-all").exists():
+        voxelith("export", str(work / "all" / "all"), str(work / "supervised-all"))
 
 
 def permute(source: Path, output: Path) -> None:
@@ -261,6 +265,7 @@ def reading(table: Table) -> list[str]:
     for what, arms in (
         ("Negative controls (permuted, one-step)", ("permuted", "one-step")),
         ("Positive control (supervised-ixi)", ("supervised-ixi",)),
+        ("Planted gain (supervised-all)", ("supervised-all",)),
         ("Methods (cnn-mae, volume-fusion)", ("cnn-mae", "volume-fusion")),
     ):
         lines = [group.main for group in table.groups if arm_of(group) in arms]
