@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pilot import FEATURES, HIPPOCAMPUS, ROOT, voxelith
+from line import ROOT, voxelith
+from pilot import FEATURES, HIPPOCAMPUS
 
 from data_prep.files import write_json, write_text
 from finetune.facts import find_rows

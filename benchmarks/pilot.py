@@ -21,11 +21,8 @@ Test subjects take no part. What is finished is not done again; `--work` holds i
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from line import ROOT, prep, voxelith, write_list
 
 from data_prep.files import write_json, write_text
 from finetune.budget import read_curve
@@ -44,7 +42,6 @@ from pretrain.bench import machine
 from pretrain.release import load_release, write_release
 from pretrain.run_folder import versions
 
-ROOT = Path(__file__).parents[1]
 FEATURES = "backbone.features=[8,16,32,64]"
 PRETRAIN_STEPS, SUPERVISED_STEPS, STEPS, ALL_STEPS = 600, 4000, 300, 1200
 RATES = (1e-3, 3e-3, 1e-2)
@@ -96,8 +93,8 @@ def make_corpora(data: Path, work: Path) -> None:
         # Two sides of a person have an odd id and the next even one.
         subject = f"s{(int(found[1]) + 1) // 2:03d}"
         rows.append([image, hippocampi / "labels" / image.name, subject, "MR"])
-    _write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
-    _prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
+    write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
+    prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
     split = json.loads((work / "hippocampus" / "splits" / "default.json").read_text())
     train = set(split["groups"]["train"])
     scans = [[image, subject, "MR"] for image, _, subject, _ in rows if subject in train]
@@ -105,11 +102,11 @@ def make_corpora(data: Path, work: Path) -> None:
         [t1, heads / "dlmuse_seg" / t1.name.replace("_T1.", "_T1_DLMUSE."), t1.name[:6], "MR"]
         for t1 in sorted((heads / "t1").glob("*.nii.gz"))
     ]
-    _write_list(work / "heads.csv", ["image", "label", "subject", "modality"], rows)
-    _prep(work / "heads", "shard_mib=16")
+    write_list(work / "heads.csv", ["image", "label", "subject", "modality"], rows)
+    prep(work / "heads", "shard_mib=16")
     scans += [[image, subject, "MR"] for image, _, subject, _ in rows]
-    _write_list(work / "unlabelled.csv", ["image", "subject", "modality"], scans)
-    _prep(work / "unlabelled", "labels=false", "spacing=[1,1,1]", "shard_mib=16")
+    write_list(work / "unlabelled.csv", ["image", "subject", "modality"], scans)
+    prep(work / "unlabelled", "labels=false", "spacing=[1,1,1]", "shard_mib=16")
 
 
 def pretrain(work: Path, name: str, experiment: str, steps: int) -> None:
@@ -309,24 +306,6 @@ def _rates() -> str:
 def _config(rows: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((rows.parent / "config.json").read_text())
     return found
-
-
-def _write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([columns, *rows])
-
-
-def _prep(corpus: Path, *words: str) -> None:
-    if not (corpus / "corpus.json").exists():
-        voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
-                  *words)  # fmt: skip
-
-
-def voxelith(*words: str) -> None:
-    """A command as a user gives it, and what it was."""
-    print(f"$ voxelith {' '.join(words)}", flush=True)
-    command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from line import ROOT, voxelith
 
 from conf.compose import recipes, settings_for
 from data_prep.files import write_json, write_text
 from pretrain.bench import machine
 from pretrain.run_folder import versions
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "samples"
 SMALL = recipes(small=True)
 
@@ -81,12 +81,8 @@ def _corpus(name: str, work: Path) -> Path:
     output = work / "corpora" / name
     if not (output / "corpus.json").exists():
         words = [f"input={SAMPLES / name}.csv", f"output={output}", "keys=names", "shard_mib=1"]
-        _voxelith("prep", *words)
+        voxelith("prep", *words)
     return output
-
-
-def _voxelith(*words: str) -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "voxelith", *words], cwd=ROOT, check=True)
 
 
 def _start(name: str, corpora: dict[str, Path], work: Path) -> subprocess.Popen[bytes]:

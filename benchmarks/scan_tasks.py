@@ -25,14 +25,12 @@ import argparse
 import csv
 import math
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from line import ROOT, prep, voxelith, write_list
 
 from data_prep.corpus import Corpus
 from data_prep.files import write_json, write_text
@@ -43,7 +41,6 @@ from finetune.table import read_table
 from pretrain.bench import machine
 from pretrain.run_folder import versions
 
-ROOT = Path(__file__).parents[1]
 PRETRAIN_STEPS, STEPS, LABELS, SEEDS = 200, 300, 64, (0, 1, 2)
 CROP = "crop_size=[24,40,24]"
 """At 1.5 mm a hippocampus' image of MSD Task04 lies in it."""
@@ -74,13 +71,13 @@ def main() -> None:
     began = time.perf_counter()
     make_corpora(chosen.data.resolve(), work)
     if not (work / "heads-mae").exists():
-        _voxelith("pretrain", "experiment=cnn_mae_small", f"corpus={work / 'heads'}",
+        voxelith("pretrain", "experiment=cnn_mae_small", f"corpus={work / 'heads'}",
                   "run=heads-mae", f"runs={work / 'pretrained'}", "trainer=cpu",
                   "backbone.features=[8,16,32,64]", CROP, f"steps={PRETRAIN_STEPS}", "warmup=20",
                   "trainer.threads=1", "augment=light")  # fmt: skip
-        _voxelith("export", str(work / "pretrained" / "heads-mae"), str(work / "heads-mae"))
+        voxelith("export", str(work / "pretrained" / "heads-mae"), str(work / "heads-mae"))
     for task in TASKS:
-        _voxelith("finetune", "-m", f"--config-dir={work / 'conf'}", f"task={task}",
+        voxelith("finetune", "-m", f"--config-dir={work / 'conf'}", f"task={task}",
                   f"targets={work / 'targets.csv'}", f"corpus={work / 'hippocampus'}",
                   "split=scans", "part=validation", f"ckpt={work / 'heads-mae'}",
                   f"runs={work / 'runs'}", f"labels={LABELS}", f"steps={STEPS}", "warmup=20",
@@ -114,12 +111,12 @@ def make_corpora(data: Path, work: Path) -> None:
         assert found is not None
         subject = f"s{(int(found[1]) + 1) // 2:03d}"
         rows.append([image, folder / "labels" / image.name, subject, "MR"])
-    _write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
-    _prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
+    write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
+    prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
     heads = sorted((data / "ixi_t1_dlmuse" / "t1").glob("*.nii.gz"))
-    _write_list(work / "heads.csv", ["image", "subject", "modality"],
+    write_list(work / "heads.csv", ["image", "subject", "modality"],
                 [[head, head.name[:6], "MR"] for head in heads])  # fmt: skip
-    _prep(work / "heads", "labels=false", "spacing=[1.5,1.5,1.5]", "shard_mib=16")
+    prep(work / "heads", "labels=false", "spacing=[1.5,1.5,1.5]", "shard_mib=16")
     corpus = Corpus.open(work / "hippocampus")
     usual = corpus.split("default")["parts"]
     open_keys = {*usual["train"], *usual["validation"]}
@@ -133,7 +130,7 @@ def make_corpora(data: Path, work: Path) -> None:
         volume = voxels * math.prod(corpus.meta(i)["spacing"]) / 1000
         number = int(re.findall(r"\d+", key)[-1])
         targets.append([key, f"{volume:.6g}", "odd" if number % 2 else "even"])
-    _write_list(work / "targets.csv", ["key", "volume", "side"], targets)
+    write_list(work / "targets.csv", ["key", "volume", "side"], targets)
     (work / "conf" / "task").mkdir(parents=True, exist_ok=True)
     for name, text in TASKS.items():
         write_text(work / "conf" / "task" / f"{name}.yaml", text)
@@ -222,23 +219,6 @@ DeLong's (`finetune/scan_metrics.py`). Below 10 subjects of a class the table gi
 | --: | --: | --: | --: | --: | --: |
 {chr(10).join(lines)}
 """
-
-
-def _write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([columns, *rows])
-
-
-def _prep(corpus: Path, *words: str) -> None:
-    if not (corpus / "corpus.json").exists():
-        _voxelith("prep", f"input={corpus.with_suffix('.csv')}", f"output={corpus}", "keys=names",
-                  *words)  # fmt: skip
-
-
-def _voxelith(*words: str) -> None:
-    print(f"$ voxelith {' '.join(words)}", flush=True)
-    command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Writes small_checks.json and small_checks.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from pilot import FEATURES, ROOT, mean_dice, voxelith
+from line import ROOT, prep, voxelith, write_list
+from pilot import FEATURES, mean_dice
 
 from data_prep.files import write_json, write_text
 from finetune.rows import read_rows
@@ -117,21 +117,12 @@ def make_corpora(data: Path, work: Path) -> dict[str, Path]:
         [[scan, scan.name.split(".")[0], "CT"] for scan in others],
     )
     if not (work / "labelled" / "corpus.json").exists():
-        voxelith("prep", f"input={work / 'labelled.csv'}", f"output={work / 'labelled'}",
-                 "keys=names", "classes=totalsegmentator")  # fmt: skip
+        prep(work / "labelled", "classes=totalsegmentator")
         folds = [{"train": ["totalsegmentator"], "val": ["chaos"]}]
         write_json(work / "splits_final.json", folds)
         voxelith("split", f"corpus={work / 'labelled'}", f"read={work / 'splits_final.json'}")
-    if not (work / "unlabelled" / "corpus.json").exists():
-        voxelith("prep", f"input={work / 'unlabelled.csv'}", f"output={work / 'unlabelled'}",
-                 "labels=false", "spacing=[3,3,3]", "keys=names")  # fmt: skip
+    prep(work / "unlabelled", "labels=false", "spacing=[3,3,3]")
     return scans
-
-
-def write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    """A list as `voxelith prep` reads it."""
-    with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([columns, *rows])
 
 
 def liver(rows: Path) -> dict[str, float]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import write_text
-from finetune.evaluate import Origin, Split, doubt
-from finetune.metrics import METRIC_VERSION
+from finetune.evaluate import Origin, Split, about_case, doubt
 from finetune.rows import Row
 from finetune.scan_task import ScanTask
 from finetune.targets import Targets
@@ -79,18 +78,12 @@ def score_answers(
         origin: where they come from.
     """
     prints = corpus.scan_prints()
-    told = {name: value for name, value in vars(origin).items() if name != "seen"}
     task, rows = targets.task, []
     for key in split.keys:
-        i, truth = corpus.position(key), targets.values[key]
+        truth, about = targets.values[key], about_case(corpus, split, task.name, key, origin)
         for n, (name, answer) in enumerate(zip(task.columns, answers[key], strict=True)):
             rows.append(
                 Row(
-                    dataset=task.name,
-                    split=f"{split.name}/{split.part}",
-                    split_hash=split.hash,
-                    case=key,
-                    subject=str(corpus.subjects[i]),
                     class_value=n + 1,
                     class_name=name,
                     status=doubt(origin, prints[key]) or "scored",
@@ -101,11 +94,10 @@ def score_answers(
                     hd95=math.nan,
                     volume_pred_ml=math.nan,
                     volume_true_ml=math.nan,
-                    metric_version=METRIC_VERSION,
                     truth=truth if task.unit else float(truth == n),
                     answer=answer,
                     unit=task.unit,
-                    **told,
+                    **about,
                 )
             )
     return rows

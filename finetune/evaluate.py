@@ -107,32 +107,43 @@ def score(
         origin: where they come from.
     """
     prints = corpus.scan_prints()
-    told = {name: value for name, value in vars(origin).items() if name != "seen"}
     rows: list[Row] = []
     for key in bar(iterable=split.keys, desc="score", unit="case"):
         i = corpus.position(key)
-        doubted = doubt(origin, prints[key])
+        doubted, about = (
+            doubt(origin, prints[key]),
+            about_case(corpus, split, task.name, key, origin),
+        )
         scores = score_case(corpus, i, task, read(key))
         for index, (chosen, found) in enumerate(zip(task.scored, scores, strict=True), start=1):
             values = {name: value for name, value in vars(found).items() if name != "status"}
             rows.append(
                 Row(
-                    dataset=task.name,
-                    split=f"{split.name}/{split.part}",
-                    split_hash=split.hash,
-                    case=key,
-                    subject=str(corpus.subjects[i]),
                     class_value=index,
                     class_name=chosen.name,
                     status=doubted or found.status,
                     outcome=found.status,
                     nsd_tolerance_mm=chosen.tolerance_mm,
-                    metric_version=METRIC_VERSION,
-                    **told,
+                    **about,
                     **values,
                 )
             )
     return rows
+
+
+def about_case(
+    corpus: Corpus, split: Split, dataset: str, key: str, origin: Origin
+) -> dict[str, Any]:
+    """What all rows of a case share: the fields of `Row` that say what was scored, and whose."""
+    told = {name: value for name, value in vars(origin).items() if name != "seen"}
+    return told | {
+        "dataset": dataset,
+        "split": f"{split.name}/{split.part}",
+        "split_hash": split.hash,
+        "case": key,
+        "subject": str(corpus.subjects[corpus.position(key)]),
+        "metric_version": METRIC_VERSION,
+    }
 
 
 def doubt(origin: Origin, prints: set[str]) -> str:
