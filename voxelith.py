@@ -217,7 +217,7 @@ def _table(words: list[str]) -> Any:
     runs = _runs("table", words, options)
     from finetune.formats import make_table, markdown
 
-    search = [Path(options["search"])] if options["search"] else None
+    search = Path(options["search"]) if options["search"] else None
     table = make_table(runs, Path(options["output"]), options["anchor"], search)
     print(f"{markdown(table)}\n{options['output']}: table.md, .html, .tex, .csv and .json")
     return table.to_dict()

@@ -178,7 +178,7 @@ def mean_dice(rows: Path) -> float:
 
 def report(work: Path, output: Path, best: dict[str, float]) -> None:
     """Writes pilot.json and pilot.md."""
-    table = read_table([work / "runs"], search=[work / "search"])
+    table = read_table([work / "runs"], search=work / "search")
     everything = mean_dice(work / "all" / "all" / "rows.csv")
     search = {
         run.parent.name: {"dice": mean_dice(run), "lr": _config(run)["lr"]}

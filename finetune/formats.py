@@ -81,7 +81,7 @@ def make_table(
     runs: Sequence[Path],
     output: Path,
     anchor: str = "",
-    search: Sequence[Path] | None = None,
+    search: Path | None = None,
 ) -> Table:
     """Makes the table of finished runs and writes it to `output` in all formats.
 
@@ -90,7 +90,7 @@ def make_table(
         output: a folder, made if missing, that gets table.md, .html, .tex, .csv and .json, and the
             pictures of `PICTURES` that have something to show.
         anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
-        search: the runs in which rates were chosen, on validation, as `runs`.
+        search: folder of the runs in which rates were chosen, on validation.
 
     Raises:
         InputError: what `read_table` refuses, or `output` cannot be written.

@@ -51,14 +51,14 @@ class Search:
         return sum(len(draws) for draws in self.arms.get(arm, {}).values())
 
 
-def read_searches(folders: Sequence[Path]) -> dict[str, Search]:
-    """The search of each data set, from run folders or folders of them.
+def read_searches(folder: Path) -> dict[str, Search]:
+    """The search of each data set, from a run folder or a folder of them.
 
     Raises:
         InputError: there are none, or a run does not say what it trained with.
     """
     found: dict[str, Search] = {}
-    for path in find_rows(folders):
+    for path in find_rows([folder]):
         rows, facts = read_run(path)
         if not rows:
             continue

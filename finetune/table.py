@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, named
 from finetune.anchor import ANCHOR, Anchor, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget
 from finetune.cells import (
@@ -78,15 +78,13 @@ NOTHING = estimate(np.empty((0, 0)), 0)
 """What is known where every case had to be left out."""
 
 
-def read_table(
-    runs: Sequence[Path], anchor: str = "", search: Sequence[Path] | None = None
-) -> Table:
+def read_table(runs: Sequence[Path], anchor: str = "", search: Path | None = None) -> Table:
     """The table of finished runs, written nowhere.
 
     Args:
         runs: run folders of finetune (or their rows.csv), or folders that hold such folders.
         anchor: summary.json of nnU-Net, as `read_anchors` takes it; none by default.
-        search: the runs in which rates were chosen, likewise.
+        search: folder of the runs in which rates were chosen; none by default.
 
     Raises:
         InputError: a folder has no rows, two runs are the same arm and seed, or the anchor does not
@@ -100,7 +98,9 @@ def read_table(
         facts |= {run_of(row): known for row in found[:1]}
     classes = {dataset: known.classes for (dataset, *_), known in facts.items() if known.classes}
     anchors = read_anchors(anchor, classes) if anchor else {}
-    return tabulate(rows, anchors, facts, read_searches(search) if search else None)
+    return tabulate(
+        rows, anchors, facts, named("search", search, read_searches) if search else None
+    )
 
 
 def tabulate(

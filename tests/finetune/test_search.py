@@ -51,7 +51,7 @@ def searched(
 
 
 def notes(runs: Path, search: Path | None) -> list[str]:
-    table = read_table([runs], search=None if search is None else [search])
+    table = read_table([runs], search=search)
     return [note for note in table.groups[0].notes if "search" in note or "rates were" in note]
 
 
@@ -132,3 +132,5 @@ def test_runs_that_do_not_say_their_rate_show_no_search(tmp_path: Path) -> None:
     write_rows(make_rows("scratch"), tmp_path / "bare" / "rows.csv")
     with pytest.raises(InputError, match=r"no run\.json that says its rate"):
         notes(runs, tmp_path / "bare")
+    with pytest.raises(InputError, match=r"search=.*nowhere: no such folder"):
+        notes(runs, tmp_path / "nowhere")
