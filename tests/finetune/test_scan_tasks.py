@@ -388,7 +388,7 @@ def test_a_search_is_for_the_lowest_error(tmp_path: Path) -> None:
         write_rows(rows, run / "rows.csv")
         facts = {"trained": {"lr": rate}, "recipe": {"task": VOLUME}}
         (run / "run.json").write_text(json.dumps(facts))
-    (search,) = read_searches([tmp_path]).values()
+    (search,) = read_searches(tmp_path).values()
     rate, found = search.best("scratch")
     assert rate == 0.003 and found == pytest.approx(0.2)
 
