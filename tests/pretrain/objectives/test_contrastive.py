@@ -150,7 +150,8 @@ def test_running_statistics_of_a_frozen_encoder_stay(make_batch: Make) -> None:
     built = local_stage()
     norm = torch.nn.BatchNorm3d(8)
     stages: Any = built.encoder.stages
-    stages[-1] = torch.nn.Sequential(stages[-1], norm)
+    stages[-1].register_forward_hook(lambda module, args, output: norm(output))
+    stages[-1].norm = norm
     built.encoder.train()
     built.train()
     built(make_batch((12, 12, 20), size=2 * P), 0.5)
