@@ -5,12 +5,13 @@
 `--data` has `totalsegmentator_examples/`, `totalsegmentator_ctfm/` and `derived_from_dicom/`;
 `--work` may be that of benchmarks/pilot.py, whose network for IXI's heads is then reported too.
 
-CT: a small encoder learns from seven unlabelled scans; both arms learn TotalSegmentator's 24 organs
-from one labelled scan (its example, 90 mm of an abdomen at 3 mm, 16 of them in it, some in a corner),
-and are scored on the liver of another source (CHAOS, 2 mm, drawn by hand, axes left and front to
-back reversed). One label, one test case, one seed: checks of the machinery, and no result about
-pretraining. What is checked: organs of 1 ml and more are learnt by heart (Dice on the training
-scan), the liver is found where another hospital has it, predictions have the grid of their scan.
+CT: a small encoder learns from seven unlabelled scans; both arms learn TotalSegmentator's 24
+organs from one labelled scan (its example, 90 mm of an abdomen at 3 mm, 16 of them in it, some in a
+corner), and are scored on the liver of another source (CHAOS, 2 mm, drawn by hand, axes left and
+front to back reversed). One label, one test case, one seed: checks of the machinery, and no result
+about pretraining. What is checked: organs of 1 ml and more are learnt by heart (Dice on the
+training scan), the liver is found where another hospital has it, predictions have the grid of
+their scan.
 Writes small_checks.json and small_checks.md.
 """
 
