@@ -106,7 +106,7 @@ def test_padding_is_at_the_far_ends_with_the_minimum() -> None:
 
 @pytest.mark.parametrize("spacing_mm", [None, (1.3, 0.7, 2.1), (2.01, 1.0, 1.0)])
 def test_the_shape_is_known_without_the_voxels(spacing_mm: tuple[float, ...] | None) -> None:
-    given = volume(np.zeros((1, 11, 14, 9), dtype=np.float32))
+    given = volume(np.zeros((11, 14, 9)))
     for multiple in (None, (8, 4, 2)):
         preprocess = Preprocess.default(spacing_mm, multiple)
         made = preprocess.apply(given).array.shape[1:]
