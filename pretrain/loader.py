@@ -25,10 +25,10 @@ from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
 from pretrain.augment import Augment, gained, mirrored, varied
 from pretrain.crops import ONE, Crops
-from pretrain.geometry import Grid, drawn_matrix, grid_of, moved, reach, zoomed
+from pretrain.geometry import drawn_matrix, grid_of, moved, reach, zoomed
 from pretrain.objective import Batch
-from pretrain.places import Box, Frame, Size, Voxel, inside
-from pretrain.reading import Draw, read_crop
+from pretrain.places import Frame, Size, Voxel, inside
+from pretrain.reading import Draw, Scan, read_crop
 from pretrain.schedule import Schedule, generator
 from pretrain.settings import AugmentSettings
 
@@ -72,6 +72,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.samples = np.asarray(samples, dtype=np.int64)
         self.schedule = schedule
         self.preprocess = preprocess
+        self._spacing = preprocess.spacing_mm
         self.crop_size = crop_size
         self.label = label
         self.foreground = foreground
@@ -89,12 +90,12 @@ class CropDataset(Dataset[dict[str, Any]]):
         """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
         position, number = divmod(index, self.crops.total)
         epoch, within, sample = self.schedule.sample(position)
-        item, key = int(self.samples[sample]), (self.schedule.seed, epoch, within)
+        scan, key = self._scan(int(self.samples[sample])), (self.schedule.seed, epoch, within)
         return self._draw(
-            item,
+            scan,
             number,
             self.crops,
-            lambda n: self._own(item, generator("crop", *key, n)),
+            lambda n: self._own(scan, generator("crop", *key, n)),
             partial(generator, "sample", *key),
             self.augment,
         )
@@ -103,57 +104,64 @@ class CropDataset(Dataset[dict[str, Any]]):
         """The crop in the middle of a volume's foreground: the same in every run, for pictures.
 
         With labels, in the middle of what is labelled. Further crops of a sample (`number` 1, ...)
-        lie elsewhere in the volume, and all of another layout where it places them, as the item
-        and the number alone decide.
+        lie elsewhere in the volume, and those of another layout than independent crops where it
+        places them, as the item and the number alone decide.
         """
+        scan = self._scan(item)
 
         def own(n: int) -> tuple[Voxel, int]:
-            drawn = self._own(item, generator("middle", item, n))
-            return drawn if n else (self._middle(item), item)
+            drawn = self._own(scan, generator("middle", item, n))
+            return drawn if n else (self._middle(scan), item)
 
         shared = partial(generator, "middle", item)
-        draw = self._draw(item, number, crops, own, shared, AugmentSettings())
+        draw = self._draw(scan, number, crops, own, shared, AugmentSettings())
         return settled(read_crop(self.corpus, draw, self.preprocess, label=self.label))
 
-    def _own(self, item: int, rng: np.random.Generator) -> tuple[Voxel, int]:
+    def _scan(self, item: int) -> Scan:
+        meta = self.corpus.meta(item)
+        grid = grid_of(self.corpus.shapes[item][1:], meta["spacing"], self._spacing)
+        return Scan(item, meta, grid)
+
+    def _own(self, scan: Scan, rng: np.random.Generator) -> tuple[Voxel, int]:
         """A crop's own voxel of the foreground, on the grid, and its seed."""
-        centre = self._around(item, rng)
+        centre = self._around(scan, rng)
         return centre, int(rng.integers(-(2**63), 2**63 - 1))
 
-    def _middle(self, item: int) -> Voxel:
+    def _around(self, scan: Scan, rng: np.random.Generator) -> Voxel:
+        """A voxel of the grid that a crop is to lie around."""
+        return scan.grid.voxel(self._centre(rng, scan.meta))
+
+    def _middle(self, scan: Scan) -> Voxel:
         """The middle of the foreground, or of what is labelled."""
-        meta = self.corpus.meta(item)
-        centre = np.array(meta["foreground_box"]).sum(1) // 2
-        voxels = [v for found in meta["class_voxels"].values() for v in found] if self.label else []
-        if voxels:
+        centre = np.array(scan.meta["foreground_box"]).sum(1) // 2
+        labelled = scan.meta["class_voxels"].values() if self.label else []
+        if voxels := [v for found in labelled for v in found]:
             centre = (np.min(voxels, axis=0) + np.max(voxels, axis=0)) // 2
-        return self._grid(item).voxel(centre)
+        return scan.grid.voxel(centre)
 
     def _draw(
         self,
-        item: int,
+        scan: Scan,
         number: int,
         crops: Crops,
         own: Callable[[int], tuple[Voxel, int]],
         shared: Callable[[], np.random.Generator],
         augment: AugmentSettings,
     ) -> Draw:
-        """Places crop `number` of a volume.
+        """Places crop `number` of a sample of `crops`.
 
         Args:
-            item: of the corpus.
+            scan: the volume.
             number: of the crop within the sample.
             crops: the layout.
             own: voxel of the foreground and seed of each crop of the sample.
             shared: a fresh generator of the whole sample.
             augment: how crops are rotated and scaled.
         """
-        grid = self._grid(item)
+        grid = scan.grid
         centre, seed = own(number)
-        frame = Frame(
-            grid.shape, grid.spacing, self._foreground(item), centre, shared,
-            partial(self._around, item),
-        )  # fmt: skip
+        around = partial(self._around, scan)
+        frame = Frame(grid.shape, grid.spacing, scan.foreground, centre, shared, around)
         place = crops.place(number, self.crop_size, frame)
         size = place.group.size
         posed = place.posed or size
@@ -163,11 +171,11 @@ class CropDataset(Dataset[dict[str, Any]]):
         sides = reach(size, matrix, grid)
         rest = sides - posed
         start: NDArray[Any] = inside(place.centre, sides, place.within)
+        # A random scale moves a crop by half a voxel at most; what a layout zooms fills its box.
         start = start + (rest // 2 if (place.span == posed).all() else rest / 2)
         if size != posed:
             start = start + np.subtract(posed, size) / 2
-        meta, zoom = self.corpus.meta(item), place.span / size
-        return Draw(item, meta, grid, place.group, start, seed, pose, matrix, zoom)
+        return Draw(*scan, place.group, start, seed, pose, matrix, place.span / size)
 
     def varied(self, count: int) -> list[int]:
         """Volumes to look at: one of each modality before any comes twice, the largest first."""
@@ -179,22 +187,6 @@ class CropDataset(Dataset[dict[str, Any]]):
             seen[modality] = seen.get(modality, 0) + 1
             order.append((seen[modality], item))
         return [item for _, item in sorted(order)[:count]]
-
-    def _grid(self, item: int) -> Grid:
-        """The grid that crops of a volume lie on."""
-        shape, spacing = self.corpus.shapes[item][1:], self.corpus.meta(item)["spacing"]
-        return grid_of(shape, spacing, self.preprocess.spacing_mm)
-
-    def _foreground(self, item: int) -> Box:
-        """The foreground's box on the grid; one voxel at least."""
-        grid = self._grid(item)
-        low, high = np.array(self.corpus.meta(item)["foreground_box"]).T
-        first = grid.voxel(low)
-        return Box(first, grid.voxel(np.maximum(high - 1, low)) + 1)
-
-    def _around(self, item: int, rng: np.random.Generator) -> Voxel:
-        """A voxel of the grid that a crop is to lie around."""
-        return self._grid(item).voxel(self._centre(rng, self.corpus.meta(item)))
 
     def _centre(self, rng: np.random.Generator, meta: dict[str, Any]) -> NDArray[np.int64]:
         """The voxel of the volume that a crop is to lie around."""

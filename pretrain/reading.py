@@ -17,7 +17,21 @@ from numpy.typing import NDArray
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess, intensity_coefficients
 from pretrain.geometry import Grid, extent, plan
-from pretrain.places import Group, Size
+from pretrain.places import Box, Group, Size
+
+
+class Scan(NamedTuple):
+    """A volume that crops are taken from: its number in the corpus, its JSON, its grid."""
+
+    item: int
+    meta: dict[str, Any]
+    grid: Grid
+
+    @property
+    def foreground(self) -> Box:
+        """The foreground's box on the grid; one voxel along each axis at least."""
+        low, high = np.array(self.meta["foreground_box"]).T
+        return Box(self.grid.voxel(low), self.grid.voxel(np.maximum(high - 1, low)) + 1)
 
 
 class Draw(NamedTuple):
