@@ -209,7 +209,8 @@ class Line:
 
     def _of_stage(self, key: str) -> tuple[str, str]:
         """The stage that a typed key is for, if it is for one alone, and the key there."""
-        for stage in self.config.get(STAGES) or ():
+        stages = self.config.get(STAGES)
+        for stage in stages if isinstance(stages, dict) else [self.stage]:
             if key.startswith(f"{STAGES}.{stage}."):
                 return stage, key.removeprefix(f"{STAGES}.{stage}.")
         return "", key
@@ -264,7 +265,10 @@ class Line:
 
     def origin(self, key: str) -> str:
         """` (set in FILE)` for a key that nobody typed."""
-        if _touches(key, self.values):
+        typed = [
+            name for stage, name in map(self._of_stage, self.values) if stage in ("", self.stage)
+        ]
+        if _touches(key, typed):
             return ""
         said = {key, f"{STAGES}.{self.stage}.{key}"}
         if self.choices.get(RECIPE) and said & {*_flat(_load(self.file(RECIPE)))}:
