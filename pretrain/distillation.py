@@ -113,6 +113,17 @@ def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Te
     return -(target.detach() * (logits / temperature).log_softmax(-1)).sum(-1)
 
 
+@in_float32
+def target_information(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How sharp targets [B, K] are, and how much they tell of their rows, both in nats.
+
+    The mean entropy of a row, ln K if all are even; and the entropy of the mean row less that,
+    which is 0 if all rows are the same, even or sharp alike: then there is nothing to learn.
+    """
+    entropy = torch.special.entr(targets).sum(1).mean()
+    return entropy, torch.special.entr(targets.mean(0)).sum() - entropy
+
+
 class CropLoss(NamedTuple):
     """The mean over pairs, and the sums over pairs of local and of crossed global crops."""
 

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pretrain.ramps import cosine
+
 if TYPE_CHECKING:
+    from pretrain.backbones.backbone import Backbone
     from pretrain.settings import LoopSettings
 
 
@@ -42,6 +45,25 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         groups.append({"params": decayed, "weight_decay": weight_decay, **share})
         groups.append({"params": spared_ones, "weight_decay": 0.0, **share})
     return [group for group in groups if group["params"]] if scales else groups
+
+
+def layer_rates(encoder: Backbone, decay: float) -> dict[str, float]:
+    """Share of the rate for each of an encoder's parameters, by name.
+
+    Layer-wise decay, as BEiT finetunes (Bao et al. 2021, arXiv:2106.08254) and DINOv2 pretrains:
+    layer l of L has decay^(L - l), and what is on top of the encoder the whole rate.
+    """
+    layers = encoder.layers()
+    owners = {
+        id(parameter): number
+        for number, layer in enumerate(layers)
+        for part in layer
+        for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    }
+    return {
+        name: decay ** (len(layers) - owners[id(parameter)])
+        for name, parameter in encoder.named_parameters()
+    }
 
 
 def make_optimizer(module: nn.Module, chosen: LoopSettings) -> torch.optim.Optimizer:
@@ -81,3 +103,10 @@ def rate(step: int, chosen: LoopSettings) -> float:
         assert chosen.halve_every is not None
         return float(0.5 ** (past // chosen.halve_every))
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def decay(step: int, chosen: LoopSettings) -> float:
+    """The weight decay at a step: constant, or half a cosine to `weight_decay_end`."""
+    if chosen.weight_decay_end is None:
+        return chosen.weight_decay
+    return cosine(step / chosen.steps, chosen.weight_decay, chosen.weight_decay_end)
