@@ -38,7 +38,7 @@ def training_flops(
     with FakeTensorMode():
         model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         loop = bare_loop(settings, model)
-        raw = raw_batch(settings, channels, 1)
+        raw = raw_batch(settings, channels, 1, model.crops)
         raw["key"] = [key]
         raw["label"] = torch.zeros(raw["valid"].shape, dtype=torch.int64)[:, 0]
         for freeze, steps in zip(

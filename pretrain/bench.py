@@ -143,7 +143,7 @@ def _measure(
     loop = bare_loop(settings, objective)
     optimizer = loop.make_optimizer(objective)
     samples = micro_batch(settings)
-    raw = raw_batch(settings, channels, samples * objective.crops.main, device)
+    raw = raw_batch(settings, channels, samples, objective.crops, device)
     if compiled:
         torch.compiler.reset()
         compile_parts(objective)
@@ -205,13 +205,13 @@ def _figures(
             for phase, column in zip(PHASES, zip(*spans, strict=True), strict=True)
         },
         "samples_per_second": samples / whole["median"],
-        "voxels_per_second": samples * told.crops * told.voxels / whole["median"],
+        "voxels_per_second": samples * told.voxels / whole["median"],
         "flops_per_second": flops,
         "model_flops_utilisation": None if peak is None else flops / peak,
         "seconds": spans,
     }
     if told.tokens is not None:
-        found["tokens_per_second"] = samples * told.crops * told.tokens / whole["median"]
+        found["tokens_per_second"] = samples * told.tokens / whole["median"]
     return found
 
 

@@ -34,7 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pretrain.loop import Loop
+from pretrain.noise import raw_batch
 from pretrain.objective import Objective
+from pretrain.places import Size
 from pretrain.settings import LoopSettings, PretrainSettings
 from pretrain.train import build_objective
 
@@ -70,9 +72,9 @@ class Estimate:
         parameters: of the encoder.
         other_parameters: of the rest of the objective: decoder, heads, teachers.
         micro_batch: samples that a device takes at once.
-        crops: crops of each sample.
-        voxels: of a crop.
-        tokens: cells of the encoder's grid for a crop; None if its maps form a pyramid.
+        crops: of each sample, those of each size: how many, and their voxels along D, H, W.
+        voxels: of all crops of a sample.
+        tokens: cells of the encoder's grids for them; None if its maps form a pyramid.
         flops_per_sample: forward and backward pass, nothing computed twice.
         flops_per_step: of all samples of an optimiser step, over all devices.
         memory: for each precision, without and with gradient checkpointing.
@@ -81,7 +83,7 @@ class Estimate:
     parameters: int
     other_parameters: int
     micro_batch: int
-    crops: int
+    crops: tuple[tuple[int, Size], ...]
     voxels: int
     tokens: int | None
     flops_per_sample: int
@@ -95,11 +97,12 @@ class Estimate:
 
     def text(self) -> str:
         """A few lines to read."""
+        sizes = " and ".join(f"{n} of {'x'.join(map(str, size))}" for n, size in self.crops)
         size = f"{self.voxels:,} voxels" + (f", {self.tokens:,} tokens" if self.tokens else "")
         lines = [
             f"parameters   {self.parameters / 1e6:.2f} M in the encoder, "
             f"{self.other_parameters / 1e6:.2f} M beside it",
-            f"crop         {size}; {self.crops} a sample, {self.micro_batch} samples at once",
+            f"crops        {sizes}: {size} a sample, {self.micro_batch} samples at once",
             f"FLOP         {self.flops_per_sample / 1e9:,.1f} G a sample, "
             f"{self.flops_per_step / 1e12:,.2f} T an optimiser step",
             f"memory ({self.device}, estimated, GiB)  weights  gradients  optimiser  activations"
@@ -139,14 +142,15 @@ def estimate(
                 objective.encoder.set_grad_checkpointing(checkpointing)
                 memory.append(_memory(settings, objective, channels, device, precision))
     encoder = parameters(objective.encoder)
-    grids, strides = objective.encoder.grids(settings.crop_size), objective.encoder.strides
+    groups = objective.crops.groups(settings.crop_size)
+    cells = sum(g.crops * math.prod(objective.encoder.grids(g.size)[-1]) for g in groups)
     return Estimate(
         parameters=encoder,
         other_parameters=parameters(objective) - encoder,
         micro_batch=samples,
-        crops=objective.crops.main,
-        voxels=math.prod(settings.crop_size),
-        tokens=math.prod(grids[-1]) if len(set(strides)) == 1 else None,
+        crops=tuple((group.crops, group.size) for group in groups),
+        voxels=sum(group.crops * math.prod(group.size) for group in groups),
+        tokens=cells if len(set(objective.encoder.strides)) == 1 else None,
         flops_per_sample=flops,
         flops_per_step=flops * settings.batch_size,
         device=device,
@@ -165,25 +169,6 @@ def micro_batch(settings: LoopSettings) -> int:
     return settings.batch_size // (machine.devices * machine.nodes * settings.accumulate)
 
 
-def raw_batch(
-    settings: LoopSettings, channels: int, samples: int, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """What the loader would deliver for `samples` crops of noise: int16 codes, how to read them."""
-    shape = settings.crop_size
-    raw = {
-        "image": torch.empty(samples, channels, *shape, dtype=torch.int16).random_(-1000, 1000),
-        "valid": torch.ones(samples, 1, *shape, dtype=torch.bool),
-        "value": torch.tensor([1.0, 0.0]).expand(samples, channels, 2).contiguous(),
-        "window": torch.tensor([-1000.0, 1000.0, 0.0, 1e-3]).expand(samples, channels, 4),
-        "spacing": torch.ones(samples, 3),
-        "seed": torch.arange(samples, dtype=torch.int64),
-    }
-    return {name: value.to(device) for name, value in raw.items()} | {
-        "key": [f"noise-{i}" for i in range(samples)],
-        "seeds": list(range(samples)),
-    }
-
-
 def bare_loop(settings: LoopSettings, objective: Objective) -> Loop:
     """A loop without data and run folder, for what an objective asks of its loop in a step."""
     loop = Loop(settings, cast(Any, None), cast(Any, None))
@@ -194,7 +179,7 @@ def bare_loop(settings: LoopSettings, objective: Objective) -> Loop:
 def _flops(settings: PretrainSettings, objective: Objective, channels: int, samples: int) -> int:
     """Of the forward and backward pass of one micro-batch, nothing computed twice."""
     loop = bare_loop(settings, objective)
-    raw = raw_batch(settings, channels, samples * objective.crops.main)
+    raw = raw_batch(settings, channels, samples, objective.crops)
     found = counted_flops(lambda: objective(loop.to_batch(raw), 0.5).loss.backward())
     objective.zero_grad()
     return found
@@ -249,7 +234,7 @@ def _memory(
         if settings.accumulate > 1:
             _make_gradients(trained)  # of the micro-batches before the last
         storages.peak = before = storages.live
-        raw = raw_batch(settings, channels, micro_batch(settings) * objective.crops.main)
+        raw = raw_batch(settings, channels, micro_batch(settings), objective.crops)
         batch = loop.to_batch(raw)
         del raw
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -115,7 +115,7 @@ class Shape(NamedTuple):
                     number, number + 1, self.batch_size // self.accumulate, rank, self.world,
                     self.nodes,
                 )  # fmt: skip
-                crops = range(dataset.crops.main)
+                crops = range(dataset.crops.total)
                 yield micro, rank, [p * len(crops) + n for p in positions for n in crops]
 
 
@@ -185,14 +185,14 @@ def write_failure(
 
 
 def describe_sample(dataset: CropDataset, index: int) -> dict[str, Any]:
-    """Names a crop: position in the schedule, number within it, key, origin in voxels, seed."""
+    """Names a crop: position in the schedule, number within it, key, first voxel, seed."""
     draw = dataset.draw(index)
-    position, number = divmod(index, dataset.crops.main)
+    position, number = divmod(index, dataset.crops.total)
     return {
         "position": position,
         "crop": number,
         "key": str(dataset.corpus.keys[draw.item]),
-        "origin": [int(n) for n in draw.start],
+        "origin": [math.floor(n) for n in draw.box[0]],
         "seed": draw.seed,
     }
 

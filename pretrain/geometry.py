@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from data_prep.preprocess import resampled_shape, smoothing, spacing_factors
 from pretrain.draws import uniform
+from pretrain.places import Size
 from pretrain.settings import AugmentSettings
 
-Size = tuple[int, int, int]
 Triple = tuple[float, float, float]
 
 ROTATION, SCALE = 80, 81
@@ -128,6 +128,22 @@ def drawn_matrix(
     return None if np.array_equal(matrix, np.eye(3)) else matrix
 
 
+def zoomed(
+    turn: NDArray[np.float64] | None, span: NDArray[np.int64], posed: Size, size: Size
+) -> NDArray[np.float64] | None:
+    """Grid voxels per crop voxel [3, 3] of a crop that covers `span`; None: as many.
+
+    Args:
+        turn: of `drawn_matrix`, of a crop of the size `posed` that covers the same.
+        span: voxels of the grid.
+        posed: see `turn`.
+        size: of the crop.
+    """
+    if turn is None:
+        return None if (span == size).all() else np.diag(span / np.array(size))
+    return turn * (span / np.array(posed))[:, None] * (np.array(posed) / size)
+
+
 def _about(axis: int, angle: float) -> NDArray[np.float64]:
     a, b = (i for i in range(3) if i != axis)
     turn = np.eye(3)
@@ -136,31 +152,39 @@ def _about(axis: int, angle: float) -> NDArray[np.float64]:
     return turn
 
 
+def extent(size: Size, matrix: NDArray[np.float64] | None, grid: Grid) -> NDArray[np.float64]:
+    """Sides of a crop in voxels of the grid, were it not turned."""
+    if matrix is None:
+        return np.array(size, dtype=np.float64)
+    scale = np.linalg.norm(matrix * grid.spacing[:, None] / grid.spacing, axis=0)
+    return np.array(size) * scale
+
+
 def reach(size: Size, matrix: NDArray[np.float64] | None, grid: Grid) -> NDArray[np.int64]:
     """How many grid voxels a crop spans along each axis, were it not turned."""
-    if matrix is None:
-        return np.array(size)
-    scale = np.linalg.norm(matrix * grid.spacing[:, None] / grid.spacing, axis=0)
-    return np.ceil(np.array(size) * scale - 1e-6).astype(np.int64)
+    return np.ceil(extent(size, matrix, grid) - 1e-6).astype(np.int64)
 
 
 def plan(
-    start: NDArray[np.int64],
+    start: NDArray[np.int64] | NDArray[np.float64],
     size: Size,
     matrix: NDArray[np.float64] | None,
     grid: Grid,
     shape: NDArray[np.int64],
     fill: Sequence[int],
+    zoom: NDArray[np.float64] | float = 1.0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Move]:
     """The box of the volume that a crop comes from, and how the crop is made of it.
 
     Args:
-        start: where the crop lies on the grid before it is turned about its middle.
+        start: where the crop lies on the grid before it is turned, and zoomed, about its middle.
         size: of the crop.
-        matrix: of `drawn_matrix`.
+        matrix: grid voxels per crop voxel [3, 3], or None: as many.
         grid: the volume's after resampling.
         shape: the volume's own.
         fill: what lies outside the volume, one code per channel.
+        zoom: grid voxels per crop voxel that the crop's place asks for, part of the matrix: what
+            shrinks by it is smoothed as a resampled volume is. Random scales are too small for it.
 
     Returns:
         First voxel of the box, its voxels along each axis, and the move.
@@ -173,7 +197,7 @@ def plan(
     offset = (start + middle - turn @ middle + 0.5) * f - 0.5
     low = offset + np.minimum(full * last, 0).sum(1)
     high = offset + np.maximum(full * last, 0).sum(1)
-    sigma = smoothing(f)
+    sigma = smoothing(f * zoom)
     margin = np.array([_radius(s) for s in sigma])
     first = np.clip(np.floor(low).astype(np.int64) - margin, 0, shape - 1)
     stop = np.clip(np.ceil(high).astype(np.int64) + margin, first, shape - 1) + 1
@@ -219,18 +243,23 @@ def moved(
     inside = torch.ones(move.size, dtype=torch.bool, device=image.device)
     for at, (low, high) in zip(position, move.field, strict=True):
         inside &= (at >= low - ROUNDING) & (at <= high + ROUNDING)
-    smooth = image.float()
-    for axis, sigma in enumerate(move.sigma):
-        if sigma:
-            smooth = convolved(smooth, gaussian(sigma, _radius(sigma)), axis - 3)
-    sampled = zip(_sampled(smooth, position), move.fill, strict=True)
+    sampled = zip(_sampled(_smoothed(image, move), position), move.fill, strict=True)
     codes = torch.stack([torch.where(inside, channel, float(code)) for channel, code in sampled])
     valid = inside[None]
     if hidden is not None:
-        valid = valid & (_sampled(hidden.float(), position) < ROUNDING)
+        valid = valid & (_sampled(_smoothed(hidden, move), position) < ROUNDING)
     if label is not None:
         label = torch.where(inside, _elected(label, position), 0)
     return codes, valid, label
+
+
+def _smoothed(box: Tensor, move: Move) -> Tensor:
+    """[C, d, h, w] as float32, without what a crop of larger voxels cannot show."""
+    box = box.float()
+    for axis, sigma in enumerate(move.sigma):
+        if sigma:
+            box = convolved(box, gaussian(sigma, _radius(sigma)), axis - 3)
+    return box
 
 
 def _positions(move: Move, device: torch.device) -> list[Tensor]:

@@ -4,15 +4,16 @@ A worker returns int16 crops with the few numbers that make them physical; clipp
 and intensity changes happen batched on the device. Where a crop is resampled, turned or zoomed the
 worker returns the box that its voxels come from, and the map (`geometry`). Each draw of a crop
 (where it lies, its seed) is a function of (seed, epoch, position in the epoch's order, number of
-the crop within its sample), never of the worker that makes it.
+the crop within its sample), never of the worker that makes it. Which crops make a sample, and
+where they lie, is what `crops` and `places` say.
 """
 
 from __future__ import annotations
 
-import math
 import signal
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,30 +22,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_prep.corpus import Corpus
-from data_prep.preprocess import Preprocess, intensity_coefficients
+from data_prep.preprocess import Preprocess
 from pretrain.augment import Augment, gained, mirrored, varied
 from pretrain.crops import ONE, Crops
-from pretrain.geometry import Grid, Size, drawn_matrix, grid_of, moved, plan, reach
+from pretrain.geometry import drawn_matrix, grid_of, moved, reach, zoomed
 from pretrain.objective import Batch
+from pretrain.places import Frame, Size, Voxel, inside
+from pretrain.reading import Draw, Scan, read_crop
 from pretrain.schedule import Schedule, generator
 from pretrain.settings import AugmentSettings
-
-
-class Draw(NamedTuple):
-    """What an index stands for: a volume, where its crop starts on the grid, a seed, a turn."""
-
-    item: int
-    meta: dict[str, Any]
-    start: NDArray[np.int64]
-    seed: int
-    matrix: NDArray[np.float64] | None = None
 
 
 class CropDataset(Dataset[dict[str, Any]]):
     """Positions of a schedule to raw crops.
 
     A sample is one volume and gives `crops` of it, each with a place and a seed of its own. Crop
-    number c of the sample at position p of the schedule is item `p * crops.main + c`.
+    number c of the sample at position p of the schedule is item `p * crops.total + c`.
 
     Args:
         corpus: where the volumes are.
@@ -79,6 +72,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.samples = np.asarray(samples, dtype=np.int64)
         self.schedule = schedule
         self.preprocess = preprocess
+        self._spacing = preprocess.spacing_mm
         self.crop_size = crop_size
         self.label = label
         self.foreground = foreground
@@ -87,42 +81,101 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.augment = augment or AugmentSettings()
 
     def __len__(self) -> int:
-        return len(self.schedule) * self.crops.main
+        return len(self.schedule) * self.crops.total
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._crop(*self.draw(index))
+        return read_crop(self.corpus, self.draw(index), self.preprocess, label=self.label)
 
     def draw(self, index: int) -> Draw:
         """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
-        position, number = divmod(index, self.crops.main)
+        position, number = divmod(index, self.crops.total)
         epoch, within, sample = self.schedule.sample(position)
-        rng = generator("crop", self.schedule.seed, epoch, within, number)
-        item = int(self.samples[sample])
-        meta = self.corpus.meta(item)
-        centre = self._centre(rng, meta)
-        seed = int(rng.integers(-(2**63), 2**63 - 1))
-        grid = self._grid(item, meta)
-        matrix = drawn_matrix(seed, self.augment, self.crop_size, grid.spacing)
-        start = self._inside(grid.voxel(centre), grid, matrix)
-        return Draw(item, meta, start, seed, matrix)
+        scan, key = self._scan(int(self.samples[sample])), (self.schedule.seed, epoch, within)
+        return self._draw(
+            scan,
+            number,
+            self.crops,
+            lambda n: self._own(scan, generator("crop", *key, n)),
+            partial(generator, "sample", *key),
+            self.augment,
+        )
 
-    def middle(self, item: int, number: int = 0) -> dict[str, Any]:
+    def middle(self, item: int, number: int = 0, crops: Crops = ONE) -> dict[str, Any]:
         """The crop in the middle of a volume's foreground: the same in every run, for pictures.
 
         With labels, in the middle of what is labelled. Further crops of a sample (`number` 1, ...)
-        lie elsewhere in the volume, as the item and the number alone decide.
+        lie elsewhere in the volume, and those of another layout than independent crops where it
+        places them, as the item and the number alone decide.
         """
+        scan = self._scan(item)
+
+        def own(n: int) -> tuple[Voxel, int]:
+            drawn = self._own(scan, generator("middle", item, n))
+            return drawn if n else (self._middle(scan), item)
+
+        shared = partial(generator, "middle", item)
+        draw = self._draw(scan, number, crops, own, shared, AugmentSettings())
+        return settled(read_crop(self.corpus, draw, self.preprocess, label=self.label))
+
+    def _scan(self, item: int) -> Scan:
         meta = self.corpus.meta(item)
-        grid = self._grid(item, meta)
-        if number:
-            rng = generator("middle", item, number)
-            start = self._inside(grid.voxel(self._centre(rng, meta)), grid)
-            return settled(self._crop(item, meta, start, int(rng.integers(-(2**63), 2**63 - 1))))
-        centre = np.array(meta["foreground_box"]).sum(1) // 2
-        voxels = [v for found in meta["class_voxels"].values() for v in found] if self.label else []
-        if voxels:
+        grid = grid_of(self.corpus.shapes[item][1:], meta["spacing"], self._spacing)
+        return Scan(item, meta, grid)
+
+    def _own(self, scan: Scan, rng: np.random.Generator) -> tuple[Voxel, int]:
+        """A crop's own voxel of the foreground, on the grid, and its seed."""
+        centre = self._around(scan, rng)
+        return centre, int(rng.integers(-(2**63), 2**63 - 1))
+
+    def _around(self, scan: Scan, rng: np.random.Generator) -> Voxel:
+        """A voxel of the grid that a crop is to lie around."""
+        return scan.grid.voxel(self._centre(rng, scan.meta))
+
+    def _middle(self, scan: Scan) -> Voxel:
+        """The middle of the foreground, or of what is labelled."""
+        centre = np.array(scan.meta["foreground_box"]).sum(1) // 2
+        labelled = scan.meta["class_voxels"].values() if self.label else []
+        if voxels := [v for found in labelled for v in found]:
             centre = (np.min(voxels, axis=0) + np.max(voxels, axis=0)) // 2
-        return settled(self._crop(item, meta, self._inside(grid.voxel(centre), grid), seed=item))
+        return scan.grid.voxel(centre)
+
+    def _draw(
+        self,
+        scan: Scan,
+        number: int,
+        crops: Crops,
+        own: Callable[[int], tuple[Voxel, int]],
+        shared: Callable[[], np.random.Generator],
+        augment: AugmentSettings,
+    ) -> Draw:
+        """Places crop `number` of a sample of `crops`.
+
+        Args:
+            scan: the volume.
+            number: of the crop within the sample.
+            crops: the layout.
+            own: voxel of the foreground and seed of each crop of the sample.
+            shared: a fresh generator of the whole sample.
+            augment: how crops are rotated and scaled.
+        """
+        grid = scan.grid
+        centre, seed = own(number)
+        around = partial(self._around, scan)
+        frame = Frame(grid.shape, grid.spacing, scan.foreground, centre, shared, around)
+        place = crops.place(number, self.crop_size, frame)
+        size = place.group.size
+        posed = place.posed or size
+        pose = seed if place.pose is None else own(place.pose)[1]
+        turn = drawn_matrix(pose, augment, posed, grid.spacing * place.span / posed)
+        matrix = zoomed(turn, place.span, posed, size)
+        sides = reach(size, matrix, grid)
+        rest = sides - posed
+        start: NDArray[Any] = inside(place.centre, sides, place.within)
+        # A random scale moves a crop by half a voxel at most; what a layout zooms fills its box.
+        start = start + (rest // 2 if (place.span == posed).all() else rest / 2)
+        if size != posed:
+            start = start + np.subtract(posed, size) / 2
+        return Draw(*scan, place.group, start, seed, pose, matrix, place.span / size)
 
     def varied(self, count: int) -> list[int]:
         """Volumes to look at: one of each modality before any comes twice, the largest first."""
@@ -134,86 +187,6 @@ class CropDataset(Dataset[dict[str, Any]]):
             seen[modality] = seen.get(modality, 0) + 1
             order.append((seen[modality], item))
         return [item for _, item in sorted(order)[:count]]
-
-    def _grid(self, item: int, meta: dict[str, Any]) -> Grid:
-        """The grid that crops of a volume lie on."""
-        shape = self.corpus.shapes[item][1:]
-        return grid_of(shape, meta["spacing"], self.preprocess.spacing_mm)
-
-    def _crop(
-        self,
-        item: int,
-        meta: dict[str, Any],
-        start: NDArray[np.int64],
-        seed: int,
-        matrix: NDArray[np.float64] | None = None,
-    ) -> dict[str, Any]:
-        channels = meta["channels"]
-        grid = self._grid(item, meta)
-        lowest = [_code(c["statistics"]["min"], c) for c in channels]
-        still = matrix is None and grid.native
-        read = self._read if still else self._read_box
-        return {
-            "key": str(self.corpus.keys[item]),
-            **read(item, start, lowest, matrix, grid),
-            "value": torch.tensor([[c["slope"], c["intercept"]] for c in channels]),
-            "window": torch.tensor([self._window(c) for c in channels]),
-            "spacing": torch.tensor(grid.spacing, dtype=torch.float32),
-            "seed": seed,
-        }
-
-    def _read(
-        self, item: int, start: NDArray[np.int64], lowest: list[int], *_: object
-    ) -> dict[str, Any]:
-        """The crop itself."""
-        shape = np.array(self.corpus.shapes[item][1:])
-        crop = np.array(self.crop_size)
-        inside = np.maximum(start, 0)
-        stop = np.minimum(start + crop, shape)
-        size, where = _triple(stop - inside), _triple(inside)
-        pad = [(int(a), int(b)) for a, b in zip(inside - start, start + crop - stop, strict=True)]
-        image = _padded(self.corpus.read(item, "image", where, size), pad, lowest)
-        valid = _padded(np.ones((1, *size), dtype=bool), pad, [0])
-        if self.corpus.sample_has(item, "mask"):
-            hidden = self.corpus.read(item, "mask", where, size)
-            valid &= _padded((hidden == 0)[None], pad, [0])
-        out = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid)}
-        if self.label:
-            label = self.corpus.read(item, "seg", where, size).astype(np.int32)
-            out["label"] = torch.from_numpy(_padded(label[None], pad, [0])[0])
-        return out
-
-    def _read_box(
-        self,
-        item: int,
-        start: NDArray[np.int64],
-        lowest: list[int],
-        matrix: NDArray[np.float64] | None,
-        grid: Grid,
-    ) -> dict[str, Any]:
-        """The box that the crop comes from, without padding, and how it is made of that."""
-        shape = np.array(self.corpus.shapes[item][1:])
-        first, extent, move = plan(start, self.crop_size, matrix, grid, shape, lowest)
-        where, size = _triple(first), _triple(extent)
-        out: dict[str, Any] = {
-            "move": move,
-            "image": torch.from_numpy(self.corpus.read(item, "image", where, size)),
-            "valid": None,
-        }
-        if self.corpus.sample_has(item, "mask"):
-            hidden = self.corpus.read(item, "mask", where, size)
-            out["valid"] = torch.from_numpy((hidden == 0)[None])
-        if self.label:
-            label = self.corpus.read(item, "seg", where, size).astype(np.int32)
-            out["label"] = torch.from_numpy(label)
-        return out
-
-    def _window(self, channel: dict[str, Any]) -> tuple[float, float, float, float]:
-        """(low, high, shift, scale) of a channel: the preprocessing's own numbers."""
-        rule = self.preprocess.intensity
-        if rule is None:
-            return -math.inf, math.inf, 0.0, 1.0
-        return intensity_coefficients(rule, channel["modality"], channel["statistics"])
 
     def _centre(self, rng: np.random.Generator, meta: dict[str, Any]) -> NDArray[np.int64]:
         """The voxel of the volume that a crop is to lie around."""
@@ -234,43 +207,6 @@ class CropDataset(Dataset[dict[str, Any]]):
         low, high = np.array(meta["foreground_box"]).T
         return rng.integers(low, np.maximum(high, low + 1))
 
-    def _inside(
-        self, centre: NDArray[np.int64], grid: Grid, matrix: NDArray[np.float64] | None = None
-    ) -> NDArray[np.int64]:
-        """Where the crop around a voxel starts, moved so that it leaves the volume nowhere.
-
-        Negative where the volume is thinner than the crop. A zoomed crop is one of what it spans.
-        """
-        span = reach(self.crop_size, matrix, grid)
-        start = centre - span // 2
-        room = grid.shape - span
-        # A gap is shared between both ends, the far end getting the odd voxel, as inference does.
-        start = np.where(room >= 0, np.clip(start, 0, np.maximum(room, 0)), -(-room // 2))
-        return start + (span - np.array(self.crop_size)) // 2
-
-
-def _triple(values: NDArray[np.int64]) -> Size:
-    d, h, w = (int(n) for n in values)
-    return d, h, w
-
-
-def _code(value: float, channel: dict[str, Any]) -> int:
-    """The stored int16 that stands for a physical value."""
-    code = round((value - channel["intercept"]) / channel["slope"])
-    return int(np.clip(code, -32768, 32767))
-
-
-def _padded(array: NDArray[Any], pad: list[tuple[int, int]], values: Sequence[int]) -> NDArray[Any]:
-    """Pads [C, d, h, w] with one value per channel."""
-    if not any(a or b for a, b in pad):
-        return np.ascontiguousarray(array)
-    shape = [n + a + b for n, (a, b) in zip(array.shape[1:], pad, strict=True)]
-    out = np.empty((len(array), *shape), dtype=array.dtype)
-    out[:] = np.array(values, dtype=array.dtype)[:, None, None, None]
-    inner = tuple(slice(a, n - b) for n, (a, b) in zip(shape, pad, strict=True))
-    out[(slice(None), *inner)] = array
-    return out
-
 
 class _Crops(Sampler[list[int]]):
     """Positions of a schedule to items of the dataset: all crops of each sample."""
@@ -290,20 +226,36 @@ class _Crops(Sampler[list[int]]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks crops into a raw batch; keys stay a list, and seeds are known to the host as well.
 
-    Where a crop is still a box, voxels stay a list too, with the move of each beside it.
+    Where a crop is still a box, voxels stay a list too, with the move of each beside it. Further
+    groups are raw batches of their own in `others`, under their names.
     """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(item.get("group", ""), []).append(item)
+    batch = _stacked(groups.pop(""))
+    if groups:
+        batch["others"] = {name: _stacked(found) for name, found in groups.items()}
+    return batch
+
+
+def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
     moves = [item.get("move") for item in items]
     boxed = ("image", "valid", "label") if any(moves) else ()
     batch: dict[str, Any] = {
         name: [item[name] for item in items]
         if name in boxed
         else torch.stack([item[name] for item in items])
-        for name in items[0]
-        if name not in ("key", "seed", "move")
+        for name in ("image", "valid", "label", "value", "window", "spacing", "box")
+        if name in items[0]
     }
     if boxed:
         batch["move"] = moves
-    batch["seed"] = torch.tensor([item["seed"] for item in items], dtype=torch.int64)
+    for name in ("seed", "pose"):
+        if any(name in item for item in items):
+            own = [item.get(name, item["seed"]) for item in items]
+            batch[name] = torch.tensor(own, dtype=torch.int64)
+    if "changed" in items[0]:
+        batch["changed"] = items[0]["changed"]
     batch["seeds"] = [item["seed"] for item in items]
     batch["key"] = [item["key"] for item in items]
     return batch
@@ -336,7 +288,7 @@ def make_loader(
     )
     return DataLoader(
         dataset,
-        batch_sampler=_Crops(batches, dataset.crops.main),
+        batch_sampler=_Crops(batches, dataset.crops.total),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -359,19 +311,20 @@ def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A raw batch on a device, where nobody else moves it; what is no tensor stays."""
 
     def sent(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: sent(one) for name, one in value.items()}
+        if type(value) is list:  # a move is a tuple of numbers
+            return [sent(one) for one in value]
         return value.to(device) if isinstance(value, Tensor) else value
 
-    return {
-        name: [sent(one) for one in value] if isinstance(value, list) else sent(value)
-        for name, value in raw.items()
-    }
+    return {name: sent(value) for name, value in raw.items()}
 
 
 def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     """Raw crops to normalised float32, on whatever device they are.
 
-    Resampling, physical value, clip, scale, mirror, intensity. Equal to `Preprocess.apply` on the
-    same voxels when `augment` is None and no crop is turned.
+    Resampling, physical value, clip, scale, mirror, intensity, each further group for itself.
+    Equal to `Preprocess.apply` on the same voxels when `augment` is None and no crop is turned.
     """
     if "move" in raw:
         raw = _straightened(raw)
@@ -384,12 +337,16 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     valid: Tensor = raw["valid"]
     label: Tensor | None = raw["label"].long() if "label" in raw else None
     if augment is not None:
-        image, valid, label = mirrored(image, valid, label, raw["seed"], augment)
+        image, valid, label = mirrored(image, valid, label, raw.get("pose", raw["seed"]), augment)
         change = augment.change
-        if change.gain:
-            image = gained(image, raw["seed"], change.gain)
-        image = varied(image, valid, raw["seed"], raw["seeds"], change)
-    return Batch(image, valid, raw["spacing"], raw["seed"], raw["key"], label)
+        if raw.get("changed", True):
+            if change.gain:
+                image = gained(image, raw["seed"], change.gain)
+            image = varied(image, valid, raw["seed"], raw["seeds"], change)
+    others = {name: to_batch(group, augment) for name, group in raw.get("others", {}).items()}
+    return Batch(
+        image, valid, raw["spacing"], raw["seed"], raw["key"], label, raw.get("box"), others
+    )
 
 
 def settled(item: dict[str, Any]) -> dict[str, Any]:

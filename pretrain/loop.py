@@ -576,8 +576,9 @@ class _Watch(L.Callback):
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
-        items, crops = loop.dataset.varied(3), range(loop.dataset.crops.main)
-        raw = collate([loop.dataset.middle(item, number) for item in items for number in crops])
+        data, crops = loop.dataset, loop.dataset.crops
+        numbers = [(item, n) for item in data.varied(3) for n in range(crops.total)]
+        raw = collate([data.middle(item, n, crops) for item, n in numbers])
         moved = to_device(raw, objective.device)
         folder = loop.run.path / "previews"
         folder.mkdir(exist_ok=True)

@@ -8,9 +8,9 @@ optimiser step. A segmentation task is an objective too, so finetuning needs no 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
@@ -49,6 +49,14 @@ class Batch:
     label: Tensor | None = None
     box: Tensor | None = None
     others: dict[str, Batch] = field(default_factory=dict)
+
+    def of(self, samples: Sequence[int], among: int) -> Batch:
+        """The crops of some of the batch's samples, in all groups; it has `among` of them."""
+        crops = len(self.image) // among
+        rows = [sample * crops + n for sample in samples for n in range(crops)]
+        found = {n: value[rows] for n, value in vars(self).items() if isinstance(value, Tensor)}
+        others = {name: group.of(samples, among) for name, group in self.others.items()}
+        return replace(self, keys=[self.keys[row] for row in rows], others=others, **found)
 
 
 class Losses(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -228,15 +228,18 @@ class Replay:
             losses.loss.backward()
         gradients = count_not_finite((n, p.grad) for n, p in objective.named_parameters())
         parts = [name for name, part in losses.parts.items() if not torch.isfinite(part).all()]
-        rows = _bad_rows(batch.image, len(batch.image))
-        if rows:
+        views = self._views(batch)
+        bad = [at for at, (group, row) in enumerate(views) if not group.image[row].isfinite().all()]
+        if bad:
             what, module = "input", "input"
         elif trace.output is not None:
             what, (module, rows) = "output", trace.output
+            bad = self._numbers(rows)
         elif not torch.isfinite(losses.loss):
-            what, module, rows = "output", "loss", self._alone(micro, rank, batch)
+            what, module, bad = "output", "loss", self._alone(micro, rank, batch)
         elif trace.gradient is not None:
             what, (module, rows) = "gradient", trace.gradient
+            bad = self._numbers(rows)
         else:
             what, module = "gradient", "loss"
         return {
@@ -247,27 +250,39 @@ class Replay:
             "parts": parts,
             "parameters": parameters,
             "gradients": gradients,
-            "samples": self._describe(batch, crops, rows),
-            "batch": (batch, rows),
+            "samples": self._describe(batch, crops, bad),
+            "batch": (views, bad),
         }
 
     def _alone(self, micro: int, rank: int, batch: Batch) -> list[int]:
-        """Crops whose loss is not finite by themselves; none where they cannot be apart."""
-        rows = []
-        for row in range(len(batch.image)):
-            one = slice(row, row + 1)
-            part = replace(
-                batch,
-                image=batch.image[one],
-                valid=batch.valid[one],
-                spacing=batch.spacing[one],
-                seeds=batch.seeds[one],
-                keys=[batch.keys[row]],
-            )
+        """Crops whose sample's loss is not finite by itself; none where it cannot be alone."""
+        found: list[int] = []
+        total = self.dataset.crops.total
+        samples = len(batch.image) // self.dataset.crops.main
+        for sample in range(samples):
             with contextlib.suppress(ValueError, RuntimeError), torch.no_grad():
-                if not torch.isfinite(self._losses(micro, rank, part).loss):
-                    rows.append(row)
-        return rows
+                if not torch.isfinite(self._losses(micro, rank, batch.of([sample], samples)).loss):
+                    found += range(sample * total, (sample + 1) * total)
+        return found
+
+    def _views(self, batch: Batch) -> list[tuple[Batch, int]]:
+        """Group and row of each crop of a batch, all crops of a sample before the next one's."""
+        chosen = self.dataset.crops
+        groups = [
+            (batch.others[group.name] if group.name else batch, group.crops)
+            for group in chosen.groups(self.dataset.crop_size)
+        ]
+        return [
+            (group, sample * crops + n)
+            for sample in range(len(batch.image) // chosen.main)
+            for group, crops in groups
+            for n in range(crops)
+        ]
+
+    def _numbers(self, rows: list[int]) -> list[int]:
+        """Where crops of the main group stand among all."""
+        main, total = self.dataset.crops.main, self.dataset.crops.total
+        return [row // main * total + row % main for row in rows]
 
     def _samples(self, shape: Shape, step: int) -> dict[str, Any]:
         """All samples of a step, none of which is to blame."""
@@ -276,20 +291,20 @@ class Replay:
             batch = self._batch(crops)
             place = {"micro_step": micro, "rank": rank}
             samples += [{**place, **one} for one in self._describe(batch, crops, [])]
-        return {"samples": samples, "batch": (batch, [])}
+        return {"samples": samples, "batch": (self._views(batch), [])}
 
     def _describe(self, batch: Batch, crops: list[int], bad: list[int]) -> list[dict[str, Any]]:
         """Key, origin and seed of each crop; its least, largest and mean value, normalised."""
         return [
             {
                 **describe_sample(self.dataset, index),
-                "bad": row in bad,
-                "min": float(batch.image[row].min()),
-                "max": float(batch.image[row].max()),
-                "mean": float(batch.image[row].mean()),
-                "valid": float(batch.valid[row].float().mean()),
+                "bad": at in bad,
+                "min": float(group.image[row].min()),
+                "max": float(group.image[row].max()),
+                "mean": float(group.image[row].mean()),
+                "valid": float(group.valid[row].float().mean()),
             }
-            for row, index in enumerate(crops)
+            for at, (index, (group, row)) in enumerate(zip(crops, self._views(batch), strict=True))
         ]
 
 
@@ -327,10 +342,10 @@ def replay(path: Path, step: int | None = None) -> dict[str, Any]:
     shape = now._replace(**{name: failure[name] for name in Shape._fields if name in failure})
     precision = str(failure.get("precision") or machine_precision(chosen.trainer))
     report = made.to(number, shape, precision)
-    batch, rows = report.pop("batch")
+    views, bad = report.pop("batch")
     folder = failure_folder(run.path, number)
     folder.mkdir(parents=True, exist_ok=True)
-    _draw(batch, rows, folder / "replay.png")
+    _draw(views, bad, folder / "replay.png")
     report = plain({"run": run.path.name, **report})
     write_json(folder / "replay.json", report)
     print(_said(report, folder))
@@ -367,28 +382,29 @@ def _said(report: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, f"{folder}: replay.json, replay.png"])
 
 
-def _draw(batch: Batch, bad: list[int], path: Path, most: int = 6) -> None:
+def _draw(views: list[tuple[Batch, int]], bad: list[int], path: Path, most: int = 6) -> None:
     """The crops in three planes, the bad ones first, each in its own grey range."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [*bad, *(row for row in range(len(batch.image)) if row not in bad)][:most]
+    shown = [*bad, *(at for at in range(len(views)) if at not in bad)][:most]
     figure, axes = plt.subplots(
-        len(rows), 3, figsize=(7.5, 2.6 * len(rows)), squeeze=False, layout="constrained"
+        len(shown), 3, figsize=(7.5, 2.6 * len(shown)), squeeze=False, layout="constrained"
     )
-    for line, row in zip(axes, rows, strict=True):
+    for line, at in zip(axes, shown, strict=True):
+        batch, row = views[at]
         volume = batch.image[row, 0].float().cpu().numpy()
         finite = volume[np.isfinite(volume)]
         low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (0.0, 1.0)
         shades = plt.get_cmap("gray").with_extremes(bad="#b3261e")
-        views = zip(line, planes(volume), aspects(batch.spacing[row].cpu().numpy()), strict=True)
-        for axis, picture, aspect in views:
+        sides = zip(line, planes(volume), aspects(batch.spacing[row].cpu().numpy()), strict=True)
+        for axis, picture, aspect in sides:
             axis.imshow(picture, cmap=shades, vmin=low, vmax=high, aspect=aspect)
             axis.set_axis_off()
         line[0].set_title(
-            f"{batch.keys[row]}{', not finite' if row in bad else ''}", fontsize=9, loc="left"
+            f"{batch.keys[row]}{', not finite' if at in bad else ''}", fontsize=9, loc="left"
         )
         for axis, name in zip(line[1:], PLANES[1:], strict=True):
             axis.set_title(name, fontsize=9)

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.augment import Augment
 from pretrain.crops import ONE, Crops
 from pretrain.health import Health
-from pretrain.loader import CropDataset
+from pretrain.loader import CropDataset, to_batch
 from pretrain.loop import Loop, check_machine
+from pretrain.noise import raw_batch
 from pretrain.objective import Batch, Objective
 from pretrain.previews import draw_previews
 from pretrain.probe import Probe
@@ -288,7 +289,7 @@ def plan_objective(settings: PretrainSettings, channels: int) -> Callable[[], Ob
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"backbone and objective cannot be made: {error}") from error
     attempt(problems, _check_batch, objective, settings)
-    attempt(problems, _try_step, objective, channels, settings.crop_size)
+    attempt(problems, _try_step, objective, channels, settings)
     if problems:
         raise InputError(problems)
 
@@ -299,30 +300,29 @@ def plan_objective(settings: PretrainSettings, channels: int) -> Callable[[], Ob
     return make_seeded
 
 
-def _try_step(objective: Objective, channels: int, crop_size: tuple[int, int, int]) -> None:
+def _try_step(objective: Objective, channels: int, settings: PretrainSettings) -> None:
     """One forward step without memory or arithmetic: what does not fit is found before a start.
 
     Raises:
-        InputError: backbone, objective and crop do not fit together.
+        InputError: backbone, objective and crops do not fit together.
     """
+    fits: Any = objective.encoder
+    where = f"objective and crop_size={list(settings.crop_size)}"
     try:
+        for group in objective.crops.groups(settings.crop_size):
+            key = f"objective.{group.name}_size" if group.name else "objective and crop_size"
+            where = f"{key}={list(group.size)}"
+            fits.grids(group.size)
+        where = f"objective and crop_size={list(settings.crop_size)}"
         with torch.device("meta"):
-            count = 2 * objective.crops.main * objective.batch_multiple
-            batch = Batch(
-                torch.empty(count, channels, *crop_size),
-                torch.empty(count, 1, *crop_size, dtype=torch.bool),
-                torch.empty(count, 3),
-                torch.empty(count, dtype=torch.int64),
-            )
-            fits: Any = objective.encoder
-            fits.grids(crop_size)
-            objective(batch, 0.0)
+            samples = 2 * objective.batch_multiple
+            raw = raw_batch(settings, channels, samples, objective.crops, "meta")
+            # Without keys: it is no sample that an objective could look up.
+            objective(replace(to_batch(raw), keys=[]), 0.0)
     except NotImplementedError:
         return  # an objective that reads values (torch has none here) is tried by its first batch
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"backbone, objective and crop_size={list(crop_size)} do not fit together: {error}"
-        ) from error
+        raise InputError(f"backbone, {where} do not fit together: {error}") from error
 
 
 def _check_batch(objective: Objective, settings: PretrainSettings) -> None:

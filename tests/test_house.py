@@ -66,7 +66,16 @@ def test_finetune_uses_the_doors_of_pretrain() -> None:
 
 
 def test_objectives_know_nothing_of_the_loop() -> None:
-    allowed = {"backbones", "decoders", "draws", "losses", "masking", "objective", "objectives"}
+    allowed = {
+        "backbones",
+        "crops",
+        "decoders",
+        "draws",
+        "losses",
+        "masking",
+        "objective",
+        "objectives",
+    }
     allowed |= {"contrast", "distillation", "heads", "masked_tokens", "overlap", "ramps"}
     allowed |= {"regularisers", "teacher"}
     for file in (ROOT / "pretrain" / "objectives").glob("*.py"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -92,17 +91,20 @@ def prepared(case: Case, *, padded: bool = True) -> tuple[Objective, Batch]:
         changed = chosen.objective | {"batch_dice": True}
         chosen = chosen.model_copy(update={"objective": changed})
     built = build_objective(chosen, 1)
-    crops = built.crops.main
     torch.manual_seed(1)
-    batch = bare_loop(chosen, built).to_batch(raw_batch(chosen, 1, SAMPLES * crops))
+    batch = bare_loop(chosen, built).to_batch(raw_batch(chosen, 1, SAMPLES, built.crops))
+    groups = [batch, *batch.others.values()]
     if padded:
-        for sample in range(0, SAMPLES, WORLD):
-            batch.valid[sample * crops : (sample + 1) * crops, :, 1:] = False
+        for group in groups:
+            by_sample = group.valid.unflatten(0, (SAMPLES, -1))
+            by_sample[::WORLD, :, :, 1:] = False
     built.double()
     for module in built.modules():
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widened)
-    return built, replace(batch, image=batch.image.double())
+    for group in groups:
+        group.image = group.image.double()
+    return built, batch
 
 
 def widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -110,13 +112,9 @@ def widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def part(batch: Batch, rank: int, crops: int) -> Batch:
+def part(batch: Batch, rank: int) -> Batch:
     """The samples of one rank: ranks stride through the batch, as the schedule does."""
-    keep = torch.cat(
-        [torch.arange(i * crops, (i + 1) * crops) for i in range(rank, SAMPLES, WORLD)],
-    )
-    found = {name: value[keep] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, keys=[batch.keys[i] for i in keep], **found)
+    return batch.of(range(rank, SAMPLES, WORLD), SAMPLES)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -136,7 +134,7 @@ def worker(rank: int, folder: str, cases: dict[str, Case], normed: Case) -> None
     found: dict[str, Any] = {}
     for name, (objective, batch) in built.items():
         parallel = DistributedDataParallel(Loss(objective))
-        loss = parallel(part(batch, rank, objective.crops.main))
+        loss = parallel(part(batch, rank))
         loss.backward()
         found[name] = (loss.detach(), gradients(objective))
     for name, formula in VOXELWISE.items():
@@ -149,7 +147,7 @@ def worker(rank: int, folder: str, cases: dict[str, Case], normed: Case) -> None
     steps = []
     for _ in range(2):
         exception.zero_grad()
-        parallel(part(whole, rank, exception.crops.main)).backward()
+        parallel(part(whole, rank)).backward()
         steps.append((gradients(exception), statistics(exception)))
     found["batch norm"] = steps
     torch.save(found, f"{folder}/rank-{rank}.pt")
@@ -216,7 +214,7 @@ def test_dice_over_the_batch_is_not_a_mean_of_ranks(name: str) -> None:
     """The content of both ranks is so unequal that the mean of their own would not pass."""
     means, batch = prepared(joint_case(name))
     for rank in range(WORLD):
-        (means(part(batch, rank, means.crops.main), 0.5).loss / WORLD).backward()
+        (means(part(batch, rank), 0.5).loss / WORLD).backward()
     joint, _ = prepared(joint_case(name))
     joint(batch, 0.5).loss.backward()
     assert max(differences(gradients(means), gradients(joint)).values()) > 1e-1
@@ -248,7 +246,7 @@ def test_batch_norm_has_the_statistics_of_each_rank(ranks: list[dict[str, Any]])
     """
     assert has_batch_norm(NORMED)
     objective, batch = prepared(NORMED, padded=False)
-    halves = [part(batch, rank, objective.crops.main) for rank in range(WORLD)]
+    halves = [part(batch, rank) for rank in range(WORLD)]
     for half in halves:
         (objective(half, 0.5).loss / WORLD).backward()
     for found in ranks:

@@ -94,7 +94,7 @@ def test_flops_of_a_u_net_by_its_convolutions() -> None:
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
             module.register_forward_hook(count)
     loop = bare_loop(chosen, objective)
-    objective(loop.to_batch(raw_batch(chosen, 1, 4)), 0.5)
+    objective(loop.to_batch(raw_batch(chosen, 1, 4, objective.crops)), 0.5)
     assert estimate(chosen, precisions=()).flops_per_sample == counted // 4
 
 
@@ -121,7 +121,7 @@ def _real_peak(chosen: PretrainSettings, checkpointing: bool) -> tuple[int, int]
     optimizer = loop.make_optimizer(objective)
 
     def step() -> None:
-        batch = loop.to_batch(raw_batch(chosen, 1, 4))
+        batch = loop.to_batch(raw_batch(chosen, 1, 4, objective.crops))
         loss = objective(batch, 0.5).loss
         loss.backward()
         del loss, batch

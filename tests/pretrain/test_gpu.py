@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pretrain.collectives import global_mean
 from pretrain.estimate import bare_loop, raw_batch
+from pretrain.loader import to_device
 from pretrain.loop import compile_parts
 from pretrain.objective import Batch, Objective
 from pretrain.settings import PretrainSettings
@@ -41,9 +42,8 @@ def on(device: str, objective: str, backbone: str) -> tuple[Objective, Batch]:
     chosen, built = build(objective, backbone)
     loop = bare_loop(chosen, built)
     torch.manual_seed(0)
-    raw = raw_batch(chosen, 1, 4 * built.crops.main)
-    moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in raw.items()}
-    return built.to(device), loop.to_batch(moved)
+    raw = raw_batch(chosen, 1, 4, built.crops)
+    return built.to(device), loop.to_batch(to_device(raw, torch.device(device)))
 
 
 def loss_and_gradient(objective: Objective, batch: Batch) -> tuple[float, Tensor]:

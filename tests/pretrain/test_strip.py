@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.backbone import Backbone
+from pretrain.crops import Crops
 from pretrain.objective import Batch
 from pretrain.strip import add_to_strip, basis, fine_map, map_to_show, thinned
 
@@ -93,7 +94,7 @@ def test_the_basis_is_that_of_the_largest_spread(seed: int) -> None:
 class Holder:
     def __init__(self, encoder: Backbone) -> None:
         self.encoder = encoder
-        self.crops = 1
+        self.crops = Crops()
 
 
 def test_a_killed_runs_later_previews_go(tmp_path: Path) -> None:

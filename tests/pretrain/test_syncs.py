@@ -39,8 +39,7 @@ class Step:
         self.objective.trainer = self.trainer
         self.optimizer = self.objective.configure_optimizers()
         self.trainer.strategy.optimizers = [self.optimizer]
-        samples = 4 * self.objective.crops.main
-        self.raw = raw_batch(self.settings, 1, samples, DEVICE)
+        self.raw = raw_batch(self.settings, 1, 4, self.objective.crops, DEVICE)
 
     def run(self) -> None:
         def closure() -> Tensor:
