@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.backbones.backbone import Backbone
+from pretrain.collectives import gather
+from pretrain.numerics import in_float32
 
 
 def mean_features(maps: Sequence[Tensor]) -> Tensor:
@@ -26,6 +28,28 @@ def is_pyramid(encoder: Backbone) -> bool:
     return len(set(encoder.strides)) > 1
 
 
+class JointNorm(nn.Module):
+    """Batch norm without weights and running statistics, over the rows of all ranks.
+
+    Ioffe and Szegedy 2015, arXiv:1502.03167. Means of feature maps differ little between crops,
+    so that all cosines are near 1 at the start, where they have no gradient; without their common
+    part they are about 0. It is the same in training and in evaluation, and for any number of
+    ranks; micro-batches have statistics of their own.
+    """
+
+    EPS = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each feature of [..., E] to mean 0 and variance 1."""
+        return _normed(x, self.EPS)
+
+
+@in_float32
+def _normed(x: Tensor, eps: float) -> Tensor:
+    variance, mean = torch.var_mean(gather(x.flatten(0, -2)), 0, correction=0)
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
 class Projector(nn.Sequential):
     """An MLP from features [..., in_dim] to embeddings [..., out_dim], left behind afterwards.
 
@@ -36,7 +60,7 @@ class Projector(nn.Sequential):
         hidden_dim: width of the layers within.
         out_dim: width of the embeddings.
         layers: how many linear ones.
-        norm: layer norm without weights behind each of them, the last one too.
+        norm: `JointNorm` behind each of them, the last one too.
     """
 
     def __init__(
@@ -47,7 +71,7 @@ class Projector(nn.Sequential):
         for number in range(layers):
             parts.append(nn.Linear(widths[number], widths[number + 1]))
             if norm:
-                parts.append(nn.LayerNorm(widths[number + 1], elementwise_affine=False))
+                parts.append(JointNorm())
             if number < layers - 1:
                 parts.append(nn.ReLU())
         super().__init__(*parts)

@@ -22,9 +22,11 @@ The target follows from where crops were cut, before they are mirrored or turned
 shall not depend on that. Overlaps are of 3D boxes. The partner in `inter` is i + B/2 of B samples,
 the same for any number of ranks, there the next one; with two samples they are one.
 
-The projector there has batch norm without weights and running statistics, by which an embedding
-depends on the other crops of its rank and on how a batch is split. Here it is layer norm. Dropout,
-which there drops whole crops, is left out.
+The projector's batch norm has no weights and no running statistics, as there. It cannot be left
+out: with layer norm in its place all crops became one point within 50 steps (`bases` at 1), since
+cosines near 1 have no gradient. There statistics are each GPU's, here those of the batch of all
+ranks, so that a step is that of the joint batch; `accumulate` changes them. Dropout, which there
+drops whole crops, is left out.
 
 Shape legend: B samples, T random crops and N bases of each, E width.
 """
@@ -70,7 +72,7 @@ class VoCo(Objective):
         out_dim: width of the embedding.
 
     Raises:
-        ValueError: if there is one base only, which every crop would lie in.
+        ValueError: if there is one base only, which has nothing to be told from.
     """
 
     encoder: Backbone
