@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
-from monai.networks.nets.swin_unetr import SwinTransformer
+from monai.networks.nets.swin_unetr import SwinTransformer, compute_mask, get_window_size
 from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -115,13 +115,31 @@ class SwinUNETREncoder(Backbone):
         """Returns the six maps [B, C_i, D_i, H_i, W_i] of an image [B, C, D, H, W]."""
         self.grids(x.shape)
         maps = [self.run(self.encoder1, x)]
-        refine = (self.encoder2, self.encoder3, self.encoder4, None, self.encoder10)
-        for parts, block in zip(self._stages(), refine, strict=True):
-            for part in parts:
-                x = self.run(part, x).contiguous()
+        x = self.run(self.swinViT.patch_embed, x)
+        maps.append(self.run(self.encoder2, self.swinViT.proj_out(x, normalize=True)))
+        refine = (self.encoder3, self.encoder4, None, self.encoder10)
+        for (convs, stage), block in zip(self._stages(), refine, strict=True):
+            for conv in convs:
+                x = self.run(conv, x)
+            x = self._attend(stage, x)
             outside = self.swinViT.proj_out(x, normalize=True)
             maps.append(outside if block is None else self.run(block, outside))
         return maps
+
+    def _attend(self, stage: Any, x: Tensor) -> Tensor:
+        """The window blocks of a stage, then its merging: [B, C, D, H, W] to half the size.
+
+        Block by block, so that each can be compiled or computed again, and the mask is made once.
+        """
+        x = x.movedim(1, -1)
+        size = x.shape[1:4]
+        window, shift = get_window_size(size, stage.window_size, stage.shift_size)
+        whole = [-(-n // w) * w for n, w in zip(size, window, strict=True)]
+        mask = compute_mask(whole, window, shift, x.device)
+        for block in stage.blocks:
+            x = self.run(block, x, mask)
+        merged: Tensor = self.run(stage.downsample, x)
+        return merged.movedim(-1, 1).contiguous()
 
     def no_weight_decay(self) -> set[str]:
         """Returns the tables of relative positions."""
@@ -129,30 +147,36 @@ class SwinUNETREncoder(Backbone):
         return {name for name, _ in self.named_parameters() if name.endswith(table)}
 
     def compile_parts(self) -> list[nn.Module]:
-        """Returns embedding, stages and refining blocks."""
-        return [part for layer in self.layers() for part in layer if isinstance(part, nn.Module)]
+        """Returns embedding, window blocks, mergings and convolution blocks."""
+        refine = [self.encoder1, self.encoder2, self.encoder3, self.encoder4, self.encoder10]
+        stages = [
+            part
+            for convs, stage in self._stages()
+            for part in (*convs, *stage.blocks, stage.downsample)
+        ]
+        return [self.swinViT.patch_embed, *stages, *refine]
 
     def layers(self) -> list[list[nn.Module | nn.Parameter]]:
         """Returns the embedding, then the stages, each with the block that refines its output."""
-        layers: list[list[nn.Module | nn.Parameter]] = [[*parts] for parts in self._stages()]
-        layers[0] += [self.encoder1, self.encoder2]
-        layers[1].append(self.encoder3)
-        layers[2].append(self.encoder4)
-        layers[4].append(self.encoder10)
-        return layers
+        stages: list[list[nn.Module | nn.Parameter]] = [
+            [*convs, stage] for convs, stage in self._stages()
+        ]
+        stages[0].append(self.encoder3)
+        stages[1].append(self.encoder4)
+        stages[3].append(self.encoder10)
+        return [[self.swinViT.patch_embed, self.encoder1, self.encoder2], *stages]
 
     def own_decoder(self, out_channels: int) -> SwinUNETRDecoder:
         """Returns SwinUNETR's decoder."""
         return SwinUNETRDecoder(channels=self.channels, out_channels=out_channels)
 
-    def _stages(self) -> list[list[nn.Module]]:
-        """What comes one after the other for each map from the second on."""
+    def _stages(self) -> list[tuple[list[nn.Module], Any]]:
+        """Each stage of window blocks, and the convolution blocks before it."""
         swin = self.swinViT
-        stages: list[list[nn.Module]] = [[swin.patch_embed]]
-        for number in range(1, 5):
-            convs = [*getattr(swin, f"layers{number}c")] if swin.use_v2 else []
-            stages.append([*convs, *getattr(swin, f"layers{number}")])
-        return stages
+        return [
+            ([*getattr(swin, f"layers{n}c")] if swin.use_v2 else [], getattr(swin, f"layers{n}")[0])
+            for n in range(1, 5)
+        ]
 
 
 class SwinUNETRDecoder(nn.Module):

@@ -108,7 +108,8 @@ def test_each_parameter_is_in_one_layer_from_the_image_on() -> None:
     assert sorted(found) == sorted(id(p) for p in encoder.parameters())
     order: list[int] = []
     for number, layer in enumerate(parts):
-        layer[0].register_forward_pre_hook(lambda *_, n=number: order.append(n))
+        first = next(m for m in layer[0].modules() if not list(m.children()))
+        first.register_forward_pre_hook(lambda *_, n=number: order.append(n))
     encoder(torch.randn(1, 1, *SHAPE))
     assert order == [0, 1, 2, 3, 4]
 
