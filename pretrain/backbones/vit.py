@@ -526,12 +526,7 @@ class ViT3D(TokenBackbone):
                 f"position={position} with position_grid={position_grid}: a learned position, and "
                 "no other, needs the grid of patches that it is learned for, such as [6, 6, 6]"
             )
-        self.taps = tuple(int(t) for t in taps) if taps else _quarters(depth)
-        if sorted(self.taps) != list(self.taps) or self.taps[0] < 1 or self.taps[-1] != depth:
-            raise ValueError(
-                f"taps must rise from 1 or more to depth={depth}, or blocks behind the last one "
-                f"would learn nothing; found {list(self.taps)}"
-            )
+        self.taps = tapped_blocks(taps, depth)
         if decoder == "patch" and any(side & (side - 1) for side in triple(patch_size)):
             raise ValueError(
                 f"decoder=patch doubles its way up and needs sides that are powers of two, found "
@@ -663,6 +658,18 @@ def _init_eva(block: EvaBlock, number: int) -> None:
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
 
-def _quarters(depth: int) -> tuple[int, ...]:
-    # A network of fewer than four blocks repeats some: decoders count on four maps.
-    return tuple(max(1, -(-depth * i // 4)) for i in range(1, 5))
+def tapped_blocks(taps: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """1-based numbers of the blocks to tap; by default at each quarter of the depth.
+
+    A network of fewer than four blocks repeats some: decoders count on four maps.
+
+    Raises:
+        ValueError: if they do not rise to the last block.
+    """
+    found = tuple(taps) if taps else tuple(max(1, -(-depth * i // 4)) for i in range(1, 5))
+    if sorted(found) != list(found) or found[0] < 1 or found[-1] != depth:
+        raise ValueError(
+            f"taps must rise from 1 or more to depth={depth}, or blocks behind the last one "
+            f"would learn nothing; found {list(found)}"
+        )
+    return found
