@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.vit import TokenBackbone
 
 
 @torch.no_grad()
-def cls_attention(encoder: ViT3D, image: Tensor) -> Tensor:
+def cls_attention(encoder: TokenBackbone, image: Tensor) -> Tensor:
     """Attention of the first prefix token in the last block.
 
     The fused attention of training returns no weights. Its queries and keys are caught on their

@@ -157,7 +157,9 @@ def _card(config: dict[str, Any], facts: dict[str, Any], origin: Origin | None) 
             ", ".join(f"{name} ({n})" for name, n in sorted(one.get("source", {}).items()))
             for one in before
         )
-        began = f"\n| begins from | `{origin.name}`, digest {origin.digest[:12]}, trained on {seen} |"
+        began = (
+            f"\n| begins from | `{origin.name}`, digest {origin.digest[:12]}, trained on {seen} |"
+        )
     return f"""# {config["name"]}
 
 A 3D encoder pretrained without labels by Voxelith.

@@ -31,9 +31,7 @@ def encoder(kind: str = "resenc") -> Backbone:
 
 
 def objective(kind: str = "resenc", **chosen: Any) -> VoCo:
-    built = VoCo(
-        encoder=encoder(kind), targets=T, grid=GRID, hidden_dim=16, out_dim=8, **chosen
-    )
+    built = VoCo(encoder=encoder(kind), targets=T, grid=GRID, hidden_dim=16, out_dim=8, **chosen)
     # A teacher that is not the student shows whose embedding is taken where.
     torch.manual_seed(1)
     for value in built.teacher.module.parameters():
