@@ -306,8 +306,9 @@ example: voxelith check corpora/abdomen""",
         "[trainer=auto] [init=RUN|RELEASE] [key=value ...] [--config-dir DIR]",
         _pretrain,
         """
-Started again with the same words, a run goes on from its newest checkpoint. A recipe with stages is
-a run NAME.STAGE for each, from the weights of the one before; stages.STAGE.key=value is for one alone.
+Started again with the same words, a run goes on from its newest checkpoint. A recipe with stages
+makes a run NAME.STAGE of each, from the weights of the one before; what is typed holds for all,
+stages.STAGE.key=value for one.
 
 example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small""",
     ),

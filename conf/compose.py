@@ -389,8 +389,13 @@ def _touches(key: str, keys: Iterable[str]) -> bool:
 def _overlay(
     config: dict[str, Any], changes: Mapping[str, Any], kept: Callable[[str], bool], above: str = ""
 ) -> None:
-    """Sets keys of a config, those of mappings in it one by one, but for those that are kept."""
-    for key, value in changes.items():
+    """Sets keys of a config, those of mappings in it one by one, but for those that are kept.
+
+    A key may be dotted: beside `objective: NAME`, its arguments are `objective.ARGUMENT`.
+    """
+    for dotted, given in changes.items():
+        key, dot, rest = dotted.partition(".")
+        value = {rest: given} if dot else given
         name = f"{above}{key}"
         if isinstance(value, dict) and isinstance(config.get(key), dict):
             _overlay(config[key], value, kept, f"{name}.")

@@ -16,7 +16,7 @@ from pretrain.settings import PretrainSettings
 from pretrain.train import Prepared, prepare
 
 
-def pretraby_stage(stages: Mapping[str, PretrainSettings]) -> list[Path]:
+def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
     """Trains what `stages_for` composed; started again, it goes on where it was.
 
     The first stage begins from `init`, if it is given; another one from the stage before, unless it

@@ -123,7 +123,7 @@ class LocalContrast(Objective):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.decoder = _unet(encoder)
-        self.decoder_blocks = blocks
+        self.blocks = self.decoder_blocks = blocks
         available = len(self.decoder.stages)
         if blocks > available:
             raise InputError(
@@ -155,7 +155,7 @@ class LocalContrast(Objective):
 
     def compile_parts(self) -> list[nn.Module]:
         """Returns what a step calls; the rest of the decoder is never run."""
-        blocks = self.decoder_blocks
+        blocks = self.blocks
         used = [*self.decoder.transpconvs[:blocks], *self.decoder.stages[:blocks]]
         return [*self.encoder.compile_parts(), *used, self.projector]
 
@@ -167,7 +167,7 @@ class LocalContrast(Objective):
         """
         with torch.no_grad():
             features = self.encoder(batch.image)
-        x = self.projector(self.decoder.decoded(features, self.decoder_blocks)[0])
+        x = self.projector(self.decoder.decoded(features, self.blocks)[0])
         lattice = self._lattice(x, batch.image.shape[2:])
         regions = self.region_projector(take_regions(x, lattice.starts, self.region))  # [., R, E]
         first, second = _views(regions, self.crops.count)  # [V, P, R, E] each
@@ -199,7 +199,7 @@ class LocalContrast(Objective):
                 continue
             fitting.append(f"objective.blocks={blocks}")
         # Sides that the encoder takes, with room for the regions in the map of these blocks.
-        unit, stride = self.encoder.strides[-1], self.encoder.strides[-1 - self.decoder_blocks]
+        unit, stride = self.encoder.strides[-1], self.encoder.strides[-1 - self.blocks]
         longest = max(range(3), key=lambda axis: crop[axis] / stride[axis])
         sides = []
         for axis in range(3):
