@@ -67,7 +67,6 @@ SHRINK: dict[str, Callable[[Any], Any]] = {
     # Beside a crop, as large as half of the smallest.
     "local_size": _to(8),
     "prototypes": _smaller(16),
-    "hidden_dim": _smaller(48),
     "bottleneck_dim": _smaller(16),
     "features": lambda value: [8 * (i + 1) for i in range(len(value))],
     # What draws from torch's generator would differ between ranks.
