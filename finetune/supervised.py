@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from finetune.lora import adapter_parameters, merge_adapters
 from finetune.protocol import Freeze, frozen_layers
 from pretrain.objective import Objective
-from pretrain.optim import layer_rates
 
 
 class Supervised(Objective):
@@ -61,7 +60,7 @@ class Supervised(Objective):
         """Share of the rate for each of the encoder's parameters, by name: layer-wise decay."""
         if self.layer_decay == 1:
             return {}
-        rates = layer_rates(self.encoder, self.layer_decay)
+        rates = self.encoder.layer_rates(self.layer_decay)
         return {f"encoder.{name}": rate for name, rate in rates.items()}
 
     def start_average(self, decay: float) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 from pretrain.ramps import cosine
 
 if TYPE_CHECKING:
-    from pretrain.backbones.backbone import Backbone
     from pretrain.settings import LoopSettings
 
 
@@ -45,25 +44,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         groups.append({"params": decayed, "weight_decay": weight_decay, **share})
         groups.append({"params": spared_ones, "weight_decay": 0.0, **share})
     return [group for group in groups if group["params"]] if scales else groups
-
-
-def layer_rates(encoder: Backbone, decay: float) -> dict[str, float]:
-    """Share of the rate for each of an encoder's parameters, by name.
-
-    Layer-wise decay, as BEiT finetunes (Bao et al. 2021, arXiv:2106.08254) and DINOv2 pretrains:
-    layer l of L has decay^(L - l), and what is on top of the encoder the whole rate.
-    """
-    layers = encoder.layers()
-    owners = {
-        id(parameter): number
-        for number, layer in enumerate(layers)
-        for part in layer
-        for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
-    }
-    return {
-        name: decay ** (len(layers) - owners[id(parameter)])
-        for name, parameter in encoder.named_parameters()
-    }
 
 
 def make_optimizer(module: nn.Module, chosen: LoopSettings) -> torch.optim.Optimizer:

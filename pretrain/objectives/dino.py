@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -37,7 +37,6 @@ from pretrain.heads import ProjectionHead
 from pretrain.masked_tokens import HiddenRows, hidden_in_some, hidden_rows, most_hidden
 from pretrain.masking import enlarge, patchify
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.optim import layer_rates
 from pretrain.ramps import cosine, warm
 from pretrain.regularisers import gram_loss, koleo, resize_tokens
 from pretrain.teacher import Teacher
@@ -232,7 +231,7 @@ class DINO(Objective):
     def teach(self, batch: Batch, rows: HiddenRows, progress: float) -> tuple[Tensor, Tensor]:
         """The teacher's targets of class tokens [2B, K] and of hidden tokens [M, K]."""
         temperature = warm(progress, *self.teacher_temperature, self.teacher_warmup)
-        cls, patches = self._split(self.teacher.module.tokens(batch.image))
+        cls, patches = self._split(self.released.tokens(batch.image))
         logits = self.teacher_head(cls)
         of_hidden = (self.teacher_ibot_head or self.teacher_head)(_taken(patches, rows))
         if self.centring is None or self.ibot_centring is None:
@@ -247,7 +246,7 @@ class DINO(Objective):
         """The Gram teacher's patches [2B, N, E] on the student's grid."""
         assert self.gram is not None
         image = (batch.others["gram"] if self.crops.gram_size else batch).image
-        _, patches = self._split(self.gram.module.tokens(image))
+        _, patches = self._split(cast(TokenBackbone, self.gram.module).tokens(image))
         return resize_tokens(patches, self.encoder.grid(image.shape), grid)
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,10 +293,9 @@ class DINO(Objective):
         return [head for head in (self.head, self.ibot_head) if head is not None]
 
     @property
-    def released(self) -> Backbone:
+    def released(self) -> TokenBackbone:
         """The teacher's encoder."""
-        found: Backbone = self.teacher.module  # type: ignore[assignment]
-        return found
+        return cast(TokenBackbone, self.teacher.module)
 
     def held(self, progress: float) -> Iterable[nn.Parameter]:
         """Prototypes and their scales, at first."""
@@ -312,7 +310,7 @@ class DINO(Objective):
 
     def lr_scales(self) -> dict[str, float]:
         """Layer-wise decay, and less for the patch embedding; the mask token is of its layer."""
-        rates = layer_rates(self.encoder, self.layer_decay)
+        rates = self.encoder.layer_rates(self.layer_decay)
         found = {
             f"encoder.{name}": rate * (self.patch_rate if name.startswith("patch_embed.") else 1)
             for name, rate in rates.items()
@@ -343,7 +341,7 @@ class DINO(Objective):
         It is shown in the greys of the crop: dark is none, bright is 99 % of the largest.
         """
         image = batch.image
-        seen = cls_attention(self.teacher.module, image).mean(1)  # type: ignore[arg-type]
+        seen = cls_attention(self.released, image).mean(1)
         seen = (seen / seen.quantile(0.99, dim=1, keepdim=True)).clamp(max=1)
         grid, patch = self.encoder.grid(image.shape), self.encoder.patch_size
         low, high = (f(image.flatten(1), dim=1)[:, None] for f in (torch.amin, torch.amax))
