@@ -146,6 +146,7 @@ def test_a_zoomed_crop_is_its_box_resampled_by_the_preprocessing(
         draw = dataset.draw(2 * position)
         box = draw.box
         batch = sample(dataset, position)
+        np.testing.assert_allclose(box, np.stack(Scan(*draw[:3]).foreground), atol=1e-9)
         factors = draw.zoom * draw.grid.factors
         expected = slowly(dataset, draw.item, box[0] * draw.grid.factors, factors)
         found = batch.image[0, 0]
