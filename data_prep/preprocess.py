@@ -171,6 +171,16 @@ class Preprocess:
         """The intensity operation, as `intensity_coefficients` takes it."""
         return next((o for o in self.operations if o["op"] == "intensity"), None)
 
+    def shape_of(self, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
+        """Voxels (d, h, w) that `apply` gives of a volume on canonical axes."""
+        made = [int(n) for n in shape]
+        for operation in _parse(self.operations):
+            if isinstance(operation, Resample) and operation.spacing_mm is not None:
+                made = resampled_shape(made, spacing_factors(spacing, operation.spacing_mm))
+            elif isinstance(operation, Pad):
+                made = [n + -n % m for n, m in zip(made, operation.multiple, strict=True)]
+        return made
+
     def apply(self, volume: Volume, statistics: Sequence[Statistics] | None = None) -> Volume:
         """The numpy reference: a float32 volume `[C, D, H, W]` with its affine kept right.
 

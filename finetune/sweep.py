@@ -18,7 +18,6 @@ import csv
 import fcntl
 import io
 import itertools
-import math
 import os
 import re
 import signal
@@ -38,13 +37,11 @@ from conf.compose import settings_for
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
-from data_prep.preprocess import resampled_shape, spacing_factors
 from data_prep.progress import bar
-from finetune.infer import starts
-from finetune.kinds import device_of, kind_of
+from finetune.forecast import forecast
 from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
-from finetune.train import build_model, is_finished, make_plan
+from finetune.train import is_finished, make_plan
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 
@@ -150,7 +147,7 @@ def sweep(
         for job in waiting:
             print(f"  {job.name}")
         if waiting:
-            print(cost(waiting, jobs).text())
+            print(forecast([job.plan for job in waiting], jobs).text())
         return {"to_start": [job.name for job in waiting]}
     make_folder(runs / "logs", "runs")
     with _only_sweep(runs) as lock, Ledger(runs / LEDGER, found) as ledger:
@@ -309,105 +306,6 @@ def _between_commas(text: str) -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     return [*parts, text[start:]]
-
-
-# What it costs.
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What runs take, measured on one step of each network; bytes and seconds."""
-
-    seconds: float
-    jobs: int
-    kept: int
-    passing: int
-
-    def text(self) -> str:
-        """One line to read."""
-        hours = self.seconds / 3600
-        return (
-            f"about {hours:.1f} hours of one worker, {hours / self.jobs:.1f} with {self.jobs} at a "
-            f"time (training steps and windows, measured here just now); disk: "
-            f"{self.kept / 2**30:.2f} GiB kept, {self.passing / 2**30:.2f} GiB more at work"
-        )
-
-
-def cost(jobs: Sequence[Job], at_once: int) -> Cost:
-    """Hours and disk of runs, from a step and a window of each recipe on this machine."""
-    measured: dict[str, tuple[float, float, int]] = {}
-    seconds, kept, largest = 0.0, 0, 0
-    for job in jobs:
-        plan, recipe = job.plan, str(job.plan.identity["recipe_hash"])
-        if recipe not in measured:
-            measured[recipe] = _measure(plan)
-        step, window, parameters = measured[recipe]
-        positions = [plan.corpus.position(key) for key in plan.test.keys]
-        shapes = [plan.corpus.shapes[i][1:] for i in positions]
-        seconds += plan.settings.steps * step + window * sum(_windows(plan, i) for i in positions)
-        voxels = 0 if plan.targets else sum(math.prod(map(int, s)) for s in shapes)
-        # Label maps compress to about a fiftieth of a byte per voxel.
-        kept += 4 * parameters + voxels // 50
-        largest = max(largest, 4 * parameters)
-    return Cost(seconds, at_once, kept, at_once * 2 * 3 * largest)
-
-
-def _windows(plan: Plan, case: int) -> int:
-    """Windows that the network sees of a case: on its own grid, and again for each mirror."""
-    chosen, shape = plan.settings, [int(n) for n in plan.corpus.shapes[case][1:]]
-    assert chosen.crop_size is not None
-    for operation in plan.preprocess.operations:
-        if operation["op"] == "resample" and operation["spacing_mm"]:
-            factors = spacing_factors(plan.corpus.spacings[case], operation["spacing_mm"])
-            shape = resampled_shape(shape, factors)
-        elif operation["op"] == "pad":
-            shape = [n + -n % m for n, m in zip(shape, operation["multiple"], strict=True)]
-    sides = zip(shape, chosen.crop_size, strict=True)
-    mirrors = 2 ** sum(chosen.task.flip) if chosen.tta else 1
-    return mirrors * math.prod(len(starts(max(n, w), w, chosen.overlap)) for n, w in sides)
-
-
-def _measure(plan: Plan) -> tuple[float, float, int]:
-    """Seconds of a step, of a window, and the number of parameters."""
-    import torch
-
-    from pretrain.objective import Batch
-
-    chosen = plan.settings
-    assert chosen.crop_size is not None
-    model, _ = build_model(plan)
-    device = device_of(chosen)
-    model.to(device).train()
-    micro = chosen.batch_size // (chosen.trainer.devices * chosen.trainer.nodes)
-    channels = int(plan.release.config["backbone"]["args"].get("in_channels", 1))
-    batch = Batch(
-        torch.randn(micro, channels, *chosen.crop_size, device=device),
-        torch.ones(micro, 1, *chosen.crop_size, dtype=torch.bool, device=device),
-        torch.ones(micro, 3, device=device),
-        torch.arange(micro, device=device),
-        [plan.train_keys[0]] * micro,
-        label=torch.zeros(micro, *chosen.crop_size, dtype=torch.int64, device=device),
-    )
-
-    def timed(work: Any) -> float:
-        spent = []
-        for _ in range(2):  # the first one also sets up
-            began = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            spent.append(time.perf_counter() - began)
-        return spent[-1]
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(chosen.trainer.threads or 1)
-    try:
-        step = timed(lambda: model(batch, 0.5).loss.backward())
-        with torch.inference_mode():
-            window = timed(lambda: kind_of(chosen).look(model, batch))
-    finally:
-        torch.set_num_threads(threads)
-    return step, window, sum(p.numel() for p in model.parameters())
 
 
 # The ledger.

@@ -143,7 +143,7 @@ def _measure(
     loop = bare_loop(settings, objective)
     optimizer = loop.make_optimizer(objective)
     samples = micro_batch(settings)
-    raw = raw_batch(settings, channels, samples * objective.crops, device)
+    raw = raw_batch(settings, channels, samples * objective.crops.main, device)
     if compiled:
         torch.compiler.reset()
         compile_parts(objective)

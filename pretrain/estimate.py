@@ -144,7 +144,7 @@ def estimate(
         parameters=encoder,
         other_parameters=parameters(objective) - encoder,
         micro_batch=samples,
-        crops=objective.crops,
+        crops=objective.crops.main,
         voxels=math.prod(settings.crop_size),
         tokens=math.prod(grids[-1]) if len(set(strides)) == 1 else None,
         flops_per_sample=flops,
@@ -194,7 +194,7 @@ def bare_loop(settings: LoopSettings, objective: Objective) -> Loop:
 def _flops(settings: PretrainSettings, objective: Objective, channels: int, samples: int) -> int:
     """Of the forward and backward pass of one micro-batch, nothing computed twice."""
     loop = bare_loop(settings, objective)
-    raw = raw_batch(settings, channels, samples * objective.crops)
+    raw = raw_batch(settings, channels, samples * objective.crops.main)
     found = counted_flops(lambda: objective(loop.to_batch(raw), 0.5).loss.backward())
     objective.zero_grad()
     return found
@@ -249,7 +249,7 @@ def _memory(
         if settings.accumulate > 1:
             _make_gradients(trained)  # of the micro-batches before the last
         storages.peak = before = storages.live
-        raw = raw_batch(settings, channels, micro_batch(settings) * objective.crops)
+        raw = raw_batch(settings, channels, micro_batch(settings) * objective.crops.main)
         batch = loop.to_batch(raw)
         del raw
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

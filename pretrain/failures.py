@@ -115,11 +115,8 @@ class Shape(NamedTuple):
                     number, number + 1, self.batch_size // self.accumulate, rank, self.world,
                     self.nodes,
                 )  # fmt: skip
-                yield (
-                    micro,
-                    rank,
-                    [p * dataset.crops + n for p in positions for n in range(dataset.crops)],
-                )
+                crops = range(dataset.crops.main)
+                yield micro, rank, [p * len(crops) + n for p in positions for n in crops]
 
 
 def failure_folder(run: Path, step: int) -> Path:
@@ -190,7 +187,7 @@ def write_failure(
 def describe_sample(dataset: CropDataset, index: int) -> dict[str, Any]:
     """Names a crop: position in the schedule, number within it, key, origin in voxels, seed."""
     draw = dataset.draw(index)
-    position, number = divmod(index, dataset.crops)
+    position, number = divmod(index, dataset.crops.main)
     return {
         "position": position,
         "crop": number,

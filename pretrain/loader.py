@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess, intensity_coefficients
 from pretrain.augment import Augment, gained, mirrored, varied
+from pretrain.crops import ONE, Crops
 from pretrain.geometry import Grid, Size, drawn_matrix, grid_of, moved, plan, reach
 from pretrain.objective import Batch
 from pretrain.schedule import Schedule, generator
@@ -43,7 +44,7 @@ class CropDataset(Dataset[dict[str, Any]]):
     """Positions of a schedule to raw crops.
 
     A sample is one volume and gives `crops` of it, each with a place and a seed of its own. Crop
-    number c of the sample at position p of the schedule is item `p * crops + c`.
+    number c of the sample at position p of the schedule is item `p * crops.main + c`.
 
     Args:
         corpus: where the volumes are.
@@ -71,7 +72,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         label: bool = False,
         foreground: float = 0.0,
         classes: Collection[Collection[int]] | None = None,
-        crops: int = 1,
+        crops: Crops = ONE,
         augment: AugmentSettings | None = None,
     ) -> None:
         self.corpus = corpus
@@ -86,14 +87,14 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.augment = augment or AugmentSettings()
 
     def __len__(self) -> int:
-        return len(self.schedule) * self.crops
+        return len(self.schedule) * self.crops.main
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._crop(*self.draw(index))
 
     def draw(self, index: int) -> Draw:
         """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
-        position, number = divmod(index, self.crops)
+        position, number = divmod(index, self.crops.main)
         epoch, within, sample = self.schedule.sample(position)
         rng = generator("crop", self.schedule.seed, epoch, within, number)
         item = int(self.samples[sample])
@@ -335,7 +336,7 @@ def make_loader(
     )
     return DataLoader(
         dataset,
-        batch_sampler=_Crops(batches, dataset.crops),
+        batch_sampler=_Crops(batches, dataset.crops.main),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -525,7 +525,7 @@ class _Watch(L.Callback):
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
-        items, crops = loop.dataset.varied(3), range(loop.dataset.crops)
+        items, crops = loop.dataset.varied(3), range(loop.dataset.crops.main)
         raw = collate([loop.dataset.middle(item, number) for item in items for number in crops])
         moved = to_device(raw, objective.device)
         folder = loop.run.path / "previews"

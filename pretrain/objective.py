@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.backbones.backbone import Backbone
+from pretrain.crops import ONE, Crops
 
 if TYPE_CHECKING:
     from pretrain.loop import Loop
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 class Batch:
     """Crops on the device, in normalised units.
 
-    B is samples x the objective's `crops`, sample by sample; each crop has its own seed, and a
+    B is samples x the crops of a sample, sample by sample; each crop has its own seed, and a
     sample's key stands once for each of its crops. Shapes: image [B, C, D, H, W]
     float32; valid [B, 1, D, H, W] bool, False where a voxel is padding or anonymised and must
     carry no loss; spacing [B, 3] in mm; seeds [B] int64, from which every random draw of the
-    objective derives; label [B, D, H, W] int64 if there is one.
+    objective derives; label [B, D, H, W] int64 if there is one; box [B, 2, 3] float32, the corners
+    of each crop in voxels of its volume's grid, the second beyond the last voxel, before the crop
+    is mirrored or turned. Crops of other shapes are batches of their own (`pretrain.crops`).
     """
 
     image: Tensor
@@ -40,6 +43,8 @@ class Batch:
     seeds: Tensor
     keys: list[str] = field(default_factory=list)
     label: Tensor | None = None
+    box: Tensor | None = None
+    others: dict[str, Batch] = field(default_factory=dict)
 
 
 class Losses(NamedTuple):
@@ -59,7 +64,7 @@ class Objective(L.LightningModule):
     encoder: Backbone
     loop: Loop
 
-    crops: int = 1
+    crops: Crops = ONE
     """Crops of one volume that make a sample; a batch holds them one after the other."""
 
     batch_multiple: int = 1

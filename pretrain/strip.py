@@ -42,7 +42,7 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
         step: that is done.
     """
     chosen = map_to_show(objective.encoder.grids(batch.image.shape))
-    image = batch.image[:: objective.crops]  # the first crop of each sample
+    image = batch.image[:: objective.crops.main]  # the first crop of each sample
     found, stride = fine_map(objective.encoder, image, chosen)
     features = found.float().cpu().numpy()
     if not np.isfinite(features).all():
@@ -55,7 +55,7 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
     for other in [*(s for s in files if s > step), *thinned([s for s in files if s <= step])]:
         files.pop(other).unlink()
     shots = {number: _read(files[number]) for number in sorted(files)}
-    spacing = batch.spacing[:: objective.crops]
+    spacing = batch.spacing[:: objective.crops.main]
     _draw(image, spacing, stride, shots, folder / "strip.png")
 
 

@@ -23,6 +23,7 @@ from data_prep.files import write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.augment import Augment
+from pretrain.crops import ONE, Crops
 from pretrain.health import Health
 from pretrain.loader import CropDataset
 from pretrain.loop import Loop, check_machine
@@ -133,7 +134,7 @@ def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
     add_to_strip(objective, batch, path.parent, int(path.stem.removeprefix("step-")))
 
 
-def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: int = 1) -> CropDataset:
+def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: Crops = ONE) -> CropDataset:
     """All volumes of the corpus in the run's order."""
     return CropDataset(
         corpus,
@@ -214,7 +215,7 @@ def _try_step(objective: Objective, channels: int, crop_size: tuple[int, int, in
     """
     try:
         with torch.device("meta"):
-            count = 2 * objective.crops * objective.batch_multiple
+            count = 2 * objective.crops.main * objective.batch_multiple
             batch = Batch(
                 torch.empty(count, channels, *crop_size),
                 torch.empty(count, 1, *crop_size, dtype=torch.bool),

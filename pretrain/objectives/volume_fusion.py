@@ -48,6 +48,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.backbones.backbone import Backbone
+from pretrain.crops import Crops
 from pretrain.decoders import build_decoder, full_outputs
 from pretrain.draws import uniform
 from pretrain.losses import IGNORE, cross_entropy, dice_loss
@@ -315,7 +316,7 @@ class VolumeFusion(Objective):
         self.dice_weight = dice_weight
         self.entropy_weight = entropy_weight
         self.batch_dice = batch_dice
-        self.crops = 2 if form == "grid" else 1
+        self.crops = Crops(2 if form == "grid" else 1)
         self.batch_multiple = 1 if form == "grid" else 2
 
     def forward(self, batch: Batch, progress: float) -> Losses:

@@ -104,6 +104,15 @@ def test_padding_is_at_the_far_ends_with_the_minimum() -> None:
     np.testing.assert_array_equal(result.affine, source.affine)
 
 
+@pytest.mark.parametrize("spacing_mm", [None, (1.3, 0.7, 2.1), (2.01, 1.0, 1.0)])
+def test_the_shape_is_known_without_the_voxels(spacing_mm: tuple[float, ...] | None) -> None:
+    given = volume(np.zeros((11, 14, 9)))
+    for multiple in (None, (8, 4, 2)):
+        preprocess = Preprocess.default(spacing_mm, multiple)
+        made = preprocess.apply(given).array.shape[1:]
+        assert preprocess.shape_of(given.array.shape[1:], given.spacing) == list(made)
+
+
 def test_statistics_are_of_the_native_volume_before_resampling(tmp_path: Path) -> None:
     scan = read_nifti(save(tmp_path / "s.nii.gz", ras_array()))
     plain = Preprocess.default().apply(scan).array

@@ -18,9 +18,10 @@ from small_runs import add_split, write_encoder
 from conf.compose import settings_for
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
+from finetune.forecast import forecast
 from finetune.infer import mirrored, segment
 from finetune.rows import read_rows
-from finetune.sweep import LEDGER, cost, expand, plan_jobs, read_ledger, sweep
+from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
 
 BACKBONE: dict[str, Any] = {
     "name": "resenc.ResEncUNetEncoder",
@@ -203,8 +204,8 @@ def test_the_cost_counts_the_windows_that_the_network_sees(
         both = mirrored(network, plan.settings.task.flip)
         segment(both, volume, plan.preprocess, size, overlap, torch.device("cpu"))
     # A window takes a second, and nothing else takes any time.
-    monkeypatch.setattr("finetune.sweep._measure", lambda plan: (0.0, 1.0, 0))
-    assert cost([job], 1).seconds == sum(seen) > 4
+    monkeypatch.setattr("finetune.forecast._measure", lambda plan: (0.0, 1.0, 0))
+    assert forecast([plan], 1).seconds == sum(seen) > 4
 
 
 def test_after_a_kill_exactly_the_killed_runs_start_again(words: list[str]) -> None:

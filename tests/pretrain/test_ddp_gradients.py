@@ -92,7 +92,7 @@ def prepared(case: Case, *, padded: bool = True) -> tuple[Objective, Batch]:
         changed = chosen.objective | {"batch_dice": True}
         chosen = chosen.model_copy(update={"objective": changed})
     built = build_objective(chosen, 1)
-    crops = built.crops
+    crops = built.crops.main
     torch.manual_seed(1)
     batch = bare_loop(chosen, built).to_batch(raw_batch(chosen, 1, SAMPLES * crops))
     if padded:
@@ -136,7 +136,7 @@ def worker(rank: int, folder: str, cases: dict[str, Case], normed: Case) -> None
     found: dict[str, Any] = {}
     for name, (objective, batch) in built.items():
         parallel = DistributedDataParallel(Loss(objective))
-        loss = parallel(part(batch, rank, objective.crops))
+        loss = parallel(part(batch, rank, objective.crops.main))
         loss.backward()
         found[name] = (loss.detach(), gradients(objective))
     for name, formula in VOXELWISE.items():
@@ -149,7 +149,7 @@ def worker(rank: int, folder: str, cases: dict[str, Case], normed: Case) -> None
     steps = []
     for _ in range(2):
         exception.zero_grad()
-        parallel(part(whole, rank, exception.crops)).backward()
+        parallel(part(whole, rank, exception.crops.main)).backward()
         steps.append((gradients(exception), statistics(exception)))
     found["batch norm"] = steps
     torch.save(found, f"{folder}/rank-{rank}.pt")
@@ -216,7 +216,7 @@ def test_dice_over_the_batch_is_not_a_mean_of_ranks(name: str) -> None:
     """The content of both ranks is so unequal that the mean of their own would not pass."""
     means, batch = prepared(joint_case(name))
     for rank in range(WORLD):
-        (means(part(batch, rank, means.crops), 0.5).loss / WORLD).backward()
+        (means(part(batch, rank, means.crops.main), 0.5).loss / WORLD).backward()
     joint, _ = prepared(joint_case(name))
     joint(batch, 0.5).loss.backward()
     assert max(differences(gradients(means), gradients(joint)).values()) > 1e-1
@@ -248,7 +248,7 @@ def test_batch_norm_has_the_statistics_of_each_rank(ranks: list[dict[str, Any]])
     """
     assert has_batch_norm(NORMED)
     objective, batch = prepared(NORMED, padded=False)
-    halves = [part(batch, rank, objective.crops) for rank in range(WORLD)]
+    halves = [part(batch, rank, objective.crops.main) for rank in range(WORLD)]
     for half in halves:
         (objective(half, 0.5).loss / WORLD).backward()
     for found in ranks:

@@ -41,7 +41,7 @@ def on(device: str, objective: str, backbone: str) -> tuple[Objective, Batch]:
     chosen, built = build(objective, backbone)
     loop = bare_loop(chosen, built)
     torch.manual_seed(0)
-    raw = raw_batch(chosen, 1, 4 * built.crops)
+    raw = raw_batch(chosen, 1, 4 * built.crops.main)
     moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in raw.items()}
     return built.to(device), loop.to_batch(moved)
 

@@ -11,6 +11,7 @@ import torch
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
 from pretrain.augment import Augment
+from pretrain.crops import Crops
 from pretrain.loader import CropDataset, collate, make_loader, to_batch
 from pretrain.schedule import Schedule
 
@@ -230,7 +231,7 @@ def test_forked_workers_read_after_the_parent_decompressed(pretrain_corpus: Path
 
 def test_crops_of_a_sample_lie_in_one_volume_and_differ(pretrain_corpus: Path) -> None:
     """Sample by sample, each crop with a place and a seed of its own; the first is the lone one."""
-    lone, three = dataset_of(pretrain_corpus), dataset_of(pretrain_corpus, crops=3)
+    lone, three = dataset_of(pretrain_corpus), dataset_of(pretrain_corpus, crops=Crops(3))
     assert len(three) == 3 * len(lone)
     steps = {"batch_size": 4, "first_step": 2, "last_step": 6}
     many = list(make_loader(three, **steps))
@@ -249,7 +250,7 @@ def test_crops_of_a_sample_lie_in_one_volume_and_differ(pretrain_corpus: Path) -
 def test_crops_do_not_depend_on_workers_ranks_or_the_first_step(
     pretrain_corpus: Path, workers: int
 ) -> None:
-    dataset = dataset_of(pretrain_corpus, crops=2)
+    dataset = dataset_of(pretrain_corpus, crops=Crops(2))
     whole = list(make_loader(dataset, batch_size=4, first_step=0, last_step=6))
     late = make_loader(dataset, batch_size=4, first_step=3, last_step=6, workers=workers)
     for one, other in zip(whole[3:], late, strict=True):
@@ -267,7 +268,7 @@ def test_crops_do_not_depend_on_workers_ranks_or_the_first_step(
 
 
 def test_labelled_crops_of_a_sample_keep_their_own_labels(labelled_corpus: Path) -> None:
-    dataset = dataset_of(labelled_corpus, (8, 8, 8), label=True, foreground=1.0, crops=2)
+    dataset = dataset_of(labelled_corpus, (8, 8, 8), label=True, foreground=1.0, crops=Crops(2))
     drawn = [dataset[i] for i in range(24)]
     assert all((raw["label"] > 0).any() for raw in drawn)
     assert [raw["key"] for raw in drawn[::2]] == [raw["key"] for raw in drawn[1::2]]
@@ -278,7 +279,7 @@ def test_labelled_crops_of_a_sample_keep_their_own_labels(labelled_corpus: Path)
 
 
 def test_pictures_show_the_same_crops_in_every_run(pretrain_corpus: Path) -> None:
-    one, other = dataset_of(pretrain_corpus, crops=2), dataset_of(pretrain_corpus)
+    one, other = dataset_of(pretrain_corpus, crops=Crops(2)), dataset_of(pretrain_corpus)
     for number in (0, 1):
         a, b = one.middle(3, number), other.middle(3, number)
         assert torch.equal(a["image"], b["image"]) and a["seed"] == b["seed"]

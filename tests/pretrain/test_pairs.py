@@ -35,7 +35,7 @@ def test_one_step_reaches_every_part_or_the_pair_is_refused(objective: str, back
 
 def one_step(chosen: PretrainSettings, objective: Objective) -> None:
     loop = bare_loop(chosen, objective)
-    raw = raw_batch(chosen, 1, 4 * objective.crops)
+    raw = raw_batch(chosen, 1, 4 * objective.crops.main)
     batch = loop.to_batch(raw)
     batch.valid[0, :, :, :3] = False
     loss, parts = objective(batch, 0.5)

@@ -23,7 +23,7 @@ from pretrain.train import pretrain
 def stepped(chosen: PretrainSettings, objective: Objective) -> dict[str, Tensor]:
     """Loss and gradients of one seeded step in training mode."""
     torch.manual_seed(0)
-    raw = raw_batch(chosen, 1, 4 * objective.crops)
+    raw = raw_batch(chosen, 1, 4 * objective.crops.main)
     torch.manual_seed(1)
     objective.zero_grad()
     loss = objective(bare_loop(chosen, objective).to_batch(raw), 0.5).loss

@@ -39,7 +39,7 @@ class Step:
         self.objective.trainer = self.trainer
         self.optimizer = self.objective.configure_optimizers()
         self.trainer.strategy.optimizers = [self.optimizer]
-        samples = 4 * self.objective.crops
+        samples = 4 * self.objective.crops.main
         self.raw = raw_batch(self.settings, 1, samples, DEVICE)
 
     def run(self) -> None:

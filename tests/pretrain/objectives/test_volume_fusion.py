@@ -529,7 +529,7 @@ def batch_tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_previews_are_drawn(form: str, make_batch: MakeBatch, tmp_path: Any) -> None:
     from pretrain.previews import draw_previews
 
-    crops = 3 * objective(form=form).crops
+    crops = 3 * objective(form=form).crops.main
     draw_previews(objective(form=form).eval(), make_batch(SHAPE, size=crops), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
