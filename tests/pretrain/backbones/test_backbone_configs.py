@@ -30,7 +30,7 @@ MILLIONS = {
     "unet_b": 14.0,
     "hi_end_b": 88,
     "hi_end_l": 343,
-    "stunet_small": 1.83,
+    "stunet_small": 0.89,
     "swin_unetr_small": 3.33,
     "swin_unetr_b": 53.2,
     "swin_unetr_l": 212,
