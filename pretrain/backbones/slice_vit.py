@@ -16,7 +16,6 @@ width of an attention head.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -293,8 +291,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as weights: {error}") from error
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: cannot be read as weights ({said})") from error
     weights = stored.get("teacher", stored) if isinstance(stored, dict) else stored
     if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
         raise InputError(f"{path}: holds other things than the tensors of a DINOv3")
