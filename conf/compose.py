@@ -88,15 +88,14 @@ def stages_for(command: str, words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     said: dict[str, list[str]] = {}
     for name, one in lines.items():
-        own = [] if one is line else one.problems
-        own = own + _target_problems(model, one)
+        one.problems += _target_problems(model, one)
         try:
             found[name] = model.model_validate(
                 {key: value for key, value in one.config.items() if value != "???"}
             )
         except ValidationError as error:
-            own += _settings_problems(error, one)
-        for problem in own:
+            one.problems += _settings_problems(error, one)
+        for problem in one.problems[len(problems) :]:
             said.setdefault(problem, []).append(name)
     problems += by_stage(said, list(lines))
     if problems:
@@ -209,19 +208,22 @@ class Line:
 
     def _of_stage(self, key: str) -> tuple[str, str]:
         """The stage that a typed key is for, if it is for one alone, and the key there."""
-        for stage in self.config.get(STAGES) or ():
+        stages = self.config.get(STAGES)
+        for stage in stages if isinstance(stages, dict) else [self.stage]:
             if key.startswith(f"{STAGES}.{stage}."):
                 return stage, key.removeprefix(f"{STAGES}.{stage}.")
         return "", key
 
     def stages(self, values: list[str]) -> dict[str, Line]:
-        """The line of each stage, in order; without stages its own, which has no name.
+        """A line for each stage, in order; without stages one, which has no name.
+
+        Each has the problems of this one, and its own behind them.
 
         Args:
             values: what `accepted` found for all of them.
         """
         if STAGES not in self.config:
-            return {"": self}
+            return {"": replace(self, problems=[*self.problems])}
         stages = self.config[STAGES]
         if not isinstance(stages, dict) or not all(
             re.fullmatch("[A-Za-z0-9_-]+", str(name)) and isinstance(changes, dict | None)
@@ -241,7 +243,8 @@ class Line:
                     f"{STAGES}.{name}.{group}={option}: no such {group}; "
                     f"{near(option, self.options(group))}"
                 )
-        line = replace(self, stage=name, chosen=stated | self.chosen | chosen, problems=[])
+        line = replace(self, stage=name, chosen=stated | self.chosen | chosen)
+        line.problems = [*self.problems]
         line.compose(values)  # what is typed may be an argument of what the stage chooses
         given = line.accepted(name)
         line.compose([*values, *given])
@@ -264,7 +267,10 @@ class Line:
 
     def origin(self, key: str) -> str:
         """` (set in FILE)` for a key that nobody typed."""
-        if _touches(key, self.values):
+        typed = [
+            name for stage, name in map(self._of_stage, self.values) if stage in ("", self.stage)
+        ]
+        if _touches(key, typed):
             return ""
         said = {key, f"{STAGES}.{self.stage}.{key}"}
         if self.choices.get(RECIPE) and said & {*_flat(_load(self.file(RECIPE)))}:

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.augment import Augment
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D
+from pretrain.loader import to_batch
+from pretrain.noise import raw_batch
 from pretrain.objective import Batch
 from pretrain.objectives.voco import VoCo
+from pretrain.settings import AugmentSettings, LoopSettings
 
 SHAPE = (4, 6, 8)
 T, GRID, N = 2, (1, 2, 3), 6
@@ -148,6 +152,18 @@ def test_mirrored_crops_have_the_targets_of_where_they_were_cut(batch: Batch) ->
     mirrored = replace(batch, image=batch.image.flip(4))
     torch.testing.assert_close(built.targets(mirrored), built.targets(batch), rtol=0, atol=0)
     assert built(mirrored, 0.0).loss != built(batch, 0.0).loss
+
+
+def test_the_loaders_mirrors_change_the_crops_and_not_the_targets() -> None:
+    built = objective()
+    chosen = LoopSettings(crop_size=SHAPE, steps=1, batch_size=2, lr=1.0)
+    raw = raw_batch(chosen, 1, 2, built.crops)
+    plain, mirrored = (
+        to_batch(raw, Augment((on, on, on), AugmentSettings())) for on in (False, True)
+    )
+    assert not torch.equal(plain.image, mirrored.image)
+    torch.testing.assert_close(built.targets(mirrored), built.targets(plain), rtol=0, atol=0)
+    torch.testing.assert_close(built.targets(plain).sum(2), torch.ones(2, T))
 
 
 def test_the_teacher_is_of_the_projector_begins_as_the_student_and_has_no_gradient(
