@@ -21,8 +21,9 @@ from pretrain.settings import PretrainSettings
 from pretrain.train import build_objective
 
 CONF = Path(conf.__file__).parent
-# Two by three by four patches or blocks, so that no axis can pass for another.
-CROPS = [(8, 12, 16), (16, 24, 32), (32, 48, 64), (64, 96, 128)]
+# Two by three by four patches or blocks, so that no axis can pass for another; then what takes
+# multiples of 32, and what takes nothing but slices.
+CROPS = [(8, 12, 16), (16, 24, 32), (32, 48, 64), (32, 64, 96), (1, 12, 16)]
 STAGES = 3
 
 
@@ -58,6 +59,8 @@ SHRINK: dict[str, Callable[[Any], Any]] = {
     "block": _smaller(4),
     "blocks": _to(1),
     "convs": _to(1),
+    "feature_size": _to(4),
+    "window": _smaller(4),
     "features": lambda value: [8 * (i + 1) for i in range(len(value))],
     # What draws from torch's generator would differ between ranks.
     "drop_path": _to(0.0),
