@@ -77,11 +77,13 @@ def _check(words: list[str]) -> Any:
 
 
 def _pretrain(words: list[str]) -> Any:
-    settings = _configured("pretrain", words)
-    from pretrain.train import pretrain
+    from conf.compose import stages_for
 
-    run = pretrain(settings)
-    return {"run": str(run)}
+    stages = stages_for("pretrain", words)
+    from pretrain.stages import pretrain_stages
+
+    runs = [str(run) for run in pretrain_stages(stages)]
+    return {"run": runs[-1]} | ({"stages": runs} if len(runs) > 1 else {})
 
 
 def _bench(words: list[str]) -> Any:
@@ -301,10 +303,12 @@ example: voxelith check corpora/abdomen""",
     "pretrain": Command(
         "a corpus to an encoder",
         "pretrain corpus=DIR run=NAME [experiment=NAME] [objective=mae] [backbone=vit_s] "
-        "[trainer=auto] [key=value ...] [--config-dir DIR]",
+        "[trainer=auto] [init=RUN|RELEASE] [key=value ...] [--config-dir DIR]",
         _pretrain,
         """
-Started again with the same words, a run goes on from its newest checkpoint.
+Started again with the same words, a run goes on from its newest checkpoint. A recipe with stages
+makes a run NAME.STAGE of each, from the weights of the one before; what is typed holds for all,
+stages.STAGE.key=value for one.
 
 example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small""",
     ),

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from line import ROOT, voxelith
 
-from conf.compose import recipes, settings_for
+from conf.compose import recipes, stages_for
 from data_prep.files import write_json, write_text
 from pretrain.bench import machine
 from pretrain.run_folder import versions
+from pretrain.settings import PretrainSettings
 
 SAMPLES = ROOT / "samples"
 SMALL = recipes(small=True)
@@ -67,8 +68,9 @@ def main() -> None:
                     failed.append(name)
                     print(f"{name}: failed, see {work / name}.log", flush=True)
                 else:
-                    row = _keep(name, seconds, work, chosen.output)
-                    print(f"{name}: {json.dumps(row)}", flush=True)
+                    for run, settings in _runs(name).items():
+                        row = _keep(run, settings, seconds, work, chosen.output)
+                        print(f"{run}: {json.dumps(row)}", flush=True)
             time.sleep(0.2)
         if failed:
             for name in failed:
@@ -100,8 +102,16 @@ def _start(name: str, corpora: dict[str, Path], work: Path) -> subprocess.Popen[
     )
 
 
-def _keep(name: str, seconds: float, work: Path, output: Path) -> dict[str, Any]:
-    """Copies the run's logs and pictures, and writes its row."""
+def _runs(name: str) -> dict[str, PretrainSettings]:
+    """What a recipe runs, by name: itself, or each of its stages."""
+    stages = stages_for("pretrain", ["corpus=c", f"run={name}", f"experiment={name}"])
+    return {settings.run: settings for settings in stages.values()}
+
+
+def _keep(
+    name: str, settings: PretrainSettings, seconds: float, work: Path, output: Path
+) -> dict[str, Any]:
+    """Copies the run's logs and pictures, and writes its row; seconds are of the whole recipe."""
     run = work / "runs" / name
     shutil.copyfile(run / "metrics.csv", output / f"{name}.csv")
     shutil.copyfile(run / "health.csv", output / f"{name}-health.csv")
@@ -112,7 +122,6 @@ def _keep(name: str, seconds: float, work: Path, output: Path) -> dict[str, Any]
         shutil.copyfile(run / "previews" / "strip.png", output / f"{name}-strip.png")
     losses, health = _rows(run / "metrics.csv"), _rows(run / "health.csv")
     facts = json.loads((run / "run.json").read_text())
-    settings = settings_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"])
     row = {
         "objective": settings.objective["_target_"].rpartition(".")[2],
         "backbone": settings.backbone["_target_"].rpartition(".")[2],
@@ -138,7 +147,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _summarise(output: Path) -> None:
-    found = {f.stem: json.loads(f.read_text()) for f in sorted(output.glob("*_small.json"))}
+    found = {f.stem: json.loads(f.read_text()) for f in sorted(output.glob("*_small*.json"))}
     first = next(iter(found.values()))
     lines = [
         "# The small recipes",

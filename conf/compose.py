@@ -13,8 +13,8 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from conf.signatures import class_arguments
-from data_prep.errors import InputError, config_text, near, plain_message
+from data_prep.errors import InputError, by_stage, config_text, near, plain_message
 from data_prep.settings import MUST_EXIST
 
 HERE = Path(__file__).parent
@@ -43,9 +43,25 @@ GIVEN = {"objective": ("encoder",)}
 RECIPE = "experiment"
 """The group whose options set keys of all others."""
 
+STAGES = "stages"
+"""The key of a recipe that is trained as several runs, one after the other."""
+
 
 def settings_for(command: str, words: list[str]) -> Any:
-    """Composes and checks the settings of a command.
+    """Composes and checks the settings of a command; of a recipe with stages, those of the first.
+
+    Raises:
+        InputError: see `stages_for`.
+    """
+    return next(iter(stages_for(command, words).values()))
+
+
+def stages_for(command: str, words: list[str]) -> dict[str, Any]:
+    """Composes and checks the settings of a command, of each stage by its name.
+
+    Without stages there is one, which has no name. A recipe's `stages` maps names to what each
+    changes: keys of the command, and other options of groups. What was typed wins over that in all
+    stages, and `stages.NAME.key=value` wins over both in its own. A stage's run is RUN.NAME.
 
     Args:
         command: prep, pretrain, finetune, ...
@@ -54,7 +70,7 @@ def settings_for(command: str, words: list[str]) -> Any:
 
     Raises:
         InputError: anything unknown, missing, given twice or out of range; everything that can be
-            found.
+            found, of all stages.
     """
     model = settings_class(command)
     line = read_words(command, words)
@@ -64,20 +80,27 @@ def settings_for(command: str, words: list[str]) -> Any:
         problems.append(f"{group}: missing; give {group}= one of {options}")
     try:
         line.compose([])
-        line.compose(line.accepted())
+        accepted = line.accepted()
+        line.compose(accepted)
+        lines = line.stages(accepted)
     except Exception as error:  # Hydra raises a dozen kinds; the message is what matters.
         raise InputError([*problems, line.unreadable(error)]) from error
-    problems += _target_problems(model, line)
-    settings = None
-    try:
-        settings = model.model_validate(
-            {key: value for key, value in line.config.items() if value != "???"}
-        )
-    except ValidationError as error:
-        problems += _settings_problems(error, line)
+    found: dict[str, Any] = {}
+    said: dict[str, list[str]] = {}
+    for name, one in lines.items():
+        one.problems += _target_problems(model, one)
+        try:
+            found[name] = model.model_validate(
+                {key: value for key, value in one.config.items() if value != "???"}
+            )
+        except ValidationError as error:
+            one.problems += _settings_problems(error, one)
+        for problem in one.problems[len(problems) :]:
+            said.setdefault(problem, []).append(name)
+    problems += by_stage(said, list(lines))
     if problems:
         raise InputError(problems + _absent(model, line))
-    return settings
+    return found
 
 
 def recipes(*, small: bool) -> list[str]:
@@ -102,6 +125,8 @@ class Line:
     config: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)
     """The option of each group that the composed `config` has, by words, recipe or default."""
+    stage: str = ""
+    """The stage that it is of, where there are several."""
 
     def options(self, group: str) -> set[str]:
         """The options of a group, the user's own among them."""
@@ -139,14 +164,21 @@ class Line:
         assert isinstance(plain, dict)
         self.config = {str(key): value for key, value in plain.items()}
 
-    def accepted(self) -> list[str]:
-        """Overrides of keys that exist; the others are problems."""
+    def accepted(self, stage: str = "") -> list[str]:
+        """Overrides of keys that exist; the others are problems.
+
+        Args:
+            stage: of those that were typed for that stage alone.
+        """
         found: list[str] = []
         if not self.values:
             return found  # help alone does not wait for what settings import
         model = settings_class(self.command)
         texts, fields = _text_keys(model), {key for key, _ in _fields(model)}
-        for key, value in self.values.items():
+        for typed, value in self.values.items():
+            where, key = self._of_stage(typed)
+            if where != stage or (stage and key in self.groups):
+                continue
             parent = self.config
             *above, last = key.split(".")
             known = key in fields
@@ -157,10 +189,10 @@ class Line:
             # Arguments of a class are checked against its signature, which knows more than the
             # YAML; a file of a group may leave out what has a default.
             if last not in parent and not known and "_target_" not in parent:
-                self.problems.append(f"{key}={value}: no such key; {self.near(key)}")
+                self.problems.append(f"{typed}={value}: no such key; {self.near(key)}")
                 continue
             if not value and parent.get(last) != "":
-                self.problems.append(f"{key}=: has no value; is a variable of the shell empty?")
+                self.problems.append(f"{typed}=: has no value; is a variable of the shell empty?")
                 continue
             # null stays null where the default is; else it is a name like any other.
             literal = key in texts and not (value == "null" and parent.get(last) is None)
@@ -169,10 +201,61 @@ class Line:
                 found.append(override)
             else:
                 self.problems.append(
-                    f"{key}={value}: cannot be read; a list is written [1,2,3], a mapping "
+                    f"{typed}={value}: cannot be read; a list is written [1,2,3], a mapping "
                     "{a: 1}, each in quotes for the shell if there are spaces in it"
                 )
         return found
+
+    def _of_stage(self, key: str) -> tuple[str, str]:
+        """The stage that a typed key is for, if it is for one alone, and the key there."""
+        stages = self.config.get(STAGES)
+        for stage in stages if isinstance(stages, dict) else [self.stage]:
+            if key.startswith(f"{STAGES}.{stage}."):
+                return stage, key.removeprefix(f"{STAGES}.{stage}.")
+        return "", key
+
+    def stages(self, values: list[str]) -> dict[str, Line]:
+        """A line for each stage, in order; without stages one, which has no name.
+
+        Each has the problems of this one, and its own behind them.
+
+        Args:
+            values: what `accepted` found for all of them.
+        """
+        if STAGES not in self.config:
+            return {"": replace(self, problems=[*self.problems])}
+        stages = self.config[STAGES]
+        if not isinstance(stages, dict) or not all(
+            re.fullmatch("[A-Za-z0-9_-]+", str(name)) and isinstance(changes, dict | None)
+            for name, changes in stages.items()
+        ):
+            raise ValueError(f"{STAGES}: expected a mapping of names to what each stage changes")
+        return {name: self._staged(name, changes or {}, values) for name, changes in stages.items()}
+
+    def _staged(self, name: str, changes: dict[str, Any], values: list[str]) -> Line:
+        typed = {self._of_stage(key): value for key, value in self.values.items()}
+        own = {key: value for (stage, key), value in typed.items() if stage == name}
+        stated = {g: o for g, o in changes.items() if g in self.groups and isinstance(o, str)}
+        chosen = {g: o for g, o in own.items() if g in self.groups}
+        for group, option in (stated | chosen).items():
+            if option not in self.options(group):
+                raise ValueError(
+                    f"{STAGES}.{name}.{group}={option}: no such {group}; "
+                    f"{near(option, self.options(group))}"
+                )
+        line = replace(self, stage=name, chosen=stated | self.chosen | chosen)
+        line.problems = [*self.problems]
+        line.compose(values)  # what is typed may be an argument of what the stage chooses
+        given = line.accepted(name)
+        line.compose([*values, *given])
+        del line.config[STAGES]
+        all_stages = {key for stage, key in typed if not stage}
+        wins = {*all_stages, *own, *self.chosen}
+        rest = {key: value for key, value in changes.items() if key not in stated}
+        _overlay(line.config, rest, lambda key: _touches(key, wins))
+        if line.config.get("run") not in (None, "???"):
+            line.config["run"] = f"{line.config['run']}.{name}"
+        return line
 
     def near(self, key: str) -> str:
         """A hint at the key that was probably meant."""
@@ -184,9 +267,13 @@ class Line:
 
     def origin(self, key: str) -> str:
         """` (set in FILE)` for a key that nobody typed."""
-        if any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in self.values):
+        typed = [
+            name for stage, name in map(self._of_stage, self.values) if stage in ("", self.stage)
+        ]
+        if _touches(key, typed):
             return ""
-        if self.choices.get(RECIPE) and key in _flat(_load(self.file(RECIPE))):
+        said = {key, f"{STAGES}.{self.stage}.{key}"}
+        if self.choices.get(RECIPE) and said & {*_flat(_load(self.file(RECIPE)))}:
             return f" (set in {_name(self.file(RECIPE))})"
         group = key.partition(".")[0]
         return f" (set in {_name(self.file(group))})" if self.choices.get(group) else ""
@@ -298,6 +385,28 @@ def _take_config_dir(words: Iterable[str], groups: Iterable[str]) -> tuple[list[
             [f"{f}: {f.parent.name}={f.stem} is one of voxelith; rename the file" for f in ours]
         )
     return rest, folder
+
+
+def _touches(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of them, or a part of one, or has one as a part."""
+    return any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in keys)
+
+
+def _overlay(
+    config: dict[str, Any], changes: Mapping[str, Any], kept: Callable[[str], bool], above: str = ""
+) -> None:
+    """Sets keys of a config, those of mappings in it one by one, but for those that are kept.
+
+    A key may be dotted: beside `objective: NAME`, its arguments are `objective.ARGUMENT`.
+    """
+    for dotted, given in changes.items():
+        key, dot, rest = dotted.partition(".")
+        value = {rest: given} if dot else given
+        name = f"{above}{key}"
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _overlay(config[key], value, kept, f"{name}.")
+        elif not kept(name):
+            config[key] = value
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.compose import GIVEN, HERE, SETTINGS, Line, extended, read_words
+from conf.compose import GIVEN, HERE, RECIPE, SETTINGS, STAGES, Line, extended, read_words
 from conf.signatures import class_arguments
 from data_prep.errors import InputError, config_text
 
@@ -67,6 +67,11 @@ def _sections(line: Line) -> Iterator[tuple[str, str]]:
         yield title, _rows(keys_of(HERE / f"{command}.yaml"), values)
         command = extended(command)
         title = f"keys of {command}"
+    stages = {name: value for name, value in values.items() if name.startswith(f"{STAGES}.")}
+    yield (
+        f"{STAGES} ({RECIPE}={line.choices.get(RECIPE)} is a run of each, one after the other)",
+        "".join(_row(f"{name}={value}", "") for name, value in stages.items()),
+    )
     for group in [group for group in options if isinstance(line.config.get(group), dict)]:
         file = line.file(group)
         keys: dict[str, Key] = {}

@@ -75,6 +75,16 @@ def named(key: str, path: Path, work: Callable[[Path], T]) -> T:
         raise type(error)(problems) from error
 
 
+def by_stage(said: Mapping[str, list[str]], stages: list[str]) -> list[str]:
+    """Problems of a recipe's stages, each once, with the stages that have it unless all have.
+
+    Args:
+        said: the stages that have a problem, by its text.
+        stages: all there are.
+    """
+    return [p if found == stages else f"{', '.join(found)}: {p}" for p, found in said.items()]
+
+
 def plain_message(items: Sequence[Mapping[str, Any]], depth: int = 0) -> str:
     """Pydantic's errors of one value, without the library's way of saying it.
 

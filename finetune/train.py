@@ -42,7 +42,7 @@ from finetune.protocol import freeze_problem
 from finetune.rows import Row, are_current, write_rows
 from finetune.settings import FinetuneSettings, TaskSettings, config_hash
 from finetune.supervised import Supervised
-from pretrain.decoders import without_head
+from pretrain.decoders import first_blocks
 from pretrain.loader import CropDataset
 from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
@@ -253,7 +253,7 @@ def _decoder_left(release: Release, decoder: nn.Module) -> LoadReport:
     state = decoder.state_dict()
     if not release.has_decoder:
         return LoadReport(new=sorted(state))
-    body = sorted(without_head(state))
+    body = sorted(first_blocks(state, release.decoder_blocks))
     return LoadReport(
         skipped=dict.fromkeys(body, "transfer=encoder"), new=sorted(set(state) - set(body))
     )

@@ -9,6 +9,7 @@ to the task and stay behind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +30,14 @@ _Value = TypeVar("_Value")
 def without_head(named: Mapping[str, _Value]) -> dict[str, _Value]:
     """Of a decoder's tensors by name, those that transfer to another task."""
     return {name: value for name, value in named.items() if not name.startswith("head")}
+
+
+def first_blocks(named: Mapping[str, _Value], blocks: int | None) -> dict[str, _Value]:
+    """Of a U-Net decoder's tensors by name, those of its first blocks; None: all but the head."""
+    if blocks is None:
+        return without_head(named)
+    parts = tuple(f"{part}.{n}." for n in range(blocks) for part in ("transpconvs", "stages"))
+    return {name: value for name, value in named.items() if name.startswith(parts)}
 
 
 def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
@@ -122,11 +131,14 @@ class UNetDecoder(nn.Module):
         x = self.head(self.decoded(features)[0])
         return resized(x, image.shape[2:])
 
-    def decoded(self, features: list[Tensor]) -> list[Tensor]:
-        """What its stages give, finest first; without a stage the one map that there is."""
+    def decoded(self, features: list[Tensor], blocks: int | None = None) -> list[Tensor]:
+        """What its stages give, finest first; without a stage the one map that there is.
+
+        With `blocks`, only that many stages are run, from the coarsest.
+        """
         x, maps = features[-1], []
         levels = zip(self.transpconvs, self.stages, reversed(features[:-1]), strict=True)
-        for upsample, stage, skip in levels:
+        for upsample, stage, skip in islice(levels, blocks):
             x = stage(torch.cat([upsample(x), skip], dim=1))
             maps.append(x)
         return maps[::-1] or [x]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.licences import strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
 from pretrain.objective import Objective
-from pretrain.release import FORMAT, Release, write_release
+from pretrain.release import FORMAT, Release, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
-from pretrain.settings import FREE
+from pretrain.start import Origin, corpus_of, origin_of, recipe_hash, seen_volumes
 from pretrain.train import load_trained
 
 
@@ -40,16 +37,9 @@ def export(run_path: Path, output: Path) -> Release:
     objective, facts, state = load_trained(run)
     step, trained_on = int(state["step"]), str(state["schedule"]["index_hash"])
     settings = run.config()
-    corpus = Corpus.open(Path(settings["corpus"]))
-    if corpus.index_hash != trained_on:
-        raise InputError(
-            f"{corpus.path}: is not the corpus that {run_path} was trained on (index hash "
-            f"{corpus.index_hash[:12]}, its checkpoint says {trained_on[:12]}); "
-            "its fingerprints are needed: restore it"
-        )
+    corpus, origin = corpus_of(run, trained_on), origin_of(run)
     decoder = transferable_decoder(objective)
-    prints = set().union(*corpus.scan_prints().values())
-    fingerprints = {"format": 1, "values": sorted(prints)}
+    fingerprints = {"format": 1, "values": seen_volumes(corpus, origin)}
     config = {
         "format": FORMAT,
         "name": run.path.name,
@@ -67,11 +57,12 @@ def export(run_path: Path, output: Path) -> Release:
             "seed": settings["seed"],
             "lr": settings["lr"],
             "seconds": _device_seconds(run, settings),
-            "recipe_hash": recipe_hash(settings, corpus.index_hash, step),
+            "recipe_hash": recipe_hash(settings, corpus.index_hash, step, origin),
+            **({} if origin is None else {"init": origin.facts()}),
         },
         "data": {**facts["corpus"], **facts["data"]},
         "versions": versions(),
-        "decoder": None if decoder is None else {"out_channels": decoder.out_channels},
+        "decoder": None if decoder is None else _decoder_facts(objective, decoder),
         "transfers": "encoder" if decoder is None else objective.transfers,
     }
     config["backbone"]["args"]["in_channels"] = facts["channels"]
@@ -80,7 +71,7 @@ def export(run_path: Path, output: Path) -> Release:
         encoder=objective.encoder,
         config=config,
         fingerprints=fingerprints,
-        card=_card(config, facts),
+        card=_card(config, facts, origin),
         decoder=decoder,
     )
 
@@ -92,21 +83,10 @@ def _device_seconds(run: RunFolder, settings: dict[str, Any]) -> float | None:
     return None if math.isnan(seconds) else round(seconds * devices, 1)
 
 
-def recipe_hash(settings: dict[str, Any], index_hash: str, step: int) -> str:
-    """The same for releases that differ in the seed of pretraining alone.
-
-    What several seeds of one recipe are worth together is told by this (`finetune.table`).
-
-    Args:
-        settings: of the run, as its config.json has them.
-        index_hash: of the corpus.
-        step: how far the run had come.
-    """
-    kept = {k: v for k, v in settings.items() if k not in FREE | {"run", "seed"}}
-    precision = settings["trainer"]["precision"]
-    recipe = {**kept, "precision": precision, "index_hash": index_hash, "step": step}
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _decoder_facts(objective: Objective, decoder: nn.Module) -> dict[str, Any]:
+    blocks = objective.decoder_blocks
+    facts = {"out_channels": decoder.out_channels}
+    return facts if blocks is None else {**facts, "blocks": blocks}
 
 
 def transferable_decoder(objective: Objective) -> nn.Module | None:
@@ -124,8 +104,8 @@ def transferable_decoder(objective: Objective) -> nn.Module | None:
         with torch.device("meta"):
             usual = build_decoder(objective.encoder, channels)
             others = [build_decoder(objective.encoder, n) for n in (1, 2, 16)]
-        if type(usual) is type(decoder) and _shapes(usual) == _shapes(decoder):
-            bodies = [without_head(_shapes(one)) for one in (usual, *others)]
+        if type(usual) is type(decoder) and shapes_of(usual) == shapes_of(decoder):
+            bodies = [without_head(shapes_of(one)) for one in (usual, *others)]
             return decoder if all(body == bodies[0] for body in bodies) else None
     if objective.transfers == "network":
         raise InputError(
@@ -133,10 +113,6 @@ def transferable_decoder(objective: Objective) -> nn.Module | None:
             "is not the one that build_decoder(encoder, out_channels) makes; use that one"
         )
     return None
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def _described(module: Any, config: dict[str, Any], package: str) -> dict[str, Any]:
@@ -148,6 +124,12 @@ def _described(module: Any, config: dict[str, Any], package: str) -> dict[str, A
 def _decoder_words(config: dict[str, Any]) -> str:
     if config["decoder"] is None:
         return "none: finetuning begins with a new one"
+    blocks = config["decoder"].get("blocks")
+    if blocks is not None:
+        return (
+            f"`decoder.safetensors` has its first {blocks} blocks from the coarsest; finetuning "
+            "takes them over and begins with a new rest"
+        )
     if config["transfers"] == "network":
         return "`decoder.safetensors`; finetuning takes it over but for its head"
     return "`decoder.safetensors`; finetuning takes it over with `transfer=network`"
@@ -157,13 +139,27 @@ def _took(seconds: float | None) -> str:
     return "" if seconds is None else f", {seconds / 3600:.3g} device hours"
 
 
-def _card(config: dict[str, Any], facts: dict[str, Any]) -> str:
+def _card(config: dict[str, Any], facts: dict[str, Any], origin: Origin | None) -> str:
     data, training = config["data"], config["training"]
-    licences = strictest_first(data["licence"])
+    before = [] if origin is None else origin.data
+    # Trainings may share volumes, so what came before is listed, not added.
+    licence: dict[str, int] = {}
+    for one in [*reversed(before), data]:
+        licence |= one.get("licence", {})
+    licences = strictest_first(licence)
     sources = "\n".join(f"| {name} | {count} |" for name, count in sorted(data["source"].items()))
     spacing = config["preprocess"]["operations"][1].get("spacing_mm")
     grid = f"resampled to {spacing} mm" if spacing else "kept at its own spacing"
-    listed = "\n".join(f"- {name}: {data['licence'][name]} volumes" for name in licences)
+    listed = "\n".join(f"- {name}: {licence[name]} volumes" for name in licences)
+    began = ""
+    if origin is not None:
+        seen = "; ".join(
+            ", ".join(f"{name} ({n})" for name, n in sorted(one.get("source", {}).items()))
+            for one in before
+        )
+        began = (
+            f"\n| begins from | `{origin.name}`, digest {origin.digest[:12]}, trained on {seen} |"
+        )
     return f"""# {config["name"]}
 
 A 3D encoder pretrained without labels by Voxelith.
@@ -186,7 +182,7 @@ Whether weights inherit the licence of their data is for you to judge; all of th
 | modalities | {", ".join(config["modalities"])} |
 | training | {training["steps"]} of {training["planned_steps"]} steps of {training["batch_size"]} \
 crops of {config["crop_size"]} voxels, seed {training["seed"]}{_took(training["seconds"])} |
-| volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |
+| volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |{began}
 | decoder | {_decoder_words(config)} |
 | a scan is | turned to S, P, L axes and {grid}; intensities as in config.json |
 

@@ -53,11 +53,15 @@ class Part(BaseModel):
 
 
 class DecoderFacts(BaseModel):
-    """What rebuilds the decoder: the backbone says which it is, so its outputs are all it needs."""
+    """What rebuilds the decoder: the backbone says which it is, so its outputs are all it needs.
+
+    With `blocks`, the first ones of a U-Net's decoder are all that was trained and is there.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     out_channels: Annotated[int, Field(ge=1, le=4096)]
+    blocks: Annotated[int, Field(ge=1, le=64)] | None = None
 
 
 class ReleaseConfig(BaseModel):
@@ -97,6 +101,8 @@ class ReleaseConfig(BaseModel):
 
     @model_validator(mode="after")
     def _network_has_a_decoder(self) -> Self:
+        if self.decoder is not None and self.decoder.blocks and self.kind != "encoder":
+            raise ValueError(f"decoder.blocks belongs to kind='encoder', not {self.kind!r}")
         if self.transfers == "network" and self.decoder is None:
             raise ValueError("transfers='network', and there is no decoder: one of them is wrong")
         return self
@@ -170,6 +176,12 @@ class Manifest:
     def has_decoder(self) -> bool:
         """Whether the decoder that the encoder was trained with is part of it."""
         return self.config["decoder"] is not None
+
+    @property
+    def decoder_blocks(self) -> int | None:
+        """How many blocks of a U-Net's decoder it has, from the coarsest; None: all of it."""
+        blocks: int | None = (self.config["decoder"] or {}).get("blocks")
+        return blocks
 
     @property
     def transfers(self) -> Literal["encoder", "network"]:

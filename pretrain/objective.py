@@ -8,7 +8,7 @@ optimiser step. A segmentation task is an objective too, so finetuning needs no 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,11 +17,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.crops import ONE, Crops
 
 if TYPE_CHECKING:
     from pretrain.loop import Loop
+
+INHERITED = 0.95
+"""Share of an encoder's parameters that other weights must have to begin from them."""
 
 
 @dataclass
@@ -81,12 +85,48 @@ class Objective(L.LightningModule):
     transfers: Literal["encoder", "network"] = "encoder"
     """What finetuning takes over: the encoder, or the decoder but for its head as well."""
 
+    decoder_blocks: int | None = None
+    """Of a U-Net's decoder, how many blocks from the coarsest are trained; None: all of it."""
+
     def forward(self, batch: Batch, progress: float) -> Losses:
         """Computes the loss of one batch; `progress` runs from 0 to 1 over the training."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
         """Runs once after each optimiser step: teachers move here."""
+
+    def inherit(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Takes over weights of another run or release, as far as they fit.
+
+        Args:
+            state: by name, those of a release beginning with `encoder.`; a run has all of its
+                objective's. Tensors without values (meta) show what would fit.
+
+        Returns:
+            The names in this objective's state of what was taken.
+
+        Raises:
+            InputError: less than `INHERITED` of the encoder's parameters have the name and shape of
+                one in `state`; the message lists the others.
+        """
+        own = self.state_dict()
+        taken = {n: state[n] for n, v in own.items() if n in state and state[n].shape == v.shape}
+        sizes = {f"encoder.{n}": p.numel() for n, p in self.encoder.named_parameters()}
+        share = sum(n for name, n in sizes.items() if name in taken) / sum(sizes.values())
+        if share < INHERITED:
+            left = [
+                f"{name} {list(own[name].shape)}"
+                + (f" (there {list(state[name].shape)})" if name in state else "")
+                for name in sizes
+                if name not in taken
+            ]
+            shown = [*left[:10], *(["..."] if len(left) > 10 else [])]
+            raise InputError(
+                f"init: has {share:.0%} of this encoder's parameters, {INHERITED:.0%} are needed; "
+                f"give the backbone that it was trained with; not there: {'; '.join(shown)}"
+            )
+        self.load_state_dict(taken, strict=False)
+        return list(taken)
 
     def compile_parts(self) -> list[nn.Module]:
         """Returns the modules that are compiled one by one: the encoder's and the decoder's."""

@@ -141,11 +141,13 @@ class Release(Manifest):
     def load_decoder(self, decoder: nn.Module) -> LoadReport:
         """Copies the decoder's weights but those of its head, which belongs to the pretraining.
 
+        Where only its first blocks were trained, the others are new, like the head.
+
         Raises:
             InputError: there is no decoder, its weights are not those that config.json tells of,
                 or it is another than `decoder`; the message lists every tensor that differs.
         """
-        from pretrain.decoders import build_decoder, without_head  # features do without it
+        from pretrain.decoders import build_decoder, first_blocks  # features do without it
 
         if not self.has_decoder:
             raise InputError(f"{self.path}: has no decoder; transfer=encoder takes the encoder")
@@ -153,9 +155,11 @@ class Release(Manifest):
         found = stored_shapes(weights)
         with torch.device("meta"):
             told = build_decoder(self._make(), int(self.config["decoder"]["out_channels"]))
-        _check_shapes(found, told, weights)
-        body, state = without_head(found), decoder.state_dict()
-        _check_fit(body, {n: tuple(t.shape) for n, t in without_head(state).items()}, weights)
+        blocks, state = self.decoder_blocks, decoder.state_dict()
+        wanted = shapes_of(told)
+        _check_fit(found, wanted if blocks is None else first_blocks(wanted, blocks), weights)
+        body = first_blocks(found, blocks)
+        _check_fit(body, first_blocks(shapes_of(decoder), blocks), weights)
         with safe_open(weights, framework="pt") as file:
             copied = {name: file.get_tensor(name) for name in body}
         decoder.load_state_dict(state | copied)
@@ -177,8 +181,12 @@ def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
 
 
 def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _check_fit(found, wanted, weights)
+    _check_fit(found, shapes_of(module), weights)
+
+
+def shapes_of(module: nn.Module) -> Shapes:
+    """Names and shapes of a module's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _check_fit(found: Shapes, wanted: Shapes, weights: Path) -> None:
@@ -267,7 +275,7 @@ def write_release(
     try:
         _save_weights(encoder, folder / "model.safetensors")
         if decoder is not None:
-            _save_weights(decoder, folder / DECODER)
+            _save_weights(decoder, folder / DECODER, (config["decoder"] or {}).get("blocks"))
         write_json(folder / "config.json", config)
         write_json(folder / "fingerprints.json", fingerprints)
         write_text(folder / "README.md", card)
@@ -295,8 +303,12 @@ def write_release(
     return load_release(output)
 
 
-def _save_weights(module: nn.Module, file: Path) -> None:
-    weights = {name: value.contiguous().cpu() for name, value in module.state_dict().items()}
+def _save_weights(module: nn.Module, file: Path, blocks: int | None = None) -> None:
+    from pretrain.decoders import first_blocks
+
+    state = module.state_dict()
+    chosen = state if blocks is None else first_blocks(state, blocks)
+    weights = {name: value.contiguous().cpu() for name, value in chosen.items()}
     save_file(weights, file, metadata={"format": "pt"})
 
 

@@ -7,6 +7,8 @@ lease.json             who writes here now, with a heartbeat
 metrics.csv            one row per logged step
 checkpoints/step-00000100.pt
 previews/              pictures
+init.json              where its first weights come from, unless they are random
+load_report.json       which of its tensors those are
 failures/              steps whose loss or gradient was not finite
 health.csv             one row per look at the features
 """
@@ -48,6 +50,11 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
+
+    def last_step(self) -> int:
+        """The step of the newest one; 0 if there is none."""
+        paths = self.paths()
+        return int(paths[-1].stem.removeprefix("step-")) if paths else 0
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes a state and deletes the oldest beyond `keep`, in this order."""

@@ -188,10 +188,13 @@ RunName = Annotated[str, AfterValidator(_run_name)]
 FREE = frozenset(
     {
         "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
-        "loggers", "accumulate", "health",
+        "loggers", "accumulate", "health", "init",
     }
 )  # fmt: skip
-"""What is no part of what a run is: where it runs, how often it logs, where its folder lies."""
+"""What is no part of what a run is: where it runs, how often it logs, where folders lie.
+
+The weights that it began from are a part, but not where they lie: see `pretrain.start`.
+"""
 
 
 class PretrainSettings(LoopSettings):
@@ -201,6 +204,7 @@ class PretrainSettings(LoopSettings):
     run: RunName
     runs: Path = Path("runs")
     resume: Literal["auto", "never"] = "auto"
+    init: Annotated[Path | None, MUST_EXIST] = None
     backbone: dict[str, Any]
     objective: dict[str, Any]
     intensity: IntensitySettings = IntensitySettings()

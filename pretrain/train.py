@@ -8,8 +8,8 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from data_prep.corpus import Corpus, open_corpus
-from data_prep.errors import InputError, attempt
+from data_prep.errors import InputError, attempt, named
 from data_prep.files import write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
@@ -35,6 +36,7 @@ from pretrain.probe import Probe
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
 from pretrain.settings import LoopSettings, PretrainSettings, check_same
+from pretrain.start import Start, begin_from, check_same_start, keep_start, open_start
 from pretrain.strip import add_to_strip
 
 
@@ -43,6 +45,107 @@ def pretrain(settings: PretrainSettings) -> Path:
 
     Returns:
         The run folder.
+
+    Raises:
+        InputError: wrong settings, corpus or run folder; all problems that can be seen together.
+    """
+    path = prepare(settings).train()
+    if rank_zero_only.rank == 0:
+        print(f"Next: voxelith export {path} release/")
+    return path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pretraining that was looked at and fits together; nothing is written yet.
+
+    Attributes:
+        make: the objective with weights that depend on the seed alone.
+        start: what it begins from instead, unless that is still to be trained or it is resumed.
+    """
+
+    settings: PretrainSettings
+    run: RunFolder
+    corpus: Corpus
+    channels: int
+    make: Callable[[], Objective]
+    probe: Probe | None
+    start: Start | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last step is done and saved."""
+        return self.run.checkpoints.last_step() >= self.settings.steps
+
+    def shapes(self) -> dict[str, Tensor]:
+        """What its objective's state will be, without values."""
+        with torch.device("meta"):
+            return dict(self.make().state_dict())
+
+    def train(self) -> Path:
+        """Trains it to the last step, from its newest checkpoint if there is one."""
+        settings, run, corpus = self.settings, self.run, self.corpus
+        main = rank_zero_only.rank == 0
+        if main:
+            _warn(settings, corpus)
+        objective = self.make()
+        start = report = None
+        # Other ranks get these weights from the first one, when DDP starts.
+        if main and settings.init is not None and not run.checkpoints.paths():
+            start = self.start or named("init", settings.init, open_start)
+            report = begin_from(objective, start.state)
+        dataset = make_dataset(settings, corpus, objective.crops)
+        loop = Loop(
+            settings,
+            dataset,
+            run,
+            augment=Augment(settings.flip, settings.augment),
+            draw_previews=_draw_pictures,
+            health=Health(settings.health, dataset, run.path, self.probe),
+            loggers=make_loggers(settings, run) if main else [],
+            label="pretrain",
+        )
+        with run.lease() if main else contextlib.nullcontext():
+            if main:
+                # A run that cannot go on is refused before its facts are written anew.
+                resumed = loop.restore() is not None
+                run.describe(
+                    settings.model_dump(mode="json"),
+                    sys.argv,
+                    channels=self.channels,
+                    corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
+                    preprocess=dataset.preprocess.to_dict(),
+                    data=data_facts(corpus),
+                    parameters=sum(p.numel() for p in objective.encoder.parameters()),
+                )
+                if not resumed:
+                    keep_start(run, start, report)
+                if report is not None:
+                    print(f"init={settings.init}: {report}")
+            del start
+            try:
+                loop.fit(objective)
+            except FloatingPointError:
+                if main:
+                    print(f"Next: voxelith replay {run.path}", file=sys.stderr)
+                raise
+        if main:
+            print(f"{run.path}: step {loop.step} of {settings.steps}")
+        return run.path
+
+
+def prepare(
+    settings: PretrainSettings,
+    *,
+    follows: bool = False,
+    before: Mapping[str, Tensor] | None = None,
+) -> Prepared:
+    """Looks whether a pretraining can start.
+
+    Args:
+        settings: of it.
+        follows: whether what it begins from, `settings.init`, is a run that is still to be trained.
+        before: that run's state without values, if it is known.
 
     Raises:
         InputError: wrong settings, corpus or run folder; all problems that can be seen together.
@@ -63,44 +166,31 @@ def pretrain(settings: PretrainSettings) -> Path:
         probe = attempt(
             problems, Probe.open, settings.health.probe, channels, preprocess, settings.crop_size
         )
+    start = None
+    if main and settings.init is not None and not follows and not run.checkpoints.paths():
+        start = attempt(problems, named, "init", settings.init, open_start)
+        before = None if start is None else start.state
+    if make is not None and channels is not None:
+        attempt(problems, _check_start, make, settings, before)
     if problems or corpus is None or channels is None or make is None:
         raise InputError(problems)
-    if main:
-        _warn(settings, corpus)
-    objective = make()
-    dataset = make_dataset(settings, corpus, objective.crops)
-    loop = Loop(
-        settings,
-        dataset,
-        run,
-        augment=Augment(settings.flip, settings.augment),
-        draw_previews=_draw_pictures,
-        health=Health(settings.health, dataset, run.path, probe),
-        loggers=make_loggers(settings, run) if main else [],
-        label="pretrain",
-    )
-    with run.lease() if main else contextlib.nullcontext():
-        if main:
-            loop.restore()  # a run that cannot go on is refused before its facts are written anew
-            run.describe(
-                settings.model_dump(mode="json"),
-                sys.argv,
-                channels=channels,
-                corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
-                preprocess=dataset.preprocess.to_dict(),
-                data=data_facts(corpus),
-                parameters=sum(p.numel() for p in objective.encoder.parameters()),
-            )
-        try:
-            loop.fit(objective)
-        except FloatingPointError:
-            if main:
-                print(f"Next: voxelith replay {run.path}", file=sys.stderr)
-            raise
-    if main:
-        done = f"step {loop.step} of {settings.steps}"
-        print(f"{run.path}: {done}. Next: voxelith export {run.path} release/")
-    return run.path
+    return Prepared(settings, run, corpus, channels, make, probe, start)
+
+
+def _check_start(
+    make: Callable[[], Objective], settings: PretrainSettings, state: Mapping[str, Tensor] | None
+) -> None:
+    """Lets an objective without memory begin from weights without values."""
+    with torch.device("meta"):
+        objective = make()
+    if state is not None:
+        begin_from(objective, {name: value.to("meta") for name, value in state.items()})
+    frozen = not any(p.requires_grad for p in objective.encoder.parameters())
+    if frozen and settings.init is None:
+        raise InputError(
+            f"init: missing; {type(objective).__name__} does not train the encoder, so give "
+            "init=RUN or init=RELEASE, one that is trained"
+        )
 
 
 def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
@@ -111,6 +201,7 @@ def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
             )
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
+            check_same_start(settings.init, run)
 
 
 def _warn(settings: PretrainSettings, corpus: Corpus) -> None:

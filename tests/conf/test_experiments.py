@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conf.compose import HERE, recipes, settings_for
+from conf.compose import HERE, recipes, settings_for, stages_for
 from pretrain.objective import Objective
 from pretrain.train import build_objective
 
@@ -82,8 +82,37 @@ STATED: dict[str, dict[str, Any]] = {
         **PYMIC, "batch_size": 2, "steps": 80_000, "halve_every": 20_000, "gpus": 1,
         "objective.form": "grid",
     },
+    "simclr": {
+        **{key: value for key, value in NNSSL.items() if key != "augment.gain"},
+        "crop_size": (64, 64, 64), "optimizer": "sgd", "lr": 1e-2, "clip": 12.0,
+        "objective.form": "nt_xent", "objective.places": 2, "objective.overlap": 0.5,
+        "objective.temperature": 0.5, "augment.noise": 0.1, "augment.gamma": 0.3,
+    },
+    "simclr_ct_fm": {
+        "batch_size": 4 * 4, "optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-6,
+        "steps": 500 * 500, "warmup": 10 * 500, "gpus": 4, "objective.form": "within_scan",
+        "objective.places": 15, "objective.temperature": 0.1, "objective.hidden_dim": 256,
+        "objective.out_dim": 128, "augment.blur": 0.5,
+    },
+    "voco": {
+        "crop_size": (64, 64, 64), "batch_size": 2 * 8, "optimizer": "adamw", "lr": 1e-4,
+        "weight_decay": 0.01, "warmup": 5000, "steps": 2_000_000, "clip": None, "gpus": 8,
+        "objective.form": "large_scale_medical", "objective.targets": 2,
+        "objective.grid": [1, 3, 3], "objective.inter": True, "objective.momentum": 0.9,
+        "objective.hidden_dim": 1024,
+    },
+    "contrastive": {
+        "batch_size": 12, "optimizer": "adam", "lr": 1e-3, "steps": 10_000,
+        "objective.slabs": 4, "objective.across": True, "objective.temperature": 0.1,
+        "objective.hidden_dim": 1024, "objective.out_dim": 128,
+    },
 }  # fmt: skip
+LATER_STAGES: dict[str, dict[str, Any]] = {
+    "contrastive": {"steps": 10_000, "blocks": 3, "region": 3, "slabs": 4, "out_dim": 128},
+}
 WINDOWS = {
+    "simclr_ct_fm": (-1024.0, 2048.0, (0.0, 1.0)),
+    "voco": (-175.0, 250.0, (0.0, 1.0)),
     "hi_end_mae": (-175.0, 250.0, (0.0, 1.0)),
     "volume_fusion": (-1000.0, 1000.0, (-1.0, 1.0)),
     "volume_fusion_b": (-1000.0, 1000.0, (-1.0, 1.0)),
@@ -104,6 +133,10 @@ def test_a_full_recipe_has_the_numbers_of_its_source(name: str) -> None:
         elif key != "gpus":
             found[key] = getattr(settings, key)
     assert {key: found[key] for key in STATED[name]} == STATED[name]
+    words = ["corpus=c", "run=r", f"experiment={name}"]
+    for later in list(stages_for("pretrain", words).values())[1:]:
+        found = {"steps": later.steps, **later.objective}
+        assert {key: found[key] for key in LATER_STAGES[name]} == LATER_STAGES[name]
     if name in WINDOWS:
         rule = settings.intensity.CT
         assert (rule.low, rule.high, rule.onto) == WINDOWS[name]
@@ -112,11 +145,13 @@ def test_a_full_recipe_has_the_numbers_of_its_source(name: str) -> None:
 @pytest.mark.parametrize("name", FULL + SMALL)
 def test_a_recipe_fits_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings, backbone, objective and crop: a step without memory, as before a run."""
-    settings = settings_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"])
-    small = name.endswith("_small")
-    assert settings.warmup < settings.steps
-    if small:
-        assert settings.trainer.accelerator == "cpu" and settings.steps <= 500
+    stages = stages_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"]).values()
+    for settings in stages:
+        assert settings.warmup < settings.steps
+        if name.endswith("_small"):
+            assert settings.trainer.accelerator == "cpu"
+    if name.endswith("_small"):
+        assert sum(settings.steps for settings in stages) <= 500
     # Weights of the full ones are not wanted here.
     import torch
 
@@ -129,7 +164,8 @@ def test_a_recipe_fits_together(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             return real(*args, **given)
 
     monkeypatch.setattr(train, "build", light)
-    assert isinstance(build_objective(settings, channels=1), Objective)
+    for settings in stages:
+        assert isinstance(build_objective(settings, channels=1), Objective)
 
 
 def test_what_is_given_beside_a_recipe_wins() -> None:

@@ -51,7 +51,8 @@ def test_what_is_computed_again_is_the_same(objective: str, backbone: str) -> No
         part.register_forward_pre_hook(count)
     built.encoder.set_grad_checkpointing()
     again = stepped(chosen, built)
-    if len(built.encoder.compile_parts()) > 1:
+    trains = any(p.requires_grad for p in built.encoder.parameters())
+    if len(built.encoder.compile_parts()) > 1 and trains:
         assert calls == 2, "the first block must run in the forward and in the backward pass"
     assert plain.keys() == again.keys()
     assert [name for name in plain if not torch.equal(plain[name], again[name])] == []

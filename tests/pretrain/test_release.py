@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import voxelith
 from data_prep.errors import CorruptionError, InputError
-from pretrain.export import export, recipe_hash, strictest_first
+from pretrain.export import export, strictest_first
 from pretrain.release import DECODER, FILES, Release, check_golden, file_digest, load_release
 from pretrain.settings import PretrainSettings
+from pretrain.start import recipe_hash
 from pretrain.train import pretrain
 
 BACKBONES = {

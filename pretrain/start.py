@@ -1,0 +1,221 @@
+"""Weights that a pretraining begins from: another run's, or a release's.
+
+What they were trained on goes along: the leakage gate asks what an encoder has seen, in all of its
+trainings. A run keeps that in `init.json` and needs the other one no more once it has a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.files import write_json
+from pretrain.manifest import file_digest
+from pretrain.objective import Objective
+from pretrain.release import LoadReport, load_release
+from pretrain.run_folder import RunFolder
+from pretrain.settings import FREE
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from, without a path.
+
+    Attributes:
+        name: of the run or release.
+        digest: sha256 of the run's checkpoint, or the release's.
+        recipe_hash: see there; the digest where the release has none.
+        data: counts of what the weights were trained on, a dict for each training, the last first.
+        fingerprints: of all volumes that they were trained on.
+    """
+
+    name: str
+    digest: str
+    recipe_hash: str
+    data: list[dict[str, Any]]
+    fingerprints: list[str]
+
+    def facts(self) -> dict[str, Any]:
+        """All but the fingerprints, for a release's config."""
+        return {name: value for name, value in asdict(self).items() if name != "fingerprints"}
+
+
+def origin_of(run: RunFolder) -> Origin | None:
+    """What a run began from; None: from random weights."""
+    file = run.path / "init.json"
+    return Origin(**json.loads(file.read_text())) if file.exists() else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights by name, and where they come from."""
+
+    state: dict[str, Tensor]
+    origin: Origin
+
+
+def open_start(path: Path) -> Start:
+    """Reads the weights of a run's newest checkpoint or of a release, every byte of it verified.
+
+    Raises:
+        InputError: it is neither, has no checkpoint yet, or the run's corpus is gone.
+    """
+    return _of_run(RunFolder(path)) if _is_run(path) else _of_release(path)
+
+
+def check_same_start(init: Path | None, run: RunFolder) -> None:
+    """Refuses to resume a run that began from other weights.
+
+    Its own checkpoint has all that it needs, so where they were may be empty by now, or hold a run
+    that went on: the same path is taken at its word, another one by its digest.
+
+    Raises:
+        InputError: it began from others.
+    """
+    origin, path = origin_of(run), run.config().get("init")
+    if origin is None and init is None:
+        return
+    if origin is not None and init is not None:
+        if str(init) == path:
+            return
+        there = _newest(RunFolder(init)) if _is_run(init) else None
+        found = load_release(init).digest if there is None else file_digest(there)
+        if found == origin.digest:
+            return
+    began = "random weights" if origin is None else f"{origin.name} ({path})"
+    raise InputError(
+        f"{run.path}: cannot be resumed with init={init}: it began from {began}; restore that, or "
+        "start another run=NAME"
+    )
+
+
+def keep_start(run: RunFolder, start: Start | None, report: LoadReport | None) -> None:
+    """Writes into a run's folder what it begins from and what became of each tensor."""
+    files = run.path / "init.json", run.path / "load_report.json"
+    for file in files:
+        file.unlink(missing_ok=True)  # of a start that came to no checkpoint
+    if start is not None and report is not None:
+        write_json(files[0], asdict(start.origin))
+        how = {"init": start.origin.name, "digest": start.origin.digest}
+        write_json(files[1], how | report.to_dict())
+
+
+def begin_from(objective: Objective, state: Mapping[str, Tensor]) -> LoadReport:
+    """Lets an objective take over weights; the report says what became of each.
+
+    Raises:
+        InputError: they do not fit it; see `Objective.inherit`.
+    """
+    taken = set(objective.inherit(state))
+    own = objective.state_dict()
+    sizes = {f"encoder.{name}": p.numel() for name, p in objective.encoder.named_parameters()}
+    skipped = {
+        name: f"has shape {list(value.shape)}, {list(own[name].shape)} here"
+        if name in own
+        else "is no part of it"
+        for name, value in state.items()
+        if name not in taken
+    }
+    covered = sum(n for name, n in sizes.items() if name in taken) / sum(sizes.values())
+    return LoadReport(
+        copied=sorted(taken), skipped=skipped, new=sorted(own.keys() - taken), covered=covered
+    )
+
+
+def recipe_hash(
+    settings: dict[str, Any], index_hash: str, step: int, origin: Origin | None = None
+) -> str:
+    """The same for releases that differ in the seed of pretraining alone.
+
+    What several seeds of one recipe are worth together is told by this (`finetune.table`).
+
+    Args:
+        settings: of the run, as its config.json has them.
+        index_hash: of the corpus.
+        step: how far the run had come.
+        origin: what it began from.
+    """
+    kept = {k: v for k, v in settings.items() if k not in FREE | {"run", "seed"}}
+    precision = settings["trainer"]["precision"]
+    recipe = {**kept, "precision": precision, "index_hash": index_hash, "step": step}
+    if origin is not None:
+        recipe["init"] = origin.recipe_hash
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def corpus_of(run: RunFolder, index_hash: str) -> Corpus:
+    """The corpus that a run was trained on.
+
+    Raises:
+        InputError: it is gone, or another one lies in its place.
+    """
+    corpus = Corpus.open(Path(run.config()["corpus"]))
+    if corpus.index_hash != index_hash:
+        raise InputError(
+            f"{corpus.path}: is not the corpus that {run.path} was trained on (index hash "
+            f"{corpus.index_hash[:12]}, its checkpoint says {index_hash[:12]}); "
+            "its fingerprints are needed: restore it"
+        )
+    return corpus
+
+
+def seen_volumes(corpus: Corpus, origin: Origin | None) -> list[str]:
+    """Fingerprints of all that weights have seen: in this corpus, and before."""
+    before = set() if origin is None else set(origin.fingerprints)
+    return sorted(before.union(*corpus.scan_prints().values()))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").exists() and (path / "config.json").exists()
+
+
+def _newest(run: RunFolder) -> Path:
+    paths = run.checkpoints.paths()
+    if not paths:
+        raise InputError(f"{run.path}: has no checkpoint yet; let it train first")
+    return paths[-1]
+
+
+def _of_run(run: RunFolder) -> Start:
+    settings, newest = run.config(), _newest(run)
+    if "objective" not in settings:
+        raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
+    facts = json.loads((run.path / "run.json").read_text())
+    checkpoint = run.checkpoints.load()
+    assert checkpoint is not None
+    index_hash, step = str(checkpoint["schedule"]["index_hash"]), int(checkpoint["step"])
+    before = origin_of(run)
+    data = {**facts["corpus"], **facts["data"]}
+    origin = Origin(
+        name=run.path.name,
+        digest=file_digest(newest),
+        recipe_hash=recipe_hash(settings, index_hash, step, before),
+        data=[data, *(before.data if before else [])],
+        fingerprints=seen_volumes(corpus_of(run, index_hash), before),
+    )
+    return Start(checkpoint["objective"], origin)
+
+
+def _of_release(path: Path) -> Start:
+    release = load_release(path)
+    weights = load_file(path / "model.safetensors")
+    training = release.config["training"]
+    before = training.get("init") or {}
+    origin = Origin(
+        name=release.name,
+        digest=release.digest,
+        recipe_hash=str(training.get("recipe_hash", release.digest)),
+        data=[release.config["data"], *before.get("data", [])],
+        fingerprints=sorted(release.fingerprints),
+    )
+    return Start({f"encoder.{name}": value for name, value in weights.items()}, origin)

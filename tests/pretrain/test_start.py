@@ -1,0 +1,152 @@
+"""A pretraining that begins from another run or a release: what it takes, refuses and remembers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_loop import MAE, RESENC, VIT, settings, weights
+
+from data_prep.errors import InputError
+from pretrain.export import export
+from pretrain.release import load_release
+from pretrain.settings import PretrainSettings
+from pretrain.start import open_start, recipe_hash
+from pretrain.train import prepare, pretrain
+
+SIMCLR = {"_target_": "pretrain.objectives.simclr.SimCLR", "hidden_dim": 8, "out_dim": 8}
+LOCAL = {
+    "_target_": "pretrain.objectives.contrastive.LocalContrast",
+    "blocks": 1, "region": 1, "slabs": 2, "out_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def first(pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain(settings(pretrain_corpus, tmp_path_factory.mktemp("runs"), "first", steps=2))
+
+
+@pytest.fixture(scope="module")
+def release(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(first, tmp_path_factory.mktemp("releases") / "first").path
+
+
+@pytest.fixture
+def chosen(pretrain_corpus: Path, tmp_path: Path) -> Any:
+    def make(run: str = "second", **changes: Any) -> PretrainSettings:
+        # A rate so small that the weights after a step are those of the start but for a trifle.
+        given: dict[str, Any] = {
+            "objective": SIMCLR, "steps": 1, "lr": 1e-9, "weight_decay": 0.0,
+        } | changes  # fmt: skip
+        return settings(given.pop("corpus", pretrain_corpus), tmp_path, run, **given)
+
+    return make
+
+
+def nearly(run: Path, other: Path, prefix: str) -> bool:
+    a, b = weights(run), weights(other)
+    names = [name for name in a if name.startswith(prefix)]
+    assert names
+    return all(torch.allclose(a[name], b[name], atol=1e-6) for name in names)
+
+
+def test_the_encoder_of_a_run_or_its_release_is_where_it_begins(
+    first: Path, release: Path, chosen: Any
+) -> None:
+    for init in (first, release):
+        run = pretrain(chosen(f"from-{init.name}-{init.parent.name}", init=init, seed=5))
+        assert nearly(run, first, "encoder.")
+        report = json.loads((run / "load_report.json").read_text())
+        state, given = weights(run), open_start(init).state
+        assert sorted([*report["copied"], *report["new"]]) == sorted(state)
+        assert sorted([*report["copied"], *report["skipped"]]) == sorted(given)
+        assert report["covered"] == 1.0 and report["init"] == "first"
+        assert all(name.startswith("projector.") for name in report["new"])
+        checkpoint = torch.load(next((run / "checkpoints").iterdir()), weights_only=True)
+        assert checkpoint["step"] == 1  # a schedule and an optimiser of its own
+    scratch = pretrain(chosen("scratch", seed=5))
+    assert not nearly(scratch, first, "encoder.")
+    assert not (scratch / "load_report.json").exists()
+
+
+def test_another_encoder_is_refused_and_nothing_written(first: Path, chosen: Any) -> None:
+    wide = chosen(init=first, backbone=RESENC | {"features": [4, 6]})
+    with pytest.raises(InputError, match=r"init: has \d+% of this encoder's parameters") as found:
+        pretrain(wide)
+    assert "(there [8, 4, 3, 3, 3])" in str(found.value)
+    with pytest.raises(InputError, match="has 0%"):
+        pretrain(chosen(init=first, backbone=VIT, objective=MAE))
+    assert not (wide.runs / wide.run).exists()
+
+
+def test_what_is_no_start_is_said_with_all_else(chosen: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    objective = SIMCLR | {"places": 0}
+    with pytest.raises(InputError) as found:
+        prepare(chosen(init=tmp_path / "empty", objective=objective))
+    text = str(found.value)
+    assert "init=" in text and "SHA256SUMS" in text and "objective.places=0" in text
+
+
+def test_a_frozen_encoder_needs_a_start(first: Path, chosen: Any) -> None:
+    local = {"objective": LOCAL, "crop_size": (8, 12, 8)}
+    with pytest.raises(InputError, match="LocalContrast does not train the encoder, so give init="):
+        prepare(chosen(**local))
+    prepare(chosen(init=first, **local))
+
+
+def test_a_run_goes_on_without_what_it_began_from(first: Path, chosen: Any, tmp_path: Path) -> None:
+    """It has a checkpoint of its own; but another start is another run."""
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    pretrain(chosen(init=copy))
+    moved = copy.rename(tmp_path / "moved")
+    assert prepare(chosen(init=moved)).finished  # the same weights elsewhere
+    shutil.rmtree(moved)
+    assert prepare(chosen(init=copy)).finished  # gone by now
+    for other in (None, pretrain(chosen("other"))):
+        with pytest.raises(InputError, match="it began from copy"):
+            prepare(chosen(init=other))
+    with pytest.raises(InputError, match="it began from random weights"):
+        prepare(chosen("other", init=first))
+
+
+def test_a_release_remembers_what_its_start_has_seen(
+    first: Path, release: Path, chosen: Any, tmp_path: Path, labelled_corpus: Path
+) -> None:
+    """The leakage gate asks for all volumes, and no path travels."""
+    elsewhere = chosen(init=release, corpus=labelled_corpus)
+    run = pretrain(elsewhere)
+    made = load_release(export(run, tmp_path / "release").path)
+    before = load_release(release)
+    assert before.fingerprints < made.fingerprints
+    origin = made.config["training"]["init"]
+    assert (origin["name"], origin["digest"]) == ("first", before.digest)
+    assert origin["data"][0]["source"] == before.config["data"]["source"]
+    assert str(release) not in (made.path / "config.json").read_text()
+    card = (made.path / "README.md").read_text()
+    assert "| begins from | `first`" in card
+    for licence in before.config["data"]["licence"]:
+        assert f"- {licence}:" in card
+    # Once more: what the start's start has seen is still known.
+    again = open_start(made.path).origin
+    assert len(again.data) == 2 and set(again.fingerprints) == made.fingerprints
+    assert open_start(run).origin.fingerprints == again.fingerprints
+
+
+def test_the_recipe_of_the_start_is_part_of_the_recipe(first: Path, chosen: Any) -> None:
+    """And its seed is not, as with the run's own."""
+    config = chosen().model_dump(mode="json")
+    origin = open_start(first).origin
+    plain, with_start = recipe_hash(config, "i", 1), recipe_hash(config, "i", 1, origin)
+    assert plain != with_start
+    reseeded = pretrain(
+        PretrainSettings.model_validate(
+            json.loads((first / "config.json").read_text()) | {"seed": 9, "run": "reseeded"}
+        )
+    )
+    assert open_start(reseeded).origin.digest != origin.digest
+    assert recipe_hash(config, "i", 1, open_start(reseeded).origin) == with_start
