@@ -20,7 +20,7 @@ from data_prep.errors import InputError
 from finetune.protocol import DecoderKind
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import init_convolution
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.vit import TokenBackbone
 from pretrain.decoders import (
     PatchDecoder,
     UNetDecoder,
@@ -60,7 +60,7 @@ def choose_decoder(
             raise InputError(f"{where}: {error}") from error
     elif kind == "auto":
         decoder = build_decoder(encoder, out_channels)
-    elif not isinstance(encoder, ViT3D):
+    elif not isinstance(encoder, TokenBackbone):
         raise InputError(f"{where} has no tokens to decode; choose auto, unet, linear or mlp")
     elif kind == "unetr":
         if len(encoder.taps) != UNETRDecoder.TAPS:
@@ -90,7 +90,7 @@ def _takes_unet(encoder: Backbone) -> bool:
     """Whether `auto` comes to a U-Net's decoder."""
     with torch.device("meta"):
         own = encoder.own_decoder(1)
-    return own is None and not isinstance(encoder, ViT3D)
+    return own is None and not isinstance(encoder, TokenBackbone)
 
 
 class DeepUNetDecoder(UNetDecoder):

@@ -14,7 +14,7 @@ from torch import nn
 from data_prep.errors import InputError
 from finetune.protocol import LoRASettings
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.vit import TokenBackbone
 
 _MARK = "lora_"
 
@@ -43,7 +43,7 @@ def adapted_layers(encoder: Backbone) -> list[str]:
     A ViT's embedding is left as it is: it multiplies patches by its convolution's weight and never
     calls the convolution.
     """
-    within = "blocks." if isinstance(encoder, ViT3D) else ""
+    within = "blocks." if isinstance(encoder, TokenBackbone) else ""
     return [
         name
         for name, part in encoder.named_modules()

@@ -12,6 +12,7 @@ number. Each crop has a seed of its own, from which masks and changes of intensi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,13 @@ ALIKE = 1.01
 def _check(fine: bool, name: str, value: object, wanted: str) -> None:
     if not fine:
         raise ValueError(f"{name}={value}: must be {wanted}")
+
+
+def _checked_size(name: str, size: Sequence[int]) -> Size:
+    """As a tuple: YAML knows lists alone."""
+    _check(len(size) == 3 and min(size) >= 1, name, size, "three numbers of at least 1")
+    d, h, w = size
+    return d, h, w
 
 
 @dataclass(frozen=True)
@@ -172,14 +180,13 @@ class MultiCrop(Crops):
         super().__post_init__()
         _check(self.local >= 0, "local", self.local, "at least 0")
         for name in ("local_size", "region", "gram_size"):
-            size = getattr(self, name)
-            fine = size is None or (len(size) == 3 and min(size) >= 1)
-            _check(fine, name, size, "three numbers of at least 1")
-        for name in ("area", "length", "local_area", "local_length"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _checked_size(name, getattr(self, name)))
+        for name in ("area", "length", "local_area", "local_length", "aspect"):
             low, high = getattr(self, name)
-            _check(0 < low <= high <= 1, name, (low, high), "0 < low <= high <= 1")
-        low, high = self.aspect
-        _check(0 < low <= high, "aspect", (low, high), "0 < low <= high")
+            most = math.inf if name == "aspect" else 1
+            _check(0 < low <= high <= most, name, (low, high), f"0 < low <= high <= {most}")
+            object.__setattr__(self, name, (low, high))
 
     @property
     def total(self) -> int:
@@ -276,8 +283,7 @@ class Bases(Crops):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fine = len(self.grid) == 3 and min(self.grid) >= 1
-        _check(fine, "grid", self.grid, "three numbers of at least 1")
+        object.__setattr__(self, "grid", _checked_size("grid", self.grid))
 
     @property
     def main(self) -> int:
@@ -309,9 +315,9 @@ class Slabs(Crops):
     Order: the slabs of the first view from feet to head, then those of the second.
 
     The foreground's extent along D is cut into equal slabs. The middle of a crop lies in its slab,
-    anywhere, even where the crop then reaches beyond the volume (no padding is valid). In the plane
-    it lies around the middle of the foreground, a quarter of its own side away at most, so that two
-    views of a slab have half of each side in common, and within the volume.
+    anywhere, even where the crop then reaches beyond the volume, into what is not valid. In the
+    plane it lies around the middle of the foreground, a quarter of its own side away at most, so
+    that two views of a slab have half of each side in common, and within the volume.
 
     Attributes:
         count: slabs.

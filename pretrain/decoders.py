@@ -21,7 +21,7 @@ from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import ConvNorm, ConvStack, init_convolution
 from pretrain.backbones.unet import UNetEncoder
-from pretrain.backbones.vit import ChannelNorm, ViT3D
+from pretrain.backbones.vit import ChannelNorm, TokenBackbone
 from pretrain.masking import triple
 
 _Value = TypeVar("_Value")
@@ -45,7 +45,7 @@ def build_decoder(encoder: Backbone, out_channels: int) -> nn.Module:
     own = encoder.own_decoder(out_channels)
     if own is not None:
         return own
-    if isinstance(encoder, ViT3D):
+    if isinstance(encoder, TokenBackbone):
         if encoder.decoder == "patch":
             return PatchDecoder(encoder.embed_dim, encoder.patch_size, out_channels)
         if len(encoder.taps) != UNETRDecoder.TAPS:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.masking import triple
+
 
 class Backbone(nn.Module):
     """An encoder of crops [B, in_channels, D, H, W] into feature maps, finest first.
@@ -54,6 +56,24 @@ class Backbone(nn.Module):
         """
         return [[self]]
 
+    def layer_rates(self, decay: float) -> dict[str, float]:
+        """Returns the share of the rate for each parameter, by name: layer-wise decay.
+
+        As BEiT finetunes (Bao et al. 2021, arXiv:2106.08254) and DINOv2 pretrains: layer l of L has
+        decay^(L - l), and what is on top of the encoder the whole rate.
+        """
+        layers = self.layers()
+        owners = {
+            id(parameter): number
+            for number, layer in enumerate(layers)
+            for part in layer
+            for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+        }
+        return {
+            name: decay ** (len(layers) - owners[id(parameter)])
+            for name, parameter in self.named_parameters()
+        }
+
     def own_decoder(self, out_channels: int) -> nn.Module | None:
         """Returns the decoder that was published with this encoder, if it needs one of its own.
 
@@ -77,6 +97,30 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns the feature maps [B, C_i, D_i, H_i, W_i], finest first."""
         raise NotImplementedError
+
+
+def divided(
+    shape: Sequence[int], strides: Sequence[tuple[int, int, int]], name: str = "this encoder"
+) -> list[tuple[int, int, int]]:
+    """The (d, h, w) size of each map of a pyramid for a crop whose last axes are `shape`.
+
+    Raises:
+        ValueError: if the last of the strides does not divide the crop, or leaves a single cell,
+            which no norm over space can normalise.
+    """
+    size, total = tuple(int(s) for s in shape[-3:]), strides[-1]
+    if any(s < t or s % t for s, t in zip(size, total, strict=True)):
+        raise ValueError(
+            f"a crop of {list(size)} voxels does not fit {name}, whose total stride is "
+            f"{list(total)}; sides are (d, h, w) and must be multiples, for example "
+            f"{fitting_crop(size, total)}"
+        )
+    if size == total:
+        raise ValueError(
+            f"a crop of {list(size)} voxels shrinks to a single cell in {name}, whose total stride "
+            "it is; take a larger crop or fewer stages"
+        )
+    return [triple([s // t for s, t in zip(size, stride, strict=True)]) for stride in strides]
 
 
 def fitting_crop(size: Sequence[int], unit: Sequence[int]) -> list[int]:

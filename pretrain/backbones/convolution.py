@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.backbones.backbone import Backbone, fitting_crop
+from pretrain.backbones.backbone import Backbone, divided
 from pretrain.masking import enlarge, triple
 
 _Each = TypeVar("_Each")
@@ -138,25 +138,10 @@ class Pyramid(Backbone):
         """Returns the (d, h, w) size of every feature map for a crop of `shape` voxels.
 
         Raises:
-            ValueError: if the total stride does not divide the crop, or leaves a single voxel,
+            ValueError: if the total stride does not divide the crop, or leaves a single cell,
                 which instance norm cannot normalise.
         """
-        size = tuple(int(s) for s in shape[-3:])
-        total = self.strides[-1]
-        if any(s % t for s, t in zip(size, total, strict=True)):
-            raise ValueError(
-                f"a crop of {list(size)} voxels does not fit this encoder, whose total stride is "
-                f"{list(total)}; sides are (d, h, w) and must be multiples, for example "
-                f"{fitting_crop(size, total)}"
-            )
-        if size == total:
-            raise ValueError(
-                f"a crop of {list(size)} voxels shrinks to a single voxel in this encoder of total "
-                f"stride {list(total)}; take a larger crop or fewer stages"
-            )
-        return [
-            triple([s // t for s, t in zip(size, stride, strict=True)]) for stride in self.strides
-        ]
+        return divided(shape, self.strides)
 
     def layers(self) -> list[list[nn.Module | nn.Parameter]]:
         """Returns the stages; the stem belongs to the first."""

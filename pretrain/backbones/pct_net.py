@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.backbones.backbone import Backbone, fitting_crop
+from pretrain.backbones.backbone import Backbone, divided
 from pretrain.masking import triple
 
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -314,22 +314,7 @@ class PCTNetEncoder(Backbone):
             ValueError: if the total stride does not divide the crop, or leaves a single cell,
                 which batch norm cannot normalise in a batch of one.
         """
-        size = tuple(int(s) for s in shape[-3:])
-        total = self.strides[-1]
-        if any(s < t or s % t for s, t in zip(size, total, strict=True)):
-            raise ValueError(
-                f"a crop of {list(size)} voxels does not fit PCT-Net, whose total stride is "
-                f"{list(total)}; sides are (d, h, w) and must be multiples, for example "
-                f"{fitting_crop(size, total)}"
-            )
-        if size == total:
-            raise ValueError(
-                f"a crop of {list(size)} voxels shrinks to a single cell in PCT-Net, whose total "
-                "stride it is; take a larger crop"
-            )
-        return [
-            triple([s // t for s, t in zip(size, stride, strict=True)]) for stride in self.strides
-        ]
+        return divided(shape, self.strides, "PCT-Net")
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns the five maps [B, C_i, D_i, H_i, W_i] of an image [B, C, D, H, W]."""

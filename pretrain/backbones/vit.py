@@ -258,7 +258,196 @@ class BlockKind:
         return (rotary_table(grid, width // self.num_heads, device),) if self.rope else ()
 
 
-class ViT3D(Backbone):
+class TokenBackbone(Backbone):
+    """A transformer over patches: what objectives on tokens and decoders of tokens ask for.
+
+    The feature maps are the outputs of the tapped blocks, shallow to deep, all at the stride of the
+    patch. Subclasses set the attributes and implement `embed_patches`, `prefix` and, if they have
+    one, `position` and `rotary`.
+    """
+
+    patch_size: tuple[int, int, int]
+    """Voxels of a patch along (d, h, w)."""
+
+    embed_dim: int
+    """Width E."""
+
+    prefix_tokens: int
+    """K tokens before those of the patches; a CLS token is the first."""
+
+    taps: tuple[int, ...]
+    """1-based numbers of the blocks whose outputs are the feature maps."""
+
+    normed_taps: bool = False
+    """Whether all feature maps pass the final norm, or the deepest one alone."""
+
+    decoder: Literal["unetr", "patch"] = "unetr"
+    """What finetuning decodes the maps with."""
+
+    patch_embed: nn.Module
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def embed_patches(
+        self,
+        x: Tensor,
+        grid: tuple[int, int, int],
+        hidden: Tensor | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Embeds patches as [B, V, E], or all as [B, N, E]; hidden voxels are never read.
+
+        Args:
+            x: image [B, C, D, H, W].
+            grid: its patches.
+            hidden: bool [B, N], True = hidden.
+            visible: int64 [B, V], the patches to embed; None: all.
+        """
+        raise NotImplementedError
+
+    def prefix(self) -> list[nn.Parameter]:
+        """Returns the K prefix tokens in their order, in tensors whose last axis is E."""
+        raise NotImplementedError
+
+    def position(self, grid: Sequence[int], device: torch.device) -> Tensor | None:
+        """Returns [N, E] to add to the embedded patches of a whole grid, if there is any."""
+        return None
+
+    def rotary(self, grid: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+        """Returns what blocks take beside the tokens of a whole grid: a table [N, ...] or none."""
+        return ()
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Returns the patches along (d, h, w) of a crop of `shape` voxels.
+
+        Raises:
+            ValueError: if the patch does not divide the crop.
+        """
+        size = tuple(int(s) for s in shape[-3:])
+        if any(s < p or s % p for s, p in zip(size, self.patch_size, strict=True)):
+            raise ValueError(
+                f"a crop of {list(size)} voxels cannot be cut into patches of "
+                f"{list(self.patch_size)}; sides are (d, h, w) and must be multiples, for example "
+                f"{fitting_crop(size, self.patch_size)}"
+            )
+        d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
+        return d, h, w
+
+    def grids(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Returns the size of each feature map, which is that of the grid for all of them."""
+        return [self.grid(shape)] * len(self.taps)
+
+    def tokens(
+        self,
+        x: Tensor,
+        hidden: Tensor | None = None,
+        keep: int | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        """Encodes the visible patches, or all with a token in place of the hidden ones.
+
+        Hidden voxels are never read.
+
+        Args:
+            x: image [B, C, D, H, W].
+            hidden: bool [B, N], True = hidden; None hides none. Without a mask token equally many
+                must be hidden in every sample.
+            keep: number V of visible patches. Without it and without a mask token the number is
+                read from the mask, for which the host waits for the device.
+            mask_token: [E], put in place of a hidden patch's embedding before its position is
+                added.
+
+        Returns:
+            Tokens after the final norm, prefix first, patches in grid order: [B, K + V, E], or
+            [B, K + N, E] with a mask token.
+        """
+        return self.encode(x, hidden, keep, mask_token)[0]
+
+    def encode(
+        self,
+        x: Tensor,
+        hidden: Tensor | None = None,
+        keep: int | None = None,
+        mask_token: Tensor | None = None,
+        blocks: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Does what `tokens` does, and returns outputs on the way as well.
+
+        Args:
+            x: image, as the arguments that follow, of `tokens`.
+            hidden: which patches are hidden.
+            keep: number of visible patches.
+            mask_token: for hidden patches.
+            blocks: 1-based numbers of blocks, rising.
+
+        Returns:
+            The tokens after the final norm, and the outputs of the named blocks before any norm,
+            all of one shape.
+        """
+        tokens, outputs = self._run_blocks(*self._embed(x, hidden, keep, mask_token), blocks)
+        return self.norm(tokens), outputs
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Returns the tapped feature maps [B, E, gd, gh, gw], shallow to deep."""
+        grid = self.grid(x.shape)
+        _, maps = self._run_blocks(*self._embed(x, None, None, None), self.taps)
+        first = 0 if self.normed_taps else len(maps) - 1
+        maps[first:] = [self.norm(tokens) for tokens in maps[first:]]
+        return [
+            tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid) for tokens in maps
+        ]
+
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns the blocks: alike, so that one compilation serves all of them."""
+        return list(self.blocks)
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Returns the embedding with the prefix tokens, then the blocks.
+
+        The final norm belongs to the last block.
+        """
+        blocks: list[list[nn.Module | nn.Parameter]] = [[block] for block in self.blocks]
+        blocks[-1].append(self.norm)
+        return [[self.patch_embed, *self.prefix()], *blocks]
+
+    def _run_blocks(
+        self, tokens: Tensor, rotary: tuple[Tensor, ...], taps: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        outputs: list[Tensor] = []
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = self.run(block, tokens, *rotary)
+            outputs += [tokens] * taps.count(number)
+        return tokens, outputs
+
+    def _embed(
+        self, x: Tensor, hidden: Tensor | None, keep: int | None, mask_token: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The blocks' input: tokens [B, K + V, E] and what turns them, if anything does."""
+        grid = self.grid(x.shape)
+        visible = None
+        if hidden is not None and mask_token is None:
+            if keep is None:
+                keep = int((~hidden[0]).sum())
+            visible = visible_first(hidden)[:, :keep]  # [B, V]
+        tokens = self.embed_patches(x, grid, hidden, visible)
+        if hidden is not None and mask_token is not None:
+            tokens = torch.where(hidden[:, :, None], mask_token.to(tokens.dtype), tokens)
+
+        # Each token keeps the place of its own patch, whichever others are left out.
+        rotary = self.rotary(grid, x.device)
+        if visible is not None:
+            rotary = tuple(table[visible][:, None] for table in rotary)  # [B, 1, V, 2 A]
+        position = self.position(grid, x.device)  # [N, E]
+        if position is not None:
+            tokens = tokens + (position if visible is None else position[visible])
+        prefix = [
+            token.to(tokens.dtype).view(1, -1, self.embed_dim).expand(len(x), -1, -1)
+            for token in self.prefix()
+        ]
+        return torch.cat([*prefix, tokens], dim=1) if prefix else tokens, rotary
+
+
+class ViT3D(TokenBackbone):
     """3D vision transformer for crops of any shape that its patch divides.
 
     One set of weights serves all crop sizes: fixed and rotary positions follow from the grid, a
@@ -337,12 +526,7 @@ class ViT3D(Backbone):
                 f"position={position} with position_grid={position_grid}: a learned position, and "
                 "no other, needs the grid of patches that it is learned for, such as [6, 6, 6]"
             )
-        self.taps = tuple(int(t) for t in taps) if taps else _quarters(depth)
-        if sorted(self.taps) != list(self.taps) or self.taps[0] < 1 or self.taps[-1] != depth:
-            raise ValueError(
-                f"taps must rise from 1 or more to depth={depth}, or blocks behind the last one "
-                f"would learn nothing; found {list(self.taps)}"
-            )
+        self.taps = tapped_blocks(taps, depth)
         if decoder == "patch" and any(side & (side - 1) for side in triple(patch_size)):
             raise ValueError(
                 f"decoder=patch doubles its way up and needs sides that are powers of two, found "
@@ -374,140 +558,29 @@ class ViT3D(Backbone):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
 
-    def grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Returns the patches along (d, h, w) of a crop of `shape` voxels.
-
-        Raises:
-            ValueError: if the patch does not divide the crop.
-        """
-        size = tuple(int(s) for s in shape[-3:])
-        if any(s < p or s % p for s, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(
-                f"a crop of {list(size)} voxels cannot be cut into patches of "
-                f"{list(self.patch_size)}; sides are (d, h, w) and must be multiples, for example "
-                f"{fitting_crop(size, self.patch_size)}"
-            )
-        d, h, w = (s // p for s, p in zip(size, self.patch_size, strict=True))
-        return d, h, w
-
-    def grids(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Returns the size of each feature map, which is that of the grid for all of them."""
-        return [self.grid(shape)] * len(self.taps)
-
     def no_weight_decay(self) -> set[str]:
         """Returns the register tokens; a learned position answers for itself."""
         return {"register_tokens"} if self.register_tokens is not None else set()
 
-    def tokens(
-        self,
-        x: Tensor,
-        hidden: Tensor | None = None,
-        keep: int | None = None,
-        mask_token: Tensor | None = None,
-    ) -> Tensor:
-        """Encodes the visible patches, or all with a token in place of the hidden ones.
-
-        Hidden voxels are never read.
-
-        Args:
-            x: image [B, C, D, H, W].
-            hidden: bool [B, N], True = hidden; None hides none. Without a mask token equally many
-                must be hidden in every sample.
-            keep: number V of visible patches. Without it and without a mask token the number is
-                read from the mask, for which the host waits for the device.
-            mask_token: [E], put in place of a hidden patch's embedding before its position is
-                added.
-
-        Returns:
-            Tokens after the final norm, prefix first, patches in grid order: [B, K + V, E], or
-            [B, K + N, E] with a mask token.
-        """
-        return self.encode(x, hidden, keep, mask_token)[0]
-
-    def encode(
-        self,
-        x: Tensor,
-        hidden: Tensor | None = None,
-        keep: int | None = None,
-        mask_token: Tensor | None = None,
-        blocks: Sequence[int] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Does what `tokens` does, and returns outputs on the way as well.
-
-        Args:
-            x: image, as the arguments that follow, of `tokens`.
-            hidden: which patches are hidden.
-            keep: number of visible patches.
-            mask_token: for hidden patches.
-            blocks: 1-based numbers of blocks, rising.
-
-        Returns:
-            The tokens after the final norm, and the outputs of the named blocks before any norm,
-            all of one shape.
-        """
-        tokens, outputs = self._run_blocks(*self._embed(x, hidden, keep, mask_token), blocks)
-        return self.norm(tokens), outputs
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Returns the tapped feature maps [B, E, gd, gh, gw], shallow to deep."""
-        grid = self.grid(x.shape)
-        _, maps = self._run_blocks(*self._embed(x, None, None, None), self.taps)
-        maps[-1] = self.norm(maps[-1])
-        return [
-            tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid) for tokens in maps
-        ]
-
-    def compile_parts(self) -> list[nn.Module]:
-        """Returns the blocks: alike, so that one compilation serves all of them."""
-        return list(self.blocks)
-
     def layers(self) -> list[list[nn.Module | nn.Parameter]]:
-        """Returns the embedding with its positions and tokens, then the blocks.
+        """Returns what every transformer over patches does; positions are of the first layer."""
+        first, *blocks = super().layers()
+        return [[*first, self.pos_embed], *blocks]
 
-        The final norm belongs to the last block.
-        """
-        tokens = [t for t in (self.cls_token, self.register_tokens) if t is not None]
-        blocks: list[list[nn.Module | nn.Parameter]] = [[block] for block in self.blocks]
-        blocks[-1].append(self.norm)
-        return [[self.patch_embed, self.pos_embed, *tokens], *blocks]
+    def prefix(self) -> list[nn.Parameter]:
+        """Returns the CLS token, then the register tokens, as far as there are any."""
+        return [t for t in (self.cls_token, self.register_tokens) if t is not None]
 
-    def _run_blocks(
-        self, tokens: Tensor, rotary: tuple[Tensor, ...], taps: Sequence[int]
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs: list[Tensor] = []
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = self.run(block, tokens, *rotary)
-            outputs += [tokens] * taps.count(number)
-        return tokens, outputs
+    def position(self, grid: Sequence[int], device: torch.device) -> Tensor:
+        """Returns the position [N, E] that is added to the patches of a grid."""
+        position: Tensor = self.pos_embed(grid, device)
+        return position
 
-    def _embed(
-        self, x: Tensor, hidden: Tensor | None, keep: int | None, mask_token: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The blocks' input: tokens [B, K + V, E] and what turns them, if anything does."""
-        grid = self.grid(x.shape)
-        visible = None
-        if hidden is not None and mask_token is None:
-            if keep is None:
-                keep = int((~hidden[0]).sum())
-            visible = visible_first(hidden)[:, :keep]  # [B, V]
-        tokens = self._embed_patches(x, grid, hidden, visible)
-        if hidden is not None and mask_token is not None:
-            tokens = torch.where(hidden[:, :, None], mask_token.to(tokens.dtype), tokens)
+    def rotary(self, grid: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+        """Returns (table [N, 2 A],), or nothing without a rotary position."""
+        return self.kind.rotary(grid, self.embed_dim, device)
 
-        # Each token keeps the place of its own patch, whichever others are left out.
-        rotary = self.kind.rotary(grid, self.embed_dim, x.device)
-        if visible is not None:
-            rotary = tuple(table[visible][:, None] for table in rotary)  # [B, 1, V, 2 A]
-        position = self.pos_embed(grid, x.device)  # [N, E]
-        tokens = tokens + (position if visible is None else position[visible])
-        prefix = [
-            token.to(tokens.dtype).view(1, -1, self.embed_dim).expand(len(x), -1, -1)
-            for token in (self.cls_token, self.register_tokens)
-            if token is not None
-        ]
-        return torch.cat([*prefix, tokens], dim=1) if prefix else tokens, rotary
-
-    def _embed_patches(
+    def embed_patches(
         self,
         x: Tensor,
         grid: tuple[int, int, int],
@@ -528,16 +601,32 @@ class ViT3D(Backbone):
         return self.patch_embed(patches)
 
 
-def as_vit(encoder: Backbone, objective: str) -> ViT3D:
+def as_tokens(encoder: Backbone, objective: str) -> TokenBackbone:
     """The encoder, for an objective that works on tokens.
 
     Raises:
         InputError: if it has none.
     """
-    if not isinstance(encoder, ViT3D):
+    if not isinstance(encoder, TokenBackbone):
         raise InputError(
             f"objective={objective} encodes tokens and {type(encoder).__name__} has none: "
             "choose a ViT, such as backbone=vit_s, or objective=cnn_mae"
+        )
+    return encoder
+
+
+def as_vit(encoder: Backbone, objective: str) -> ViT3D:
+    """The encoder, for an objective that builds on its kind of blocks and positions.
+
+    Raises:
+        InputError: if it is another.
+    """
+    encoder = as_tokens(encoder, objective)
+    if not isinstance(encoder, ViT3D):
+        raise InputError(
+            f"objective={objective} continues the encoder with blocks and positions of its kind, "
+            f"which {type(encoder).__name__} does not give: choose another ViT, such as "
+            "backbone=vit_s, or objective=mae"
         )
     return encoder
 
@@ -569,6 +658,18 @@ def _init_eva(block: EvaBlock, number: int) -> None:
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))
 
 
-def _quarters(depth: int) -> tuple[int, ...]:
-    # A network of fewer than four blocks repeats some: decoders count on four maps.
-    return tuple(max(1, -(-depth * i // 4)) for i in range(1, 5))
+def tapped_blocks(taps: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """1-based numbers of the blocks to tap; by default at each quarter of the depth.
+
+    A network of fewer than four blocks repeats some: decoders count on four maps.
+
+    Raises:
+        ValueError: if they do not rise to the last block.
+    """
+    found = tuple(taps) if taps else tuple(max(1, -(-depth * i // 4)) for i in range(1, 5))
+    if sorted(found) != list(found) or found[0] < 1 or found[-1] != depth:
+        raise ValueError(
+            f"taps must rise from 1 or more to depth={depth}, or blocks behind the last one "
+            f"would learn nothing; found {list(found)}"
+        )
+    return found

@@ -34,12 +34,11 @@ class CnnMAE(Objective):
     """Masked blocks into a U-Net.
 
     The decoder is a U-Net's. For ResEnc and the plain U-Net it is the one that segmentation uses,
-    so all of it but its last layer can be transferred along with the encoder; PCT-Net has its own
-    there.
+    so all of it but its last layer can be transferred along with the encoder; PCT-Net, STU-Net and
+    SwinUNETR have their own there.
 
     Args:
-        encoder: a backbone whose feature maps form a pyramid (ResEncUNetEncoder, UNetEncoder,
-            PCTNetEncoder).
+        encoder: a backbone whose feature maps form a pyramid, as those of all but ViTs do.
         block: voxels of a hidden block, one number or (d, h, w).
         mask_ratio: share of the blocks to hide.
         convs_per_stage: convolutions of each decoder stage; None: as finetuning has them.

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.vit import as_vit, init_transformer, sincos_position
+from pretrain.backbones.vit import as_tokens, init_transformer, sincos_position
 from pretrain.objectives.masked_patches import MaskedPatches, complete
 
 
@@ -71,7 +71,7 @@ class HiEndMAE(MaskedPatches):
     heads.
 
     Args:
-        encoder: a backbone with tokens (ViT3D).
+        encoder: a backbone with tokens (ViT3D, SliceViT).
         decoder_dim: width of the decoder.
         decoder_heads: its attention heads; must divide the width.
         self_blocks: plain blocks before the cross blocks.
@@ -97,7 +97,7 @@ class HiEndMAE(MaskedPatches):
         taps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None,
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75,
     ) -> None:
-        vit = as_vit(encoder, "hi_end_mae")
+        vit = as_tokens(encoder, "hi_end_mae")
         depth = len(vit.blocks)
         taps = taps or tuple(depth * quarter // 4 + 1 for quarter in (1, 2, 3))
         problems = []

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.vit import as_vit, init_transformer, sincos_position
+from pretrain.backbones.vit import as_tokens, init_transformer, sincos_position
 from pretrain.objectives.masked_patches import MaskedPatches, complete
 
 
@@ -40,7 +40,7 @@ class MAE(MaskedPatches):
     small encoder.
 
     Args:
-        encoder: a backbone with tokens (ViT3D).
+        encoder: a backbone with tokens (ViT3D, SliceViT).
         decoder_dim: width of the decoder.
         decoder_depth: its blocks.
         decoder_heads: its attention heads; must divide the width.
@@ -62,7 +62,7 @@ class MAE(MaskedPatches):
         mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75,
         norm_target: bool = True,
     ) -> None:
-        vit = as_vit(encoder, "mae")
+        vit = as_tokens(encoder, "mae")
         if decoder_dim % decoder_heads:
             raise InputError(
                 f"objective.decoder_heads={decoder_heads} does not divide "

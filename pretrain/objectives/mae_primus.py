@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.vit import Position, as_vit
+from pretrain.backbones.vit import Position, ViT3D, as_vit
 from pretrain.decoders import PatchDecoder
 from pretrain.masking import patchify
 from pretrain.objectives.masked_patches import MaskedPatches, complete
@@ -30,7 +30,7 @@ class PrimusMAE(MaskedPatches):
     """Masked autoencoder whose decoder continues the encoder.
 
     Args:
-        encoder: a backbone with tokens (ViT3D); its patch's sides must be powers of two.
+        encoder: a ViT3D; its patch's sides must be powers of two.
         decoder_depth: blocks of the decoder, of the encoder's kind and width.
         drop_path: stochastic depth of the decoder's last block, growing linearly from 0.
         mask_ratio: share of the patches to hide.
@@ -38,8 +38,10 @@ class PrimusMAE(MaskedPatches):
             voxels.
 
     Raises:
-        InputError: if the encoder has no tokens or its patch cannot be reached by doubling.
+        InputError: if the encoder is no ViT3D or its patch cannot be reached by doubling.
     """
+
+    encoder: ViT3D
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.vit import TokenBackbone
 from pretrain.losses import masked_mse
 from pretrain.masking import kept, patchify, random_hidden, take_rows, unpatchify, visible_first
 from pretrain.objective import Batch, Losses, Objective
@@ -93,12 +93,12 @@ class MaskedPatches(Objective):
             voxels.
     """
 
-    encoder: ViT3D
+    encoder: TokenBackbone
 
     unbiased: bool = True
     """Whether a normalised target divides by the unbiased variance, as MAE does."""
 
-    def __init__(self, *, encoder: ViT3D, mask_ratio: float, norm_target: bool) -> None:
+    def __init__(self, *, encoder: TokenBackbone, mask_ratio: float, norm_target: bool) -> None:
         super().__init__()
         self.encoder = encoder
         self.mask_ratio = mask_ratio

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.vit import ViT3D, as_vit, init_transformer
+from pretrain.backbones.vit import TokenBackbone, as_tokens, init_transformer
 from pretrain.decoders import PatchDecoder
 from pretrain.losses import masked_l1, masked_mse
 from pretrain.masking import block_hidden, spread, triple, unpatchify
@@ -34,7 +34,7 @@ class SimMIM(Objective):
     """Masked image modelling with a mask token at the input and a light head.
 
     Args:
-        encoder: a backbone with tokens (ViT3D).
+        encoder: a backbone with tokens (ViT3D, SliceViT).
         block: voxels of a hidden block, one number or (d, h, w); a multiple of the patch. Where
             blocks do not divide the crop, the last ones are cut.
         mask_ratio: share of the blocks to hide.
@@ -46,7 +46,7 @@ class SimMIM(Objective):
             cannot reach the patch by doubling.
     """
 
-    encoder: ViT3D
+    encoder: TokenBackbone
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class SimMIM(Objective):
         head: Literal["linear", "patch"] = "linear",
     ) -> None:
         super().__init__()
-        self.encoder = as_vit(encoder, "simmim")
+        self.encoder = as_tokens(encoder, "simmim")
         patch = self.encoder.patch_size
         pairs = list(zip(triple(block), patch, strict=True))
         if any(b % p for b, p in pairs):

@@ -297,3 +297,10 @@ def test_what_is_out_of_range_is_named(make: Any, named: str) -> None:
 
 def test_sizes_of_crops_that_there_are_none_of_do_not_matter() -> None:
     assert len(MultiCrop(local=0).groups((1, 16, 16))) == 1
+
+
+def test_lists_become_tuples() -> None:
+    """As YAML gives them: sizes are compared, and layouts are keys."""
+    made: Any = [MultiCrop(local_size=[4, 6, 8], gram_size=[9, 9, 9]), Bases(1, [1, 2, 2])]  # type: ignore[arg-type]
+    assert made[0].groups(SIZE)[1].size == (4, 6, 8) and made[1].grid == (1, 2, 2)
+    assert len({*made, MultiCrop(local_size=(4, 6, 8), gram_size=(9, 9, 9))}) == 2

@@ -18,6 +18,7 @@ from pretrain.crops import Bases, Crops, MultiCrop, Pairs, Slabs
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch
 from pretrain.overlap import overlap_fractions
+from pretrain.reading import Scan
 from pretrain.schedule import Schedule
 from pretrain.settings import AugmentSettings
 
@@ -145,6 +146,7 @@ def test_a_zoomed_crop_is_its_box_resampled_by_the_preprocessing(
         draw = dataset.draw(2 * position)
         box = draw.box
         batch = sample(dataset, position)
+        np.testing.assert_allclose(box, np.stack(Scan(*draw[:3]).foreground), atol=1e-9)
         factors = draw.zoom * draw.grid.factors
         expected = slowly(dataset, draw.item, box[0] * draw.grid.factors, factors)
         found = batch.image[0, 0]
@@ -247,6 +249,22 @@ def test_aligned_views_differ_in_intensities_alone(pretrain_corpus: Path) -> Non
             assert not torch.equal(changed.image[:3], changed.image[3:])
             assert len(still.seeds.unique()) == 6
             assert still.box is not None and torch.equal(still.box[:3], still.box[3:])
+
+
+def test_scaled_crops_stay_in_their_slab(pretrain_corpus: Path) -> None:
+    """And in the plane within the volume: a scale moves a crop as little as it can."""
+    chosen = AugmentSettings(scale=1.0)
+    dataset = dataset_of(pretrain_corpus, Slabs(4), (16, 12, 12), augment=chosen)
+    for position in range(8):
+        for number in range(8):
+            draw = dataset.draw(8 * position + number)
+            low, high = (int(end[0]) for end in Scan(*draw[:3]).foreground)
+            ends = [low + k * (high - low) / 4 for k in (number % 4, number % 4 + 1)]
+            # Scaled crops start at whole voxels: their middle moves by up to half a voxel, and
+            # their span is rounded up.
+            assert ends[0] - 1 <= draw.box[:, 0].mean() <= ends[1] + 1
+            assert (draw.box[0, 1:] >= -1).all()
+            assert (draw.box[1, 1:] <= draw.grid.shape[1:] + 1).all()
 
 
 def test_views_of_a_pair_show_the_same_where_they_overlap(pretrain_corpus: Path) -> None:

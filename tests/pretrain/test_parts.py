@@ -70,8 +70,8 @@ def test_parts_are_traced_without_a_break_and_keep_their_names(
     assert left < 0.5 * sum(p.numel() for p in built.parameters())
     torch.compiler.reset()
     for part in parts:
-        part.compile(backend="eager", fullgraph=True)
-    with dynamo.patch(recompile_limit=256):  # as `compile_parts` sets it: parts differ in shape
+        part.compile(backend="eager", fullgraph=True, dynamic=False)
+    with dynamo.patch(recompile_limit=256):  # both as the loop has it: parts differ in shape
         traced = stepped(chosen, built)
     assert list(built.state_dict()) == names
     for name, value in plain.items():

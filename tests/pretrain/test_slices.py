@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 import voxelith
 from pretrain.export import export
 from pretrain.settings import PretrainSettings
 from pretrain.train import pretrain
 
+SIZES = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 
-def test_slices_pretrain_preview_export_and_encode(pretrain_corpus: Path, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"_target_": "pretrain.backbones.vit.ViT3D", "patch_size": [1, 8, 8], **SIZES},
+        {"_target_": "pretrain.backbones.slice_vit.SliceViT", "patch_size": 8, **SIZES},
+    ],
+    ids=["vit", "slice_vit"],
+)
+def test_slices_pretrain_preview_export_and_encode(
+    pretrain_corpus: Path, tmp_path: Path, backbone: dict[str, Any]
+) -> None:
     run = pretrain(
         PretrainSettings.model_validate(
             {
                 "corpus": pretrain_corpus,
                 "run": "slices",
                 "runs": tmp_path,
-                "backbone": {
-                    "_target_": "pretrain.backbones.vit.ViT3D",
-                    "patch_size": [1, 8, 8],
-                    "embed_dim": 24,
-                    "depth": 4,
-                    "num_heads": 2,
-                },
+                "backbone": backbone,
                 "objective": {
                     "_target_": "pretrain.objectives.mae.MAE",
                     "decoder_dim": 24,

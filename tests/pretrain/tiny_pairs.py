@@ -21,8 +21,9 @@ from pretrain.settings import PretrainSettings
 from pretrain.train import build_objective
 
 CONF = Path(conf.__file__).parent
-# Two by three by four patches or blocks, so that no axis can pass for another.
-CROPS = [(8, 12, 16), (16, 24, 32), (32, 48, 64), (64, 96, 128)]
+# Two by three by four patches or blocks, so that no axis can pass for another; then what takes
+# multiples of 32, and what takes nothing but slices.
+CROPS = [(8, 12, 16), (16, 24, 32), (32, 48, 64), (32, 64, 96), (1, 12, 16)]
 STAGES = 3
 
 
@@ -61,6 +62,12 @@ SHRINK: dict[str, Callable[[Any], Any]] = {
     "out_dim": _smaller(32),
     "blocks": _to(1),
     "convs": _to(1),
+    "feature_size": _to(4),
+    "window": _smaller(4),
+    # Beside a crop, as large as half of the smallest.
+    "local_size": _to(8),
+    "prototypes": _smaller(16),
+    "bottleneck_dim": _smaller(16),
     "features": lambda value: [8 * (i + 1) for i in range(len(value))],
     # What draws from torch's generator would differ between ranks.
     "drop_path": _to(0.0),
@@ -123,6 +130,8 @@ def _fitting(text: str) -> PretrainSettings | InputError:
     said = ""
     for crop in CROPS:
         chosen = PretrainSettings.model_validate_json(text).model_copy(update={"crop_size": crop})
+        if crop[0] == 1 and "local_size" in chosen.objective:  # all crops are slices, or none is
+            chosen.objective["local_size"][0] = 1
         try:
             build_objective(chosen, 1)
         except InputError as error:

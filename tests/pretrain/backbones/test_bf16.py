@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import test_pct_net
 import test_resenc
+import test_slice_vit
+import test_stunet
+import test_swin_unetr
 import test_unet
 import test_vit
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.convolution import Pyramid
-from pretrain.backbones.vit import ViT3D
+from pretrain.backbones.vit import TokenBackbone, ViT3D
 from pretrain.decoders import build_decoder, full_outputs
 from pretrain.masking import random_hidden
 from pretrain.objective import Batch, Objective
@@ -46,17 +49,25 @@ ENCODERS: dict[str, tuple[Callable[[], Backbone], tuple[int, int, int]]] = {
     "resenc": (test_resenc.small, (6, 8, 16)),
     "unet": (test_unet.small, (6, 8, 16)),
     "pct_net": (test_pct_net.small, (48, 32, 64)),
+    # As S and B, a block a stage: with its decoder, more of them make 2 to 3 % of a random network.
+    "stunet": (
+        lambda: test_stunet.small(features=(8, 12, 16), blocks=(1, 1, 1)),
+        (6, 8, 16),
+    ),
+    "swin_unetr": (test_swin_unetr.small, (32, 64, 96)),  # forward alone
+    "slice_vit": (lambda: test_slice_vit.small(layer_scale=1.0), (1, 16, 24)),
 }
+MAE_SIZES = {"decoder_dim": 18, "decoder_depth": 1, "decoder_heads": 3}
 STEPS: dict[str, tuple[str, Callable[..., Objective], dict[str, Any]]] = {
-    **{
-        kind: (kind, MAE, {"decoder_dim": 18, "decoder_depth": 1, "decoder_heads": 3})
-        for kind in test_vit.KINDS
-    },
+    **{kind: (kind, MAE, MAE_SIZES) for kind in test_vit.KINDS},
     "cnn_mae, resenc": ("resenc", CnnMAE, {"block": (2, 4, 4)}),
     "cnn_mae, unet": ("unet", CnnMAE, {"block": (2, 4, 4)}),
     "cnn_mae, pct_net": ("pct_net", CnnMAE, {"block": 16}),
     "s3d, resenc": ("resenc", S3D, {"block": (2, 4, 4)}),
     "s3d, unet": ("unet", S3D, {"block": (2, 4, 4)}),
+    "mae, slice_vit": ("slice_vit", MAE, MAE_SIZES),
+    "s3d, stunet": ("stunet", S3D, {"block": (2, 4, 4)}),
+    "volume_fusion, stunet": ("stunet", VolumeFusion, {}),
     "volume_fusion, pct_net": ("pct_net", VolumeFusion, {}),
 }
 
@@ -82,7 +93,7 @@ def looks(encoder: Backbone, image: Tensor) -> list[Callable[[], list[Tensor]]]:
     ]
     seeds, grid = torch.tensor([3, 4]), encoder.grids(image.shape)[-1]
     hidden = random_hidden(seeds, grid, 0.75)
-    if isinstance(encoder, ViT3D):
+    if isinstance(encoder, TokenBackbone):
         token = torch.ones(encoder.embed_dim)
         ways.append(lambda: [encoder.tokens(image, hidden, keep=6)])
         ways.append(lambda: [encoder.tokens(image, hidden, mask_token=token)])

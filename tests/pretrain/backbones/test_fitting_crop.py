@@ -10,6 +10,8 @@ import pytest
 from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.backbones.pct_net import PCTNetEncoder
 from pretrain.backbones.resenc import ResEncUNetEncoder
+from pretrain.backbones.slice_vit import SliceViT
+from pretrain.backbones.swin_unetr import SwinUNETREncoder
 from pretrain.backbones.vit import ViT3D
 
 
@@ -44,6 +46,7 @@ def test_sides_are_exchanged_or_rounded(
     assert fitting_crop(size, unit) == advice
 
 
+SLICES = [(64, 64, 1), (8, 32, 32), (2, 30, 3), (1, 30, 32)]
 BACKBONES: list[tuple[Backbone, tuple[int, int, int]]] = [
     (ViT3D(patch_size=(1, 8, 8), embed_dim=24, depth=1, num_heads=2), (64, 64, 1)),
     (ViT3D(patch_size=8, embed_dim=24, depth=1, num_heads=2), (64, 60, 3)),
@@ -54,6 +57,8 @@ BACKBONES: list[tuple[Backbone, tuple[int, int, int]]] = [
     (ResEncUNetEncoder(features=(4, 8), strides=(1, 2), blocks=(1, 1)), (3, 3, 3)),
     (PCTNetEncoder(features=(4, 8, 8, 8, 16), heads=(2, 2, 2)), (24, 24, 24)),
     (PCTNetEncoder(features=(4, 8, 8, 8, 16), heads=(2, 2, 2)), (9, 9, 9)),
+    (SwinUNETREncoder(feature_size=4, heads=(2, 2, 2, 2), window=2), (20, 96, 96)),
+    *((SliceViT(patch_size=8, embed_dim=24, depth=1, num_heads=2), size) for size in SLICES),
 ]
 
 

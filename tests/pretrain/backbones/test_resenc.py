@@ -53,7 +53,7 @@ def test_a_strided_block_is_the_written_formula() -> None:
 def test_a_crop_that_does_not_fit_is_explained() -> None:
     with pytest.raises(ValueError, match=r"\[4, 8, 10\].*\[2, 4, 4\].*for example \[10, 4, 8\]"):
         small()(torch.zeros(1, 1, 4, 8, 10))
-    with pytest.raises(ValueError, match="single voxel"):
+    with pytest.raises(ValueError, match="single cell"):
         small()(torch.zeros(1, 1, 2, 4, 4))
 
 

@@ -19,9 +19,10 @@ PATCH, GRID, SHAPE = (2, 4, 3), (2, 3, 4), (4, 12, 12)
 MakeBatch = Callable[..., Batch]
 
 
-def objective(depth: int = 12, **changes: object) -> HiEndMAE:
+def objective(depth: int = 12, registers: int = 0, **changes: object) -> HiEndMAE:
     torch.manual_seed(0)
-    encoder = ViT3D(patch_size=PATCH, embed_dim=24, depth=depth, num_heads=2, cls_token=True)
+    sizes: dict = {"embed_dim": 24, "depth": depth, "num_heads": 2, "register_tokens": registers}
+    encoder = ViT3D(patch_size=PATCH, cls_token=True, **sizes)
     args: dict = {"decoder_dim": 18, "decoder_heads": 3}
     return HiEndMAE(encoder=encoder, **(args | changes))
 
@@ -61,17 +62,24 @@ def test_cross_blocks_ask_raw_visible_tokens_deep_to_shallow(make_batch: MakeBat
         assert torch.equal(memory, embed(blocks[number - 1]))
 
 
-def test_only_the_normed_end_gets_mask_tokens_and_positions(make_batch: MakeBatch) -> None:
-    model, batch = objective(), make_batch(SHAPE)
+@pytest.mark.parametrize("registers", [0, 3])
+def test_only_the_normed_end_gets_mask_tokens_and_positions(
+    make_batch: MakeBatch, registers: int
+) -> None:
+    model, batch, first_patch = objective(registers=registers), make_batch(SHAPE), 1 + registers
+    seen = first_patch + 6
     first = watched(model.blocks[0])
     order, _ = model.predict(batch)
     hidden = random_hidden(batch.seeds, GRID, 0.75)
     end = model.embed(model.encoder.tokens(batch.image, hidden, 6))
     position = sincos_position(GRID, 18)[order]
     x = first[0][0]
-    assert torch.equal(x[:, 0], end[:, 0])
-    assert torch.allclose(x[:, 1:7], end[:, 1:] + position[:, :6])
-    assert torch.allclose(x[:, 7:], model.mask_token + position[:, 6:])
+    assert torch.equal(x[:, :first_patch], end[:, :first_patch])
+    assert torch.allclose(x[:, first_patch:seen], end[:, first_patch:] + position[:, :6])
+    assert torch.allclose(x[:, seen:], model.mask_token + position[:, 6:])
+    order, prediction = model.predict(batch)
+    decoded = model.decode(batch.image, hidden, order, 6)
+    assert torch.equal(prediction, model.head(decoded[:, seen:]))
 
 
 @pytest.mark.parametrize(("side", "patch", "visible"), [(96, 12, 128), (96, 16, 54)])

@@ -16,28 +16,31 @@ PATCH, GRID, SHAPE = (2, 4, 3), (2, 3, 4), (4, 12, 12)
 MakeBatch = Callable[..., Batch]
 
 
-def objective(cls_token: bool = False, **changes: object) -> MAE:
+def objective(prefix: dict | None = None, **changes: object) -> MAE:
     torch.manual_seed(0)
-    encoder = ViT3D(patch_size=PATCH, embed_dim=24, depth=2, num_heads=2, cls_token=cls_token)
+    encoder = ViT3D(patch_size=PATCH, embed_dim=24, depth=2, num_heads=2, **(prefix or {}))
     args: dict = {"decoder_dim": 18, "decoder_depth": 1, "decoder_heads": 3}
     return MAE(encoder=encoder, **(args | changes))
 
 
-@pytest.mark.parametrize("cls_token", [False, True])
+@pytest.mark.parametrize(
+    ("prefix", "first"),
+    [({}, 0), ({"cls_token": True}, 1), ({"cls_token": True, "register_tokens": 3}, 4)],
+)
 def test_prediction_equals_the_unshuffling_decoder_of_the_paper(
-    make_batch: MakeBatch, cls_token: bool
+    make_batch: MakeBatch, prefix: dict, first: int
 ) -> None:
-    batch, mae = make_batch(SHAPE), objective(cls_token=cls_token)
+    batch, mae = make_batch(SHAPE), objective(prefix)
     hidden = random_hidden(batch.seeds, GRID, 0.75)
     _, prediction = mae.predict(batch)
     visible = mae.embed(mae.encoder.tokens(batch.image, hidden))
     for sample in range(2):
         x = mae.mask_token.repeat(24, 1)
-        x[~hidden[sample]] = visible[sample, int(cls_token) :]
-        x = torch.cat([visible[sample, : int(cls_token)], x + sincos_position(GRID, 18)])[None]
+        x[~hidden[sample]] = visible[sample, first:]
+        x = torch.cat([visible[sample, :first], x + sincos_position(GRID, 18)])[None]
         for block in mae.blocks:
             x = block(x)
-        voxels = mae.head(mae.norm(x))[0, int(cls_token) :]
+        voxels = mae.head(mae.norm(x))[0, first:]
         assert torch.allclose(voxels[hidden[sample]], prediction[sample], atol=1e-5)
 
 

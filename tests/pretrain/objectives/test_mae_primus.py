@@ -15,7 +15,7 @@ PATCH, GRID, SHAPE = (2, 4, 4), (2, 3, 4), (4, 12, 16)
 MakeBatch = Callable[..., Batch]
 
 
-def objective(**changes: object) -> PrimusMAE:
+def objective(registers: int = 1, **changes: object) -> PrimusMAE:
     torch.manual_seed(0)
     encoder = ViT3D(
         patch_size=PATCH,
@@ -29,18 +29,21 @@ def objective(**changes: object) -> PrimusMAE:
         inner_norm=True,
         layer_scale=0.1,
         norm_eps=1e-5,
-        register_tokens=1,
+        register_tokens=registers,
     )
     args: dict = {"drop_path": 0.0}
     return PrimusMAE(encoder=encoder, **(args | changes))
 
 
-def test_prediction_equals_a_decoder_that_sees_the_whole_grid(make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("registers", [1, 3])
+def test_prediction_equals_a_decoder_that_sees_the_whole_grid(
+    make_batch: MakeBatch, registers: int
+) -> None:
     """As published: put tokens back in the grid, decode all of it, look at hidden voxels.
 
     On a grid of three sizes, so that no two axes can be taken for each other.
     """
-    batch, model = make_batch(SHAPE), objective()
+    batch, model = make_batch(SHAPE), objective(registers)
     order, prediction = model.predict(batch)
     hidden = random_hidden(batch.seeds, GRID, 0.75)
     visible = model.encoder.tokens(batch.image, hidden, 6)
@@ -51,11 +54,11 @@ def test_prediction_equals_a_decoder_that_sees_the_whole_grid(make_batch: MakeBa
     found = unpatchify(rows, GRID, PATCH)
     for sample in range(2):
         x = model.mask_token.repeat(24, 1)
-        x[~hidden[sample]] = visible[sample, 1:]
-        x = torch.cat([visible[sample, :1], x + position])[None]
+        x[~hidden[sample]] = visible[sample, registers:]
+        x = torch.cat([visible[sample, :registers], x + position])[None]
         for block in model.blocks:
             x = block(x, table)
-        maps = model.norm(x)[:, 1:].transpose(1, 2).unflatten(2, GRID)
+        maps = model.norm(x)[:, registers:].transpose(1, 2).unflatten(2, GRID)
         volume = model.decoder(batch.image, [maps])[0]
         where = unpatchify(hidden[sample, None, :, None].expand(-1, -1, 32), GRID, PATCH)[0]
         assert torch.allclose(volume[where], found[sample][where], atol=1e-5)

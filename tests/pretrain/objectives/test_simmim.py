@@ -57,6 +57,18 @@ def test_mask_hides_whole_blocks(make_batch: MakeBatch, variant: str) -> None:
     assert (hidden.float().mean((1, 2, 3, 4)) == share).all()
 
 
+def test_the_head_is_given_patches_and_no_prefix(make_batch: MakeBatch) -> None:
+    batch, sizes = make_batch(SHAPE), {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    encoder = ViT3D(patch_size=PATCH, cls_token=True, register_tokens=3, **sizes)
+    model = SimMIM(encoder=encoder, block=PATCH)
+    given: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    hidden, _ = model.predict(batch)
+    rows = patchify(hidden, PATCH)[:, :, 0]
+    tokens = encoder.tokens(batch.image, rows, mask_token=model.mask_token)
+    assert torch.equal(given[0], tokens[:, 4:])
+
+
 @variants
 def test_loss_equals_a_voxelwise_oracle(make_batch: MakeBatch, variant: str) -> None:
     batch, model = make_batch(SHAPE), objective(variant)
