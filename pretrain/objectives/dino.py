@@ -188,7 +188,7 @@ class DINO(Objective):
         hidden = self.hidden(batch)  # [2B, N]
         samples = len(hidden) // 2
         most = most_hidden(samples, grid, self.mask_share, self.mask_ratio[1])
-        rows = hidden_rows(hidden, max(1, most))
+        rows = hidden_rows(hidden, most)
         targets, hidden_targets = self.teach(batch, rows, progress)
 
         tokens = self.encoder.tokens(batch.image, hidden, mask_token=self.mask_token)
