@@ -28,6 +28,9 @@ class Backbone(nn.Module):
     strides: tuple[tuple[int, int, int], ...]
     """Voxels of the image along (d, h, w) for one cell of each feature map."""
 
+    deepest_has_all: bool = True
+    """Whether the deepest map depends on all weights; else finer maps have some of their own."""
+
     grad_checkpointing: bool = False
     """Whether the parts that `run` calls are computed again in the backward pass."""
 

@@ -61,6 +61,8 @@ class SwinUNETREncoder(Backbone):
         ValueError: if heads do not divide the channels of their stage.
     """
 
+    deepest_has_all = False
+
     REFINED = (0, 1, 2, 3, 5)
     """The maps that a residual block has refined."""
 
