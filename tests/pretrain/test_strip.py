@@ -93,7 +93,7 @@ def test_the_basis_is_that_of_the_largest_spread(seed: int) -> None:
 
 class Holder:
     def __init__(self, encoder: Backbone) -> None:
-        self.encoder = encoder
+        self.encoder = self.released = encoder
         self.crops = Crops()
 
 
