@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from line import ROOT, voxelith
 
-from conf.compose import recipes, settings_for
+from conf.compose import recipes, stages_for
 from data_prep.files import write_json, write_text
 from finetune.formats import cell
 from finetune.lines import Group, Table
 from finetune.table import read_table
 from pretrain.bench import machine
 from pretrain.run_folder import versions
+from pretrain.settings import PretrainSettings
 
 LABELS, DRAWS = 8, (0, 1, 2)
 PROBE = (
@@ -71,7 +72,13 @@ def release(pilot: Path, work: Path, name: str) -> None:
         return
     voxelith("pretrain", f"experiment={name}", f"corpus={pilot / 'unlabelled'}", f"run={name}",
              f"runs={work / 'pretrained'}", "trainer.threads=1", "preview_every=0")  # fmt: skip
-    voxelith("export", str(work / "pretrained" / name), str(folder))
+    voxelith("export", str(work / "pretrained" / stages(name)[-1].run), str(folder))
+
+
+def stages(name: str) -> list[PretrainSettings]:
+    """What a recipe trains, one after the other; the last one is the result."""
+    words = ["corpus=c", f"run={name}", f"experiment={name}"]
+    return list(stages_for("pretrain", words).values())
 
 
 def markdown(table: Table) -> str:
@@ -81,12 +88,12 @@ def markdown(table: Table) -> str:
     rows = []
     for group in sorted(table.groups, key=gain, reverse=True):
         line = group.main
-        name = group.checkpoint
-        settings = settings_for("pretrain", ["corpus=c", "run=r", f"experiment={name}"])
+        name = group.checkpoint.split()[0].partition(".")[0]
+        found = stages(name)
         values = [
             name,
-            settings.backbone["_target_"].rpartition(".")[2],
-            f"{settings.steps} x {settings.batch_size}",
+            found[0].backbone["_target_"].rpartition(".")[2],
+            " + ".join(f"{one.steps} x {one.batch_size}" for one in found),
             cell(line.pretrained),
             cell(line.scratch),
             cell(line.difference, sign=True),

@@ -57,24 +57,11 @@ class Supervised(Objective):
         return self
 
     def lr_scales(self) -> dict[str, float]:
-        """Share of the rate for each of the encoder's parameters, by name.
-
-        Layer-wise decay, as BEiT finetunes (Bao et al. 2021, arXiv:2106.08254): layer l of L has
-        decay^(L - l), and what is on top of the encoder the whole rate.
-        """
+        """Share of the rate for each of the encoder's parameters, by name: layer-wise decay."""
         if self.layer_decay == 1:
             return {}
-        layers = self.encoder.layers()
-        owners = {
-            id(parameter): number
-            for number, layer in enumerate(layers)
-            for part in layer
-            for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
-        }
-        return {
-            f"encoder.{name}": self.layer_decay ** (len(layers) - owners[id(parameter)])
-            for name, parameter in self.encoder.named_parameters()
-        }
+        rates = self.encoder.layer_rates(self.layer_decay)
+        return {f"encoder.{name}": rate for name, rate in rates.items()}
 
     def start_average(self, decay: float) -> None:
         """Keeps a moving average of the weights from here on, part of the state."""

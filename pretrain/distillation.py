@@ -65,8 +65,9 @@ def _log_sum_of_all_ranks(own: Tensor) -> Tensor:
 class Centring(nn.Module):
     """The other way to targets: softmax((logits - centre) / T), the centre a moving mean.
 
-    A batch is centred by those before it, and then moves the centre (in training only): the delay
-    of one step that DINOv2 has. The mean is over the rows of all ranks.
+    A batch is centred by those before it: the delay of one step that DINOv2 has. What is seen in
+    training moves the centre in `update`, once per optimiser step, whatever the number of
+    micro-batches; the mean is over the rows of all of them and of all ranks.
 
     Args:
         prototypes: K.
@@ -79,6 +80,8 @@ class Centring(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("centre", torch.zeros(prototypes))
+        # Of this rank, hence no buffer: DDP would overwrite it with rank 0's.
+        self._seen: Tensor | None = None
 
     @torch.no_grad()
     @in_float32
@@ -88,19 +91,37 @@ class Centring(nn.Module):
             counted = torch.ones_like(logits[:, 0], dtype=torch.bool)
         padding = ~counted[:, None]  # [B, 1]
         logits = logits.masked_fill(padding, 0)
-        targets = ((logits - self.centre) / temperature).softmax(1).masked_fill(padding, 0)
         if self.training:
             sums = torch.cat([logits.sum(0), counted.sum()[None]])  # [K + 1], one message
-            total, count = global_sum(sums).split([len(self.centre), 1])
-            moved = self.centre.lerp(total / count.clamp(min=1), 1 - self.momentum)
-            self.centre.copy_(torch.where(count > 0, moved, self.centre))
-        return targets
+            self._seen = sums if self._seen is None else self._seen + sums
+        return ((logits - self.centre) / temperature).softmax(1).masked_fill(padding, 0)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the centre towards the mean of what was seen since the last call, on any rank."""
+        if self._seen is None:
+            return
+        total, count = global_sum(self._seen).split([len(self.centre), 1])
+        moved = self.centre.lerp(total / count.clamp(min=1), 1 - self.momentum)
+        self.centre.copy_(torch.where(count > 0, moved, self.centre))
+        self._seen = None
 
 
 @in_float32
 def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """-sum_k target_k ln softmax(logits / T)_k along the last axis; no gradient to the target."""
     return -(target.detach() * (logits / temperature).log_softmax(-1)).sum(-1)
+
+
+@in_float32
+def target_information(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How sharp targets [B, K] are, and how much they tell of their rows, both in nats.
+
+    The mean entropy of a row, ln K if all are even; and the entropy of the mean row less that,
+    which is 0 if all rows are the same, even or sharp alike: then there is nothing to learn.
+    """
+    entropy = torch.special.entr(targets).sum(1).mean()
+    return entropy, torch.special.entr(targets.mean(0)).sum() - entropy
 
 
 class CropLoss(NamedTuple):

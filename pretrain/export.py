@@ -44,7 +44,7 @@ def export(run_path: Path, output: Path) -> Release:
         "format": FORMAT,
         "name": run.path.name,
         "kind": "encoder",
-        "backbone": _described(objective.encoder, settings["backbone"], "pretrain.backbones"),
+        "backbone": _described(objective.released, settings["backbone"], "pretrain.backbones"),
         "objective": _described(objective, settings["objective"], "pretrain.objectives"),
         "crop_size": settings["crop_size"],
         "modalities": sorted(facts["data"]["modality"]),
@@ -68,7 +68,7 @@ def export(run_path: Path, output: Path) -> Release:
     config["backbone"]["args"]["in_channels"] = facts["channels"]
     return write_release(
         output,
-        encoder=objective.encoder,
+        encoder=objective.released,
         config=config,
         fingerprints=fingerprints,
         card=_card(config, facts, origin),

@@ -138,6 +138,7 @@ class Health:
         self.run = run
         self.probe = probe
         self.collapsed = False
+        self.alarm = ""
         self.looks = 0
         self.seconds = 0.0
         self._every = 0
@@ -208,7 +209,7 @@ class Health:
             if self.probe is not None:
                 scores = self.probe.score(encode, encoder.strides, device)
         dense, pooled = spread(tokens), spread(means)
-        reason = self._judge(dense, pooled)
+        reason = self._judge(dense, pooled) or self.alarm
         took = time.perf_counter() - began
         self.seconds += took
         self.looks += 1
@@ -236,6 +237,22 @@ class Health:
         self._log.write(row)
         self._rows.append({name: float(value) for name, value in row.items()})
         return row
+
+    def heed(self, said: str, step: int) -> None:
+        """Takes in what the objective says of a logged row; the alarm lasts while it says so.
+
+        Args:
+            said: what is wrong; empty if nothing is.
+            step: that is done.
+        """
+        if said and not self.alarm:
+            print(
+                f"WARNING: step {step} of {self.run.name}: {said}; look at metrics.csv; try a "
+                "lower lr, a longer warmup or another seed",
+                file=sys.stderr,
+            )
+        self.alarm = said
+        self.collapsed = self.collapsed or bool(said)
 
     def _features(
         self, encode: Encode, device: torch.device

@@ -35,10 +35,11 @@ from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective, evaluating
-from pretrain.optim import make_optimizer, rate
+from pretrain.optim import decay, make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
+from pretrain.teacher import check_equal, check_restored, checksums, halves
 
 CHECKPOINT_FORMAT = 1
 
@@ -119,16 +120,27 @@ class Loop:
         torch.manual_seed(int(generator(*key).integers(2**62)))
 
     def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        """The learning rate is a function of the step, so it needs no state."""
+        """Learning rate and weight decay are functions of the step, so they need no state."""
         steps, chosen = self.stretch()
-        lr = chosen.lr * rate(self.step - steps.start, chosen)
+        done = self.step - steps.start
+        lr = chosen.lr * rate(done, chosen)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if group["weight_decay"]:  # others are spared
+                group["weight_decay"] = decay(done, chosen)
 
     def clip(self, objective: Objective) -> None:
-        """Clips the gradient's norm, if a limit is set, and remembers it for the log."""
+        """Clips the gradient's norm, if a limit is set, and remembers it for the log.
+
+        What the objective holds still loses its gradient, so that neither decay nor moments of the
+        optimiser touch it. Where the objective names parts, each is clipped by itself.
+        """
+        for parameter in objective.held(self.progress):
+            parameter.grad = None
         limit = math.inf if self.settings.clip is None else self.settings.clip
-        self.norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), limit)
+        parts = objective.clip_parts()
+        norms = [torch.nn.utils.clip_grad_norm_(part, limit) for part in parts]
+        self.norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         self.faults.see("gradient", self.norm, self.step, self.settings.accumulate - 1)
 
     def observe(self, losses: Losses) -> None:
@@ -138,25 +150,42 @@ class Loop:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
         self._count += 1
 
-    def observed(self, gather: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], Fault | None]:
+    def observed(
+        self, gather: Callable[[Tensor], Tensor], objective: Objective
+    ) -> tuple[dict[str, float], Fault | None]:
         """Mean losses since the last call, over all ranks, and the last gradient's `grad_norm`.
 
-        The one place where the host waits for the device, once; the first fault comes along.
+        The one place where the host waits for the device, once; the first fault and the checksums
+        of teachers come along.
 
         Args:
             gather: puts a tensor of all ranks side by side.
+            objective: whose teachers must be the same on all ranks.
+
+        Raises:
+            RuntimeError: they are not.
         """
         if not self._sums:
             return {}, None
         means = torch.stack([total.float() for total in self._sums.values()]) / self._count
         means = means if means.device.type == "mps" else means.double()
         norm = means.new_full((), math.nan) if self.norm is None else self.norm.to(means)
-        own = torch.cat([means, norm[None], self.faults.positions(means)])
+        sums = checksums(objective)
+        own = torch.cat([means, norm[None], halves(sums, means), self.faults.positions(means)])
         table: list[list[float]] = gather(own).reshape(-1, len(own)).tolist()
         values = [sum(column) / len(table) for column in zip(*table, strict=True)]
         found = dict(zip([*self._sums, "grad_norm"], values, strict=False))
+        fault = self.faults.read([row[-2:] for row in table])
+        if fault is None:
+            check_equal(list(sums), [row[len(found) : -2] for row in table], self.step)
         self._sums, self._count = {}, 0
-        return found, self.faults.read([row[-2:] for row in table])
+        return found, fault
+
+    def repeated(self) -> int:
+        """Samples of the last step whose volume came before in its batch, over all ranks."""
+        size, schedule = self.settings.batch_size, self.dataset.schedule
+        first = (self.step - 1) * size
+        return size - len({schedule.sample(p)[2] for p in range(first, first + size)})
 
     # The run.
 
@@ -174,6 +203,7 @@ class Loop:
         optimizer = None
         if state is not None:
             objective.load_state_dict(state["objective"])
+            check_restored(objective, state.get("teachers", {}), str(self.run.path))
             self.step = int(state["step"])
             optimizer = state["optimizer"]
             del state  # or each rank keeps a copy of the model for as long as it trains
@@ -229,6 +259,7 @@ class Loop:
             "format": CHECKPOINT_FORMAT,
             "step": self.step,
             "objective": objective.state_dict(),
+            "teachers": {name: int(total) for name, total in checksums(objective).items()},
             "optimizer": optimizer.state_dict(),
             "schedule": self._schedule_state(self.step),
         }
@@ -347,6 +378,7 @@ class _Watch(L.Callback):
         self.loop = loop
         self.optimizer_state = optimizer_state
         self.waited = 0.0
+        self.repeats = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         first = trainer.strategy.broadcast(self.loop.step)
@@ -448,7 +480,7 @@ class _Watch(L.Callback):
         health = self.loop.health
         assert isinstance(objective, Objective) and health is not None
         context = trainer.precision_plugin.forward_context
-        row = health.look(objective.encoder, self.loop.step, context)
+        row = health.look(objective.released, self.loop.step, context)
         shown = {f"health/{name}": value for name, value in row.items() if name != "step"}
         for logger in self.loop.loggers:
             logger.log_metrics(shown, step=self.loop.step)
@@ -460,7 +492,8 @@ class _Watch(L.Callback):
 
     def _log(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         loop, now = self.loop, time.perf_counter()
-        means, fault = loop.observed(trainer.strategy.all_gather)
+        assert isinstance(objective, Objective)
+        means, fault = loop.observed(trainer.strategy.all_gather, objective)
         if not means:
             return
         norm = means.pop("grad_norm")
@@ -488,12 +521,30 @@ class _Watch(L.Callback):
             "data_wait": self.waited / span if span else 0.0,
         }
         self.rowed, self.logged, self.waited = now, loop.step, 0.0
+        if objective.compares:
+            row["repeated"] = loop.repeated()
         if self.main:
+            self._judge(objective, row)
             self.log.write(row)
             said = f"loss {means['loss']:.4f}, data-wait {row['data_wait']:.0%}"
             self.bar.set_postfix_str(said, refresh=False)
             for logger in loop.loggers:
                 logger.log_metrics(row, step=loop.step)
+
+    def _judge(self, objective: Objective, row: dict[str, float | int]) -> None:
+        """Tells what a logged row says is wrong."""
+        health, chosen = self.loop.health, self.loop.settings
+        if row.get("repeated") and not self.repeats:
+            self.repeats = True
+            print(
+                f"WARNING: step {self.loop.step} of {self.loop.run.path.name}: {row['repeated']} "
+                f"of {chosen.batch_size} samples are of a volume that is in the batch already, and "
+                "the objective compares samples: take a batch_size well below the number of "
+                "volumes, or more volumes (said once; see `repeated` in metrics.csv)",
+                file=sys.stderr,
+            )
+        if health is not None and self.loop.step > chosen.warmup:
+            health.heed(objective.alarm({n: float(v) for n, v in row.items()}), self.loop.step)
 
     def _describe(
         self,

@@ -2,10 +2,10 @@
 
 How many tokens are hidden is drawn on the device, so no host could wait for it to learn a shape:
 rows are as many as can be at most, and those beyond the hidden ones are padding without weight.
-Zhou et al. 2021, arXiv:2111.07832, with the stratified shares of DINOv2 (Oquab et al. 2023,
-arXiv:2304.07193). In 3D tokens are drawn one by one, not in blocks, as in 3DINO.
+Zhou et al. 2021, arXiv:2111.07832, with the shares of DINOv2 (Oquab et al. 2023, arXiv:2304.07193).
+In 3D tokens are drawn one by one, not in blocks, as in 3DINO.
 
-Shape legend: B crops, N tokens of a crop, M rows.
+Shape legend: B samples, g crops of each, N tokens of a crop, M rows.
 """
 
 from __future__ import annotations
@@ -20,57 +20,60 @@ from torch import Tensor
 from pretrain.draws import uniform
 from pretrain.masking import MASK_STREAM
 
-# Whether a crop hides, how much, and what are draws of their own.
-_CROP_STREAM, _SHARE_STREAM = MASK_STREAM + 1, MASK_STREAM + 2
+# Which crops hide, how many of them, how much, and what: each is a draw of its own.
+_CROP_STREAM, _NUMBER_STREAM, _RATIO_STREAM = MASK_STREAM + 1, MASK_STREAM + 2, MASK_STREAM + 3
 
 
-def stratified_hidden(
-    seeds: Tensor, grid: Sequence[int], share: float, low: float, high: float
+def hidden_in_some(
+    seeds: Tensor, grid: Sequence[int], share: float, low: float, high: float, crops: int = 2
 ) -> Tensor:
-    """Hides tokens in floor(B * share) of the crops, and in each another share of them.
+    """Hides tokens in some of the crops of each sample, in each another share of them.
 
-    [low, high] is cut into as many equal bins as crops are chosen, and each takes its ratio from
-    one: a batch has few and many hidden tokens alike. Which crops, and which bins, is drawn among
-    the crops of the call.
+    Of g crops, g * share hide, rounded down or up at random where that is no whole number: one of
+    two, always, with a share of 0.5. All is drawn from the sample's own seeds, so that a sample
+    hides the same tokens whichever rank, batch or micro-batch it is in.
 
     Args:
-        seeds: int64 [B].
+        seeds: int64 [B * g], sample by sample.
         grid: tokens along (d, h, w), N in all.
         share: of the crops that hide tokens.
         low: smallest ratio of hidden tokens.
         high: largest.
+        crops: of a sample, g.
 
     Returns:
-        bool [B, N], True = hidden; floor(N * ratio) of a chosen crop.
+        bool [B * g, N], True = hidden; floor(N * ratio) of a chosen crop.
     """
-    B, N = len(seeds), math.prod(grid)
-    chosen = _chosen(B, share)
-    # The place of each crop in a random order: the first ones hide, the first the least.
-    place = uniform(seeds, (), _CROP_STREAM).argsort(stable=True).argsort()  # [B]
-    width = (high - low) / max(chosen, 1)
-    ratio = low + width * (place + uniform(seeds, (), _SHARE_STREAM))
-    count = torch.where(place < chosen, (N * ratio).floor(), 0)  # [B]
-    order = uniform(seeds, (N,), MASK_STREAM).argsort(dim=1, stable=True).argsort(dim=1)
-    return order < count[:, None]
+    N = math.prod(grid)
+    first = seeds[::crops]
+    wanted = round(crops * share, 6)
+    whole = math.floor(wanted)
+    chosen = whole + (uniform(first, (1,), _NUMBER_STREAM) < wanted - whole)  # [B, 1]
+    place = _places(uniform(first, (crops,), _CROP_STREAM))  # [B, g]
+    ratio = low + (high - low) * uniform(seeds, (), _RATIO_STREAM)  # [B * g]
+    count = torch.where((place < chosen).flatten(), (N * ratio).floor(), 0)
+    return _places(uniform(seeds, (N,), MASK_STREAM)) < count[:, None]
 
 
-def most_hidden(crops: int, grid: Sequence[int], share: float, low: float, high: float) -> int:
-    """The largest number of tokens that `stratified_hidden` can hide in so many crops."""
-    chosen = _chosen(crops, share)
-    edges = (low + (high - low) * (i + 1) / chosen for i in range(chosen))
-    # Ratios are drawn in float32, which may round up to a bin's edge and beyond.
-    return sum(math.floor(math.prod(grid) * edge + 1e-3) for edge in edges)
+def _places(noise: Tensor) -> Tensor:
+    """The place of each value in the order of its row; ties are broken alike on all devices."""
+    return noise.argsort(dim=1, stable=True).argsort(dim=1)
 
 
-def _chosen(crops: int, share: float) -> int:
-    return math.floor(crops * share + 1e-6)
+def most_hidden(
+    samples: int, grid: Sequence[int], share: float, high: float, crops: int = 2
+) -> int:
+    """The largest number of tokens that `hidden_in_some` can hide in so many samples."""
+    chosen = math.ceil(round(crops * share, 6))
+    # Ratios are drawn in float32, which may round up to the edge and beyond.
+    return samples * chosen * math.floor(math.prod(grid) * high + 1e-3)
 
 
 class HiddenRows(NamedTuple):
     """Hidden tokens of a batch, crop by crop, then padding.
 
-    token: int64 [M], its number among the B * N; counted: bool [M], False for padding; weight:
-    [M], one over the number of hidden tokens in the token's crop, 0 for padding.
+    token: int64 [M], its number among the tokens of all crops; counted: bool [M], False for
+    padding; weight: [M], one over the number of hidden tokens in the token's crop, 0 for padding.
     """
 
     token: Tensor
@@ -79,7 +82,7 @@ class HiddenRows(NamedTuple):
 
 
 def hidden_rows(hidden: Tensor, rows: int) -> HiddenRows:
-    """Finds the hidden ones of bool [B, N] without waiting for their number.
+    """Finds the hidden ones of bool [crops, N] without waiting for their number.
 
     Args:
         hidden: True = hidden; at most `rows` of them are.

@@ -8,7 +8,7 @@ optimiser step. A segmentation task is an objective too, so finetuning needs no 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -82,6 +82,9 @@ class Objective(L.LightningModule):
     batch_multiple: int = 1
     """Samples of a rank's micro-batch come in multiples of this: 2 if they are taken in pairs."""
 
+    compares: bool = False
+    """Whether samples of a batch are compared with each other; none should then come twice."""
+
     transfers: Literal["encoder", "network"] = "encoder"
     """What finetuning takes over: the encoder, or the decoder but for its head as well."""
 
@@ -94,6 +97,23 @@ class Objective(L.LightningModule):
 
     def after_step(self, progress: float) -> None:
         """Runs once after each optimiser step: teachers move here."""
+
+    @property
+    def released(self) -> Backbone:
+        """The encoder that is watched and exported: a teacher's, where there is one."""
+        return self.encoder
+
+    def held(self, progress: float) -> Iterable[nn.Parameter]:
+        """Parameters that the next step must leave as they are."""
+        return ()
+
+    def clip_parts(self) -> list[list[nn.Parameter]]:
+        """Groups of parameters whose gradients are clipped to a norm, each group by itself."""
+        return [list(self.parameters())]
+
+    def alarm(self, means: Mapping[str, float]) -> str:
+        """What is wrong by the losses of a logged row, after the warm-up; empty if nothing is."""
+        return ""
 
     def inherit(self, state: Mapping[str, Tensor]) -> list[str]:
         """Takes over weights of another run or release, as far as they fit.

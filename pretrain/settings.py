@@ -85,6 +85,7 @@ class LoopSettings(BaseModel):
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=10)]
     weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.05
+    weight_decay_end: Annotated[float, Field(gt=0, lt=10)] | None = None
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.95,
@@ -119,6 +120,15 @@ class LoopSettings(BaseModel):
             raise ValueError(
                 f"schedule={self.schedule} with halve_every={self.halve_every}: halve_every is the "
                 "number of steps after which schedule=halving halves the rate; give both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decay_has_a_start(self) -> Self:
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError(
+                f"weight_decay_end={self.weight_decay_end} with weight_decay=0: the decay goes "
+                "from the one to the other, so give both, or weight_decay alone"
             )
         return self
 

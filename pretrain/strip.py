@@ -36,14 +36,14 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
     Previews of later steps are of a run that was killed, and go.
 
     Args:
-        objective: whose encoder is looked at, in evaluation mode and without gradients.
+        objective: whose released encoder is looked at, in evaluation mode and without gradients.
         batch: the fixed samples.
         folder: `previews` of the run.
         step: that is done.
     """
-    chosen = map_to_show(objective.encoder.grids(batch.image.shape))
+    chosen = map_to_show(objective.released.grids(batch.image.shape))
     image = batch.image[:: objective.crops.main]  # the first crop of each sample
-    found, stride = fine_map(objective.encoder, image, chosen)
+    found, stride = fine_map(objective.released, image, chosen)
     features = found.float().cpu().numpy()
     if not np.isfinite(features).all():
         return  # the next logged row says what happened

@@ -7,10 +7,13 @@ arXiv:2006.07733.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from data_prep.errors import InputError
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -49,6 +52,11 @@ class Teacher(nn.Module):
         for buffer, new in zip(self.module.buffers(), student.buffers(), strict=True):
             buffer.copy_(new)
 
+    def compile_parts(self) -> list[nn.Module]:
+        """Returns what is compiled one by one: what the student compiles, of the copy."""
+        own = getattr(self.module, "compile_parts", None)
+        return list(own()) if callable(own) else [self.module]
+
     @torch.no_grad()
     def checksum(self) -> Tensor:
         """A number that changes with any bit of weights and buffers: equal on ranks that agree.
@@ -62,3 +70,62 @@ class Teacher(nn.Module):
             # Odd factors, so that equal values at other places do not make up for each other.
             total = 3 * total + (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
         return total
+
+
+def checksums(module: nn.Module) -> dict[str, Tensor]:
+    """The checksum of each teacher in a module, by its name there."""
+    return {
+        name: part.checksum() for name, part in module.named_modules() if isinstance(part, Teacher)
+    }
+
+
+def halves(sums: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Checksums as numbers that float64 holds exactly: two for each, of 32 bits.
+
+    They so travel with the means of a logged row, in one message and with one wait.
+    """
+    parts = [half for total in sums.values() for half in (total >> 32, total & 0xFFFFFFFF)]
+    return torch.stack(parts).to(like) if parts else like.new_empty(0)
+
+
+def check_equal(names: list[str], table: list[list[float]], step: int) -> None:
+    """Looks whether all ranks have the same teachers.
+
+    Args:
+        names: of the teachers.
+        table: `halves` of each rank.
+        step: that is done, for the message.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    for number, name in enumerate(names):
+        found = [row[2 * number : 2 * number + 2] for row in table]
+        different = [rank for rank, half in enumerate(found) if half != found[0]]
+        if different:
+            raise RuntimeError(
+                f"step {step}: the teacher {name} of rank {', '.join(map(str, different))} is not "
+                "that of rank 0, so ranks train towards different targets: a weight, a buffer or "
+                "after_step differs between ranks (memory, library versions); go on from the last "
+                "checkpoint that is older"
+            )
+
+
+def check_restored(module: nn.Module, saved: Mapping[str, int], where: str) -> None:
+    """Looks whether teachers are, bit for bit, those that a checkpoint was made of.
+
+    Args:
+        module: with its weights from the checkpoint.
+        saved: the checkpoint's own checksums; empty in one of before there were any.
+        where: the run, for the message.
+
+    Raises:
+        InputError: they are not.
+    """
+    found = {name: int(total) for name, total in checksums(module).items()}
+    different = sorted(name for name in saved if found.get(name) != saved[name])
+    if different:
+        raise InputError(
+            f"{where}: the teacher {', '.join(different)} of its checkpoint is not the one that "
+            "was saved; remove the newest checkpoint to go on from the one before"
+        )

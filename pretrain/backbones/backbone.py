@@ -56,6 +56,24 @@ class Backbone(nn.Module):
         """
         return [[self]]
 
+    def layer_rates(self, decay: float) -> dict[str, float]:
+        """Returns the share of the rate for each parameter, by name: layer-wise decay.
+
+        As BEiT finetunes (Bao et al. 2021, arXiv:2106.08254) and DINOv2 pretrains: layer l of L has
+        decay^(L - l), and what is on top of the encoder the whole rate.
+        """
+        layers = self.layers()
+        owners = {
+            id(parameter): number
+            for number, layer in enumerate(layers)
+            for part in layer
+            for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+        }
+        return {
+            name: decay ** (len(layers) - owners[id(parameter)])
+            for name, parameter in self.named_parameters()
+        }
+
     def own_decoder(self, out_channels: int) -> nn.Module | None:
         """Returns the decoder that was published with this encoder, if it needs one of its own.
 

@@ -39,6 +39,15 @@ MAE = {
     "clip": None, "augment.gain": 0.0, "objective.decoder_dim": 512, "objective.decoder_depth": 8,
     "objective.decoder_heads": 16, "objective.mask_ratio": 0.75, "objective.norm_target": True,
 }  # fmt: skip
+DINO = {
+    "crop_size": (96, 96, 96), "steps": 100 * 1250, "warmup": 10 * 1250, "optimizer": "adamw",
+    "weight_decay": 0.04, "weight_decay_end": 0.4, "betas": (0.9, 0.999), "clip": 3.0,
+    "objective.prototypes": 65536, "objective.bottleneck_dim": 256, "objective.hidden_dim": 2048,
+    "objective.koleo_weight": 0.1, "objective.teacher_temperature": [0.04, 0.07],
+    "objective.teacher_warmup": 0.3, "objective.momentum": [0.992, 1.0], "objective.freeze": 0.01,
+    "objective.student_temperature": 0.1, "objective.patch_rate": 0.2, "objective.local": 8,
+    "objective.layer_decay": 0.9, "objective.mask_share": 0.5,
+}  # fmt: skip
 STATED: dict[str, dict[str, Any]] = {
     "mae": {
         **MAE, "batch_size": 4096, "lr": 1.5e-4 * 4096 / 256, "gpus": 64,
@@ -73,6 +82,26 @@ STATED: dict[str, dict[str, Any]] = {
         "warmup": pytest.approx(20 * IMAGENET / 2048, rel=1e-2),
         "objective.block": 32, "objective.mask_ratio": 0.6, "objective.error": "l1",
         "objective.head": "linear",
+    },
+    "dino": {
+        **DINO, "lr": 4e-3, "batch_size": 1024, "gpus": 16, "objective.ibot_head": "shared",
+        "objective.targets": "centring", "objective.mask_ratio": [0.1, 0.5],
+    },
+    "dino_3dino": {
+        **DINO, "lr": pytest.approx(2e-3 * (512 / 1024) ** 0.5, rel=1e-3), "batch_size": 128 * 4,
+        "gpus": 4, "objective.ibot_head": "own", "objective.targets": "sinkhorn",
+        "objective.mask_ratio": [0.2, 0.75], "objective.area": [0.48, 1.0],
+        "objective.length": [0.5, 1.0], "objective.local_area": [0.16, 0.48],
+        "objective.local_length": [0.2, 0.5], "objective.local_size": [48, 48, 48],
+        "backbone.embed_dim": 1024, "backbone.depth": 24, "backbone.position": "learned",
+        "backbone.layer_scale": 1e-5, "backbone.drop_path_rule": "uniform",
+    },
+    "dino_2d": {
+        **DINO, "crop_size": (1, 224, 224), "batch_size": 2048,
+        "lr": pytest.approx(1e-3 * (2048 / 1024) ** 0.5, rel=1e-3),
+        "objective.mask_ratio": [0.1, 0.5], "objective.area": [0.32, 1.0],
+        "objective.local_area": [0.05, 0.32], "objective.local_size": [1, 96, 96],
+        "backbone.register_tokens": 4, "backbone.qkv_bias": False,
     },
     "volume_fusion": {
         **PYMIC, "batch_size": 4, "steps": 400_000, "halve_every": 50_000, "gpus": 2,

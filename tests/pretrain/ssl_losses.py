@@ -56,6 +56,7 @@ def centred(student: Tensor, teacher: Tensor, hidden: Tensor) -> Tensor:
         centring = Centring(student.shape[2])
     centring.to(torch.promote_types(student.dtype, torch.float32))
     centring(teacher.flatten(0, 1), T, hidden.flatten())
+    centring.update()
     targets = centring(teacher.flatten(0, 1), T, hidden.flatten()).view_as(student)
     return cls_loss(targets[:, :2], student[:, :2], student[:, 2:], T).loss
 

@@ -23,6 +23,8 @@ from pretrain.collectives import global_mean, world_size
 from pretrain.estimate import bare_loop, raw_batch
 from pretrain.losses import cross_entropy, dice_loss
 from pretrain.objective import Batch, Objective
+from pretrain.objectives.dino import DINO
+from pretrain.regularisers import koleo
 from pretrain.train import build_objective
 
 WORLD = 2
@@ -30,11 +32,15 @@ SAMPLES = 4
 
 
 class Case(NamedTuple):
-    """An objective's preset on a backbone's, with Dice of each sample or over the batch."""
+    """An objective's preset on a backbone's, with Dice of each sample or over the batch.
+
+    What is each rank's own by its definition is left out, unless it is asked for.
+    """
 
     objective: str
     backbone: str
     batch_dice: bool = False
+    per_rank: bool = False
     crop: tuple[int, int, int] | None = None
 
 
@@ -87,9 +93,10 @@ def prepared(case: Case, *, padded: bool = True) -> tuple[Objective, Batch]:
     assert not isinstance(chosen, InputError)
     if case.crop is not None:
         chosen = chosen.model_copy(update={"crop_size": case.crop})
-    if case.batch_dice:
-        changed = chosen.objective | {"batch_dice": True}
-        chosen = chosen.model_copy(update={"objective": changed})
+    changed = chosen.objective | ({"batch_dice": True} if case.batch_dice else {})
+    if not case.per_rank:
+        changed |= {name: 0.0 for name in PER_RANK if name in changed}
+    chosen = chosen.model_copy(update={"objective": changed})
     built = build_objective(chosen, 1)
     torch.manual_seed(1)
     batch = bare_loop(chosen, built).to_batch(raw_batch(chosen, 1, SAMPLES, built.crops))
@@ -161,6 +168,8 @@ def has_batch_norm(case: Case) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
 
 
+PER_RANK = ("koleo_weight",)
+KOLEO = Case("dino", "dino_ti", per_rank=True)
 OVER_BATCH = {f"{name}, Dice over the batch": name for name in ("volume_fusion", "volume_fusion_b")}
 JOINT = [*names("objective"), *OVER_BATCH]
 NORMED = Case("volume_fusion", "pct_net_small", crop=(16, 16, 32))
@@ -181,7 +190,7 @@ def joint_case(name: str) -> Case:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    cases = {name: joint_case(name) for name in JOINT}
+    cases = {name: joint_case(name) for name in JOINT} | {"dino with KoLeo": KOLEO}
     mp.spawn(worker, (str(folder), cases, NORMED), nprocs=WORLD)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
@@ -207,6 +216,26 @@ def test_two_ranks_have_the_gradient_of_the_joint_batch(
     for found in ranks:
         errors = differences(found[name][1], gradients(objective))
         assert max(errors.values()) < 1e-5, errors
+
+
+def test_koleo_is_each_ranks_own(ranks: list[dict[str, Any]]) -> None:
+    """Neighbours are sought among the samples of a rank; all else of DINO is the joint batch's."""
+    objective, batch = prepared(KOLEO._replace(per_rank=False))
+    assert isinstance(objective, DINO)
+    objective(batch, 0.5).loss.backward()
+    for rank in range(WORLD):
+        own = part(batch, rank)
+        tokens = objective.encoder.tokens(
+            own.image, objective.hidden(own), mask_token=objective.mask_token
+        )
+        apart = koleo(tokens[::2, 0]) + koleo(tokens[1::2, 0])
+        (0.1 * apart / WORLD).backward()
+    for found in ranks:
+        errors = differences(found["dino with KoLeo"][1], gradients(objective))
+        assert max(errors.values()) < 1e-5, errors
+    whole, _ = prepared(KOLEO)
+    whole(batch, 0.5).loss.backward()
+    assert max(differences(gradients(objective), gradients(whole)).values()) > 1e-2
 
 
 @pytest.mark.parametrize("name", OVER_BATCH)

@@ -77,11 +77,27 @@ def test_targets_have_no_gradient() -> None:
 def test_a_batch_is_centred_by_those_before_it() -> None:
     centring, (first, second) = Centring(5).double(), randn(2, 8, 5)
     torch.testing.assert_close(centring(first, 0.1), (first / 0.1).softmax(1))
+    assert not centring.centre.any()  # until the optimiser has stepped
+    centring.update()
     torch.testing.assert_close(centring.centre, 0.1 * first.mean(0))
     centre = centring.centre.clone()
     torch.testing.assert_close(centring(second, 0.1), ((second - centre) / 0.1).softmax(1))
+    centring.update()
     torch.testing.assert_close(centring.centre, 0.9 * centre + 0.1 * second.mean(0))
+    centre = centring.centre.clone()
+    centring.update()
+    assert torch.equal(centring.centre, centre)  # nothing was seen since
     assert list(centring.state_dict()) == ["centre"]
+
+
+def test_micro_batches_move_the_centre_as_one_batch() -> None:
+    whole, parts, logits = Centring(5).double(), Centring(5).double(), randn(8, 5)
+    whole(logits, 0.1)
+    for rows in (slice(0, 2), slice(2, 8)):
+        parts(logits[rows], 0.1)
+    for centring in (whole, parts):
+        centring.update()
+    torch.testing.assert_close(parts.centre, whole.centre)
 
 
 def test_padding_and_evaluation_do_not_move_the_centre() -> None:
@@ -89,11 +105,13 @@ def test_padding_and_evaluation_do_not_move_the_centre() -> None:
     counted = torch.tensor([True, False, True, False])
     logits[~counted] = torch.nan
     targets = centring(logits, 0.1, counted)
+    centring.update()
     assert not targets[~counted].any()
     torch.testing.assert_close(centring.centre, 0.1 * logits[counted].mean(0))
     centre = centring.centre.clone()
     centring(logits, 0.1, torch.zeros_like(counted))
     centring.eval()(randn(4, 5), 0.1)
+    centring.update()
     assert torch.equal(centring.centre, centre)
 
 

@@ -60,13 +60,19 @@ def test_the_scale_is_trained_unless_it_is_not() -> None:
         assert grads | {"scale"} == set(built.state_dict())
 
 
-def test_lengths_are_float32_under_autocast() -> None:
-    built, x = head(), 1e-3 * torch.randn(64, 6)
+def test_lengths_and_cosines_are_float32_under_autocast() -> None:
+    """The MLP is in bfloat16; what follows it has all digits."""
+    built, x = head(), torch.randn(64, 6)
+    with torch.no_grad():
+        for weight in built.mlp.parameters():
+            weight.mul_(20)
     exact = built(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = built(x)
-    assert found.dtype == torch.bfloat16
-    assert F.cosine_similarity(found.float(), exact, dim=-1).min() > 0.999
+        found, points = built(x), built.mlp(x)
+    assert found.dtype == torch.float32 and points.dtype == torch.bfloat16
+    expected = F.cosine_similarity(points.float()[:, None], built.prototypes, dim=-1)
+    torch.testing.assert_close(found, expected)
+    assert F.cosine_similarity(found, exact, dim=-1).min() > 0.999
 
 
 def test_a_zero_has_a_finite_gradient() -> None:

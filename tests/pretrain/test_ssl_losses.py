@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretrain.collectives import gather, global_max, rank
 from pretrain.distillation import Centring, sinkhorn
 from pretrain.heads import ProjectionHead
-from pretrain.masked_tokens import hidden_rows, most_hidden, stratified_hidden
+from pretrain.masked_tokens import hidden_in_some, hidden_rows, most_hidden
 from pretrain.overlap import overlap_fractions
 from pretrain.regularisers import resize_tokens
 from pretrain.teacher import Teacher
@@ -72,6 +72,7 @@ def worker(number: int, folder: str) -> None:
     centring = Centring(5).double()
     for counted in counts:
         centring(logits[number], 0.1, counted[number])
+        centring.update()
     found["centre"] = centring.centre
 
     found["rank"] = rank()
@@ -161,6 +162,7 @@ def test_the_centre_is_that_of_all_rows(ranks: list[dict[str, Any]]) -> None:
     centring = Centring(5).double()
     for counted in counts:
         centring(logits[counted], 0.1)
+        centring.update()
     for found in ranks:
         torch.testing.assert_close(found["centre"], centring.centre, rtol=1e-12, atol=0)
 
@@ -217,12 +219,12 @@ def test_masks_boxes_maps_and_teachers_never_wait() -> None:
     seeds = torch.zeros(6, dtype=torch.int64, device=DEVICE)
     box = torch.zeros(2, 3, 2, 3, device=DEVICE)
     with SyncCounter() as counter:
-        hidden = stratified_hidden(seeds, (2, 3, 4), 0.5, 0.2, 0.75)
-        rows = hidden_rows(hidden, most_hidden(6, (2, 3, 4), 0.5, 0.2, 0.75))
+        hidden = hidden_in_some(seeds, (2, 3, 4), 0.5, 0.2, 0.75)
+        rows = hidden_rows(hidden, most_hidden(3, (2, 3, 4), 0.5, 0.75))
         teacher(torch.zeros(4, 6, device=DEVICE))
         teacher.update(student, 0.9)
         teacher.checksum()
         overlap_fractions(box, box)
         resize_tokens(torch.zeros(2, 24, 5, device=DEVICE), (2, 3, 4), (1, 2, 2))
     assert counter.found == []
-    assert rows.token.shape == (most_hidden(6, (2, 3, 4), 0.5, 0.2, 0.75),)
+    assert rows.token.shape == (most_hidden(3, (2, 3, 4), 0.5, 0.75),)

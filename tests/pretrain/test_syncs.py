@@ -68,7 +68,7 @@ def test_a_logged_row_waits_once() -> None:
     step = Step(*one_each()[0])
     step.run()
     with SyncCounter() as counter:
-        row, _ = step.loop.observed(lambda own: own)
+        row, _ = step.loop.observed(lambda own: own, step.objective)
     assert len(counter.found) == 1, counter.found
     assert {"loss", "grad_norm"} <= row.keys()
 

@@ -64,6 +64,10 @@ SHRINK: dict[str, Callable[[Any], Any]] = {
     "convs": _to(1),
     "feature_size": _to(4),
     "window": _smaller(4),
+    # Beside a crop, as large as half of the smallest.
+    "local_size": _to(8),
+    "prototypes": _smaller(16),
+    "bottleneck_dim": _smaller(16),
     "features": lambda value: [8 * (i + 1) for i in range(len(value))],
     # What draws from torch's generator would differ between ranks.
     "drop_path": _to(0.0),
@@ -126,6 +130,8 @@ def _fitting(text: str) -> PretrainSettings | InputError:
     said = ""
     for crop in CROPS:
         chosen = PretrainSettings.model_validate_json(text).model_copy(update={"crop_size": crop})
+        if crop[0] == 1 and "local_size" in chosen.objective:  # all crops are slices, or none is
+            chosen.objective["local_size"][0] = 1
         try:
             build_objective(chosen, 1)
         except InputError as error:

@@ -42,6 +42,9 @@ MILLIONS = {
     "primus_b": 97.7,
     "primus_m": 151,
     "primus_l": 331,
+    "dino_b": 88,
+    "dino_l": 307,
+    "dino_ti": 2.77,
 }
 
 
