@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.collectives import gather
 from pretrain.numerics import in_float32
@@ -23,9 +24,29 @@ def mean_features(maps: Sequence[Tensor]) -> Tensor:
     return maps[-1].mean((2, 3, 4))
 
 
-def is_pyramid(encoder: Backbone) -> bool:
-    """Whether the maps of an encoder have several resolutions."""
-    return len(set(encoder.strides)) > 1
+def mean_width(encoder: Backbone, objective: str) -> int:
+    """The width of `mean_features`, for an objective that looks at nothing else.
+
+    Raises:
+        InputError: parts of the encoder serve other maps alone and would learn nothing.
+    """
+    if encoder.refined is not None:
+        raise InputError(
+            f"objective={objective} looks at the deepest map alone, and {type(encoder).__name__} "
+            "has parts that serve its other maps and would learn nothing: choose another, such as "
+            "backbone=resenc_small, or an objective on all maps, such as objective=voco"
+        )
+    return encoder.channels[-1]
+
+
+def pooled_maps(encoder: Backbone) -> tuple[int, ...]:
+    """The maps whose means stand for several scales: those of a pyramid, the deepest of a ViT.
+
+    Where some maps are refined, those alone, as VoCo has it for SwinUNETR.
+    """
+    if len(set(encoder.strides)) == 1:
+        return (len(encoder.strides) - 1,)
+    return encoder.refined or tuple(range(len(encoder.strides)))
 
 
 class JointNorm(nn.Module):

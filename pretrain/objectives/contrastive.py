@@ -39,7 +39,7 @@ from pretrain.contrast import (
 from pretrain.crops import Slabs
 from pretrain.decoders import UNetDecoder, build_decoder, first_blocks
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.projection import Projector, by_sample, mean_features
+from pretrain.projection import Projector, by_sample, mean_features, mean_width
 
 SlabCount = Annotated[int, Field(ge=2, le=64)]
 Temperature = Annotated[float, Field(gt=0, le=10)]
@@ -56,6 +56,9 @@ class GlobalContrast(Objective):
         temperature: of the similarities.
         hidden_dim: width of the head's middle.
         out_dim: E.
+
+    Raises:
+        InputError: parts of the encoder serve other maps than the deepest alone.
     """
 
     encoder: Backbone
@@ -75,7 +78,7 @@ class GlobalContrast(Objective):
         self.crops = Slabs(count=slabs)
         self.across = across
         self.temperature = temperature
-        self.projector = Projector(encoder.channels[-1], hidden_dim, out_dim)
+        self.projector = Projector(mean_width(encoder, "contrastive_global"), hidden_dim, out_dim)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss over anchors and their positives."""

@@ -31,7 +31,7 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.contrast import nt_xent, within_scan
 from pretrain.crops import Pairs
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.projection import Projector, by_sample, mean_features
+from pretrain.projection import Projector, by_sample, mean_features, mean_width
 
 
 class SimCLR(Objective):
@@ -48,6 +48,7 @@ class SimCLR(Objective):
 
     Raises:
         ValueError: `within_scan` with a single place, which has no negative.
+        InputError: parts of the encoder serve other maps than the deepest alone.
     """
 
     encoder: Backbone
@@ -73,7 +74,7 @@ class SimCLR(Objective):
         self.crops = Pairs(count=places, overlap=overlap)
         self.form = form
         self.temperature = temperature
-        self.projector = Projector(encoder.channels[-1], hidden_dim, out_dim)
+        self.projector = Projector(mean_width(encoder, "simclr"), hidden_dim, out_dim)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss of a view that looks for the other one."""

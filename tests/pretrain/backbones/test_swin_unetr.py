@@ -7,8 +7,13 @@ import torch
 from monai.networks.nets import SwinUNETR
 from torch import nn
 
+from data_prep.errors import InputError
 from pretrain.backbones.swin_unetr import SwinUNETRDecoder, SwinUNETREncoder, from_monai
 from pretrain.decoders import build_decoder, unet_decoder
+from pretrain.objective import Objective
+from pretrain.objectives.contrastive import GlobalContrast
+from pretrain.objectives.simclr import SimCLR
+from pretrain.objectives.voco import VoCo
 from pretrain.optim import parameter_groups
 
 SHAPE = (32, 64, 96)  # 1x2x3 cells of the deepest map, 16x32x48 of the first stage
@@ -66,12 +71,19 @@ def test_refined_maps_are_those_that_voco_pools() -> None:
         theirs.encoder10(hidden[4]),
     ]
     maps = encoder(image)
-    for found, wanted in zip([maps[i] for i in encoder.REFINED], expected, strict=True):
+    for found, wanted in zip([maps[i] for i in encoder.refined], expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert torch.allclose(maps[4], hidden[3], rtol=1e-5, atol=1e-5)
     with torch.device("meta"):
-        base = SwinUNETREncoder()
-    assert sum(base.channels[i] for i in base.REFINED) == 1152
+        voco = VoCo(encoder=SwinUNETREncoder())
+    assert voco.projector[0].in_features == 1152
+
+
+@pytest.mark.parametrize("objective", [SimCLR, GlobalContrast])
+def test_objectives_on_the_deepest_map_alone_are_refused(objective: type[Objective]) -> None:
+    """The other refining blocks would have no gradient, for which DDP would stop."""
+    with pytest.raises(InputError, match="backbone=resenc_small"):
+        objective(encoder=small())  # type: ignore[call-arg]
 
 
 def test_maps_have_the_declared_surface() -> None:
