@@ -18,16 +18,19 @@ from pretrain.numerics import in_float32
 def pooled_maps(encoder: Backbone, *, every: bool = False) -> list[int]:
     """Numbers of the maps that stand for a crop: the deepest, one rule for all backbones.
 
-    All of a pyramid where the deepest does not depend on all weights (SwinUNETR): the others would
-    never be trained.
+    Where maps end in parts of their own, it is those that do (SwinUNETR's, as VoCo has it): a loss
+    on the deepest alone would never train the others.
 
     Args:
         encoder: whose maps.
-        every: all maps of any pyramid.
+        every: all maps of any other pyramid.
     """
-    pyramid = len(set(encoder.strides)) > 1
     count = len(encoder.channels)
-    return list(range(count) if pyramid and (every or not encoder.deepest_has_all) else [count - 1])
+    if len(set(encoder.strides)) == 1:
+        return [count - 1]
+    if encoder.refined is not None:
+        return list(encoder.refined)
+    return list(range(count) if every else [count - 1])
 
 
 def pooled(maps: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
