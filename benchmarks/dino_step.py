@@ -5,7 +5,7 @@
 By default the small recipe as it stands, and the full one (ViT-B/16, 96^3 and 48^3, 65,536
 prototypes) with two samples, what a rank needs at least. One thread, float32, noise of the shape
 that the loader delivers. Parts of the forward pass are timed one by one; the backward pass is
-timed as a whole, and arithmetic (forward and backward, by module) tells how it divides. Beside it
+timed as a whole, and arithmetic (forward and backward) tells how it divides. Beside it
 the encoder's passes of a step with every crop of a sample by itself: the same crops, in 2 + n
 passes of the student and 2 of the teacher instead of 2 and 1. Writes dino_step.json (machine,
 versions, raw seconds) and dino_step.md.
@@ -14,6 +14,7 @@ versions, raw seconds) and dino_step.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from conf.compose import stages_for
 from data_prep.files import write_json, write_text
 from pretrain.bench import machine, spread
-from pretrain.estimate import bare_loop, raw_batch
+from pretrain.estimate import bare_loop, estimate, raw_batch
 from pretrain.objective import Batch
 from pretrain.objectives import dino
 from pretrain.run_folder import versions
+from pretrain.settings import PretrainSettings
 from pretrain.train import build_objective
 
 CASES = ("dino_small=8", "dino=2")
@@ -58,6 +60,7 @@ def main() -> None:
         "repeats": chosen.repeats,
         "recipes": found,
     }
+    chosen.output.mkdir(parents=True, exist_ok=True)
     write_json(chosen.output / "dino_step.json", result)
     text = markdown(result)
     write_text(chosen.output / "dino_step.md", text)
@@ -98,14 +101,8 @@ def measure(recipe: str, samples: int, repeats: int) -> dict[str, Any]:
         step(objective, loop, optimizer, raw, watch)
         runs.append(watch.seconds)
     parts = {name: [run[name] for run in runs[1:]] for name in runs[0]}
-    with FlopCounterMode(display=False) as counter:
-        batch = loop.to_batch(raw)
-        objective(batch, 0.5).loss.backward()
-    counts = {
-        name.partition(".")[2]: sum(kinds.values())
-        for name, kinds in counter.get_flop_counts().items()
-        if name.count(".") == 1
-    }
+    batch = loop.to_batch(raw)
+    counts = arithmetic(objective, batch)
     together, alone = passes(objective, batch, repeats)
     return {
         "samples": samples,
@@ -114,11 +111,34 @@ def measure(recipe: str, samples: int, repeats: int) -> dict[str, Any]:
         "parameters": {name: sum(p.numel() for p in child.parameters())
                        for name, child in objective.named_children()},
         "parts": {name: spread(seconds) for name, seconds in parts.items()},
+        "memory": memory(settings),
         "flops": counts,
-        "flops_total": counter.get_total_flops(),
         "passes": {"together": spread(together), "alone": spread(alone)},
         "seconds": parts,
     }  # fmt: skip
+
+
+def arithmetic(objective: Any, batch: Batch) -> dict[str, int]:
+    """FLOP of a step by part; the student's backward pass counts as twice its forward pass."""
+
+    def forward(*images: Any) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for image in images:
+                objective.encoder.tokens(image)
+        return int(counter.get_total_flops())
+
+    with FlopCounterMode(display=False) as counter:
+        objective(batch, 0.5).loss.backward()
+    whole = int(counter.get_total_flops())
+    shown = [batch.image, *(batch.others[n].image for n in ("local",) if n in batch.others)]
+    found = {"student": 3 * forward(*shown), "teacher": forward(batch.image)}
+    return {**found, "heads and losses": whole - sum(found.values())}
+
+
+def memory(settings: PretrainSettings) -> dict[str, Any]:
+    """What a device of the recipe's own trainer needs, estimated."""
+    told = estimate(settings, 1, "cuda", ("bf16",))
+    return {"samples": told.micro_batch, **dataclasses.asdict(told.memory[0])}
 
 
 def step(objective: Any, loop: Any, optimizer: Any, raw: Any, watch: Stopwatch) -> None:
@@ -222,17 +242,20 @@ def markdown(result: dict[str, Any]) -> str:
         crops = ", ".join(f"{n} {kind} of {'x'.join(map(str, size))}"
                           for kind, n, size in one["crops"])  # fmt: skip
         flops = sorted(one["flops"].items(), key=lambda f: -f[1])
-        whole = one["flops_total"]
+        whole = sum(one["flops"].values())
         shares = ", ".join(f"{part} {count / whole:.1%}" for part, count in flops if count)
         passed = one["passes"]
         ratio = passed["alone"]["median"] / passed["together"]["median"]
         lines += [
             "",
             f"`{name}`: {one['samples']} samples, each {crops}. "
-            f"{one['flops_total'] / 1e9:.0f} GFLOP a step, {one['flops_total'] / total / 1e9:.0f} "
-            f"GFLOP/s; by module, forward and backward: {shares}. The encoder's passes (forward "
+            f"{whole / 1e9:.0f} GFLOP a step, {whole / total / 1e9:.0f} "
+            f"GFLOP/s; forward and backward: {shares}. The encoder's passes (forward "
             f"alone): {passed['together']['median']:.3f} s together, "
-            f"{passed['alone']['median']:.3f} s crop by crop, {ratio:.2f} times.",
+            f"{passed['alone']['median']:.3f} s crop by crop, {ratio:.2f} times. "
+            f"Memory of a GPU with {one['memory']['samples']} samples, bf16, estimated: "
+            f"{one['memory']['peak'] / 2**30:.1f} GiB, activations "
+            f"{one['memory']['activations'] / 2**30:.1f} of them.",
         ]
     return "\n".join(lines) + "\n"
 
