@@ -15,17 +15,30 @@ from pretrain.collectives import gather
 from pretrain.numerics import in_float32
 
 
-def mean_features(maps: Sequence[Tensor]) -> Tensor:
-    """The mean over the cells of the deepest map: [B, E].
+def pooled_maps(encoder: Backbone, *, every: bool = False) -> list[int]:
+    """Numbers of the maps that stand for a crop: the deepest, one rule for all backbones.
 
-    One rule for all backbones. The cells of padding count: a crop is what the encoder sees.
+    Where maps end in parts of their own, it is those that do (SwinUNETR's, as VoCo has it): a loss
+    on the deepest alone would never train the others.
+
+    Args:
+        encoder: whose maps.
+        every: all maps of any other pyramid.
     """
-    return maps[-1].mean((2, 3, 4))
+    count = len(encoder.channels)
+    if len(set(encoder.strides)) == 1:
+        return [count - 1]
+    if encoder.refined is not None:
+        return list(encoder.refined)
+    return list(range(count) if every else [count - 1])
 
 
-def is_pyramid(encoder: Backbone) -> bool:
-    """Whether the maps of an encoder have several resolutions."""
-    return len(set(encoder.strides)) > 1
+def pooled(maps: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+    """Means over the cells of the chosen maps side by side: [B, sum of their E_i].
+
+    The cells of padding count: a crop is what the encoder sees.
+    """
+    return torch.cat([maps[i].mean((2, 3, 4)) for i in chosen], 1)
 
 
 class JointNorm(nn.Module):

@@ -28,6 +28,9 @@ class Backbone(nn.Module):
     strides: tuple[tuple[int, int, int], ...]
     """Voxels of the image along (d, h, w) for one cell of each feature map."""
 
+    refined: tuple[int, ...] | None = None
+    """The maps that end in parts of their own, which losses on other maps do not train."""
+
     grad_checkpointing: bool = False
     """Whether the parts that `run` calls are computed again in the backward pass."""
 

@@ -46,7 +46,7 @@ class SwinUNETREncoder(Backbone):
 
     They are what its decoder takes: the image and the outputs of patch embedding and stages, all
     of them refined by a residual block of convolutions but the fifth, which the decoder takes as
-    the third stage gives it. VoCo pools those that are refined (`REFINED`).
+    the third stage gives it. VoCo pools those that are refined.
 
     Args:
         in_channels: channels of the image.
@@ -61,8 +61,7 @@ class SwinUNETREncoder(Backbone):
         ValueError: if heads do not divide the channels of their stage.
     """
 
-    REFINED = (0, 1, 2, 3, 5)
-    """The maps that a residual block has refined."""
+    refined = (0, 1, 2, 3, 5)
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ from pretrain.contrast import (
 from pretrain.crops import Slabs
 from pretrain.decoders import UNetDecoder, build_decoder, first_blocks
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.projection import Projector, by_sample, mean_features
+from pretrain.projection import Projector, by_sample, pooled, pooled_maps
 
 SlabCount = Annotated[int, Field(ge=2, le=64)]
 Temperature = Annotated[float, Field(gt=0, le=10)]
@@ -75,11 +75,12 @@ class GlobalContrast(Objective):
         self.crops = Slabs(count=slabs)
         self.across = across
         self.temperature = temperature
-        self.projector = Projector(encoder.channels[-1], hidden_dim, out_dim)
+        self.maps = pooled_maps(encoder)
+        self.projector = Projector(sum(encoder.channels[i] for i in self.maps), hidden_dim, out_dim)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss over anchors and their positives."""
-        embedded = self.projector(mean_features(self.encoder(batch.image)))
+        embedded = self.projector(pooled(self.encoder(batch.image), self.maps))
         first, second = _views(embedded, self.crops.count)  # [V, P, E] each
         loss = partition_contrast(first, second, self.temperature, across=self.across)
         return Losses(loss, {"partition_contrast": loss.detach()})

@@ -49,7 +49,7 @@ from pretrain.overlap import (
     overlap_log_loss,
     predicted_overlap,
 )
-from pretrain.projection import Projector, by_sample, is_pyramid, mean_features
+from pretrain.projection import Projector, by_sample, pooled, pooled_maps
 from pretrain.teacher import Teacher
 
 Cells = Annotated[int, Field(ge=1, le=8)]
@@ -98,7 +98,8 @@ class VoCo(Objective):
         self.inter = inter
         self.batch_multiple = 2 if inter else 1
         self.momentum = momentum
-        width = sum(encoder.channels) if is_pyramid(encoder) else encoder.channels[-1]
+        self.maps = pooled_maps(encoder, every=True)
+        width = sum(encoder.channels[i] for i in self.maps)
         self.projector = Projector(width, hidden_dim, out_dim, layers=3, norm=True)
         self.teacher = Teacher(self.projector)
 
@@ -127,10 +128,7 @@ class VoCo(Objective):
 
     def features(self, image: Tensor) -> Tensor:
         """What the projector takes, [crops, F]."""
-        maps = self.encoder(image)
-        if is_pyramid(self.encoder):
-            return torch.cat([mean_features([one]) for one in maps], 1)
-        return mean_features(maps)
+        return pooled(self.encoder(image), self.maps)
 
     def targets(self, batch: Batch) -> Tensor:
         """The share of each crop that lies in each base, [B, T, N]."""

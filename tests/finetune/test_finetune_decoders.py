@@ -62,6 +62,7 @@ def test_each_decoder_gives_labels_or_says_why_not(kind: Any, network: str) -> N
             choose_decoder(encoder, 3, kind)
         return
     decoder = choose_decoder(encoder, 3, kind)
+    torch.manual_seed(0)  # drop path may leave out a whole block
     out = decoder(image(), encoder(image()))
     assert out.shape == (2, 3, 8, 16, 32)
     out.square().mean().backward()

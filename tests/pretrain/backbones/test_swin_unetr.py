@@ -9,7 +9,12 @@ from torch import nn
 
 from pretrain.backbones.swin_unetr import SwinUNETRDecoder, SwinUNETREncoder, from_monai
 from pretrain.decoders import build_decoder, unet_decoder
+from pretrain.objective import Objective
+from pretrain.objectives.contrastive import GlobalContrast
+from pretrain.objectives.simclr import SimCLR
+from pretrain.objectives.voco import VoCo
 from pretrain.optim import parameter_groups
+from pretrain.projection import pooled
 
 SHAPE = (32, 64, 96)  # 1x2x3 cells of the deepest map, 16x32x48 of the first stage
 
@@ -66,12 +71,22 @@ def test_refined_maps_are_those_that_voco_pools() -> None:
         theirs.encoder10(hidden[4]),
     ]
     maps = encoder(image)
-    for found, wanted in zip([maps[i] for i in encoder.REFINED], expected, strict=True):
+    for found, wanted in zip([maps[i] for i in encoder.refined], expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert torch.allclose(maps[4], hidden[3], rtol=1e-5, atol=1e-5)
     with torch.device("meta"):
-        base = SwinUNETREncoder()
-    assert sum(base.channels[i] for i in base.REFINED) == 1152
+        voco = VoCo(encoder=SwinUNETREncoder())
+    assert voco.projector[0].in_features == 1152
+
+
+@pytest.mark.parametrize("objective", [SimCLR, GlobalContrast])
+def test_objectives_on_embeddings_take_the_refined_maps(objective: type[Objective]) -> None:
+    """On the deepest alone the other refining blocks would have no gradient: DDP would stop."""
+    encoder = small()
+    made = objective(encoder=encoder)  # type: ignore[call-arg]
+    assert made.maps == list(encoder.refined)
+    pooled(encoder(torch.randn(2, 1, *SHAPE)), made.maps).square().sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
 
 
 def test_maps_have_the_declared_surface() -> None:
