@@ -40,7 +40,6 @@ def test_what_is_computed_again_is_the_same(objective: str, backbone: str) -> No
         from pretrain.train import build_objective
 
         built = build_objective(chosen, 1)
-    plain = stepped(chosen, built)
     calls = 0
 
     def count(*_: object) -> None:
@@ -49,11 +48,14 @@ def test_what_is_computed_again_is_the_same(objective: str, backbone: str) -> No
 
     for part in built.encoder.compile_parts()[:1]:
         part.register_forward_pre_hook(count)
+    plain = stepped(chosen, built)
+    passes, calls = calls, 0  # two, of crops of two sizes
     built.encoder.set_grad_checkpointing()
     again = stepped(chosen, built)
     trains = any(p.requires_grad for p in built.encoder.parameters())
     if len(built.encoder.compile_parts()) > 1 and trains:
-        assert calls == 2, "the first block must run in the forward and in the backward pass"
+        twice = "the first block must run in the forward and in the backward pass"
+        assert calls == 2 * passes > 0, twice
     assert plain.keys() == again.keys()
     assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
 
