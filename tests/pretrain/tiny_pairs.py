@@ -165,10 +165,12 @@ def one_each() -> list[tuple[str, str]]:
     for objective in names("objective"):
         kinds: dict[tuple[Any, ...], str] = {}
         for backbone in names("backbone"):
-            if not refused(objective, backbone):
-                config = composed(objective, backbone).backbone
-                slices = str(config.get("patch_size"))[:3] == "[1,"
-                kinds.setdefault((config["_target_"], config.get("rope"), slices), backbone)
+            config = preset("backbone", backbone).backbone
+            slices = str(config.get("patch_size"))[:3] == "[1,"
+            kind = config["_target_"], config.get("rope"), slices
+            # Asked last: whether a pair fits is found by making it.
+            if kind not in kinds and not refused(objective, backbone):
+                kinds[kind] = backbone
         chosen += [(objective, backbone) for backbone in kinds.values()]
     return chosen
 
