@@ -57,7 +57,10 @@ SHRINK: dict[str, Callable[[Any], Any]] = {
     "patch_size": _smaller(4),
     "position_grid": _smaller(4),
     "block": _smaller(4),
-    "places": _smaller(3),
+    # Crops of a sample.
+    "places": _smaller(2),
+    "slabs": _smaller(2),
+    "grid": _smaller(2),
     "hidden_dim": _smaller(48),
     "out_dim": _smaller(32),
     "blocks": _to(1),
