@@ -136,9 +136,27 @@ STATED: dict[str, dict[str, Any]] = {
         "objective.hidden_dim": 1024, "objective.out_dim": 128,
     },
 }  # fmt: skip
-LATER_STAGES: dict[str, dict[str, Any]] = {
-    "contrastive": {"steps": 10_000, "blocks": 3, "region": 3, "slabs": 4, "out_dim": 128},
-}
+LATER_STAGES: dict[str, list[dict[str, Any]]] = {
+    "contrastive": [{"steps": 10_000, "blocks": 3, "region": 3, "slabs": 4, "out_dim": 128}],
+    "dino_3dino": [
+        {
+            "steps": 12_500, "crop_size": (112, 112, 112), "local_size": [64, 64, 64],
+            "batch_size": 64 * 4, "lr": pytest.approx(1e-3 * (256 / 1024) ** 0.5),
+            "gram_weight": 0.0, "prototypes": 65536, "mask_ratio": [0.2, 0.75],
+        }
+    ],
+    "dino_2d": [
+        {
+            "gram_weight": 2.0, "gram_refresh": 10_000, "gram_refreshes": 3, "lr": 3e-5,
+            "momentum": [0.999, 0.999], "teacher_temperature": [0.07, 0.07],
+            "weight_decay": 0.04, "weight_decay_end": None,
+        },
+        {
+            "gram_weight": 1.5, "gram_refreshes": 0, "crop_size": (1, 512, 512),
+            "gram_size": [1, 768, 768], "lr": 1.25e-5,
+        },
+    ],
+}  # fmt: skip
 WINDOWS = {
     "simclr_ct_fm": (-1024.0, 2048.0, (0.0, 1.0)),
     "voco": (-175.0, 250.0, (0.0, 1.0)),
@@ -163,9 +181,10 @@ def test_a_full_recipe_has_the_numbers_of_its_source(name: str) -> None:
             found[key] = getattr(settings, key)
     assert {key: found[key] for key in STATED[name]} == STATED[name]
     words = ["corpus=c", "run=r", f"experiment={name}"]
-    for later in list(stages_for("pretrain", words).values())[1:]:
-        found = {"steps": later.steps, **later.objective}
-        assert {key: found[key] for key in LATER_STAGES[name]} == LATER_STAGES[name]
+    later = list(stages_for("pretrain", words).values())[1:]
+    for stage, stated in zip(later, LATER_STAGES.get(name, []), strict=True):
+        found = {**stage.model_dump(), **stage.objective}
+        assert {key: found[key] for key in stated} == stated
     if name in WINDOWS:
         rule = settings.intensity.CT
         assert (rule.low, rule.high, rule.onto) == WINDOWS[name]
