@@ -15,7 +15,6 @@ map, E width; M volumes of all ranks.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from itertools import combinations, product
@@ -125,7 +124,12 @@ class Lattice(NamedTuple):
     neighbours: Tensor
 
 
-def region_lattice(shape: Sequence[int], size: int, neighbours: int = 8) -> Lattice:
+def region_lattice(
+    shape: Sequence[int],
+    size: int,
+    neighbours: int = 8,
+    device: torch.device | str | None = None,
+) -> Lattice:
     """Fixed regions of a map: a 3x3x3 lattice from border to border, and 8 points between.
 
     That is the paper's 3x3 lattice with 4 quarter points of a slice, with a third axis: 35 regions.
@@ -137,6 +141,7 @@ def region_lattice(shape: Sequence[int], size: int, neighbours: int = 8) -> Latt
         shape: cells of the map along (d, h, w).
         size: cells of a region along each axis, 3 in the paper.
         neighbours: of each region.
+        device: where their table is made; nothing waits for it.
 
     Raises:
         ValueError: if regions would share cells, and so be false negatives.
@@ -151,12 +156,16 @@ def region_lattice(shape: Sequence[int], size: int, neighbours: int = 8) -> Latt
             f"regions of {size} cells overlap in a feature map of {list(shape)}: one axis needs "
             f"{5 * size} cells or more, the others {3 * size}; take a finer map or smaller regions"
         )
-    near = torch.zeros(len(starts), len(starts), dtype=torch.bool)
-    for number, start in enumerate(starts):
-        others = [i for i in range(len(starts)) if i != number]
-        others.sort(key=lambda i: math.dist(starts[i], start))
-        near[number, others[:neighbours]] = True
-    return Lattice(starts, near)
+    # The same places once more, on the device.
+    index, R = torch.arange(3, device=device), len(starts)
+    corners = torch.cartesian_prod(*[room * index // 2 for room in rooms])
+    middles = torch.cartesian_prod(*[room * (2 * index[:2] + 1) // 4 for room in rooms])
+    places = torch.cat([corners, middles])
+    squared = (places[:, None] - places).square().sum(2)  # [R, R]
+    # Itself comes first; equally near ones by their number.
+    order = (squared * R + torch.arange(R, device=device)).argsort(1)[:, 1 : 1 + neighbours]
+    table = torch.zeros(R, R, dtype=torch.bool, device=device).scatter(1, order, True)
+    return Lattice(starts, table)
 
 
 def take_regions(features: Tensor, starts: Sequence[Sequence[int]], size: int) -> Tensor:

@@ -146,7 +146,6 @@ class LocalContrast(Objective):
             nn.Conv3d(width, width, 1, bias=False),
         )
         self.region_projector = nn.Linear(width * region**3, out_dim, bias=False)
-        self._lattices: dict[tuple[object, ...], Lattice] = {}
 
     def train(self, mode: bool = True) -> LocalContrast:
         """As every module's; the encoder stays in evaluation mode."""
@@ -178,16 +177,10 @@ class LocalContrast(Objective):
         return Losses(loss, {"local_contrast": loss.detach()})
 
     def _lattice(self, x: Tensor, crop: Sequence[int]) -> Lattice:
-        """Made once for a size of maps: the table goes to the device, which waits."""
-        shape = tuple(x.shape[2:])
-        if (shape, x.device) not in self._lattices:
-            try:
-                found = region_lattice(shape, self.region)
-            except ValueError as error:
-                raise ValueError(f"{error}: {self._advice(crop)}") from error
-            moved = found._replace(neighbours=found.neighbours.to(x.device))
-            self._lattices[shape, x.device] = moved
-        return self._lattices[shape, x.device]
+        try:
+            return region_lattice(x.shape[2:], self.region, device=x.device)
+        except ValueError as error:
+            raise ValueError(f"{error}: {self._advice(crop)}") from error
 
     def _advice(self, crop: Sequence[int]) -> str:
         """What would do in place of these blocks and this crop."""
