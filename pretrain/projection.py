@@ -15,30 +15,35 @@ from pretrain.collectives import gather
 from pretrain.numerics import in_float32
 
 
-def pooled_maps(encoder: Backbone, *, every: bool = False) -> list[int]:
-    """Numbers of the maps that stand for a crop: the deepest, one rule for all backbones.
+class Pool:
+    """Means over the cells of the maps that stand for a crop, side by side.
 
-    Where maps end in parts of their own, it is those that do (SwinUNETR's, as VoCo has it): a loss
-    on the deepest alone would never train the others.
+    It is the deepest map, one rule for all backbones. Where maps end in parts of their own, it is
+    those that do (SwinUNETR's, as VoCo has it): a loss on the deepest alone would never train the
+    others. The cells of padding count: a crop is what the encoder sees.
 
     Args:
         encoder: whose maps.
         every: all maps of any other pyramid.
+
+    Attributes:
+        maps: numbers of the maps.
+        width: of the features, the sum of their E_i.
     """
-    count = len(encoder.channels)
-    if len(set(encoder.strides)) == 1:
-        return [count - 1]
-    if encoder.refined is not None:
-        return list(encoder.refined)
-    return list(range(count) if every else [count - 1])
 
+    def __init__(self, encoder: Backbone, *, every: bool = False) -> None:
+        count = len(encoder.channels)
+        pyramid = len(set(encoder.strides)) > 1
+        self.maps: Sequence[int] = (count - 1,)
+        if pyramid and encoder.refined is not None:
+            self.maps = encoder.refined
+        elif pyramid and every:
+            self.maps = range(count)
+        self.width = sum(encoder.channels[i] for i in self.maps)
 
-def pooled(maps: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
-    """Means over the cells of the chosen maps side by side: [B, sum of their E_i].
-
-    The cells of padding count: a crop is what the encoder sees.
-    """
-    return torch.cat([maps[i].mean((2, 3, 4)) for i in chosen], 1)
+    def __call__(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, E_i, D_i, H_i, W_i] to features [B, width]."""
+        return torch.cat([maps[i].mean((2, 3, 4)) for i in self.maps], 1)
 
 
 class JointNorm(nn.Module):

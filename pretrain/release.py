@@ -115,7 +115,7 @@ class Release(Manifest):
         weights = self.path / "model.safetensors"
         with torch.device("meta"):
             light = self._make()
-            _check_shapes(stored_shapes(weights), light, weights)
+            _check_fit(stored_shapes(weights), shapes_of(light), weights)
         try:
             light.grids(self.crop_size)
         except ValueError as error:
@@ -174,14 +174,10 @@ class Release(Manifest):
 def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     """Copies a safetensors file into a module of exactly that shape."""
     found = stored_shapes(weights)
-    _check_shapes(found, module, weights)
+    _check_fit(found, shapes_of(module), weights)
     with safe_open(weights, framework="pt") as file:
         module.load_state_dict({name: file.get_tensor(name) for name in found})
     return LoadReport(copied=sorted(found), covered=1.0)
-
-
-def _check_shapes(found: Shapes, module: nn.Module, weights: Path) -> None:
-    _check_fit(found, shapes_of(module), weights)
 
 
 def shapes_of(module: nn.Module) -> Shapes:

@@ -20,9 +20,8 @@ def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
     """Trains what `stages_for` composed; started again, it goes on where it was.
 
     The first stage begins from `init`, if it is given; another one from the stage before, unless it
-    has an `init` of its own. All are looked at before the
-    first one starts, the state of one against the encoder of the next. A stage that is done is not
-    run again.
+    has an `init` of its own. All are looked at before the first one starts, the state of one
+    against the encoder of the next. A stage that is done is not run again.
 
     Returns:
         The run folders, in order; the last one is the result.
@@ -51,13 +50,14 @@ def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
         path = settings.runs / settings.run
     if said:
         raise InputError(by_stage(said, list(stages)))
+    main, several = rank_zero_only.rank == 0, len(prepared) > 1
     for number, one in enumerate(prepared, start=1):
-        what = f"{one.run.path}: stage {number} of {len(prepared)}" * (len(prepared) > 1)
-        done = len(prepared) > 1 and one.finished
-        if rank_zero_only.rank == 0 and what:
-            print(f"{what} is done" if done else what)
+        done = several and one.finished
+        if main and several:
+            said_done = " is done" if done else ""
+            print(f"{one.run.path}: stage {number} of {len(prepared)}{said_done}")
         if not done:
             one.train()
-    if rank_zero_only.rank == 0:
+    if main:
         print(f"Next: voxelith export {prepared[-1].run.path} release/")
     return [one.run.path for one in prepared]

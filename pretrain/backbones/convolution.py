@@ -109,6 +109,22 @@ class ConvStack(nn.Module):
         return self.convs(x, visible)
 
 
+def check_same_stages(**lists: Sequence[object]) -> None:
+    """Looks whether lists, one for each argument of a constructor, have an entry for each stage.
+
+    Raises:
+        ValueError: if they differ in length, or are empty.
+    """
+    lengths = [len(each) for each in lists.values()]
+    if not min(lengths) == max(lengths) > 0:
+        *names, last = lists
+        *found, end = lengths
+        raise ValueError(
+            f"{', '.join(names)} and {last} must name the same stages, found "
+            f"{', '.join(map(str, found))} and {end} entries"
+        )
+
+
 class Pyramid(Backbone):
     """An encoder of stages, each coarser than the one before, that can leave hidden blocks out.
 

@@ -20,6 +20,7 @@ from pretrain.backbones.convolution import (
     Pyramid,
     Stages,
     Stride,
+    check_same_stages,
     init_convolution,
 )
 from pretrain.masking import triple
@@ -89,11 +90,7 @@ class ResEncUNetEncoder(Pyramid):
         strides: Stages[Stride | tuple[Stride, Stride, Stride]] = (1, 2, 2, 2, 2, 2),
         blocks: Stages[Annotated[int, Field(ge=1, le=100)]] = (1, 3, 4, 6, 6, 6),
     ) -> None:
-        if not len(features) == len(strides) == len(blocks) > 0:
-            raise ValueError(
-                "features, strides and blocks must name the same stages, found "
-                f"{len(features)}, {len(strides)} and {len(blocks)} entries"
-            )
+        check_same_stages(features=features, strides=strides, blocks=blocks)
         steps = [triple(s) for s in strides]
         super().__init__(in_channels, features, steps)
         self.stem = ConvStack(in_channels, self.channels[0], 1)

@@ -27,6 +27,7 @@ from pretrain.backbones.convolution import (
     Pyramid,
     Stages,
     Stride,
+    check_same_stages,
     init_convolution,
 )
 from pretrain.masking import enlarge, triple
@@ -87,11 +88,7 @@ class STUNetEncoder(Pyramid):
         strides: Stages[Stride | tuple[Stride, Stride, Stride]] = (1, 2, 2, 2, 2, 2),
         blocks: Stages[Annotated[int, Field(ge=1, le=100)]] = (1, 1, 1, 1, 1, 1),
     ) -> None:
-        if not len(features) == len(strides) == len(blocks) > 0:
-            raise ValueError(
-                "features, strides and blocks must name the same stages, found "
-                f"{len(features)}, {len(strides)} and {len(blocks)} entries"
-            )
+        check_same_stages(features=features, strides=strides, blocks=blocks)
         steps = [triple(s) for s in strides]
         super().__init__(in_channels, features, steps)
         self._make_decoder = functools.partial(

@@ -19,6 +19,7 @@ from pretrain.backbones.convolution import (
     Pyramid,
     Stages,
     Stride,
+    check_same_stages,
     init_convolution,
 )
 from pretrain.masking import triple
@@ -46,11 +47,7 @@ class UNetEncoder(Pyramid):
         strides: Stages[Stride | tuple[Stride, Stride, Stride]] = (1, 2, 2, 2, 2, 2),
         convs: Stages[Annotated[int, Field(ge=1, le=100)]] = (2, 2, 2, 2, 2, 2),
     ) -> None:
-        if not len(features) == len(strides) == len(convs) > 0:
-            raise ValueError(
-                "features, strides and convs must name the same stages, found "
-                f"{len(features)}, {len(strides)} and {len(convs)} entries"
-            )
+        check_same_stages(features=features, strides=strides, convs=convs)
         steps = [triple(s) for s in strides]
         super().__init__(in_channels, features, steps)
         self.stem = None

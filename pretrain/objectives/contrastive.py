@@ -39,7 +39,7 @@ from pretrain.contrast import (
 from pretrain.crops import Slabs
 from pretrain.decoders import UNetDecoder, build_decoder, first_blocks
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.projection import Projector, by_sample, pooled, pooled_maps
+from pretrain.projection import Pool, Projector, by_sample
 
 SlabCount = Annotated[int, Field(ge=2, le=64)]
 Temperature = Annotated[float, Field(gt=0, le=10)]
@@ -75,12 +75,12 @@ class GlobalContrast(Objective):
         self.crops = Slabs(count=slabs)
         self.across = across
         self.temperature = temperature
-        self.maps = pooled_maps(encoder)
-        self.projector = Projector(sum(encoder.channels[i] for i in self.maps), hidden_dim, out_dim)
+        self.pool = Pool(encoder)
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss over anchors and their positives."""
-        embedded = self.projector(pooled(self.encoder(batch.image), self.maps))
+        embedded = self.projector(self.pool(self.encoder(batch.image)))
         first, second = _views(embedded, self.crops.count)  # [V, P, E] each
         loss = partition_contrast(first, second, self.temperature, across=self.across)
         return Losses(loss, {"partition_contrast": loss.detach()})

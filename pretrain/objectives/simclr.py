@@ -31,7 +31,7 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.contrast import nt_xent, within_scan
 from pretrain.crops import Pairs
 from pretrain.objective import Batch, Losses, Objective
-from pretrain.projection import Projector, by_sample, pooled, pooled_maps
+from pretrain.projection import Pool, Projector, by_sample
 
 
 class SimCLR(Objective):
@@ -73,8 +73,8 @@ class SimCLR(Objective):
         self.crops = Pairs(count=places, overlap=overlap)
         self.form = form
         self.temperature = temperature
-        self.maps = pooled_maps(encoder)
-        self.projector = Projector(sum(encoder.channels[i] for i in self.maps), hidden_dim, out_dim)
+        self.pool = Pool(encoder)
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss of a view that looks for the other one."""
@@ -87,7 +87,7 @@ class SimCLR(Objective):
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings of both views of each place, [S, P, E] each."""
-        embedded: Tensor = self.projector(pooled(self.encoder(batch.image), self.maps))
+        embedded: Tensor = self.projector(self.pool(self.encoder(batch.image)))
         pairs = by_sample(by_sample(embedded, 2), self.crops.count)  # [S, P, 2, E]
         first, second = pairs.unbind(2)
         return first, second

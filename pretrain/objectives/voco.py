@@ -49,7 +49,7 @@ from pretrain.overlap import (
     overlap_log_loss,
     predicted_overlap,
 )
-from pretrain.projection import Projector, by_sample, pooled, pooled_maps
+from pretrain.projection import Pool, Projector, by_sample
 from pretrain.teacher import Teacher
 
 Cells = Annotated[int, Field(ge=1, le=8)]
@@ -98,9 +98,8 @@ class VoCo(Objective):
         self.inter = inter
         self.batch_multiple = 2 if inter else 1
         self.momentum = momentum
-        self.maps = pooled_maps(encoder, every=True)
-        width = sum(encoder.channels[i] for i in self.maps)
-        self.projector = Projector(width, hidden_dim, out_dim, layers=3, norm=True)
+        self.pool = Pool(encoder, every=True)
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim, layers=3, norm=True)
         self.teacher = Teacher(self.projector)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
@@ -128,7 +127,7 @@ class VoCo(Objective):
 
     def features(self, image: Tensor) -> Tensor:
         """What the projector takes, [crops, F]."""
-        return pooled(self.encoder(image), self.maps)
+        return self.pool(self.encoder(image))
 
     def targets(self, batch: Batch) -> Tensor:
         """The share of each crop that lies in each base, [B, T, N]."""

@@ -14,7 +14,6 @@ from pretrain.objectives.contrastive import GlobalContrast
 from pretrain.objectives.simclr import SimCLR
 from pretrain.objectives.voco import VoCo
 from pretrain.optim import parameter_groups
-from pretrain.projection import pooled
 
 SHAPE = (32, 64, 96)  # 1x2x3 cells of the deepest map, 16x32x48 of the first stage
 
@@ -84,8 +83,8 @@ def test_objectives_on_embeddings_take_the_refined_maps(objective: type[Objectiv
     """On the deepest alone the other refining blocks would have no gradient: DDP would stop."""
     encoder = small()
     made = objective(encoder=encoder)  # type: ignore[call-arg]
-    assert made.maps == list(encoder.refined)
-    pooled(encoder(torch.randn(2, 1, *SHAPE)), made.maps).square().sum().backward()
+    assert made.pool.maps == encoder.refined
+    made.pool(encoder(torch.randn(2, 1, *SHAPE))).square().sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
 
 

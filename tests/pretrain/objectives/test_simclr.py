@@ -9,24 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_encoders import encoder
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.resenc import ResEncUNetEncoder
-from pretrain.backbones.vit import ViT3D
 from pretrain.objective import Batch
 from pretrain.objectives.simclr import SimCLR
 
 SHAPE = (4, 6, 8)
 Make = Callable[..., Batch]
-
-
-def encoder(kind: str = "resenc") -> Backbone:
-    torch.manual_seed(0)
-    if kind == "vit":
-        return ViT3D(patch_size=2, embed_dim=24, depth=4, num_heads=2)
-    return ResEncUNetEncoder(features=[4, 8], strides=[1, 2], blocks=[1, 1])
 
 
 def objective(kind: str = "resenc", **chosen: Any) -> SimCLR:

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_encoders import encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.augment import Augment
-from pretrain.backbones.backbone import Backbone
-from pretrain.backbones.resenc import ResEncUNetEncoder
-from pretrain.backbones.vit import ViT3D
 from pretrain.loader import to_batch
 from pretrain.noise import raw_batch
 from pretrain.objective import Batch
@@ -25,13 +23,6 @@ from pretrain.settings import AugmentSettings, LoopSettings
 SHAPE = (4, 6, 8)
 T, GRID, N = 2, (1, 2, 3), 6
 Make = Callable[..., Batch]
-
-
-def encoder(kind: str = "resenc") -> Backbone:
-    torch.manual_seed(0)
-    if kind == "vit":
-        return ViT3D(patch_size=2, embed_dim=24, depth=4, num_heads=2)
-    return ResEncUNetEncoder(features=[4, 8], strides=[1, 2], blocks=[1, 1])
 
 
 def objective(kind: str = "resenc", **chosen: Any) -> VoCo:
