@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,10 @@ def _side_by_side(jobs: list[list[str]], logs: Path, processes: int) -> list[Pat
     """
     logs.mkdir(parents=True, exist_ok=True)
     done: dict[int, Path] = {}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    # A fresh process knows nothing of the command's own filter; see `voxelith.main`.
+    quiet = partial(warnings.filterwarnings, "ignore", message=r".*torch\.jit.*")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=quiet) as pool:
         futures = {
             pool.submit(_finetune, words, logs / f"{i}.log"): i for i, words in enumerate(jobs)
         }
