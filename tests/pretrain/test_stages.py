@@ -18,6 +18,7 @@ from test_loop import settings, steps, weights
 
 import voxelith
 from data_prep.errors import InputError
+from finetune.describe import describe
 from finetune.settings import FinetuneSettings
 from finetune.train import build_model, make_plan
 from pretrain.export import export
@@ -181,6 +182,7 @@ def test_after_stage_two_the_encoder_and_the_trained_blocks_transfer(
     assert release.transfers == "network"
     assert release.config["decoder"] == {"out_channels": 1, "blocks": 1}
     assert "its first 1 blocks from the coarsest" in (release.path / "README.md").read_text()
+    assert "takes over its first 1 blocks" in describe(release.path)["decoder"]
     stored = load_file(release.path / DECODER)
     assert stored and all(name.startswith(("transpconvs.0.", "stages.0.")) for name in stored)
     trained_blocks = weights(trained[1])
