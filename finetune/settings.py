@@ -427,8 +427,6 @@ class FinetuneSettings(LoopSettings):
         """
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
         kept = {k: v for k, v in dump.items() if k not in FREE}
-        if self.weight_decay_end is None:  # recipes of before it was there stay what they are
-            del kept["weight_decay_end"]
         precision = self.trainer.precision
         labelled = self.task.classes if isinstance(self.task, TaskSettings) else ()
         version = 3 if any(len(c.values) > 1 for c in labelled) else RECIPE_VERSION

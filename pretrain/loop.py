@@ -35,7 +35,7 @@ from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective, evaluating
-from pretrain.optim import decay, make_optimizer, rate
+from pretrain.optim import make_optimizer, rate
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
@@ -127,7 +127,7 @@ class Loop:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
             if group["weight_decay"]:  # others are spared
-                group["weight_decay"] = decay(done, chosen)
+                group["weight_decay"] = chosen.decay(done)
 
     def clip(self, objective: Objective) -> None:
         """Clips the gradient's norm, if a limit is set, and remembers it for the log.

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import CorruptionError, InputError, plain_message
@@ -62,6 +70,10 @@ class DecoderFacts(BaseModel):
 
     out_channels: Annotated[int, Field(ge=1, le=4096)]
     blocks: Annotated[int, Field(ge=1, le=64)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_blocks(self, made: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in made(self).items() if value is not None}
 
 
 class ReleaseConfig(BaseModel):

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pretrain.ramps import cosine
-
 if TYPE_CHECKING:
     from pretrain.settings import LoopSettings
 
@@ -83,10 +81,3 @@ def rate(step: int, chosen: LoopSettings) -> float:
         assert chosen.halve_every is not None
         return float(0.5 ** (past // chosen.halve_every))
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def decay(step: int, chosen: LoopSettings) -> float:
-    """The weight decay at a step: constant, or half a cosine to `weight_decay_end`."""
-    if chosen.weight_decay_end is None:
-        return chosen.weight_decay
-    return cosine(step / chosen.steps, chosen.weight_decay, chosen.weight_decay_end)

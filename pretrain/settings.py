@@ -18,6 +18,7 @@ from pydantic import (
 from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
 from data_prep.settings import MUST_EXIST
+from pretrain.ramps import cosine
 
 Side = Annotated[int, Field(ge=1, le=2048)]
 
@@ -85,7 +86,6 @@ class LoopSettings(BaseModel):
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=10)]
     weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.05
-    weight_decay_end: Annotated[float, Field(gt=0, lt=10)] | None = None
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.95,
@@ -124,15 +124,6 @@ class LoopSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _decay_has_a_start(self) -> Self:
-        if self.weight_decay_end is not None and not self.weight_decay:
-            raise ValueError(
-                f"weight_decay_end={self.weight_decay_end} with weight_decay=0: the decay goes "
-                "from the one to the other, so give both, or weight_decay alone"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         parts = self.trainer.devices * self.trainer.nodes * self.accumulate
         if self.batch_size % parts:
@@ -141,6 +132,10 @@ class LoopSettings(BaseModel):
                 f"be a multiple of devices x nodes x accumulate = {parts}"
             )
         return self
+
+    def decay(self, step: int) -> float:
+        """The weight decay at a step."""
+        return self.weight_decay
 
 
 def with_augment(config: dict[str, Any]) -> dict[str, Any]:
@@ -219,8 +214,24 @@ class PretrainSettings(LoopSettings):
     objective: dict[str, Any]
     intensity: IntensitySettings = IntensitySettings()
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
+    weight_decay_end: Annotated[float, Field(gt=0, lt=10)] | None = None
     flip: tuple[bool, bool, bool] = (True, True, True)
     health: HealthSettings = HealthSettings()
+
+    @model_validator(mode="after")
+    def _decay_has_a_start(self) -> Self:
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError(
+                f"weight_decay_end={self.weight_decay_end} with weight_decay=0: the decay goes "
+                "from the one to the other, so give both, or weight_decay alone"
+            )
+        return self
+
+    def decay(self, step: int) -> float:
+        """Half a cosine from `weight_decay` to `weight_decay_end`, if there is one."""
+        if self.weight_decay_end is None:
+            return self.weight_decay
+        return cosine(step / self.steps, self.weight_decay, self.weight_decay_end)
 
     def changed(self, before: dict[str, Any]) -> list[str]:
         """Settings that a resumed run must not change, and did: `key: old -> new`.

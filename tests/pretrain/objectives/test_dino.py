@@ -17,7 +17,7 @@ from pretrain.estimate import bare_loop
 from pretrain.objective import Batch
 from pretrain.objectives.dino import DINO
 from pretrain.optim import make_optimizer, parameter_groups
-from pretrain.settings import LoopSettings
+from pretrain.settings import LoopSettings, PretrainSettings
 from pretrain.teacher import Teacher
 
 PATCH, GRID, SHAPE, LOCAL, FINE = (2, 4, 4), (2, 3, 4), (4, 12, 16), (2, 8, 8), (8, 24, 32)
@@ -436,7 +436,9 @@ def test_rates_fall_with_depth_and_the_patch_embedding_has_a_fifth() -> None:
 def test_weight_decay_rises_by_half_a_cosine_and_spares_what_it_spared() -> None:
     model = objective()
     chosen = {"weight_decay": 0.04, "weight_decay_end": 0.4, "steps": 100}
-    loop = bare_loop(SETTINGS.model_copy(update=chosen), model)
+    run = {"corpus": ".", "run": "r", "backbone": {}, "objective": {}}
+    settings = PretrainSettings.model_validate(SETTINGS.model_dump() | chosen | run)
+    loop = bare_loop(settings, model)
     optimizer = make_optimizer(model, loop.settings)
     found = []
     for step in (0, 50, 100):
