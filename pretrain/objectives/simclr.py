@@ -12,10 +12,14 @@ each side, and differ by what augmentation does to them. Two forms, by name:
   third of the place or more; here their size changes where augmentation zooms. Places may overlap,
   and are false negatives then, there as here.
 
-The embedding is an MLP of the mean of the encoder's deepest map. Padding and hidden voxels are seen
-as they are; there is no loss on voxels that could leave them out. Behind instance norms a mean has
-something to say only where the deepest map has more than a few cells: of two cells, each channel
-has the same values in every crop.
+The embedding of `nt_xent` is an MLP of the means of all maps of a pyramid, as there, with batch
+norms in it, as in Chen's own code (nnssl normalises each embedding by itself): at its temperature
+the loss stays where it begins, at ln(negatives + 1), as long as embeddings have most in common,
+and means of maps behind instance norms do. That of `within_scan` is an MLP of the mean of the
+deepest map; norms over the scans of a batch would tell scans apart, which it is not asked. Padding
+and hidden voxels are seen as they are; there is no loss on voxels that could leave them out. Behind
+instance norms a mean has something to say only where a map has more than a few cells: of two cells,
+each channel has the same values in every crop.
 
 Shape legend: S samples, P places of each, E width of the embedding.
 """
@@ -73,8 +77,9 @@ class SimCLR(Objective):
         self.crops = Pairs(count=places, overlap=overlap)
         self.form = form
         self.temperature = temperature
-        self.pool = Pool(encoder)
-        self.projector = Projector(self.pool.width, hidden_dim, out_dim)
+        joint = form == "nt_xent"
+        self.pool = Pool(encoder, every=joint)
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim, norm=joint)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss of a view that looks for the other one."""

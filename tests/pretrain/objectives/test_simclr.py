@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_encoders import encoder
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.objective import Batch
@@ -24,13 +24,23 @@ def objective(kind: str = "resenc", **chosen: Any) -> SimCLR:
     return SimCLR(encoder=encoder(kind), **chosen)
 
 
+def normed(rows: Tensor) -> Tensor:
+    return (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+
+
 def embedded(built: SimCLR, batch: Batch) -> Tensor:
-    """One crop at a time: [crops, E] of length 1."""
-    rows = []
+    """Means of one crop at a time, of all maps for NT-Xent: [crops, E] of length 1."""
+    joint = built.form == "nt_xent"
+    means = []
     for crop in batch.image:
-        deepest = built.encoder(crop[None])[-1]
-        rows.append(built.projector(deepest.flatten(2).mean(2))[0])
-    return F.normalize(torch.stack(rows), dim=1)
+        maps = built.encoder(crop[None])
+        pyramid = len(set(built.encoder.strides)) > 1
+        seen = maps if joint and pyramid else maps[-1:]
+        means.append(torch.cat([m.flatten(2).mean(2)[0] for m in seen]))
+    first, last = (part for part in built.projector if isinstance(part, nn.Linear))
+    hidden = first(torch.stack(means))
+    rows = last((normed(hidden) if joint else hidden).clamp(min=0))
+    return F.normalize(normed(rows) if joint else rows, dim=1)
 
 
 @pytest.mark.parametrize("kind", ["resenc", "vit"])
