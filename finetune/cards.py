@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.licences import strictest_first
+from data_prep.licences import UNSTATED, strictest_first
 from finetune.answerer import Answerer
 from finetune.scan_task import ScanTask
 from finetune.segmenter import Segmenter
@@ -42,7 +42,7 @@ def card(config: Mapping[str, Any], network: Segmenter | Answerer) -> str:
 voxelith predict ckpt=path/to/this/folder input=scans/ output={output}
 ```
 
-**Strictest licence of the training data: {licences[0] if licences else "not stated"}.**
+**Strictest licence of the training data: {licences[0] if licences else UNSTATED}.**
 Whether weights inherit the licence of their data is for you to judge; all of them are below.
 
 | | |

@@ -16,6 +16,7 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.licences import UNSTATED
 from finetune.answerer import Answerer
 from finetune.cards import card
 from finetune.evaluate import comparable
@@ -172,17 +173,25 @@ def _data(corpus: Corpus, keys: Sequence[str], start: Release | None) -> dict[st
     }
     samples = len(cases)
     if start is not None:
-        before = start.config["data"]
         for name, counter in counts.items():
-            told = before.get(name)
-            counter.update(told if isinstance(told, dict) else {"not stated by the checkpoint": 1})
-        told = before.get("samples")
-        samples += told if isinstance(told, int) else 0
+            before: Counter[str] = Counter()
+            for one in start.trainings:
+                told = one.get(name)
+                told = told if isinstance(told, dict) else {f"{UNSTATED} by the checkpoint": 1}
+                # Trainings may share volumes, so the most counts. Where a count is not told there
+                # was one at least.
+                before |= Counter({value: _counted(number) or 1 for value, number in told.items()})
+            counter.update(before)
+        samples += max(_counted(one.get("samples")) for one in start.trainings)
     return {
         "index_hash": corpus.index_hash,
         "samples": samples,
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
     }
+
+
+def _counted(told: object) -> int:
+    return told if isinstance(told, int) else 0
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import InputError
-from data_prep.licences import strictest_first
+from data_prep.licences import UNSTATED, strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
@@ -139,22 +139,29 @@ def _took(seconds: float | None) -> str:
     return "" if seconds is None else f", {seconds / 3600:.3g} device hours"
 
 
+def _counted(name: str, count: int | None) -> str:
+    return f"what {name} does not tell" if count is None else f"{name} ({count})"
+
+
 def _card(config: dict[str, Any], facts: dict[str, Any], origin: Origin | None) -> str:
     data, training = config["data"], config["training"]
     before = [] if origin is None else origin.data
     # Trainings may share volumes, so what came before is listed, not added.
-    licence: dict[str, int] = {}
+    licence: dict[str, int | None] = {}
     for one in [*reversed(before), data]:
         licence |= one.get("licence", {})
     licences = strictest_first(licence)
     sources = "\n".join(f"| {name} | {count} |" for name, count in sorted(data["source"].items()))
     spacing = config["preprocess"]["operations"][1].get("spacing_mm")
     grid = f"resampled to {spacing} mm" if spacing else "kept at its own spacing"
-    listed = "\n".join(f"- {name}: {licence[name]} volumes" for name in licences)
+    listed = "\n".join(
+        f"- {name}" + ("" if licence[name] is None else f": {licence[name]} volumes")
+        for name in licences
+    )
     began = ""
     if origin is not None:
         seen = "; ".join(
-            ", ".join(f"{name} ({n})" for name, n in sorted(one.get("source", {}).items()))
+            ", ".join(_counted(name, n) for name, n in sorted(one.get("source", {}).items()))
             for one in before
         )
         began = (
@@ -172,7 +179,7 @@ features = encoder.features("scan.nii.gz")
 features.map, features.affine, features.vector
 ```
 
-**Strictest licence of the training data: {licences[0] if licences else "not stated"}.**
+**Strictest licence of the training data: {licences[0] if licences else UNSTATED}.**
 Whether weights inherit the licence of their data is for you to judge; all of them are below.
 
 | | |

@@ -201,6 +201,14 @@ class Manifest:
         return "network" if self.config["transfers"] == "network" else "encoder"
 
     @property
+    def trainings(self) -> list[dict[str, Any]]:
+        """Counts of the data of each training that the weights had, the last one first."""
+        init = self.config["training"].get("init")
+        before = init.get("data") if isinstance(init, dict) else None
+        told = before if isinstance(before, list) else []
+        return [self.config["data"], *(one for one in told if isinstance(one, dict))]
+
+    @property
     def fingerprints(self) -> set[str]:
         """Hashes of the volumes that the weights were trained on."""
         file = self.path / "fingerprints.json"

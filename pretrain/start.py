@@ -1,7 +1,8 @@
-"""Weights that a pretraining begins from: another run's, or a release's.
+"""Weights that a pretraining begins from: another run's, a release's, or public ones of others.
 
 What they were trained on goes along: the leakage gate asks what an encoder has seen, in all of its
-trainings. A run keeps that in `init.json` and needs the other one no more once it has a checkpoint.
+trainings, and of public weights that is unknown. A run keeps all this in `init.json` and needs the
+other one no more once it has a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import write_json
+from data_prep.licences import UNSTATED
+from pretrain.foreign import converted, read_weights
 from pretrain.manifest import file_digest
 from pretrain.objective import Objective
 from pretrain.release import LoadReport, load_release
@@ -31,11 +34,13 @@ class Origin:
     """Where weights come from, without a path.
 
     Attributes:
-        name: of the run or release.
-        digest: sha256 of the run's checkpoint, or the release's.
+        name: of the run, the release or the file.
+        digest: sha256 of the run's checkpoint or of the file, or the release's.
         recipe_hash: see there; the digest where the release has none.
-        data: counts of what the weights were trained on, a dict for each training, the last first.
-        fingerprints: of all volumes that they were trained on.
+        data: counts of what the weights were trained on, a dict for each training, the last first;
+            a count is None where the weights do not tell.
+        fingerprints: of all volumes that they were trained on. Those of public weights are unknown,
+            and one that no corpus has says so: the leakage gate takes it for no answer.
     """
 
     name: str
@@ -57,18 +62,28 @@ def origin_of(run: RunFolder) -> Origin | None:
 
 @dataclass(frozen=True)
 class Start:
-    """Weights by name, and where they come from."""
+    """Weights by name, and where they come from.
 
-    state: dict[str, Tensor]
+    Attributes:
+        state: by the names of an objective; of public weights, by those they were published under.
+        foreign: whether they are public ones.
+    """
+
+    state: Mapping[str, Tensor]
     origin: Origin
+    foreign: bool = False
 
 
 def open_start(path: Path) -> Start:
     """Reads the weights of a run's newest checkpoint or of a release, every byte of it verified.
 
+    Or public weights from a file: see `pretrain.foreign`.
+
     Raises:
-        InputError: it is neither, has no checkpoint yet, or the run's corpus is gone.
+        InputError: it is none of them, has no checkpoint yet, or the run's corpus is gone.
     """
+    if path.is_file():
+        return _of_file(path)
     return _of_run(RunFolder(path)) if _is_run(path) else _of_release(path)
 
 
@@ -87,7 +102,8 @@ def check_same_start(init: Path | None, run: RunFolder) -> None:
     if origin is not None and init is not None:
         if str(init) == path:
             return
-        there = _newest(RunFolder(init)) if _is_run(init) else None
+        file = init if init.is_file() else None
+        there = _newest(RunFolder(init)) if _is_run(init) else file
         found = load_release(init).digest if there is None else file_digest(there)
         if found == origin.digest:
             return
@@ -109,12 +125,25 @@ def keep_start(run: RunFolder, start: Start | None, report: LoadReport | None) -
         write_json(files[1], how | report.to_dict())
 
 
-def begin_from(objective: Objective, state: Mapping[str, Tensor]) -> LoadReport:
+def begin_from(
+    objective: Objective, state: Mapping[str, Tensor], *, foreign: bool = False
+) -> LoadReport:
     """Lets an objective take over weights; the report says what became of each.
 
+    Args:
+        objective: that begins; one without memory says whether they fit.
+        state: the weights.
+        foreign: whether they have the names that others published them under.
+
     Raises:
-        InputError: they do not fit it; see `Objective.inherit`.
+        InputError: they do not fit it; see `Objective.inherit` and `pretrain.foreign.converted`.
     """
+    published = None
+    if foreign:
+        found, published = converted(state, objective.encoder)
+        state = {f"encoder.{name}": value for name, value in found.items()}
+    device = next(objective.parameters()).device
+    state = {name: value.to(device) for name, value in state.items()}
     taken = set(objective.inherit(state))
     own = objective.state_dict()
     sizes = {f"encoder.{name}": p.numel() for name, p in objective.encoder.named_parameters()}
@@ -126,9 +155,14 @@ def begin_from(objective: Objective, state: Mapping[str, Tensor]) -> LoadReport:
         if name not in taken
     }
     covered = sum(n for name, n in sizes.items() if name in taken) / sum(sizes.values())
-    return LoadReport(
+    report = LoadReport(
         copied=sorted(taken), skipped=skipped, new=sorted(own.keys() - taken), covered=covered
     )
+    if published is not None:
+        report.adapted = {f"encoder.{name}": how for name, how in published.adapted.items()}
+        report.copied = sorted(taken - report.adapted.keys())
+        report.skipped |= published.skipped
+    return report
 
 
 def recipe_hash(
@@ -206,16 +240,27 @@ def _of_run(run: RunFolder) -> Start:
     return Start(checkpoint["objective"], origin)
 
 
+def _of_file(path: Path) -> Start:
+    digest = file_digest(path)
+    origin = Origin(
+        name=path.name,
+        digest=digest,
+        recipe_hash=digest,
+        data=[{"source": {path.name: None}, "licence": {f"{UNSTATED} by {path.name}": None}}],
+        fingerprints=[f"unknown:{digest}"],
+    )
+    return Start(read_weights(path), origin, foreign=True)
+
+
 def _of_release(path: Path) -> Start:
     release = load_release(path)
     weights = load_file(path / "model.safetensors")
     training = release.config["training"]
-    before = training.get("init") or {}
     origin = Origin(
         name=release.name,
         digest=release.digest,
         recipe_hash=str(training.get("recipe_hash", release.digest)),
-        data=[release.config["data"], *before.get("data", [])],
+        data=release.trainings,
         fingerprints=sorted(release.fingerprints),
     )
     return Start({f"encoder.{name}": value for name, value in weights.items()}, origin)

@@ -93,7 +93,7 @@ class Prepared:
         # Other ranks get these weights from the first one, when DDP starts.
         if main and settings.init is not None and not run.checkpoints.paths():
             start = self.start or named("init", settings.init, open_start)
-            report = begin_from(objective, start.state)
+            report = begin_from(objective, start.state, foreign=start.foreign)
         dataset = make_dataset(settings, corpus, objective.crops)
         loop = Loop(
             settings,
@@ -166,30 +166,34 @@ def prepare(
         probe = attempt(
             problems, Probe.open, settings.health.probe, channels, preprocess, settings.crop_size
         )
-    start = None
+    start, foreign = None, False
     if main and settings.init is not None and not follows and not run.checkpoints.paths():
         start = attempt(problems, named, "init", settings.init, open_start)
-        before = None if start is None else start.state
+        if start is not None:
+            before, foreign = start.state, start.foreign
     if make is not None and channels is not None:
-        attempt(problems, _check_start, make, settings, before)
+        attempt(problems, _check_start, make, settings, before, foreign)
     if problems or corpus is None or channels is None or make is None:
         raise InputError(problems)
     return Prepared(settings, run, corpus, channels, make, probe, start)
 
 
 def _check_start(
-    make: Callable[[], Objective], settings: PretrainSettings, state: Mapping[str, Tensor] | None
+    make: Callable[[], Objective],
+    settings: PretrainSettings,
+    state: Mapping[str, Tensor] | None,
+    foreign: bool,
 ) -> None:
-    """Lets an objective without memory begin from weights without values."""
+    """Lets an objective without memory begin from the weights."""
     with torch.device("meta"):
         objective = make()
     if state is not None:
-        begin_from(objective, {name: value.to("meta") for name, value in state.items()})
+        begin_from(objective, state, foreign=foreign)
     frozen = not any(p.requires_grad for p in objective.encoder.parameters())
     if frozen and settings.init is None:
         raise InputError(
             f"init: missing; {type(objective).__name__} does not train the encoder, so give "
-            "init=RUN or init=RELEASE, one that is trained"
+            "init=RUN, init=RELEASE or init=FILE of public weights, one that is trained"
         )
 
 

@@ -7,7 +7,7 @@ MedDINOv3: blocks at each quarter of the depth (2, 5, 8 and 11 of 12, counted fr
 the final norm.
 
 Public weights expect three channels. An encoder of one channel has the sum of their three patch
-embeddings, which is the same as repeating the slice three times (`load_dinov3`).
+embeddings, which is the same as repeating the slice three times (`pretrain.foreign`).
 
 Shape legend: B batch, C channels, N = gh*gw patches, V visible ones, E width, K prefix tokens, A
 width of an attention head.
@@ -16,22 +16,18 @@ width of an attention head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from data_prep.errors import InputError
 from pretrain.backbones.backbone import fitting_crop
 from pretrain.backbones.vit import Side, TokenBackbone, tapped_blocks
 from pretrain.masking import spread, take_rows, triple
-from pretrain.release import LoadReport
 
 
 def rotary_periods(head_dim: int, device: torch.device | None = None) -> Tensor:
@@ -186,115 +182,3 @@ class SliceViT(TokenBackbone):
             x = x.masked_fill(spread(hidden, grid, self.patch_size), 0.0)
         tokens = self.patch_embed(x[:, :, 0]).flatten(1, 2)  # [B, N, E]
         return tokens if visible is None else take_rows(tokens, visible)
-
-
-def load_dinov3(encoder: SliceViT, path: Path) -> LoadReport:
-    """Copies the weights of a public DINOv3 or MedDINOv3 from a local file.
-
-    The file is a .safetensors or a .pth without anything but tensors, under Meta's names, as
-    released (`teacher` and `backbone.` around them) or bare, or under timm's. All of the encoder
-    must come from it.
-
-    Returns:
-        Which tensor of the encoder was copied or adapted, which of the file was skipped and why.
-
-    Raises:
-        InputError: the file cannot be read, is another network, or lacks something; the message
-            lists every tensor that does not fit.
-    """
-    weights, report = from_dinov3(_read(path), encoder)
-    encoder.load_state_dict(weights)
-    report.covered = 1.0
-    return report
-
-
-_RENAMED = {"storage_tokens": "reg_token", "ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
-_SKIPPED = {
-    "mask_token": "stands for hidden patches; objectives have one of their own",
-    "bias_mask": "hides the bias of keys, which have none here",
-    "local_cls_norm.weight": "norm of small crops in pretraining",
-    "local_cls_norm.bias": "norm of small crops in pretraining",
-}
-
-
-def from_dinov3(
-    weights: Mapping[str, Tensor], encoder: SliceViT
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """Gives public weights the names and shapes of an encoder; as `load_dinov3`, without a file."""
-    wanted = {name: list(tensor.shape) for name, tensor in encoder.state_dict().items()}
-    found: dict[str, Tensor] = {}
-    report, problems = LoadReport(), []
-    within = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
-    for name, tensor in weights.items():
-        if not name.startswith(within):
-            report.skipped[name] = "no part of the backbone"
-            continue
-        try:
-            placed, how = _converted(name.removeprefix(within), tensor, encoder)
-            for own, value in placed.items():
-                if list(value.shape) != wanted.get(own):
-                    expected = wanted.get(own, "nothing of that name")
-                    raise ValueError(f"has shape {list(value.shape)}, the encoder {expected}")
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        found |= placed
-        if not placed:
-            report.skipped[name] = how
-        elif how:
-            report.adapted |= dict.fromkeys(placed, how)
-        else:
-            report.copied += placed
-    problems += [f"{own}: is not in the file" for own in wanted.keys() - found.keys()]
-    if problems:
-        raise InputError(sorted(problems))
-    return found, report
-
-
-def _converted(name: str, tensor: Tensor, encoder: SliceViT) -> tuple[dict[str, Tensor], str]:
-    """What a public tensor is here, by our names, and how it was adapted; or nothing, and why.
-
-    Raises:
-        ValueError: the encoder computes something else.
-    """
-    for end, why in _SKIPPED.items():
-        if name.endswith(end):
-            return {}, why
-    if name == "rope_embed.periods":
-        ours = rotary_periods(encoder.head_dim)
-        # Released periods are rounded to bfloat16.
-        if tensor.shape != ours.shape or not torch.allclose(tensor.float(), ours, rtol=1e-2):
-            raise ValueError(f"is {tensor.tolist()}, this encoder turns by {ours.tolist()}")
-        return {}, "computed, and the same"
-    own = name
-    for old, new in _RENAMED.items():
-        own = own.replace(old, new)
-    if name == "patch_embed.proj.weight" and encoder.in_channels == 1 < tensor.shape[1]:
-        how = f"sum over {tensor.shape[1]} channels, as for a slice repeated"
-        return {own: tensor.sum(1, keepdim=True)}, how
-    if name.endswith("qkv.bias"):
-        # That of keys is masked in DINOv3, whatever is stored.
-        query, _, value = tensor.chunk(3)
-        if encoder.qkv_bias:
-            biases = {own.replace("qkv.", "q_"): query, own.replace("qkv.", "v_"): value}
-            return biases, "a third of qkv.bias; that of keys is masked"
-        if query.any() or value.any():
-            raise ValueError("is not zero; the encoder needs backbone.qkv_bias=true")
-        return {}, "zero, and this encoder has no biases there"
-    return {own: tensor}, ""
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        stored: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: cannot be read as weights ({said})") from error
-    weights = stored.get("teacher", stored) if isinstance(stored, dict) else stored
-    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
-        raise InputError(f"{path}: holds other things than the tensors of a DINOv3")
-    return weights

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +437,28 @@ def test_what_pretraining_saw_stays_unknown(corpus: Corpus, tmp_path: Path) -> N
     shutil.rmtree(foreign)
     with pytest.raises(InputError, match="no such release"):
         export(made, tmp_path / "again")
+
+
+def test_licences_of_what_the_checkpoint_began_from_are_told(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    """Stages share volumes, so the most counts; of public weights nothing was counted."""
+    stage = {"samples": 5, "source": {"x": 5}, "licence": {"CC0": 2, "CC BY": 3}}
+    public = {"source": {"by.pth": None}, "licence": {"not stated by by.pth": None}}
+    ckpt = write_encoder(
+        tmp_path / "ckpt",
+        BACKBONE,
+        data={"samples": 4, "source": {"x": 4}, "licence": {"CC0": 4}, "modality": {"MR": 4}},
+        training={"steps": 1, "recipe_hash": "abc", "init": {"data": [stage, public]}},
+    )
+    made = finetune(settings(corpus, ckpt, tmp_path / "runs", tta=False, overlap=0.0))
+    release = export(made, tmp_path / "out")
+    data, own = release.config["data"], corpus.meta(0)["licence"]
+    expected = Counter({"CC0": 4, "CC BY": 3, "not stated by by.pth": 1}) + Counter({own: 2})
+    assert data["licence"] == expected
+    assert data["samples"] == 5 + 2
+    card = (release.path / "README.md").read_text()
+    assert "**Strictest licence of the training data: not stated by by.pth.**" in card
 
 
 def test_a_segmenter_can_be_finetuned_on(release: Release, corpus: Corpus, tmp_path: Path) -> None:

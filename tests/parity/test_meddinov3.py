@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.backbones.slice_vit import SliceViT, load_dinov3
+from pretrain.backbones.slice_vit import SliceViT
+from pretrain.foreign import load_foreign
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_tokens_and_layers(file: Path, parity: Callable[[str], Any]) -> None:
     numbers, facts = parity("meddinov3_features")
     image = numbers["input.x"]
     encoder = made(facts, image.shape[1])
-    load_dinov3(encoder, file)
+    load_foreign(encoder, file)
     tokens, maps = encoder.tokens(image[:, :, None]), encoder(image[:, :, None])
     assert close(tokens[:, 0], numbers["expected.cls"])
     assert close(tokens[:, encoder.prefix_tokens :], numbers["expected.patch_tokens"])
@@ -63,15 +64,15 @@ def test_one_channel_is_that_channel_repeated(file: Path, parity: Callable[[str]
     numbers, facts = parity("meddinov3_features")
     image = numbers["input.x"][:, :1, None]
     grey, colour = made(facts, 1), made(facts, numbers["input.x"].shape[1])
-    assert list(load_dinov3(grey, file).adapted) == ["patch_embed.proj.weight"]
-    load_dinov3(colour, file)
+    assert list(load_foreign(grey, file).adapted) == ["patch_embed.proj.weight"]
+    load_foreign(colour, file)
     assert close(grey.tokens(image), colour.tokens(image.expand(-1, colour.in_channels, 1, -1, -1)))
 
 
 def test_every_tensor_is_in_the_report_once(file: Path, parity: Callable[[str], Any]) -> None:
     _, facts = parity("meddinov3_features")
     encoder = made(facts, 1)
-    report = load_dinov3(encoder, file)
+    report = load_foreign(encoder, file)
     stored = torch.load(file, weights_only=True)["teacher"]
     assert sorted([*report.copied, *report.adapted]) == sorted(encoder.state_dict())
     assert len(report.copied) + len(report.adapted) + len(report.skipped) == len(stored)

@@ -12,6 +12,8 @@ import torch
 from test_loop import MAE, RESENC, VIT, settings, weights
 
 from data_prep.errors import InputError
+from finetune.evaluate import comparable
+from pretrain.backbones.slice_vit import SliceViT
 from pretrain.export import export
 from pretrain.release import load_release
 from pretrain.settings import PretrainSettings
@@ -150,3 +152,69 @@ def test_the_recipe_of_the_start_is_part_of_the_recipe(first: Path, chosen: Any)
     )
     assert open_start(reseeded).origin.digest != origin.digest
     assert recipe_hash(config, "i", 1, open_start(reseeded).origin) == with_start
+
+
+SLICES = {
+    "_target_": "pretrain.backbones.slice_vit.SliceViT",
+    "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of three channels, as MedDINOv3 publishes them: a teacher, heads and all."""
+    torch.manual_seed(3)
+    chosen = {name: value for name, value in SLICES.items() if name != "_target_"}
+    vit = SliceViT(in_channels=3, **chosen)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    meta = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    stored = {"dino_head.last_layer.weight": torch.ones(2)}
+    for name, tensor in vit.state_dict().items():
+        for ours, theirs in meta.items():
+            name = name.replace(ours, theirs)
+        stored[f"backbone.{name}"] = tensor
+    path = tmp_path_factory.mktemp("public") / "vit.pth"
+    torch.save({"teacher": stored}, path)
+    return path
+
+
+def test_public_weights_are_where_it_begins_and_what_they_saw_is_unknown(
+    public: Path, chosen: Any, tmp_path: Path
+) -> None:
+    slices = {"backbone": SLICES, "crop_size": (1, 12, 8)}
+    run = pretrain(chosen(init=public, **slices))
+    stored = torch.load(public, weights_only=True)["teacher"]
+    found = weights(run)
+    for name in ("blocks.1.mlp.fc2.weight", "cls_token"):
+        torch.testing.assert_close(found[f"encoder.{name}"], stored[f"backbone.{name}"])
+    grey = stored["backbone.patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(found["encoder.patch_embed.proj.weight"], grey)
+    report = json.loads((run / "load_report.json").read_text())
+    assert sorted([*report["copied"], *report["adapted"], *report["new"]]) == sorted(found)
+    assert list(report["adapted"]) == ["encoder.patch_embed.proj.weight"]
+    assert report["covered"] == 1.0 and "dino_head.last_layer.weight" in report["skipped"]
+
+    made = load_release(export(run, tmp_path / "release").path)
+    assert comparable(made.fingerprints) is None  # the gate gets no answer, not a clean one
+    assert comparable(open_start(made.path).origin.fingerprints) is None
+    card = (made.path / "README.md").read_text()
+    assert "training data: not stated by vit.pth" in card and "what vit.pth does not tell" in card
+    assert str(public.parent) not in (made.path / "config.json").read_text() + card
+
+    copy = Path(shutil.copyfile(public, tmp_path / "copy.pth"))
+    assert prepare(chosen(init=copy, **slices)).finished
+    torch.save({"teacher": {n: t + 1 for n, t in stored.items()}}, copy)
+    with pytest.raises(InputError, match="it began from vit"):
+        prepare(chosen(init=copy, **slices))
+
+
+def test_public_weights_of_another_network_are_refused_and_nothing_written(
+    public: Path, chosen: Any
+) -> None:
+    deep = chosen(init=public, backbone=SLICES | {"depth": 3}, crop_size=(1, 12, 8))
+    with pytest.raises(InputError, match=r"blocks\.2\.norm1\.weight: is not in the file"):
+        pretrain(deep)
+    with pytest.raises(InputError, match="no public weights are known for ResEncUNetEncoder"):
+        pretrain(chosen(init=public))
+    assert not (deep.runs / deep.run).exists()
