@@ -157,10 +157,11 @@ def _summarise(output: Path) -> None:
         "each. They show that the recipes run and learn their own task, and nothing about what the",
         "encoders are worth: minutes on these scans leave some probes (linear, 8 hippocampi of the",
         "training part, Dice at voxel resolution) below those of the untrained encoder, and the",
-        "spread between seeds is not measured. Seconds are of runs beside other work.",
+        "spread between seeds is not measured. The first look is at untrained weights, in later",
+        "stages at those of the stage before. Seconds are of runs beside other work.",
         "",
         "| recipe | objective, encoder | parameters | steps x batch | seconds | loss, first to "
-        "last | RankMe of tokens | probe Dice: untrained, last |",
+        "last | RankMe of tokens | probe Dice, first to last |",
         "| --- | --- | --: | --: | --: | --: | --: | --: |",
     ]
     for name, one in found.items():
@@ -173,7 +174,7 @@ def _summarise(output: Path) -> None:
             f"{one['seconds']:.0f}",
             f"{one['loss'][0]:.3f} to {one['loss'][-1]:.3f}",
             f"{begin['rank']:.0f} to {end['rank']:.0f}",
-            f"{100 * begin['probe_dice']:.1f}, {100 * end['probe_dice']:.1f}",
+            f"{100 * begin['probe_dice']:.1f} to {100 * end['probe_dice']:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Each has its log, health, last reconstructions (.png) and colours of its tokens"]

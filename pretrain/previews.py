@@ -6,6 +6,7 @@ up, and anterior is up (axial) or left (sagittal).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,12 @@ def planes(volume: NDArray[Any], centre: tuple[int, int, int] | None = None) -> 
     """Axial, coronal and sagittal slice of [D, H, W], first row on top of the picture."""
     d, h, w = centre or tuple(n // 2 for n in volume.shape)
     return [volume[d], volume[::-1, h], volume[::-1, :, w]]
+
+
+def worth_drawing(shape: Sequence[int]) -> list[int]:
+    """Which planes of a volume [D, H, W] are more than a line; the first if all are lines."""
+    d, h, w = (side > 1 for side in shape)
+    return [i for i, wide in enumerate((h and w, d and w, d and h)) if wide] or [0]
 
 
 def aspects(spacing: tuple[float, float, float] | NDArray[Any]) -> list[float]:
@@ -55,12 +62,15 @@ def draw_previews(objective: Objective, batch: Batch, path: Path) -> None:
     first = range(0, len(batch.image), len(batch.image) // count)
     # Widths and heights in millimetres of the first sample: nothing is squeezed, titles line up.
     d, h, w = size * spacing[0]
+    drawn = worth_drawing(batch.image.shape[2:])
+    widths, heights = np.array([w, w, h])[drawn], np.array([h, d, d])[drawn]
+    broad = min(12.0, 3.0 * wide * len(drawn))
     figure, axes = plt.subplots(
         count,
-        3 * wide,
-        figsize=(12, 12 * count * max(h, d) / (wide * (2 * w + h)) + 0.5),
+        len(drawn) * wide,
+        figsize=(broad, broad * count * heights.max() / (wide * widths.sum()) + 0.5),
         squeeze=False,
-        width_ratios=[*[w] * wide, *[w] * wide, *[h] * wide],
+        width_ratios=np.repeat(widths, wide),
         layout="constrained",
     )
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.01, hspace=0.01)
@@ -68,11 +78,10 @@ def draw_previews(objective: Objective, batch: Batch, path: Path) -> None:
     for row in range(count):
         low, high = np.percentile(batch.image[first[row], 0].float().cpu().numpy(), [0.5, 99.5])
         for column, name in enumerate(kinds):
-            slices = planes(kinds[name][row, 0])
-            for plane, (picture, aspect) in enumerate(
-                zip(slices, aspects(spacing[first[row]]), strict=True)
-            ):
-                axis = axes[row, plane * wide + column]
+            slices, squeezed = planes(kinds[name][row, 0]), aspects(spacing[first[row]])
+            for place, plane in enumerate(drawn):
+                axis = axes[row, place * wide + column]
+                picture, aspect = slices[plane], squeezed[plane]
                 axis.imshow(picture, cmap=shades, vmin=low, vmax=high, aspect=aspect)
                 axis.set_axis_off()
                 axis.set_anchor("N")

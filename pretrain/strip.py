@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from data_prep.files import atomic
 from pretrain.backbones.backbone import Backbone
 from pretrain.objective import Batch, Objective
-from pretrain.previews import PLANES, aspects, planes
+from pretrain.previews import PLANES, aspects, planes, worth_drawing
 
 COLUMNS = 7
 """Previews that are kept: first, newest, and some between them."""
@@ -172,9 +172,9 @@ def _draw(
     axes_of, low, high = basis(_tokens(shots[max(shots)]))
     images = image[:, 0].float().cpu().numpy()
     spacing = spacing_mm.cpu().numpy()
-    shown = PLANES[:2]  # the third adds height and little else
+    shown = worth_drawing(images.shape[1:])[:2]  # the third adds height and little else
     size = np.array(images.shape[1:]) * spacing[0]
-    heights = [size[1], size[0]] * len(images)  # axial: H by W, coronal: D by W
+    heights = [(size[1], size[0], size[0])[plane] for plane in shown] * len(images)
     columns = 1 + len(shots)
     width = 1.55
     figure, axes = plt.subplots(
@@ -187,7 +187,7 @@ def _draw(
     )
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     for line, (b, plane) in zip(
-        axes, [(b, plane) for b in range(len(images)) for plane in range(len(shown))], strict=True
+        axes, [(b, plane) for b in range(len(images)) for plane in shown], strict=True
     ):
         grey = planes(images[b])[plane]
         limits = np.percentile(images[b], [0.5, 99.5])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 import voxelith
 from pretrain.export import export
@@ -51,6 +52,10 @@ def test_slices_pretrain_preview_export_and_encode(
     )
     pictures = sorted(path.name for path in (run / "previews").glob("*.png"))
     assert pictures == ["step-00000000.png", "step-00000002.png", "strip.png"]
+
+    # No line is drawn as a picture: three kinds beside each other, and no empty columns.
+    height, width = plt.imread(run / "previews" / "step-00000002.png").shape[:2]
+    assert width / height < 1.2
 
     release = export(run, tmp_path / "release")
     encoder = voxelith.load_encoder(release.path)

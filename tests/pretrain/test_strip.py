@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.backbones.backbone import Backbone
 from pretrain.crops import Crops
 from pretrain.objective import Batch
+from pretrain.previews import worth_drawing
 from pretrain.strip import add_to_strip, basis, fine_map, map_to_show, thinned
 
 
@@ -114,3 +115,17 @@ def test_a_killed_runs_later_previews_go(tmp_path: Path) -> None:
         # Superior is up in the coronal plane: the first row has the largest d.
         assert file["0-coronal"][0, 0, 0] > file["0-coronal"][-1, 0, 0]
         assert file["0-axial"].shape == (12, 8, 4) and file["1-sagittal"].shape == (8, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "drawn"),
+    [
+        ((4, 5, 6), [0, 1, 2]),
+        ((1, 5, 6), [0]),
+        ((4, 1, 6), [1]),
+        ((4, 5, 1), [2]),
+        ((1, 1, 6), [0]),
+    ],
+)
+def test_planes_that_are_lines_are_not_drawn(shape: tuple[int, int, int], drawn: list[int]) -> None:
+    assert worth_drawing(shape) == drawn
