@@ -132,7 +132,7 @@ def _inspect(words: list[str]) -> Any:
     from finetune.describe import as_text, describe
 
     facts = describe(Path(ref))
-    print(as_text(facts))
+    _show(as_text(facts))
     return facts
 
 
@@ -221,7 +221,7 @@ def _table(words: list[str]) -> Any:
 
     search = Path(options["search"]) if options["search"] else None
     table = make_table(runs, Path(options["output"]), options["anchor"], search)
-    print(f"{markdown(table)}\n{options['output']}: table.md, .html, .tex, .csv and .json")
+    _show(f"{markdown(table)}\n{options['output']}: table.md, .html, .tex, .csv and .json")
     return table.to_dict()
 
 
@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             with contextlib.redirect_stdout(sys.stderr):
                 result = COMMANDS[name].run(words)
-            print(json.dumps(result))
+            _show(json.dumps(result))
         else:
             COMMANDS[name].run(words)
     except InputError as error:

@@ -626,6 +626,17 @@ def test_inspect_needs_no_torch_and_can_speak_json(release: Release) -> None:
     assert json.loads(facts)["digest"] == release.digest
 
 
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_what_inspect_says_may_be_cut_off(release: Release, words: list[str]) -> None:
+    """`voxelith inspect RELEASE | head`: whoever reads has closed the pipe before it is written."""
+    command = [sys.executable, "-m", "voxelith", "inspect", str(release.path), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait() == 0
+    assert process.stderr.read() == b""
+
+
 def test_inspect_refuses_damage_and_other_folders(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a release"):
         describe(tmp_path)
