@@ -634,7 +634,8 @@ def test_what_inspect_says_may_be_cut_off(release: Release, words: list[str]) ->
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.wait() == 0
-    assert process.stderr.read() == b""
+    said = process.stderr.read().decode()  # of --json what is said on the way
+    assert "BrokenPipe" not in said and "error" not in said
 
 
 def test_inspect_refuses_damage_and_other_folders(copy: Path, tmp_path: Path) -> None:
