@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from line import ROOT, voxelith
 
 from conf.compose import recipes, stages_for
 from data_prep.files import write_json, write_text
+from finetune.comparisons import holm
 from finetune.formats import cell
 from finetune.lines import Group, Table
 from finetune.table import read_table
@@ -86,7 +88,9 @@ def markdown(table: Table) -> str:
     basis = table.groups[0].main.difference
     assert basis is not None
     rows = []
-    for group in sorted(table.groups, key=gain, reverse=True):
+    groups = sorted(table.groups, key=gain, reverse=True)
+    single = [math.nan if one.main.difference is None else one.main.difference.p for one in groups]
+    for group, p, adjusted in zip(groups, single, holm(single), strict=True):
         line = group.main
         name = group.checkpoint.split()[0].partition(".")[0]
         found = stages(name)
@@ -97,8 +101,8 @@ def markdown(table: Table) -> str:
             cell(line.pretrained),
             cell(line.scratch),
             cell(line.difference, sign=True),
-            f"{line.adjusted_p:.2g}",
-            line.verdict,
+            f"{p:.2g}",
+            f"{adjusted:.2g}",
         ]
         rows.append(f"| {' | '.join(values)} |")
     return (
@@ -110,12 +114,13 @@ def markdown(table: Table) -> str:
                 "that file, raw values in [probe_rows.json](probe_rows.json). Ridge probe, Dice in "
                 f"points over the validation part of MSD Task04 ({basis.cases} cases of "
                 f"{basis.units} subjects), {LABELS} labels, {basis.draws} draws, 95 % intervals "
-                "over subjects and draws, p after Holm over all rows. One pretraining of each, "
-                "minutes long: rows for looking, no ranking of methods.",
+                "over subjects and draws, each row by itself; the last column is p after Holm over "
+                "all rows. One pretraining of each, minutes long: rows for looking, no ranking of "
+                "methods. A twin is random in the architecture and preprocessing of its recipe.",
                 "",
                 "| recipe | encoder | steps x batch | pretrained, frozen | random, frozen "
-                "| difference | p | verdict |",
-                "| --- | --- | --: | --: | --: | --: | --: | --- |",
+                "| difference | p | p, Holm |",
+                "| --- | --- | --: | --: | --: | --: | --: | --: |",
                 *rows,
             ]
         )
