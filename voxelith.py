@@ -248,35 +248,38 @@ def _demo(words: list[str]) -> Any:
 
 
 def _features(words: list[str]) -> Any:
-    release, scan, output = _positional("features", words, ["RELEASE", "SCAN", "OUT.npz"])
-    from data_prep.files import atomic, make_folder
+    settings = _configured("features", words)
+    from pretrain.features import features
 
-    make_folder(Path(output).parent, "OUT.npz")
-    found = load_encoder(release).features(scan)
-    import numpy as np
-
-    with atomic(Path(output)) as file:
-        np.savez(file, map=found.map, affine=found.affine, vector=found.vector)
-    print(f"{output}: map {found.map.shape}, vector {found.vector.shape}")
-    return {"output": output, "shape": list(found.map.shape)}
+    found = features(settings)
+    return _done(settings, found.written, found.there, found.left_out)
 
 
 def _predict(words: list[str]) -> Any:
     settings = _configured("predict", words)
-    from data_prep.errors import LeftOutError
     from finetune.predict import predict
 
     found = predict(settings)
-    there = f", {len(found.there)} there already" if settings.resume else ""
-    print(f"{settings.output}: {len(found.written)} written{there}, {len(found.left_out)} left out")
+    return _done(settings, found.written, found.there, found.left_out)
+
+
+def _done(
+    settings: Any, written: Sequence[Any], there: Sequence[Any], left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Says what became of a folder of scans; what was left out makes the command fail."""
+    from data_prep.errors import LeftOutError
+
+    already = f", {len(there)} there already" if settings.resume else ""
+    print(f"{settings.output}: {len(written)} written{already}, {len(left_out)} left out")
     result = {
         "output": str(settings.output),
-        "written": len(found.written),
-        "there": len(found.there),
-        "left_out": found.left_out,
+        "written": len(written),
+        "there": len(there),
+        "left_out": left_out,
     }
-    if found.left_out:
-        problems = [f"{settings.input / name}: {why}" for name, why in found.left_out.items()]
+    if left_out:
+        folder = settings.input.parent if settings.input.is_file() else settings.input
+        problems = [f"{folder / name}: {why}" for name, why in left_out.items()]
         raise LeftOutError(problems, result)
     return result
 
@@ -346,13 +349,15 @@ RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not t
 example: voxelith export runs/first release/""",
     ),
     "features": Command(
-        "a scan to features",
-        "features RELEASE SCAN OUT.npz",
+        "a folder of scans to features",
+        "features ckpt=RELEASE input=SCAN|DIR output=OUT.npz|OUT.parquet|DIR [key=value ...]",
         _features,
         """
-SCAN is a NIfTI. OUT.npz gets the feature map [E, d, h, w], its affine, and their mean as a vector.
+A .npz has the feature map [E, d, h, w], the affine and spacing of its cells, and their mean as a
+vector; a .parquet has a row with the vector of each scan. Scans larger than the crop are seen by
+windows.
 
-example: voxelith features release/ scan.nii.gz features.npz""",
+example: voxelith features ckpt=release/ input=scans/ output=features/""",
     ),
     "inspect": Command(
         "what a run or a release is",

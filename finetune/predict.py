@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,18 +9,14 @@ import torch
 
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
-from data_prep.layouts.case import is_image
 from data_prep.progress import bar
-from data_prep.volume import Reject, Volume, as_known, read_channels, write_nifti
+from data_prep.scans import by_case, read_scan, scan_files
+from data_prep.volume import Reject, write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import read_answers, write_answers
-from finetune.finetuned import Finetuned
 from finetune.model_file import load_network
 from finetune.segmenter import Segmenter
 from finetune.settings import PredictSettings
-
-CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
-"""Files of a case with several channels, as nnU-Net names them."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +47,10 @@ def predict(settings: PredictSettings) -> Predicted:
     """
     source, output = settings.input, settings.output
     problems: list[str] = []
-    files = sorted(path for path in source.rglob("*") if path.is_file() and is_image(path))
+    names = scan_files(source)
     if not source.is_dir():
         problems.append(f"input={source}: no such folder; give a folder with NIfTI scans")
-    elif not files:
+    elif not names:
         problems.append(f"input={source}: holds no .nii or .nii.gz file")
     if output.resolve().is_relative_to(source.resolve()):
         problems.append(
@@ -77,8 +71,7 @@ def predict(settings: PredictSettings) -> Predicted:
         precision=settings.precision,
         window_batch=settings.window_batch,
     )
-    names = [file.relative_to(source) for file in files]
-    cases, left_out = _cases(names, network.channels)
+    cases, left_out = by_case(names, network.channels)
     found = Predicted(left_out=left_out)
     kept = _answers(output, network, resume=settings.resume)
     try:
@@ -88,13 +81,9 @@ def predict(settings: PredictSettings) -> Predicted:
                 found.there.append(target)
                 continue
             try:
-                volume = _read([source / one for one in channels], network)
+                volume = read_scan([source / one for one in channels], network.modalities)
             except Reject as reject:
                 left_out[str(name)] = str(reject)
-                continue
-            except Exception as error:
-                # A header that no reader foresaw must not stop the folder.
-                left_out[str(name)] = f"unreadable: {type(error).__name__}: {error}"
                 continue
             if isinstance(network, Answerer):
                 assert kept is not None
@@ -119,35 +108,3 @@ def _answers(
     if isinstance(network, Segmenter):
         return None
     return read_answers(output, "file", network.task) if resume else {}
-
-
-def _cases(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]], dict[str, str]]:
-    """The files of each output, in the order of their channels; and what makes no case, and why."""
-    if channels == 1:
-        return {name: [name] for name in names}, {}
-    numbered: dict[Path, dict[int, Path]] = {}
-    left_out = {}
-    for name in names:
-        match = CHANNEL.fullmatch(name.name)
-        if match is None:
-            left_out[str(name)] = (
-                f"channels: the network takes {channels} channels a case, in files named "
-                "NAME_0000.nii.gz, NAME_0001.nii.gz, ..."
-            )
-        else:
-            case = name.with_name(match["case"] + match["end"])
-            numbered.setdefault(case, {})[int(match["number"])] = name
-    cases = {}
-    for case, files in numbered.items():
-        if sorted(files) == list(range(channels)):
-            cases[case] = [files[number] for number in range(channels)]
-        else:
-            left_out[str(case)] = (
-                f"channels: it has {', '.join(f'{n:04d}' for n in sorted(files))}, the network "
-                f"takes 0000 to {channels - 1:04d}"
-            )
-    return cases, left_out
-
-
-def _read(files: Sequence[Path], network: Finetuned) -> Volume:
-    return as_known(read_channels(files), network.modalities)

@@ -54,24 +54,26 @@ class Encoder:
         preprocess: Preprocess,
         config: dict[str, Any],
         report: LoadReport | None = None,
+        digest: str | None = None,
     ) -> None:
         self.module = module
         self.preprocess = preprocess
         self.config = config
         self.report = report
+        self.digest = digest
 
-    @torch.inference_mode()
     def features(
         self,
         scan: str | Path | Sequence[str | Path] | NDArray[Any],
         *,
         spacing: Sequence[float] | None = None,
         modality: str | None = None,
+        overlap: float = OVERLAP,
     ) -> Features:
         """Features of the deepest map.
 
         A scan that is larger than the training crop is seen by windows of that size that overlap
-        by half and start on whole cells; a cell is the mean over the windows that see it.
+        and start on whole cells; a cell is the mean over the windows that see it.
 
         Args:
             scan: path of a NIfTI in any orientation, paths of a scan's channels on one grid, or an
@@ -80,19 +82,35 @@ class Encoder:
             spacing: in mm along D, H, W; needed for an array.
             modality: CT or MR; by default what the encoder knows, or, if it knows both, told
                 from the values (a minimum of -500 or less is CT).
+            overlap: share of a window's side that the next one sees again, below 1.
 
         Raises:
             InputError: unreadable scan, missing spacing, wrong channels or unknown modality.
         """
         try:
-            volume = self._volume(scan, spacing, modality)
+            return self.see(self._volume(scan, spacing, modality), overlap=overlap)
         except Reject as reason:
             name = scan if isinstance(scan, str | Path | list | tuple) else "array"
             raise InputError(f"{name}: {reason.detail} ({reason.code})") from reason
+
+    @torch.inference_mode()
+    def see(self, volume: Volume, *, overlap: float = OVERLAP) -> Features:
+        """Features of a volume that was read, under a modality that the encoder knows.
+
+        Raises:
+            Reject: it has other channels than the encoder takes.
+        """
+        channels = self.module.in_channels
+        if len(volume.array) != channels:
+            raise Reject(
+                "channels",
+                f"{len(volume.array)} channels found, this encoder takes {channels}; "
+                "give one channel at a time or a matching encoder",
+            )
         ready = self.preprocess.apply(volume)
         device = next(self.module.parameters()).device
         image = torch.from_numpy(np.ascontiguousarray(ready.array, dtype=np.float32))
-        grid = self._windows(image[None].to(device))
+        grid = self._windows(image[None].to(device), overlap)
         strides = np.array(self.module.strides[-1])
         # A cell stands for the voxels [i s, (i + 1) s) of each axis.
         cells = np.eye(4)
@@ -124,16 +142,9 @@ class Encoder:
                     "spacing=(3.0, 0.8, 0.8)"
                 )
             volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
-        volume = as_known(volume, known)
-        channels = self.module.in_channels
-        if len(volume.array) != channels:
-            raise InputError(
-                f"{len(volume.array)} channels found, this encoder takes {channels}; "
-                "give one channel at a time or a matching encoder"
-            )
-        return volume
+        return as_known(volume, known)
 
-    def _windows(self, image: torch.Tensor) -> torch.Tensor:
+    def _windows(self, image: torch.Tensor, overlap: float) -> torch.Tensor:
         """[1, C, D, H, W] to the deepest map [E, d, h, w] of its own cells."""
         stride = self.module.strides[-1]
         size = self.config["crop_size"]
@@ -148,7 +159,7 @@ class Encoder:
         image = torch.where(F.pad(torch.ones_like(image), ends) > 0, F.pad(image, ends), lowest)
         grid = [p // s for p, s in zip(padded, stride, strict=True)]
         starts = [
-            window_starts(n, k, max(1, round(k * (1 - OVERLAP))))
+            window_starts(n, k, max(1, round(k * (1 - overlap))))
             for n, k in zip(grid, window, strict=True)
         ]
         total = torch.zeros((self.module.channels[-1], *grid), device=image.device)
@@ -187,4 +198,4 @@ def load_encoder(ref: str | Path, *, device: str | torch.device = "cpu") -> Enco
     module = release.build_encoder()
     report = release.load(module)
     module.eval().requires_grad_(False).to(device)
-    return Encoder(module, release.preprocess, release.config, report)
+    return Encoder(module, release.preprocess, release.config, report, release.digest)

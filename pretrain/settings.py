@@ -275,3 +275,16 @@ def check_same(settings: PretrainSettings, before: dict[str, Any], run: Path) ->
             f"{run}: cannot be resumed with other settings ({'; '.join(changed)}); restore them, "
             "or start another run=NAME"
         )
+
+
+class FeaturesSettings(BaseModel):
+    """The keys of conf/features.yaml: an encoder over a scan or a folder of scans."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ckpt: Annotated[Path, MUST_EXIST]
+    input: Annotated[Path, MUST_EXIST]
+    output: Path
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: bool = False

@@ -53,7 +53,7 @@ def test_several_problems_are_counted(capsys: pytest.CaptureFixture[str]) -> Non
     assert err.startswith("error: 3 problems, nothing was started\n")
 
 
-@pytest.mark.parametrize("command", ["export", "check", "features"])
+@pytest.mark.parametrize("command", ["export", "check", "inspect"])
 def test_missing_words_show_the_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 2
     assert f"usage: voxelith {command}" in capsys.readouterr().err
@@ -142,7 +142,6 @@ def test_a_missing_shard_is_found_before_a_folder_is_made(
     [
         ["table", "{runs}", "output=/proc/x"],
         ["report", "{runs}", "output=/proc/x/report.html"],
-        ["features", "{runs}", "scan.nii.gz", "/proc/x/out.npz"],
     ],
 )
 def test_folders_that_cannot_be_written_are_found_before_the_work(

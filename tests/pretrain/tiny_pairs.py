@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,14 @@ def build(objective: str, backbone: str) -> tuple[PretrainSettings, Objective]:
     return chosen, build_objective(chosen, 1)
 
 
-def pairs() -> Iterator[tuple[str, str]]:
+def pairs() -> list[tuple[str, str]]:
+    """All pairs of presets; of those that are the same when they are small, the first."""
+    found: dict[str, tuple[str, str]] = {}
     for objective in names("objective"):
         for backbone in names("backbone"):
-            yield objective, backbone
+            text = composed(objective, backbone).model_dump_json()
+            found.setdefault(text, (objective, backbone))
+    return list(found.values())
 
 
 def one_each() -> list[tuple[str, str]]:

@@ -1,0 +1,65 @@
+"""Scans that a network is to see: the files of a folder, put together by case.
+
+Several channels are files NAME_0000.nii.gz, NAME_0001.nii.gz, ... on one grid, as nnU-Net names
+them; their case is NAME.nii.gz.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.layouts.case import is_image
+from data_prep.volume import Reject, Volume, as_known, read_channels
+
+CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
+
+
+def scan_files(source: Path) -> list[Path]:
+    """The NIfTI files below a folder, relative to it, in order."""
+    found = (path for path in source.rglob("*") if path.is_file() and is_image(path))
+    return sorted(path.relative_to(source) for path in found)
+
+
+def by_case(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]], dict[str, str]]:
+    """The files of each case in the order of their channels; what makes no case, and why."""
+    if channels == 1:
+        return {name: [name] for name in names}, {}
+    numbered: dict[Path, dict[int, Path]] = {}
+    left_out = {}
+    for name in names:
+        match = CHANNEL.fullmatch(name.name)
+        if match is None:
+            left_out[str(name)] = (
+                f"channels: the network takes {channels} channels a case, in files named "
+                "NAME_0000.nii.gz, NAME_0001.nii.gz, ..."
+            )
+        else:
+            case = name.with_name(match["case"] + match["end"])
+            numbered.setdefault(case, {})[int(match["number"])] = name
+    cases = {}
+    for case, files in numbered.items():
+        if sorted(files) == list(range(channels)):
+            cases[case] = [files[number] for number in range(channels)]
+        else:
+            left_out[str(case)] = (
+                f"channels: it has {', '.join(f'{n:04d}' for n in sorted(files))}, the network "
+                f"takes 0000 to {channels - 1:04d}"
+            )
+    return cases, left_out
+
+
+def read_scan(files: Sequence[Path], known: Sequence[str]) -> Volume:
+    """The volume of a case under a modality that the network knows.
+
+    Raises:
+        Reject: it cannot be read, or is of another modality.
+    """
+    try:
+        return as_known(read_channels(files), known)
+    except Reject:
+        raise
+    except Exception as error:
+        # A header that no reader foresaw must not stop a folder.
+        raise Reject("unreadable", f"{type(error).__name__}: {error}") from error

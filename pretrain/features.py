@@ -1,0 +1,200 @@
+"""`voxelith features`: an encoder over a folder of scans, one after the other.
+
+A map is kept in the .npz of its scan: `map` [E, d, h, w], `affine` and `spacing` of cells, `vector`
+[E] and `about`, JSON that says whose features these are and how windows and cells were pooled. A
+table of vectors alone is a .parquet with a row per scan and `about` in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data_prep.errors import InputError, attempt, named
+from data_prep.files import atomic, make_folder
+from data_prep.progress import bar
+from data_prep.scans import by_case, read_scan, scan_files
+from data_prep.volume import Reject
+from pretrain.encoder import Encoder, Features, load_encoder
+from pretrain.settings import FeaturesSettings
+
+COLUMNS = {
+    "file": pa.string(),
+    "modality": pa.list_(pa.string()),
+    "cells": pa.list_(pa.int32(), 3),
+    "spacing": pa.list_(pa.float64(), 3),
+    "vector": pa.list_(pa.float32()),
+}
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `features` did: scans that it saw, and per input left out the reason."""
+
+    written: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    there: list[str] = field(default_factory=list)
+    """Scans whose features were there, with `resume`."""
+
+
+def features(settings: FeaturesSettings) -> Extracted:
+    """Features of a scan, or of every scan below a folder; names are those of the inputs.
+
+    What cannot be read is left out, and the rest is done. An interrupted table has the rows that
+    were finished.
+
+    Raises:
+        InputError: no such encoder, no scan that can be read, the output lies in the input, or has
+            features of another encoder.
+    """
+    source, output = settings.input, settings.output
+    problems: list[str] = []
+    alone = source.is_file()
+    names = [Path(source.name)] if alone else scan_files(source)
+    table = output.suffix == ".parquet"
+    if not source.exists():
+        problems.append(f"input={source}: is not there; give a NIfTI or a folder of them")
+    elif not names:
+        problems.append(f"input={source}: holds no .nii or .nii.gz file")
+    if output.suffix == ".npz" and not alone:
+        problems.append(
+            f"output={output}: one file for the scans of a folder; give a folder, or a .parquet "
+            "for their vectors"
+        )
+    if not alone and output.resolve().is_relative_to(source.resolve()):
+        problems.append(f"output={output}: lies in the input folder; choose another")
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        problems.append("device=cuda: this machine has no GPU; take device=auto or device=cpu")
+        device = "cpu"
+    encoder = attempt(
+        problems, named, "ckpt", settings.ckpt, lambda p: load_encoder(p, device=device)
+    )
+    if problems or encoder is None:
+        raise InputError(problems)
+    about = _about(encoder, settings.overlap)
+    rows = _read_table(output, about) if table and settings.resume else {}
+    into = output.parent if table or output.suffix == ".npz" else output
+    make_folder(into, "output")
+    folder = source.parent if alone else source
+    cases, left_out = by_case(names, encoder.module.in_channels)
+    found = Extracted(left_out=left_out)
+    try:
+        for name, files in bar(iterable=cases.items(), desc="features", unit="scan"):
+            target = output if output.suffix == ".npz" else output / f"{_stem(name)}.npz"
+            if settings.resume and (str(name) in rows if table else _is_done(target, about)):
+                found.there.append(str(name))
+                continue
+            try:
+                volume = read_scan([folder / one for one in files], encoder.config["modalities"])
+                seen = encoder.see(volume, overlap=settings.overlap)
+            except Reject as reject:
+                left_out[str(name)] = str(reject)
+                continue
+            if table:
+                rows[str(name)] = _row(str(name), volume.modality, seen)
+            else:
+                _write_map(target, seen, about)
+            found.written.append(str(name))
+    finally:  # an interrupted folder keeps the rows that it has
+        if table and found.written:
+            _write_table(output, rows, about)
+    if not found.written and not found.there:
+        raise InputError([f"{folder / name}: {why}" for name, why in left_out.items()])
+    return found
+
+
+def _about(encoder: Encoder, overlap: float) -> dict[str, Any]:
+    """Whose features these are, and what was pooled how. No path is in it."""
+    return {
+        "encoder": encoder.config["name"],
+        "digest": encoder.digest,
+        "window": list(encoder.config["crop_size"]),
+        "overlap": overlap,
+        "map": "deepest map; a cell is the mean over the windows that see it",
+        "vector": "mean over the cells of the map",
+        "axes": "map [E, d, h, w], cells run to S, P, L; affine maps (d, h, w) to RAS millimetres",
+    }
+
+
+def _stem(name: Path) -> Path:
+    return name.with_name(name.name.removesuffix(".gz").removesuffix(".nii"))
+
+
+def _write_map(path: Path, seen: Features, about: dict[str, Any]) -> None:
+    make_folder(path.parent, "output")
+    with atomic(path) as file:
+        np.savez(
+            file,
+            map=seen.map,
+            affine=seen.affine,
+            spacing=np.array(seen.spacing),
+            vector=seen.vector,
+            about=np.array(json.dumps(about)),
+        )
+
+
+def _is_done(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a map is there.
+
+    Raises:
+        InputError: it is another encoder's, or no map at all.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            there = json.loads(str(file["about"]))
+    except Exception as error:
+        raise InputError(f"{path}: holds no features ({error}); move it away") from error
+    _check_same(path, there, about)
+    return True
+
+
+def _check_same(path: Path, there: Any, about: dict[str, Any]) -> None:
+    if there != about:
+        theirs = there if isinstance(there, dict) else {}
+        differ = [f"{k}: {theirs.get(k)} -> {v}" for k, v in about.items() if theirs.get(k) != v]
+        raise InputError(
+            f"{path}: has other features ({'; '.join(differ)}); choose another output, or "
+            "resume=false to write over them"
+        )
+
+
+def _row(name: str, modality: tuple[str, ...], seen: Features) -> dict[str, Any]:
+    return {
+        "file": name,
+        "modality": list(modality),
+        "cells": list(seen.map.shape[1:]),
+        "spacing": list(seen.spacing),
+        "vector": seen.vector,
+    }
+
+
+def _read_table(path: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        found = pq.read_table(path)
+        there = json.loads((found.schema.metadata or {})[b"voxelith"])
+        rows = {row["file"]: row for row in found.select(list(COLUMNS)).to_pylist()}
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise InputError(f"output={path}: holds no table of features ({error}); move it") from error
+    _check_same(path, there, about)
+    return rows
+
+
+def _write_table(path: Path, rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
+    schema = pa.schema(list(COLUMNS.items()), metadata={"voxelith": json.dumps(about)})
+    ordered = [rows[name] for name in sorted(rows)]
+    with atomic(path) as file:
+        pq.write_table(pa.Table.from_pylist(ordered, schema=schema), file)
