@@ -26,5 +26,6 @@ case "$samples" in "$work"/*) ;; *) echo "error: the wheel's own package was not
 "$voxelith" pretrain corpus=corpus run=first trainer=cpu backbone=resenc_small objective=cnn_mae \
     crop_size='[32,48,32]' batch_size=2 steps=4 warmup=1
 "$voxelith" export runs/first release
-"$voxelith" features release "$(find "$samples" -name '*.nii.gz' | sort | head -1)" features.npz
+"$voxelith" features ckpt=release output=features.npz \
+    input="$(find "$samples" -name '*.nii.gz' | sort | head -1)"
 echo "wheel: installed, and prep, check, pretrain, export and features ran beside decoys"
