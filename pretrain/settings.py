@@ -210,6 +210,7 @@ class PretrainSettings(LoopSettings):
     runs: Path = Path("runs")
     resume: Literal["auto", "never"] = "auto"
     init: Annotated[Path | None, MUST_EXIST] = None
+    adapt_channels: Literal["repeat", "first"] = "repeat"
     backbone: dict[str, Any]
     objective: dict[str, Any]
     intensity: IntensitySettings = IntensitySettings()

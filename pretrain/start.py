@@ -21,12 +21,16 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import write_json
 from data_prep.licences import UNSTATED
+from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, read_weights
 from pretrain.manifest import file_digest
 from pretrain.objective import Objective
 from pretrain.release import LoadReport, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
+
+ENCODERS = ("encoder.", "teacher.")
+"""What the names of an encoder's weights begin with in an objective."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,11 @@ def keep_start(run: RunFolder, start: Start | None, report: LoadReport | None) -
 
 
 def begin_from(
-    objective: Objective, state: Mapping[str, Tensor], *, foreign: bool = False
+    objective: Objective,
+    state: Mapping[str, Tensor],
+    *,
+    foreign: bool = False,
+    channels: Channels = "repeat",
 ) -> LoadReport:
     """Lets an objective take over weights; the report says what became of each.
 
@@ -134,18 +142,32 @@ def begin_from(
         objective: that begins; one without memory says whether they fit.
         state: the weights.
         foreign: whether they have the names that others published them under.
+        channels: how several channels begin from one; see `pretrain.adapters`.
 
     Raises:
-        InputError: they do not fit it; see `Objective.inherit` and `pretrain.foreign.converted`.
+        InputError: they do not fit it, and no adapter makes them; see `Objective.inherit` and
+            `pretrain.foreign.converted`.
     """
     published = None
     if foreign:
         found, published = converted(state, objective.encoder)
         state = {f"encoder.{name}": value for name, value in found.items()}
     device = next(objective.parameters()).device
-    state = {name: value.to(device) for name, value in state.items()}
-    taken = set(objective.inherit(state))
     own = objective.state_dict()
+    state, changed = adapted_state(
+        {name: value.to(device) for name, value in state.items()},
+        {name: value for name, value in own.items() if name.startswith(ENCODERS)},
+        channels,
+    )
+    taken = set(objective.inherit(state))
+    if unfit := [n for n in own if n.startswith(ENCODERS) and n in state and n not in taken]:
+        raise InputError(
+            [
+                f"init: {name} has shape {list(state[name].shape)} there, {list(own[name].shape)} "
+                "here, and no adapter makes one of the other"
+                for name in unfit
+            ]
+        )
     sizes = {f"encoder.{name}": p.numel() for name, p in objective.encoder.named_parameters()}
     skipped = {
         name: f"has shape {list(value.shape)}, {list(own[name].shape)} here"
@@ -159,9 +181,10 @@ def begin_from(
         copied=sorted(taken), skipped=skipped, new=sorted(own.keys() - taken), covered=covered
     )
     if published is not None:
-        report.adapted = {f"encoder.{name}": how for name, how in published.adapted.items()}
-        report.copied = sorted(taken - report.adapted.keys())
+        changed |= {f"encoder.{name}": how for name, how in published.adapted.items()}
         report.skipped |= published.skipped
+    report.adapted = {name: how for name, how in sorted(changed.items()) if name in taken}
+    report.copied = sorted(taken - report.adapted.keys())
     return report
 
 

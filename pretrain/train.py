@@ -93,7 +93,12 @@ class Prepared:
         # Other ranks get these weights from the first one, when DDP starts.
         if main and settings.init is not None and not run.checkpoints.paths():
             start = self.start or named("init", settings.init, open_start)
-            report = begin_from(objective, start.state, foreign=start.foreign)
+            report = begin_from(
+                objective,
+                start.state,
+                foreign=start.foreign,
+                channels=settings.adapt_channels,
+            )
         dataset = make_dataset(settings, corpus, objective.crops)
         loop = Loop(
             settings,
@@ -188,7 +193,7 @@ def _check_start(
     with torch.device("meta"):
         objective = make()
     if state is not None:
-        begin_from(objective, state, foreign=foreign)
+        begin_from(objective, state, foreign=foreign, channels=settings.adapt_channels)
     frozen = not any(p.requires_grad for p in objective.encoder.parameters())
     if frozen and settings.init is None:
         raise InputError(
