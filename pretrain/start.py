@@ -24,7 +24,7 @@ from data_prep.licences import UNSTATED
 from pretrain.foreign import converted, read_weights
 from pretrain.manifest import file_digest
 from pretrain.objective import Objective
-from pretrain.release import LoadReport, load_release
+from pretrain.release import LoadReport, constant_tensors, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
 
@@ -158,7 +158,10 @@ def begin_from(
     report = LoadReport(
         copied=sorted(taken), skipped=skipped, new=sorted(own.keys() - taken), covered=covered
     )
+    if not any(state[name].is_meta for name in taken):
+        report.constant = constant_tensors({name: state[name] for name in taken})
     if published is not None:
+        report.sources = {f"encoder.{name}": file for name, file in published.sources.items()}
         report.adapted = {f"encoder.{name}": how for name, how in published.adapted.items()}
         report.copied = sorted(taken - report.adapted.keys())
         report.skipped |= published.skipped
