@@ -127,11 +127,12 @@ def layouts() -> list[Layout]:
     from pretrain.foreign.dinov3 import DINOV3  # timm and MONAI are slow to import
     from pretrain.foreign.nnssl import PRIMUS, RESENC
     from pretrain.foreign.stunet import STUNET
-    from pretrain.foreign.swin import SWIN_UNETR, SWIN_UNETR_OLD
+    from pretrain.foreign.swin import SWIN, SWIN_UNETR, SWIN_UNETR_OLD
     from pretrain.foreign.vit import DINO_3D, DINOV2, HI_END_MAE
 
     return [
         RESENC, PRIMUS, HI_END_MAE, DINO_3D, DINOV2, DINOV3, STUNET, SWIN_UNETR, SWIN_UNETR_OLD,
+        SWIN,
     ]  # fmt: skip
 
 

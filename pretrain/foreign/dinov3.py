@@ -6,6 +6,7 @@ released (`backbone.` before them) or bare, or under timm's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,12 +29,11 @@ _HEADS = {384: 6, 768: 12, 1024: 16}
 
 
 def _recognises(shapes: Shapes) -> bool:
-    factors = ("blocks.0.ls1.gamma", "blocks.0.gamma_1")
     return (
         len(shapes["patch_embed.proj.weight"]) == 4
         and len(shapes.get("cls_token", ())) == 3
         and "pos_embed" not in shapes
-        and any(name in shapes for name in factors)
+        and any(re.match(r"blocks\.\d+\.(ls1\.gamma|gamma_1)$", name) for name in shapes)
     )
 
 

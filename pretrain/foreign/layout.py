@@ -63,6 +63,7 @@ class Layout:
         second_names: patterns of names under which tensors are stored once more, and the first.
         hidden: arguments of an encoder that its tensors do not show, to compare with `arguments`.
         preprocessing: what the file says about it, as plain data.
+        never_behind: what may not precede the mark: there it is of another layout.
     """
 
     name: str
@@ -75,12 +76,17 @@ class Layout:
     second_names: Mapping[str, str] = field(default_factory=dict)
     hidden: Callable[[Any], dict[str, Any]] = lambda encoder: {}
     preprocessing: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda facts: None
+    never_behind: tuple[str, ...] = ()
 
     def roots(self, shapes: Shapes) -> list[str]:
         """What precedes the encoder's names, for each network of this layout in a file."""
         ends = [name for name in shapes if name == self.mark or name.endswith(f".{self.mark}")]
         roots = [name.removesuffix(self.mark) for name in ends]
-        return [root for root in roots if self.recognises(below(shapes, root))]
+        return [
+            root
+            for root in roots
+            if not root.endswith(self.never_behind) and self.recognises(below(shapes, root))
+        ]
 
 
 def below(named: Mapping[str, Any], root: str) -> dict[str, Any]:
@@ -209,8 +215,9 @@ def _shapes(weights: Mapping[str, Tensor]) -> Shapes:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Of parts that are numbered from 0, by a pattern with the number as its group."""
-    return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
+    """Of parts that are numbered without gaps from 0, by a pattern with the number as its group."""
+    numbers = {int(match[1]) for name in shapes if (match := re.match(pattern, name))}
+    return next(n for n in range(len(numbers) + 1) if n not in numbers)
 
 
 def ratio(hidden: int, width: int) -> float:

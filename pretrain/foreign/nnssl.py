@@ -46,8 +46,8 @@ def _preprocessing(facts: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_resenc(shapes: Shapes) -> bool:
-    conv = "stages.0.blocks.0.conv1.conv.weight"
-    return len(shapes["stem.convs.0.conv.weight"]) == 5 and len(shapes.get(conv, ())) == 5
+    kernel = shapes["stem.convs.0.conv.weight"]
+    return len(kernel) == 5 and any(name.startswith("stages.0.blocks.0.") for name in shapes)
 
 
 def _resenc_arguments(file: Found) -> dict[str, Any]:
@@ -115,10 +115,8 @@ _BESIDE = {
 
 
 def _is_primus(shapes: Shapes) -> bool:
-    return (
-        len(shapes["down_projection.proj.weight"]) == 5
-        and "eva.blocks.0.attn.q_proj.weight" in shapes
-    )
+    kernel = shapes["down_projection.proj.weight"]
+    return len(kernel) == 5 and any(name.startswith("eva.blocks.0.") for name in shapes)
 
 
 def _primus_arguments(file: Found) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _read_torch(path: Path) -> Any:
         # Of torch before 1.6: it allocates what the pickle claims.
         raise InputError(
             f"{path}: cannot be read as weights: it is no .safetensors file and none that torch "
-            "1.6 or later saved; save it again with torch.save(torch.load(FILE, weights_only=True), NEW)"
+            "1.6 or later saved; torch.save(torch.load(FILE, weights_only=True), NEW) makes one"
         )
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(part.file_size for part in archive.infolist())

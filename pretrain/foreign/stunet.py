@@ -17,8 +17,11 @@ _PUBLISHED = ([16, 32, 64, 128, 256, 256], [32, 64, 128, 256, 512, 512],
 """Widths of the sizes S, B, L and H, all pretrained with five halvings."""
 
 
+_FIRST = "conv_blocks_context.0.0.conv1.weight"
+
+
 def _recognises(shapes: Shapes) -> bool:
-    return "conv_blocks_context.0.0.conv3.weight" in shapes
+    return len(shapes[_FIRST]) == 5
 
 
 def _strides(features: list[int], facts: Mapping[str, Any]) -> list[Any] | Untold:
@@ -42,7 +45,7 @@ def _arguments(file: Found) -> dict[str, Any]:
     name = "conv_blocks_context.{}.0.conv1.weight"
     features = [shapes.get(name.format(i), (0,))[0] for i in stages]
     return {
-        "in_channels": shapes[name.format(0)][1],
+        "in_channels": shapes[_FIRST][1],
         "features": features,
         "strides": _strides(features, file.facts),
         "blocks": [count(shapes, rf"conv_blocks_context\.{i}\.(\d+)\.") for i in stages],
@@ -57,7 +60,7 @@ def _place(name: str, weights: Mapping[str, Tensor], encoder: STUNetEncoder) -> 
 STUNET = Layout(
     name="STU-Net",
     backbone="stunet.STUNetEncoder",
-    mark="conv_blocks_context.0.0.conv1.weight",
+    mark=_FIRST,
     recognises=_recognises,
     arguments=_arguments,
     place=_place,

@@ -1,7 +1,8 @@
-"""SwinUNETR's weights in MONAI's layout: whole networks, and VoCo's encoders with their heads.
+"""SwinUNETR's weights in MONAI's layout: whole networks, VoCo's encoders, transformers alone.
 
-Hatamizadeh et al. 2022, arXiv:2201.01266; VoCo: Wu et al. 2024, arXiv:2410.09890. Older files call
-the transformer `swin_vit` and the layers of its MLPs fc1 and fc2.
+Hatamizadeh et al. 2022, arXiv:2201.01266; VoCo: Wu et al. 2024, arXiv:2410.09890; pretraining of
+the transformer: Tang et al. 2022, arXiv:2111.14791. Older files call the transformer `swin_vit`
+and the layers of its MLPs fc1 and fc2.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ _OTHERS = {
     "out": "decoder",
     "student": "head of VoCo",
     "teacher": "head of VoCo",
+    "rotation_pre": "head of the pretraining",
+    "rotation_head": "head of the pretraining",
+    "contrastive_pre": "head of the pretraining",
+    "contrastive_head": "head of the pretraining",
+    "conv": "decoder of the pretraining",
 }
 
 
@@ -41,7 +47,18 @@ def _arguments(file: Found, swin: str) -> dict[str, Any]:
         "heads": [table[1] for table in tables],
         "window": sides[0] if sides else untold,
         "use_v2": any(name.startswith(f"{swin}layers1c.") for name in shapes),
+        "refine": any(name.startswith("encoder1.") for name in shapes),
     }
+
+
+def _place_transformer(
+    name: str, weights: Mapping[str, Tensor], encoder: SwinUNETREncoder
+) -> Placed:
+    if name.startswith("norm."):
+        return {}, "norm behind the last stage, which SwinUNETR does not have"
+    if name.partition(".")[0] in _OTHERS:
+        return {}, _OTHERS[name.partition(".")[0]]
+    return _place(f"swinViT.{name}", {f"swinViT.{name}": weights[name]}, encoder)
 
 
 def _place(name: str, weights: Mapping[str, Tensor], encoder: SwinUNETREncoder) -> Placed:
@@ -59,17 +76,20 @@ def _place(name: str, weights: Mapping[str, Tensor], encoder: SwinUNETREncoder) 
 
 def _layout(swin: str) -> Layout:
     def recognises(shapes: Shapes) -> bool:
-        return len(shapes[swin + _EMBED]) == 5 and _TABLE.format(swin, 1) in shapes
+        blocks = f"{swin}layers1.0.blocks."
+        return len(shapes[swin + _EMBED]) == 5 and any(name.startswith(blocks) for name in shapes)
 
     return Layout(
-        name="MONAI SwinUNETR or VoCo",
+        name="MONAI SwinUNETR or VoCo" if swin else "MONAI Swin transformer",
         backbone="swin_unetr.SwinUNETREncoder",
         mark=swin + _EMBED,
         recognises=recognises,
         arguments=lambda file: _arguments(file, swin),
-        place=_place,
+        place=_place if swin else _place_transformer,
+        never_behind=() if swin else ("swinViT.", "swin_vit."),
     )
 
 
 SWIN_UNETR = _layout("swinViT.")
 SWIN_UNETR_OLD = _layout("swin_vit.")
+SWIN = _layout("")
