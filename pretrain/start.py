@@ -161,7 +161,8 @@ def begin_from(
     if not any(state[name].is_meta for name in taken):
         report.constant = constant_tensors({name: state[name] for name in taken})
     if published is not None:
-        report.sources = {f"encoder.{name}": file for name, file in published.sources.items()}
+        names = {f"encoder.{name}": file for name, file in published.sources.items()}
+        report.sources = {own: file for own, file in names.items() if own in taken}
         report.adapted = {f"encoder.{name}": how for name, how in published.adapted.items()}
         report.copied = sorted(taken - report.adapted.keys())
         report.skipped |= published.skipped

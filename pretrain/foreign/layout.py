@@ -220,8 +220,13 @@ def count(shapes: Shapes, pattern: str) -> int:
     return next(n for n in range(len(numbers) + 1) if n not in numbers)
 
 
-def ratio(hidden: int, width: int) -> float:
+def ratio(hidden: int, width: int) -> float | Untold:
     """The ratio of which a class makes exactly this hidden width, cutting fractions off."""
+    if not hidden:
+        return Untold(
+            "mlp_ratio: the blocks have no mlp.fc1, as those of DINOv2's and DINOv3's largest "
+            "models, which no encoder here computes"
+        )
     found = hidden / width
     return found if int(width * found) == hidden else math.nextafter(found, math.inf)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _codecs
+import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +44,7 @@ class Stored:
     Attributes:
         weights: by their names in the file.
         wrapper: dotted path of the dict that they lie in; empty: the file is that dict.
-        beside: dicts of other tensors, by dotted path, with the number of tensors.
+        beside: numbers of tensors in other dicts, by the outermost name that is not the wrapper's.
         facts: all else that is plain data.
     """
 
@@ -63,6 +65,13 @@ def read_stored(path: Path) -> Stored:
         stored, facts = _read_safe(path) if safe else (_read_torch(path), {})
     except InputError:
         raise
+    except pickle.UnpicklingError as error:
+        # Its own advice would be to run the pickle.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise InputError(
+            f"{path}: cannot be read as weights: it holds {found[1] if found else 'an object'}, "
+            "and objects are not unpickled; save its weights alone where you trust it"
+        ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: cannot be read as weights ({said})") from error
@@ -84,7 +93,12 @@ def read_stored(path: Path) -> Stored:
         )
     if not chosen:
         return Stored(weights, facts=facts)
-    beside = {at: len(group) for at, group in groups.items()}
+    beside: dict[str, int] = {}
+    for at, group in groups.items():
+        parts, own = at.split("."), chosen.split(".")
+        outermost = next((i for i, part in enumerate(parts) if [part] != own[i : i + 1]), 0)
+        name = ".".join(parts[: outermost + 1])
+        beside[name] = beside.get(name, 0) + len(group)
     return Stored(weights, chosen, beside, {k: v for k, v in stored.items() if _is_plain(v)})
 
 

@@ -31,7 +31,7 @@ from pretrain.foreign.layout import (
 )
 from pretrain.manifest import Shapes
 
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+_HEADS = {384: 6, 768: 12, 1024: 16}
 _HI_END_HEADS = {768: 12, 1536: 16}
 _REGISTERS = ("register_tokens", "reg_token")
 _SKIPPED = {

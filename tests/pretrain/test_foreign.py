@@ -148,6 +148,8 @@ def hi_end(rng: np.random.Generator) -> Public:
         f"module.encoder.{name}": tensor.view(1, 1, -1) if name == "cls_token" else tensor
         for name, tensor in encoder.state_dict().items()
     }
+    moments = {"step": torch.ones(()), "exp_avg": torch.ones(2)}
+    optimizer = {"state": {0: moments, 1: moments}, "param_groups": [{"lr": 1.0}]}
     side = int(rng.integers(2, 5))
     weights |= {
         "module.encoder_pos_embed": sincos_position([side] * 3, 24)[None],
@@ -156,7 +158,8 @@ def hi_end(rng: np.random.Generator) -> Public:
     }
     return Public(
         "Hi-End-MAE", encoder, backbone, weights, "module.encoder.", "blocks.1.mlp.fc1.weight",
-        lambda chosen: {"epoch": 3, "state_dict": chosen, "optimizer": {}}, {"num_heads": 3},
+        lambda chosen: {"epoch": 3, "state_dict": chosen, "optimizer": optimizer},
+        {"num_heads": 3},
     )  # fmt: skip
 
 
@@ -398,6 +401,24 @@ def test_of_two_networks_the_teacher_counts(tmp_path: Path, seed: int) -> None:
         open_foreign(public.save(tmp_path / "b.pth", unclear), public.told)
 
 
+def test_what_lies_beside_the_weights_is_counted(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    public = hi_end(rng)
+    found = open_foreign(public.save(tmp_path / "a.pth"), public.told)
+    assert found.report.skipped["optimizer.*"] == "4 tensors beside state_dict"
+    assert found.facts["epoch"] == 3
+    public = dino_3d(rng)
+    found = open_foreign(public.save(tmp_path / "a.pth"), public.told)
+    count = len(public.weights)
+    assert found.report.skipped["student.*"] == f"{count} tensors beside teacher"
+    public = primus(rng)
+    found = open_foreign(public.save(tmp_path / "a.pth"), public.told)
+    assert found.preprocessing == {
+        "spacing_mm": [1, 1, 1], "normalisation": None, "axes": [0, 1, 2],
+        "crop_size": [8 * n for n in public.backbone["args"]["position_grid"]],
+    }  # fmt: skip
+
+
 def test_what_no_tensor_shows_is_asked_for(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for make, name in ((hi_end, "num_heads"), (dino_3d, "num_heads"), (stunet, "strides")):
@@ -455,9 +476,12 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, legacy: bool, seed: int) -> No
     target, path = tmp_path / "made", tmp_path / "crafted.pth"
     stored = {"network_weights": public.weights, "logging": Crafted(target)}
     torch.save(stored, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InputError, match="cannot be read as weights"):
+    with pytest.raises(InputError, match="cannot be read as weights") as error:
         open_foreign(path)
     assert not target.exists()
+    if not legacy:
+        assert re.search(r"holds (posix|nt)\.mkdir", str(error.value))
+        assert "weights_only=False" not in str(error.value)
     torch.load(path, weights_only=False)
     assert target.exists()  # it would have
 
