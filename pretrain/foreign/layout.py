@@ -112,12 +112,13 @@ def root_of(layout: Layout, weights: Mapping[str, Tensor]) -> tuple[str, dict[st
             for name in below(weights, other)
             if not any(name.startswith(r.removeprefix(other)) for r in roots if r != other)
         }
-        if all(first in weights and _equal(weights, n, first) for n, first in names.items()):
+        differ = [name for name, first in names.items() if not _equal(weights, name, first)]
+        if not differ:
             again |= names
         elif root not in teachers:
             raise InputError(
                 f"holds several networks of {layout.name}, with names that begin with "
-                f"{', '.join(repr(r) for r in roots)}; keep one"
+                f"{', '.join(repr(r) for r in roots)}, which differ ({differ[0]}); keep one"
             )
     for name in below(weights, root):
         for pattern, first in layout.second_names.items():
