@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _codecs
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -65,15 +64,14 @@ def read_stored(path: Path) -> Stored:
         stored, facts = _read_safe(path) if safe else (_read_torch(path), {})
     except InputError:
         raise
-    except pickle.UnpicklingError as error:
-        # Its own advice would be to run the pickle.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise InputError(
-            f"{path}: cannot be read as weights: it holds {found[1] if found else 'an object'}, "
-            "and objects are not unpickled; save its weights alone where you trust it"
-        ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
+        if "weights_only" in said:  # torch's advice would be to run the pickle
+            found = re.search(r"GLOBAL (\S+)", said)
+            said = (
+                f"it holds {found[1] if found else 'an object'}, and objects are not unpickled; "
+                "save its weights alone where you trust it"
+            )
         raise InputError(f"{path}: cannot be read as weights ({said})") from error
     groups = dict(_groups(stored, ""))
     chosen = next(
