@@ -110,7 +110,9 @@ def root_of(layout: Layout, weights: Mapping[str, Tensor]) -> tuple[str, dict[st
         names = {
             other + name: root + name
             for name in below(weights, other)
-            if not any(name.startswith(r.removeprefix(other)) for r in roots if r != other)
+            if not any(
+                (other + name).startswith(r) for r in roots if r != other and r.startswith(other)
+            )
         }
         differ = [name for name, first in names.items() if not _equal(weights, name, first)]
         if not differ:

@@ -59,9 +59,8 @@ def read_stored(path: Path) -> Stored:
     Raises:
         InputError: it cannot be read, unpacks to more than its own size, or holds no weights.
     """
-    safe = path.suffix == ".safetensors"
     try:
-        stored, facts = _read_safe(path) if safe else (_read_torch(path), {})
+        stored, facts = _read_safe(path) if _is_safe(path) else (_read_torch(path), {})
     except InputError:
         raise
     except Exception as error:
@@ -105,6 +104,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return read_stored(path).weights
 
 
+def _is_safe(path: Path) -> bool:
+    """By its first bytes: a length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _read_safe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
@@ -139,7 +144,7 @@ def _groups(stored: Any, at: str, depth: int = 0) -> Iterator[tuple[str, dict[st
 
 def _is_whole(tensor: Tensor) -> bool:
     """Whether there is a stored value for each of the tensor's."""
-    dense = tensor.layout is torch.strided
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
     return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 

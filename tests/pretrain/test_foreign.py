@@ -6,6 +6,7 @@ Where a public implementation is installed, `test_theirs_and_ours_agree` compare
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import zipfile
@@ -334,11 +335,12 @@ def test_another_prefix_is_the_same_encoder(public: Public, tmp_path: Path) -> N
     assert all(torch.equal(found.state[name], expected.state[name]) for name in found.state)
 
 
-def test_safetensors_are_read_as_well(public: Public, tmp_path: Path) -> None:
+def test_safetensors_are_read_under_any_name(public: Public, tmp_path: Path) -> None:
     args = public.backbone["args"]  # without the plan
     told = public.told | {n: args[n] for n in ("strides", "position_grid") if n in args}
     apart = {name: tensor.clone() for name, tensor in public.weights.items()}
-    found = open_foreign(public.save(tmp_path / "model.safetensors", apart), told)
+    path = public.save(tmp_path / "model.safetensors", apart).rename(tmp_path / "model.bin")
+    found = open_foreign(path, told)
     assert found.layout == public.layout and found.preprocessing is None
 
 
@@ -397,9 +399,14 @@ def test_of_two_networks_the_teacher_counts(tmp_path: Path, seed: int) -> None:
     both |= {f"teacher.{n}": t for n, t in public.weights.items()}
     found = open_foreign(public.save(tmp_path / "a.pth", both), public.told)
     assert torch.equal(found.state["norm.weight"], public.weights["norm.weight"])
-    assert {n for n in both if n.startswith("student.")} == set(found.report.skipped) - {
-        "teacher.mask_token"
-    }
+    student = {name for name in both if name.startswith("student.")}
+    assert student == set(found.report.skipped) - {"teacher.mask_token"}
+    bare = {n.removeprefix("student."): t for n, t in both.items()}
+    again = open_foreign(public.save(tmp_path / "c.pth", bare), public.told)
+    assert torch.equal(again.state["norm.weight"], public.weights["norm.weight"])
+    copies = public.weights | {f"ema.{n}": t for n, t in public.weights.items()}
+    report = open_foreign(public.save(tmp_path / "d.pth", copies), public.told).report
+    assert report.skipped["ema.norm.weight"] == "second name of norm.weight"
     unclear = {n.replace("teacher", "momentum"): t for n, t in both.items()}
     with pytest.raises(InputError, match=r"several networks.*'student\.'"):
         open_foreign(public.save(tmp_path / "b.pth", unclear), public.told)
@@ -499,6 +506,13 @@ def test_absurd_sizes_are_refused_before_they_are_made(tmp_path: Path, seed: int
     torch.save(public.wrap(public.weights | {name: claimed}), path)
     with pytest.raises(InputError, match=f"{name}: claims more values than the file holds"):
         open_foreign(path, public.told)
+    torch.save({name: torch.empty(2**20, 2**20, device="meta")}, path)
+    with pytest.raises(InputError, match=f"{name}: claims more values than the file holds"):
+        open_foreign(path)
+    header = json.dumps({name: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        open_foreign(path)
     # Few numbers that ask for a large encoder.
     for told in ({"embed_dim": 10**6}, {"depth": 10**6}, {"position_grid": [10**4] * 3}):
         with pytest.raises(InputError, match=next(iter(told))):

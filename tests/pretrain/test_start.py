@@ -215,6 +215,6 @@ def test_public_weights_of_another_network_are_refused_and_nothing_written(
     deep = chosen(init=public, backbone=SLICES | {"depth": 3}, crop_size=(1, 12, 8))
     with pytest.raises(InputError, match=r"blocks\.2\.norm1\.weight: is not in the file"):
         pretrain(deep)
-    with pytest.raises(InputError, match="here is slice_vit.SliceViT, and the encoder is Res"):
+    with pytest.raises(InputError, match=r"here is slice_vit\.SliceViT, and the encoder is Res"):
         pretrain(chosen(init=public))
     assert not (deep.runs / deep.run).exists()
