@@ -161,8 +161,8 @@ def begin_from(
     if not any(state[name].is_meta for name in taken):
         report.constant = constant_tensors({name: state[name] for name in taken})
     if published is not None:
-        names = {f"encoder.{name}": file for name, file in published.sources.items()}
-        report.sources = {own: file for own, file in names.items() if own in taken}
+        names = {f"encoder.{name}": published.sources.get(name, name) for name in found}
+        report.sources = {n: file for n, file in names.items() if n in taken and n != file}
         report.adapted = {f"encoder.{name}": how for name, how in published.adapted.items()}
         report.copied = sorted(taken - report.adapted.keys())
         report.skipped |= published.skipped
