@@ -471,6 +471,17 @@ def test_files_of_no_layout_or_of_two_are_refused(tmp_path: Path, seed: int) -> 
         open_foreign(path)
 
 
+def test_mlps_that_no_encoder_here_has_are_refused(tmp_path: Path, seed: int) -> None:
+    """SwiGLU, as in the largest models of DINOv2."""
+    public = dinov2(np.random.default_rng(seed))
+    weights = {n.replace("mlp.fc1", "mlp.w12"): t for n, t in public.weights.items()}
+    weights = {n.replace("mlp.fc2", "mlp.w3"): t for n, t in weights.items()}
+    with pytest.raises(InputError, match=r"mlp_ratio: the blocks have no mlp\.fc1"):
+        open_foreign(public.save(tmp_path / "a.pth", weights), public.told)
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.w12\.weight: .* nothing of that name"):
+        open_foreign(tmp_path / "a.pth", public.told | {"mlp_ratio": 4.0})
+
+
 class Crafted:
     """Unpickled, it would make a file."""
 
