@@ -76,7 +76,7 @@ def _has_blocks(shapes: Shapes, *, axes: int, scaled: bool, placed: bool) -> boo
     return (
         len(shapes["patch_embed.proj.weight"]) == axes + 2
         and len(shapes.get("cls_token", ())) == 3
-        and any(name.endswith("attn.qkv.weight") for name in blocks)
+        and any(".attn.qkv." in name for name in blocks)
         and any(name.endswith("ls1.gamma") for name in blocks) == scaled
         and not any(name.endswith("gamma_1") for name in blocks)
         and (len(shapes.get("pos_embed", ())) == 3) == placed
