@@ -72,9 +72,8 @@ def open_foreign(path: Path, told: Mapping[str, Any] | None = None) -> Foreign:
     try:
         layout = recognised(stored.weights)
         root, _ = root_of(layout, stored.weights)
-        arguments = layout.arguments(found_in(stored.weights, root, stored.facts)) | dict(
-            told or {}
-        )
+        read, preprocessing = layout.sizes(found_in(stored.weights, root, stored.facts))
+        arguments = read | dict(told or {})
         untold = {name: why for name, why in arguments.items() if isinstance(why, Untold)}
         if untold:
             raise InputError([f"{why}; give {name}=..." for name, why in untold.items()])
@@ -91,7 +90,7 @@ def open_foreign(path: Path, told: Mapping[str, Any] | None = None) -> Foreign:
         backbone={"name": layout.backbone, "args": arguments},
         state=state,
         report=report,
-        preprocessing=layout.preprocessing(stored.facts),
+        preprocessing=preprocessing,
         facts=stored.facts,
     )
 

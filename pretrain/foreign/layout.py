@@ -88,6 +88,18 @@ class Layout:
             if not root.endswith(self.never_behind) and self.recognises(below(shapes, root))
         ]
 
+    def sizes(self, file: Found) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What `arguments` and `preprocessing` read.
+
+        Raises:
+            InputError: tensors, or what the file says beside them, are of another kind.
+        """
+        try:
+            return self.arguments(file), self.preprocessing(file.facts)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(f"is of no size or plan of {self.name} ({said})") from error
+
 
 def below(named: Mapping[str, Any], root: str) -> dict[str, Any]:
     """What lies under a prefix, without it."""
@@ -167,7 +179,7 @@ def convert(
                     raise ValueError(f"has shape {list(value.shape)}, the encoder {expected}")
                 if own in found:
                     raise ValueError(f"is {own}, which {report.sources.get(own, own)} is already")
-        except ValueError as error:
+        except (LookupError, RuntimeError, ValueError) as error:
             problems.append(f"{name}: {error}")
             continue
         found |= placed
@@ -189,7 +201,7 @@ def convert(
 def _disagreements(
     layout: Layout, weights: Mapping[str, Tensor], root: str, encoder: Backbone
 ) -> list[str]:
-    told = layout.arguments(found_in(weights, root))
+    told, _ = layout.sizes(found_in(weights, root))
     return [
         f"backbone.{name}={value}: these weights were trained with {told[name]}"
         for name, value in layout.hidden(encoder).items()

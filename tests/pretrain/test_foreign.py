@@ -368,6 +368,36 @@ def test_damage_is_refused_by_name(public: Public, tmp_path: Path, seed: int) ->
     assert f"{inner}: has values that are not finite" in refused(whole | {inner: broken})
 
 
+def test_any_tensor_of_any_shape_is_refused_or_left_out(
+    public: Public, tmp_path: Path, seed: int
+) -> None:
+    """Never a traceback, and never into the encoder."""
+    rng = np.random.default_rng(seed)
+    names = list(public.weights)
+    for name in rng.choice(names, 12):
+        other = torch.randn([int(side) for side in rng.integers(1, 6, int(rng.integers(0, 6)))])
+        path = public.save(tmp_path / "a.pth", public.weights | {name: other})
+        try:
+            report = open_foreign(path, public.told).report
+        except InputError:
+            continue
+        assert name in report.skipped or other.shape == public.weights[name].shape
+
+
+def test_a_plan_of_another_kind_is_refused(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    public, path = resenc(rng), tmp_path / "a.pth"
+    for plan in (3, "plan", ["plan"], {"architecture_plans": [3]}, {"pretrain_plan": 3}):
+        torch.save({"network_weights": public.weights, "nnssl_adaptation_plan": plan}, path)
+        with pytest.raises(InputError, match=r"a\.pth: is of no size or plan of nnssl"):
+            open_foreign(path)
+    public = stunet(rng)
+    for plan in ({"plans": {"configurations": 3}}, {"plans": {"configurations": {None: 3}}}):
+        torch.save({"network_weights": public.weights, "init_args": plan}, path)
+        with pytest.raises(InputError, match=r"a\.pth: is of no size or plan of STU-Net|strides"):
+            open_foreign(path)
+
+
 def test_a_kernel_of_zeros_is_called_out(public: Public, tmp_path: Path) -> None:
     inner = public.root + public.inner
     value = public.weights[inner]
