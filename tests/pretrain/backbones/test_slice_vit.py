@@ -271,6 +271,7 @@ def without(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         ({"register_tokens": 2}, lambda s: s, r"storage_tokens.*\[1, 4, 24\].*\[1, 2, 24\]"),
         ({}, lambda s: s | {"rope_embed.periods": torch.ones(3)}, "turns by"),
         ({}, lambda s: s | {"blocks.0.attn.qkv.bias": torch.ones(72)}, "qkv_bias=true"),
+        ({}, lambda s: s | {"blocks.0.attn.qkv.bias": torch.tensor(1.0)}, "qkv.bias: chunk"),
         ({"qkv_bias": True}, lambda s: s, "attn.q_bias: is not in the file"),
     ],
 )
