@@ -22,7 +22,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +62,26 @@ TOLERANCE = 1e-5
 
 @dataclass
 class LoadReport:
-    """What happened to each tensor of a load: every name stands in exactly one list."""
+    """What happened to each tensor of a load: every name stands in exactly one of four lists.
+
+    Attributes:
+        copied: names in the network.
+        adapted: names in the network, and how.
+        skipped: names in the file, and why.
+        new: names in the network.
+        covered: share of the encoder's parameters that are copied or adapted.
+        sources: names in the file of what is copied or adapted, where they are others.
+        constant: of what is copied or adapted, weights that have one value throughout, which no
+            training leaves: most likely they were never trained, or lost.
+    """
 
     copied: list[str] = field(default_factory=list)
     adapted: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
     covered: float = 0.0
+    sources: dict[str, str] = field(default_factory=dict)
+    constant: list[str] = field(default_factory=list)
 
     @classmethod
     def joined(cls, *, encoder: LoadReport, decoder: LoadReport) -> LoadReport:
@@ -79,6 +92,8 @@ class LoadReport:
             both.new += [prefix + name for name in part.new]
             both.adapted |= {prefix + name: how for name, how in part.adapted.items()}
             both.skipped |= {prefix + name: why for name, why in part.skipped.items()}
+            both.sources |= {prefix + name: source for name, source in part.sources.items()}
+            both.constant += [prefix + name for name in part.constant]
         return both
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,14 +104,20 @@ class LoadReport:
             "adapted": self.adapted,
             "skipped": self.skipped,
             "new": self.new,
+            "sources": self.sources,
+            "constant": self.constant,
         }
 
     def __str__(self) -> str:
-        return (
+        counts = (
             f"{len(self.copied)} tensors copied, {len(self.adapted)} adapted, "
             f"{len(self.skipped)} skipped, {len(self.new)} new: "
             f"{self.covered:.1%} of the encoder's parameters"
         )
+        if not self.constant:
+            return counts
+        shown = ", ".join(self.constant[:5]) + (", ..." if len(self.constant) > 5 else "")
+        return f"{counts}; WITHOUT VALUES (one number throughout): {shown}"
 
 
 class Release(Manifest):
@@ -163,7 +184,11 @@ class Release(Manifest):
         with safe_open(weights, framework="pt") as file:
             copied = {name: file.get_tensor(name) for name in body}
         decoder.load_state_dict(state | copied)
-        return LoadReport(copied=sorted(body), new=sorted(state.keys() - body.keys()))
+        return LoadReport(
+            copied=sorted(body),
+            new=sorted(state.keys() - body.keys()),
+            constant=constant_tensors(copied),
+        )
 
     def equal_but_weights(self) -> str:
         """Hash of architecture and preprocessing: releases that share it share a scratch twin."""
@@ -176,8 +201,22 @@ def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     found = stored_shapes(weights)
     _check_fit(found, shapes_of(module), weights)
     with safe_open(weights, framework="pt") as file:
-        module.load_state_dict({name: file.get_tensor(name) for name in found})
-    return LoadReport(copied=sorted(found), covered=1.0)
+        state = {name: file.get_tensor(name) for name in found}
+    module.load_state_dict(state)
+    return LoadReport(copied=sorted(found), covered=1.0, constant=constant_tensors(state))
+
+
+def constant_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of weights that have one value throughout: matrices, kernels, tables and tokens.
+
+    Biases, norms and factors, of one axis each, may do so.
+    """
+    return sorted(
+        name
+        for name, tensor in state.items()
+        if sum(side > 1 for side in tensor.shape) > 1
+        and bool((tensor == tensor.flatten()[0]).all())
+    )
 
 
 def shapes_of(module: nn.Module) -> Shapes:

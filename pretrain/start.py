@@ -25,7 +25,7 @@ from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, read_weights
 from pretrain.manifest import file_digest
 from pretrain.objective import Objective
-from pretrain.release import LoadReport, load_release
+from pretrain.release import LoadReport, constant_tensors, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
 
@@ -180,8 +180,12 @@ def begin_from(
     report = LoadReport(
         copied=sorted(taken), skipped=skipped, new=sorted(own.keys() - taken), covered=covered
     )
+    if not any(state[name].is_meta for name in taken):
+        report.constant = constant_tensors({name: state[name] for name in taken})
     if published is not None:
         changed |= {f"encoder.{name}": how for name, how in published.adapted.items()}
+        names = {f"encoder.{name}": published.sources.get(name, name) for name in found}
+        report.sources = {n: file for n, file in names.items() if n in taken and n != file}
         report.skipped |= published.skipped
     report.adapted = {name: how for name, how in sorted(changed.items()) if name in taken}
     report.copied = sorted(taken - report.adapted.keys())

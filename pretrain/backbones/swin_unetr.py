@@ -46,7 +46,9 @@ class SwinUNETREncoder(Backbone):
 
     They are what its decoder takes: the image and the outputs of patch embedding and stages, all
     of them refined by a residual block of convolutions but the fifth, which the decoder takes as
-    the third stage gives it. VoCo pools those that are refined.
+    the third stage gives it. VoCo pools those that are refined. Weights of the transformer alone,
+    as SwinUNETR's own pretraining (Tang et al. 2022, arXiv:2111.14791) gives them, are an encoder
+    without `refine`: five maps from stride 2 on, as embedding and stages give them.
 
     Args:
         in_channels: channels of the image.
@@ -55,13 +57,12 @@ class SwinUNETREncoder(Backbone):
         heads: attention heads of each stage; must divide its channels.
         window: cells of a window, one number or (d, h, w).
         use_v2: begin each stage with a residual block of convolutions.
+        refine: have the blocks that refine the maps, and the finest of them.
         drop_path: stochastic depth of the last window block, growing linearly from 0.
 
     Raises:
         ValueError: if heads do not divide the channels of their stage.
     """
-
-    refined = (0, 1, 2, 3, 5)
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class SwinUNETREncoder(Backbone):
         heads: tuple[Heads, Heads, Heads, Heads] = (3, 6, 12, 24),
         window: Window | tuple[Window, Window, Window] = 7,
         use_v2: bool = False,
+        refine: bool = True,
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
         super().__init__()
@@ -82,8 +84,10 @@ class SwinUNETREncoder(Backbone):
                     "stage"
                 )
         self.in_channels = in_channels
-        self.channels = tuple(feature_size * width for width in _WIDTHS)
-        self.strides = tuple(triple(2**i) for i in range(len(_WIDTHS)))
+        first = 0 if refine else 1
+        self.refined = (0, 1, 2, 3, 5) if refine else None
+        self.channels = tuple(feature_size * width for width in _WIDTHS[first:])
+        self.strides = tuple(triple(2**i) for i in range(first, len(_WIDTHS)))
         with _LinspaceOnHost():
             self.swinViT = SwinTransformer(
                 in_chans=in_channels,
@@ -95,6 +99,8 @@ class SwinUNETREncoder(Backbone):
                 drop_path_rate=drop_path,
                 use_v2=use_v2,
             )
+        if not refine:
+            return
         self.encoder1 = _refine(in_channels, self.channels[0])
         self.encoder2 = _refine(self.channels[1])
         self.encoder3 = _refine(self.channels[2])
@@ -111,19 +117,24 @@ class SwinUNETREncoder(Backbone):
         return divided(shape, self.strides, "SwinUNETR")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Returns the six maps [B, C_i, D_i, H_i, W_i] of an image [B, C, D, H, W]."""
+        """Returns the maps [B, C_i, D_i, H_i, W_i] of an image [B, C, D, H, W]."""
         self.grids(x.shape)
-        maps = [self.run(self.encoder1, x)]
+        maps = [] if self.refined is None else [self.run(self.encoder1, x)]
         x = self.run(self.swinViT.patch_embed, x)
-        maps.append(self.run(self.encoder2, self.swinViT.proj_out(x, normalize=True)))
-        refine = (self.encoder3, self.encoder4, None, self.encoder10)
-        for (convs, stage), block in zip(self._stages(), refine, strict=True):
+        maps.append(self._outside(x, "encoder2"))
+        names = ("encoder3", "encoder4", "", "encoder10")
+        for (convs, stage), name in zip(self._stages(), names, strict=True):
             for conv in convs:
                 x = self.run(conv, x)
             x = self._attend(stage, x)
-            outside = self.swinViT.proj_out(x, normalize=True)
-            maps.append(outside if block is None else self.run(block, outside))
+            maps.append(self._outside(x, name))
         return maps
+
+    def _outside(self, x: Tensor, block: str) -> Tensor:
+        """What the decoder sees of a stage."""
+        outside: Tensor = self.swinViT.proj_out(x, normalize=True)
+        refines = self.refined is not None and block
+        return self.run(self.get_submodule(block), outside) if refines else outside
 
     def _attend(self, stage: Any, x: Tensor) -> Tensor:
         """The window blocks of a stage, then its merging: [B, C, D, H, W] to half the size.
@@ -147,7 +158,7 @@ class SwinUNETREncoder(Backbone):
 
     def compile_parts(self) -> list[nn.Module]:
         """Returns embedding, window blocks, mergings and convolution blocks."""
-        refine = [self.encoder1, self.encoder2, self.encoder3, self.encoder4, self.encoder10]
+        refine = [part for name, part in self.named_children() if name.startswith("encoder")]
         stages = [
             part
             for convs, stage in self._stages()
@@ -160,13 +171,17 @@ class SwinUNETREncoder(Backbone):
         stages: list[list[nn.Module | nn.Parameter]] = [
             [*convs, stage] for convs, stage in self._stages()
         ]
+        if self.refined is None:
+            return [[self.swinViT.patch_embed], *stages]
         stages[0].append(self.encoder3)
         stages[1].append(self.encoder4)
         stages[3].append(self.encoder10)
         return [[self.swinViT.patch_embed, self.encoder1, self.encoder2], *stages]
 
-    def own_decoder(self, out_channels: int) -> SwinUNETRDecoder:
-        """Returns SwinUNETR's decoder."""
+    def own_decoder(self, out_channels: int) -> SwinUNETRDecoder | None:
+        """Returns SwinUNETR's decoder, which takes refined maps."""
+        if self.refined is None:
+            return None
         return SwinUNETRDecoder(channels=self.channels, out_channels=out_channels)
 
     def _stages(self) -> list[tuple[list[nn.Module], Any]]:

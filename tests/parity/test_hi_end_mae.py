@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from pretrain.backbones.vit import ViT3D, sincos_position
+from pretrain.foreign import converted
 from pretrain.masking import kept, visible_first
 from pretrain.objective import Batch
 from pretrain.objectives.hi_end_mae import HiEndMAE
 from pretrain.objectives.masked_patches import patch_statistics
 
-# Their names to ours, beginnings of names; the first that fits counts.
+# Their names of the decoder to ours, beginnings of names; the first that fits counts.
 NAMES = {
-    "encoder.cls_token": "encoder.cls_token",
-    "encoder.": "encoder.",
     "encoder_to_decoder.3.": "embed.",  # of the normed end
     "encoder_to_decoder.": "tap_embeds.",
     "decoder.cross_attention_blocks.": "cross_blocks.",
@@ -46,17 +45,27 @@ class Reference:
 @pytest.fixture
 def reference(parity: Callable) -> Reference:
     numbers, facts = parity("hi_end_mae")
+    model, batch = built(numbers, facts)
+    return Reference(model, batch, numbers)
+
+
+def built(
+    numbers: dict[str, Tensor], facts: dict[str, str], encoder: ViT3D | None = None
+) -> tuple[Given, Batch]:
+    """The model with their weights, and what they gave it; an encoder that is given has its own."""
     weights = {n.removeprefix("weights."): t for n, t in numbers.items() if n.startswith("weights")}
     image, shuffled = numbers["input.x"], numbers["input.shuffle_indices"]
     count, ratio = shuffled.shape[1], float(facts["mask_ratio"])
-    encoder = ViT3D(
-        in_channels=image.shape[1],
-        patch_size=tuple(weights["encoder.patch_embed.proj.weight"].shape[2:]),
-        embed_dim=int(facts["width"]),
-        depth=int(facts["depth"]),
-        num_heads=int(facts["heads"]),
-        cls_token=True,
-    )
+    if encoder is None:
+        encoder = ViT3D(
+            in_channels=image.shape[1],
+            patch_size=tuple(weights["encoder.patch_embed.proj.weight"].shape[2:]),
+            embed_dim=int(facts["width"]),
+            depth=int(facts["depth"]),
+            num_heads=int(facts["heads"]),
+            cls_token=True,
+        )
+        encoder.load_state_dict(converted(weights, encoder)[0])
     model = Given(
         encoder=encoder,
         decoder_dim=weights["mask_token"].shape[-1],
@@ -65,10 +74,10 @@ def reference(parity: Callable) -> Reference:
         mask_ratio=ratio,
     )
     assert len(model.taps) == int(facts["decoder_cross_blocks"])
-    mine = {}
+    mine = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     for name, tensor in weights.items():
-        if not name.endswith("pos_embed"):
-            old = next(prefix for prefix in NAMES if name.startswith(prefix))
+        old = next((prefix for prefix in NAMES if name.startswith(prefix)), None)
+        if old is not None:
             flat = tensor.flatten() if name.endswith("token") else tensor
             mine[NAMES[old] + name.removeprefix(old)] = flat
     model.load_state_dict(mine, strict=True)
@@ -77,7 +86,7 @@ def reference(parity: Callable) -> Reference:
     )
     valid = torch.ones_like(image[:, :1], dtype=torch.bool)
     batch = Batch(image, valid, torch.ones(len(image), 3), torch.arange(len(image)))
-    return Reference(model.eval(), batch, numbers)
+    return model.eval(), batch
 
 
 def test_positions_are_theirs(reference: Reference) -> None:
@@ -99,9 +108,8 @@ def test_loss_and_gradient(reference: Reference) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_reconstruction(reference: Reference) -> None:
-    """Of all patches, in the grid's order, in units of the image as their pictures show it."""
-    model, batch = reference.model, reference.batch
+def reconstruction(model: Given, batch: Batch) -> Tensor:
+    """All patches, in the grid's order, in units of the image as their pictures show it."""
     order = visible_first(model.hidden)
     keep = int((~model.hidden[0]).sum())
     with torch.no_grad():
@@ -112,7 +120,11 @@ def test_reconstruction(reference: Reference) -> None:
     # Their pictures undo the biased normalisation of the target with the unbiased deviation.
     patches, valid = model._patches(batch)
     statistics = patch_statistics(patches, valid, unbiased=True)
-    found = rows * (statistics.variance.sqrt() + 1e-6) + statistics.mean
+    return rows * (statistics.variance.sqrt() + 1e-6) + statistics.mean
+
+
+def test_reconstruction(reference: Reference) -> None:
+    found = reconstruction(reference.model, reference.batch)
     expected = reference.numbers["expected.reconstruction"]
     scale = expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * scale)

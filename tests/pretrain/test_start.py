@@ -13,6 +13,7 @@ from test_loop import MAE, RESENC, VIT, settings, weights
 
 from data_prep.errors import InputError
 from finetune.evaluate import comparable
+from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.slice_vit import SliceViT
 from pretrain.export import export
 from pretrain.release import load_release
@@ -215,6 +216,27 @@ def test_public_weights_of_another_network_are_refused_and_nothing_written(
     deep = chosen(init=public, backbone=SLICES | {"depth": 3}, crop_size=(1, 12, 8))
     with pytest.raises(InputError, match=r"blocks\.2\.norm1\.weight: is not in the file"):
         pretrain(deep)
-    with pytest.raises(InputError, match="no public weights are known for ResEncUNetEncoder"):
+    with pytest.raises(InputError, match=r"here is slice_vit\.SliceViT, and the encoder is Res"):
         pretrain(chosen(init=public))
     assert not (deep.runs / deep.run).exists()
+
+
+def test_public_weights_of_nnssl_are_where_it_begins(chosen: Any, tmp_path: Path) -> None:
+    """In nnssl's layout, each tensor by two names; one kernel without values is called out."""
+    args = {name: value for name, value in RESENC.items() if name != "_target_"}
+    encoder = ResEncUNetEncoder(**args)
+    lost = "stages.0.blocks.0.conv1.conv.weight"
+    torch.nn.init.zeros_(encoder.get_parameter(lost))
+    stored = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    stored |= {f"decoder.{name}": tensor for name, tensor in stored.items()}
+    path = tmp_path / "public.pth"
+    torch.save({"network_weights": stored, "trainer_name": "BaseMAETrainer"}, path)
+    run = pretrain(chosen(init=path, backbone=RESENC))
+    found = weights(run)
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(found[f"encoder.{name}"], tensor, atol=1e-6, rtol=0)
+    report = json.loads((run / "load_report.json").read_text())
+    assert report["constant"] == [f"encoder.{lost}"]
+    assert sorted([*report["copied"], *report["new"]]) == sorted(found)
+    assert report["sources"] == {}  # an objective calls them as nnssl does
+    assert sorted([*report["copied"], *report["skipped"]]) == sorted(stored)

@@ -19,8 +19,7 @@ import conf
 from data_prep.errors import InputError
 from pretrain.backbones.slice_vit import SliceViT, slice_rotary_table
 from pretrain.decoders import UNETRDecoder, build_decoder
-from pretrain.foreign import load_foreign
-from pretrain.foreign.dinov3 import from_dinov3
+from pretrain.foreign import converted, load_foreign
 from pretrain.masking import patchify, random_hidden, unpatchify
 from pretrain.objectives.mae_primus import PrimusMAE
 from pretrain.optim import parameter_groups
@@ -219,13 +218,13 @@ def published(vit: SliceViT) -> dict[str, Tensor]:
 def test_metas_names_are_read_as_timm_reads_them(qkv_bias: bool) -> None:
     vit = drawn(small(in_channels=3, qkv_bias=qkv_bias))
     stored = published(vit)
-    found, report = from_dinov3(stored, vit)
+    found, report = converted(stored, vit)
     expected = checkpoint_filter_fn(dict(stored), vit)
     assert found.keys() == expected.keys() == vit.state_dict().keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert not report.new
     # bare names are timm's: the same encoder again
-    again, report = from_dinov3(vit.state_dict(), vit)
+    again, report = converted(vit.state_dict(), vit)
     assert again.keys() == found.keys() and not report.skipped
 
 
@@ -250,7 +249,7 @@ def test_files_load_whole_and_report_each_tensor(tmp_path: Path, form: str) -> N
 @torch.no_grad()
 def test_one_channel_has_the_sum_of_three() -> None:
     colour, grey = drawn(small(in_channels=3)).eval(), small().eval()
-    weights, report = from_dinov3(published(colour), grey)
+    weights, report = converted(published(colour), grey)
     grey.load_state_dict(weights)
     assert "sum over 3" in report.adapted["patch_embed.proj.weight"]
     expected = colour.tokens(IMAGE.expand(-1, 3, -1, -1, -1))
@@ -272,6 +271,7 @@ def without(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         ({"register_tokens": 2}, lambda s: s, r"storage_tokens.*\[1, 4, 24\].*\[1, 2, 24\]"),
         ({}, lambda s: s | {"rope_embed.periods": torch.ones(3)}, "turns by"),
         ({}, lambda s: s | {"blocks.0.attn.qkv.bias": torch.ones(72)}, "qkv_bias=true"),
+        ({}, lambda s: s | {"blocks.0.attn.qkv.bias": torch.tensor(1.0)}, "qkv.bias: chunk"),
         ({"qkv_bias": True}, lambda s: s, "attn.q_bias: is not in the file"),
     ],
 )
@@ -279,13 +279,13 @@ def test_weights_of_another_network_are_refused(
     changes: dict, stored: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        from_dinov3(stored(published(small())), small(**changes))
+        converted(stored(published(small())), small(**changes))
 
 
 def test_biases_of_zero_may_be_left_out() -> None:
     """As the distilled sizes of DINOv3 have them."""
     stored = published(small()) | {"blocks.0.attn.qkv.bias": torch.zeros(72)}
-    _, report = from_dinov3(stored, small())
+    _, report = converted(stored, small())
     assert "zero" in report.skipped["blocks.0.attn.qkv.bias"]
 
 
