@@ -149,7 +149,7 @@ def _fetch(words: list[str]) -> Any:
         from pretrain.registry import as_text, known
 
         facts = {"known": known(), "cache": str(fetching.cache_folder()), "kept": fetching.cached()}
-        print(as_text(facts))
+        _show(as_text(facts))
         return facts
     options = {"offline": "false", "again": "false"}
     flags = [word for word in words if word.partition("=")[0] in options]
@@ -380,9 +380,9 @@ example: voxelith replay runs/first step=1200""",
         "export RUN OUT [--push hf://ORG/REPO[@BRANCH]]",
         _export,
         """
-RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not there yet. --push also
-uploads it to the Hugging Face hub, with the login of `hf auth login` or HF_TOKEN; a repository that
-is not there is made, private.
+RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not there yet. --push
+uploads it to the Hugging Face hub as well, with the login of `hf auth login` or HF_TOKEN; a
+repository that is not there is made, private.
 
 example: voxelith export runs/first release/""",
     ),
@@ -396,8 +396,8 @@ Fetched is a release, or a file of weights where the address ends as one (.safet
 A download that broke off goes on. What arrived first is pinned: later the same reference gives the
 same bytes, from the cache and without a network, or is refused; `#sha256=HEX` at its end says from
 the start what it must be. again=true asks whether it is still the same, offline=true (or
-HF_HUB_OFFLINE=1) never asks. The cache is VOXELITH_CACHE, by default ~/.cache/voxelith. --list shows
-the names that are known, and the cache. ckpt=, init=, inspect and features take the same references.
+HF_HUB_OFFLINE=1) never asks. The cache is VOXELITH_CACHE, by default ~/.cache/voxelith. --list
+shows known names and the cache. ckpt=, init=, inspect and features take references too.
 
 example: voxelith fetch hf://ORG/REPO@COMMIT""",
     ),

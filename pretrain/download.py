@@ -130,6 +130,8 @@ class Web:
             return InputError(f"{shown}: access is denied ({code}); {self.denied}")
         if code in (404, 410):
             return InputError(f"{shown}: is not there ({code}); check the address")
+        if 300 <= code < 400:
+            return InputError(f"{shown}: redirects to what is not safe to follow, or in a circle")
         return InputError(f"{shown}: the server answers {code}")
 
 

@@ -109,7 +109,9 @@ def push(release: Path, there: Reference) -> str:
         plain = _plain(error, there.shown)
         if isinstance(plain, InputError):
             raise InputError([*plain.problems, kept]) from None
-        raise UnreachableError(f"{there.shown}: {plain}; {kept}") from None
+        if isinstance(plain, PassingError):
+            raise UnreachableError(f"{there.shown}: {plain}; {kept}") from None
+        raise
     return f"hf://{there.repo}@{done.oid}"
 
 
@@ -141,6 +143,10 @@ def _plain(error: Exception, shown: str) -> Exception:
         return InputError(f"{shown}: is not there ({code}); check the name")
     if code is not None and code < 500 and code not in (408, 429):
         return InputError(f"{shown}: the hub answers {code}")
-    return PassingError(
-        f"the hub answers {code}" if code else f"no answer ({type(error).__name__})"
-    )
+    if code is not None:
+        return PassingError(f"the hub answers {code}")
+    # What the client sends with is another library in each of its major versions.
+    library = type(error).__module__.partition(".")[0]
+    if isinstance(error, OSError) or library in ("httpx", "httpx2", "httpcore", "requests"):
+        return PassingError(f"no answer ({type(error).__name__})")
+    return error
