@@ -143,12 +143,12 @@ def _export(words: list[str]) -> Any:
 
 def _fetch(words: list[str]) -> Any:
     from data_prep.errors import InputError
-    from pretrain import fetch as fetching
 
     if words == ["--list"]:
+        from pretrain.cache import cache_folder, cached
         from pretrain.registry import as_text, known
 
-        facts = {"known": known(), "cache": str(fetching.cache_folder()), "kept": fetching.cached()}
+        facts = {"known": known(), "cache": str(cache_folder()), "kept": cached()}
         _show(as_text(facts))
         return facts
     options = {"offline": "false", "again": "false"}
@@ -157,9 +157,9 @@ def _fetch(words: list[str]) -> Any:
     (ref,) = _positional("fetch", [w for w in words if w not in flags], ["REFERENCE"])
     if not all("=" in word for word in flags) or not set(options.values()) <= {"true", "false"}:
         raise InputError(f"{' '.join(flags)}: offline and again are true or false")
-    found = fetching.fetch(
-        ref, offline=options["offline"] == "true", again=options["again"] == "true"
-    )
+    from pretrain.fetch import fetch
+
+    found = fetch(ref, offline=options["offline"] == "true", again=options["again"] == "true")
     state = "was here, verified" if found.cached else "fetched and verified"
     print(f"{found.path}: {found.kind}, {state}, sha256 {found.digest}")
     return found.to_dict()

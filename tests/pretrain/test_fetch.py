@@ -26,7 +26,8 @@ from data_prep.errors import CorruptionError, InputError, UnreachableError
 from data_prep.preprocess import Preprocess
 from pretrain import download
 from pretrain.backbones.resenc import ResEncUNetEncoder
-from pretrain.fetch import cached, fetch, resolve
+from pretrain.cache import cached
+from pretrain.fetch import fetch, resolve
 from pretrain.references import parse
 from pretrain.release import write_release
 
@@ -556,6 +557,18 @@ def test_a_setting_takes_a_reference(
     assert not fake.log and "is not there" not in str(caught.value)  # other mistakes come first
 
 
+def test_a_pretraining_begins_from_a_reference(fake: Fake, cache: Path, tmp_path: Path) -> None:
+    from conf.compose import settings_for
+
+    data = weights()
+    fake.repos["org/foreign@main"] = Repo(COMMIT, {"w.safetensors": data})
+    words = [f"corpus={tmp_path}", "run=x", "objective=mae", "backbone=vit_s"]
+    ref = f"hf://org/foreign@{COMMIT}/w.safetensors#sha256={digest(data)}"
+    settings = settings_for("pretrain", [*words, f"init={ref}"])
+    assert settings.init == cache / "content" / digest(data) / "w.safetensors"
+    assert settings_for("pretrain", words).init is None
+
+
 def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve("nowhere") == Path("nowhere")
@@ -659,16 +672,25 @@ def test_fetching_needs_no_torch() -> None:
 def test_what_is_pushed_comes_back(
     fake: Fake, folders: tuple[Path, Path], files: dict[str, bytes]
 ) -> None:
-    from pretrain.hub import destination, push
+    def push(release: Path) -> str:
+        # The client reads HF_ENDPOINT when it is imported; its older versions do so alone.
+        code = (
+            "import sys, pathlib; from pretrain.hub import destination, push\n"
+            "print(push(pathlib.Path(sys.argv[1]), destination('hf://org/mine')))"
+        )
+        words = [sys.executable, "-c", code, str(release)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
-    ref = push(folders[0], destination("hf://org/mine"))
-    assert json.loads(fake.pushed["/api/repos/create"])["visibility"] == "private"
+    ref = push(folders[0])
+    asked = json.loads(fake.pushed["/api/repos/create"])
+    assert asked.get("visibility") == "private" or asked["private"] is True
     assert fake.repos["org/mine@main"].files == files
     assert fetch(f"{ref}#sha256={digest(files['SHA256SUMS'])}").digest == digest(
         files["SHA256SUMS"]
     )
-    again = push(folders[1], destination("hf://org/mine"))  # it exists, and gets a new commit
-    assert again != ref
+    assert push(folders[1]) != ref  # it exists, and gets a new commit
 
 
 def test_pushing_is_refused_before_or_said_after(
