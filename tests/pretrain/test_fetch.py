@@ -260,6 +260,7 @@ def test_a_tampered_byte_is_refused_and_nothing_is_left(
     url = fake.put("/r", {**files, name: bytes(bad)})
     with pytest.raises(CorruptionError, match=f"{name}: its bytes are not those"):
         fetch("hf://org/tiny" if where == "hub" else url)
+    assert not fake.asked(end="/README.md")  # nor was what comes after it fetched
     assert not kept(cache) and not cached()
 
 
