@@ -550,14 +550,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         if as_json and isinstance(error, LeftOutError):
             print(json.dumps(error.result))
-        count = len(error.problems)
+        from pretrain.references import without_secrets
+
+        problems = [without_secrets(problem) for problem in error.problems]
+        count = len(problems)
         if count == 1:
-            print(f"error: {error.problems[0]}", file=sys.stderr)
+            print(f"error: {problems[0]}", file=sys.stderr)
         else:
             # Damage and what is left out are found on the way; all other wrong input before it.
             late = isinstance(error, CorruptionError | LeftOutError)
             end = "" if late else ", nothing was started"
-            lines = [f"error: {count} problems{end}", *error.problems]
+            lines = [f"error: {count} problems{end}", *problems]
             print("\n  ".join(lines), file=sys.stderr)
         return 2
     except UnreachableError as error:

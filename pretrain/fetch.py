@@ -200,7 +200,7 @@ def _origin(wanted: Reference) -> Origin:
         lambda name: wanted.url if wanted.is_file else f"{folder}/{name}{query}",
         shown,
         wanted.headers,
-        denied="a signed address may have run out; https://USER:PASSWORD@... gives a password",
+        denied="a signed address may have run out; a password goes before the host, USER:PASSWORD@",
     )
     return Origin(source, shown)
 

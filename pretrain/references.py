@@ -31,6 +31,9 @@ _SIGNATURE = re.compile(
 )
 """Parts of a query that are signed anew each time and do not tell what is fetched."""
 
+_ADDRESS = re.compile(
+    r"(https?:/+)(?:[^/?#\s]*@)?([^?#\s,]*)(?:\?(?:(?!,(?:https?|hf|s3):/)[^#\s])*)?"
+)
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -94,6 +97,11 @@ def parse(text: str) -> Reference:
     if scheme == "hf":
         return _hub(rest, sha256)
     return _bucket(rest, sha256) if scheme == "s3" else _web(f"{scheme}://{rest}", sha256)
+
+
+def without_secrets(text: str) -> str:
+    """A text without the passwords and queries of the addresses in it, fit to be kept or shown."""
+    return _ADDRESS.sub(r"\1\2", text)
 
 
 def is_safe(path: str) -> bool:

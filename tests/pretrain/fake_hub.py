@@ -6,6 +6,7 @@ The hub has the few routes that huggingface_hub calls to list, download and uplo
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import threading
@@ -173,8 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         for begin in range(start, end, 65536):
             time.sleep(self.fake.slow)
-            self.wfile.write(data[begin : min(begin + 65536, end)])
-        self.wfile.flush()
+            with contextlib.suppress(ConnectionError):  # whoever asked has heard enough
+                self.wfile.write(data[begin : min(begin + 65536, end)])
+                self.wfile.flush()
 
     def _say(self, code: int, text: bytes, more: dict[str, str] | None = None) -> None:
         self.send_response(code)

@@ -497,6 +497,17 @@ def test_passwords_and_signatures_are_never_told(
     assert fetch(refs[1].replace("s1gned", "l8er")).cached
 
 
+def test_what_a_run_keeps_of_its_command_has_no_secrets(tmp_path: Path) -> None:
+    from pretrain.run_folder import RunFolder
+
+    run = RunFolder(tmp_path)
+    ckpt = "ckpt=https://j:s3,c@t@h:1/a/b?X-Amz-Signature=s3c,ret&t=1#sha256=0"
+    run.describe({}, ["voxelith", f"{ckpt},hf://o/r@v1,https:/u@h/c?s3cret", "lr=1e-3", "x=a@b?c"])
+    kept = "ckpt=https://h:1/a/b#sha256=0,hf://o/r@v1,https:/h/c"
+    command = json.loads((tmp_path / "run.json").read_text())["command"]
+    assert command == ["voxelith", kept, "lr=1e-3", "x=a@b?c"]
+
+
 def test_a_password_is_not_told_to_another_server(fake: Fake, cache: Path) -> None:
     elsewhere = Fake().start()
     try:
