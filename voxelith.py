@@ -160,7 +160,7 @@ def _fetch(words: list[str]) -> Any:
     from pretrain.fetch import fetch
 
     found = fetch(ref, offline=options["offline"] == "true", again=options["again"] == "true")
-    state = "was here, verified" if found.cached else "fetched and verified"
+    state = "was here" if found.cached else "fetched and verified"
     print(f"{found.path}: {found.kind}, {state}, sha256 {found.digest}")
     return found.to_dict()
 

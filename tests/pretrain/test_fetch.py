@@ -264,6 +264,18 @@ def test_a_tampered_byte_is_refused_and_nothing_is_left(
     assert not kept(cache) and not cached()
 
 
+@pytest.mark.parametrize("where", ["hub", "web"])
+def test_a_release_with_a_file_missing_is_refused(
+    fake: Fake, files: dict[str, bytes], cache: Path, where: str
+) -> None:
+    del files["golden_input.nii.gz"]
+    fake.repos["org/tiny@main"] = Repo(COMMIT, files)
+    url = fake.put("/r", files)
+    with pytest.raises(InputError, match=r"golden_input\.nii\.gz: is not there"):
+        fetch("hf://org/tiny" if where == "hub" else url)
+    assert not (cache / "content").exists() and not cached()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
