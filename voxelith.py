@@ -119,19 +119,58 @@ def _replay(words: list[str]) -> Any:
 
 
 def _export(words: list[str]) -> Any:
-    run, output = _positional("export", words, ["RUN", "OUT"])
+    rest, pushes = [], []
+    queue = iter(words)
+    for word in queue:
+        if word == "--push" or word.startswith("--push="):
+            pushes.append(word.partition("=")[2] or next(queue, ""))
+        else:
+            rest.append(word)
+    run, output = _positional("export", rest, ["RUN", "OUT"])
+    from pretrain.hub import destination, push
+
+    targets = [destination(ref) for ref in pushes]  # what is wrong with them is told before
     from finetune.export import export
 
     release = export(Path(run), Path(output))
     print(f"{release.path}: verified, golden scan included, digest {release.digest[:12]}")
-    return {"release": str(release.path), "digest": release.digest}
+    result = {"release": str(release.path), "digest": release.digest}
+    pushed = [push(release.path, target) for target in targets]
+    for ref in pushed:
+        print(f"Pushed: {ref}#sha256={release.digest}")
+    return result | ({"pushed": pushed} if pushed else {})
+
+
+def _fetch(words: list[str]) -> Any:
+    from data_prep.errors import InputError
+
+    if words == ["--list"]:
+        from pretrain.cache import cache_folder, cached
+        from pretrain.registry import as_text, known
+
+        facts = {"known": known(), "cache": str(cache_folder()), "kept": cached()}
+        _show(as_text(facts))
+        return facts
+    options = {"offline": "false", "again": "false"}
+    flags = [word for word in words if word.partition("=")[0] in options]
+    options |= dict(word.split("=", 1) for word in flags if "=" in word)
+    (ref,) = _positional("fetch", [w for w in words if w not in flags], ["REFERENCE"])
+    if not all("=" in word for word in flags) or not set(options.values()) <= {"true", "false"}:
+        raise InputError(f"{' '.join(flags)}: offline and again are true or false")
+    from pretrain.fetch import fetch
+
+    found = fetch(ref, offline=options["offline"] == "true", again=options["again"] == "true")
+    state = "was here" if found.cached else "fetched and verified"
+    print(f"{found.path}: {found.kind}, {state}, sha256 {found.digest}")
+    return found.to_dict()
 
 
 def _inspect(words: list[str]) -> Any:
     (ref,) = _positional("inspect", words, ["RUN|RELEASE"])
     from finetune.describe import as_text, describe
+    from pretrain.fetch import resolve
 
-    facts = describe(Path(ref))
+    facts = describe(resolve(ref))
     _show(as_text(facts))
     return facts
 
@@ -341,12 +380,29 @@ example: voxelith replay runs/first step=1200""",
     ),
     "export": Command(
         "a run to a release",
-        "export RUN OUT",
+        "export RUN OUT [--push hf://ORG/REPO[@BRANCH]]",
         _export,
         """
-RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not there yet.
+RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not there yet. --push
+uploads it to the Hugging Face hub as well, with the login of `hf auth login` or HF_TOKEN; a
+repository that is not there is made, private.
 
 example: voxelith export runs/first release/""",
+    ),
+    "fetch": Command(
+        "a checkpoint from elsewhere, verified and cached",
+        "fetch NAME|hf://ORG/REPO[@REVISION][/FILE]|https://...|s3://...|PATH [offline=false] "
+        "[again=false]\nvoxelith fetch --list",
+        _fetch,
+        """
+Fetched is a release, or a file of weights where the address ends as one (.safetensors, .pth, ...).
+A download that broke off goes on. What arrived first is pinned: later the same reference gives the
+same bytes, from the cache and without a network, or is refused; `#sha256=HEX` at its end says from
+the start what it must be. again=true asks whether it is still the same, offline=true (or
+HF_HUB_OFFLINE=1) never asks. The cache is VOXELITH_CACHE, by default ~/.cache/voxelith. --list
+shows known names and the cache. ckpt=, init=, inspect and features take references too.
+
+example: voxelith fetch hf://ORG/REPO@COMMIT""",
     ),
     "features": Command(
         "a folder of scans to features",
@@ -468,7 +524,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voxelith {version('voxelith')}")
         return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import CorruptionError, InputError, LeftOutError, near
+    from data_prep.errors import (
+        CorruptionError,
+        InputError,
+        LeftOutError,
+        UnreachableError,
+        near,
+    )
 
     if name not in COMMANDS:
         print(f"error: {name}: no such command; {near(name, COMMANDS)}", file=sys.stderr)
@@ -493,16 +555,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         if as_json and isinstance(error, LeftOutError):
             print(json.dumps(error.result))
-        count = len(error.problems)
+        from pretrain.references import without_secrets
+
+        problems = [without_secrets(problem) for problem in error.problems]
+        count = len(problems)
         if count == 1:
-            print(f"error: {error.problems[0]}", file=sys.stderr)
+            print(f"error: {problems[0]}", file=sys.stderr)
         else:
             # Damage and what is left out are found on the way; all other wrong input before it.
             late = isinstance(error, CorruptionError | LeftOutError)
             end = "" if late else ", nothing was started"
-            lines = [f"error: {count} problems{end}", *error.problems]
+            lines = [f"error: {count} problems{end}", *problems]
             print("\n  ".join(lines), file=sys.stderr)
         return 2
+    except UnreachableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from conf.signatures import class_arguments
 from data_prep.errors import InputError, by_stage, config_text, near, plain_message
-from data_prep.settings import MUST_EXIST
+from data_prep.settings import MUST_EXIST, REFERENCE
 
 HERE = Path(__file__).parent
 
@@ -101,7 +101,7 @@ def stages_for(command: str, words: list[str]) -> dict[str, Any]:
     problems += by_stage(said, list(lines))
     if problems:
         raise InputError(problems + _absent(model, line))
-    return found
+    return {name: _fetched(model, lines[name], made) for name, made in found.items()}
 
 
 def recipes(*, small: bool) -> list[str]:
@@ -461,8 +461,46 @@ def _text_keys(model: type[BaseModel]) -> set[str]:
 def _absent(model: type[BaseModel], line: Line) -> list[str]:
     """Inputs that are not there: said here along with other problems, else by who opens them."""
     wanted = [key for key, setting in _fields(model) if MUST_EXIST in setting.metadata]
+    remote = [key for key, setting in _fields(model) if REFERENCE in setting.metadata]
     given = {key: line.values[key] for key in wanted if key in line.values}
-    return [f"{k}={v}: is not there" for k, v in given.items() if not Path(v).exists()]
+    return [
+        f"{k}={v}: is not there"
+        for k, v in given.items()
+        if not (k in remote and _is_remote(v)) and not Path(v).exists()
+    ]
+
+
+def _is_remote(value: str) -> bool:
+    from pretrain.references import is_reference
+    from pretrain.registry import KNOWN
+
+    return is_reference(value) or value in KNOWN
+
+
+def _fetched(model: type[BaseModel], line: Line, made: Any) -> Any:
+    """Settings that name a checkpoint elsewhere, with the folder or file where it is now.
+
+    A path forgets the second slash of `https://`, so the reference is taken from the words.
+
+    Raises:
+        InputError: it is not there or does not verify.
+    """
+    here: dict[str, str] = {}
+    problems: list[str] = []
+    for key, setting in _fields(model):
+        given = line.config.get(key)
+        if REFERENCE not in setting.metadata or not given or not _is_remote(str(given)):
+            continue
+        from pretrain.fetch import resolve
+
+        try:
+            here[key] = str(resolve(given))
+        except InputError as error:
+            problems += [f"{key}: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+    given = {key: value for key, value in line.config.items() if value != "???"}
+    return model.model_validate(given | here) if here else made
 
 
 def _kinds(annotation: Any) -> list[Any]:

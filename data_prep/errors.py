@@ -40,6 +40,13 @@ class LeftOutError(InputError):
         self.result = result
 
 
+class UnreachableError(Exception):
+    """A server does not answer, or not in full: nothing that the input could mend.
+
+    The command line prints it without a traceback and exits with 1.
+    """
+
+
 def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """A hint at what was probably meant; a dotted key is also found by its last part.
 

@@ -19,6 +19,9 @@ Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 MUST_EXIST = "must exist"
 """Marks a setting that names a file or folder to read."""
 
+REFERENCE = "reference"
+"""Marks one whose path may also be a reference or the name of a known checkpoint, to be fetched."""
+
 
 class PrepSettings(BaseModel):
     """Settings of one prep; `conf/prep.yaml` holds the same defaults.

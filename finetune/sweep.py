@@ -42,6 +42,7 @@ from finetune.forecast import forecast
 from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
 from finetune.train import is_finished, make_plan
+from pretrain.references import is_reference
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 
@@ -221,6 +222,8 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
             # Read once: each byte of a release is verified.
             releases[arm.ckpt], corpora[arm.corpus] = plan.release, plan.corpus
             varied = combination | {key: str(getattr(arm, key)) for key in TWIN}
+            if is_reference(varied["ckpt"]):
+                varied["ckpt"] = str(arm.ckpt)  # which is here by now, and may hold a password
             name = run_name(plan)
             said = tuple(f"{key}={value}" for key, value in varied.items())
             job = Job(name, said, plan, twin=arm is not settings)

@@ -22,6 +22,7 @@ from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from data_prep.volume import Reject, Volume, as_known, read_channels, volume_from_array
 from pretrain.backbones.backbone import Backbone
+from pretrain.fetch import resolve
 from pretrain.release import LoadReport, load_release
 
 OVERLAP = 0.5
@@ -188,13 +189,13 @@ def load_encoder(ref: str | Path, *, device: str | torch.device = "cpu") -> Enco
     """Loads a release's encoder with its preprocessing; every byte is verified.
 
     Args:
-        ref: a release folder.
+        ref: a release folder, or a reference to one; see `pretrain.fetch`.
         device: where the weights go.
 
     Raises:
         InputError: not a release, damaged, or naming what is not ours.
     """
-    release = load_release(ref)
+    release = load_release(resolve(ref))
     module = release.build_encoder()
     report = release.load(module)
     module.eval().requires_grad_(False).to(device)

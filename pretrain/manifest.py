@@ -258,22 +258,42 @@ def read_manifest(ref: str | Path) -> Manifest:
     return Manifest(path, config, preprocess, digest)
 
 
-def _verify(path: Path, sums: str) -> set[str]:
-    """The names that the sums list, once every file has been found to be what they say."""
+def listed_files(sums: str, where: str) -> dict[str, str]:
+    """The files that a SHA256SUMS lists, with their digests: those of a release and no others.
+
+    Args:
+        sums: its text.
+        where: what to call it in messages.
+
+    Raises:
+        CorruptionError: it lists something else, or not all that a release has.
+    """
     listed: dict[str, str] = {}
     for line in sums.splitlines():
         digest, _, name = line.partition("  ")
         listed[name] = digest
     problems = [
-        f"{path}/SHA256SUMS: does not list {name}; the release is incomplete"
+        f"{where}: does not list {name}; the release is incomplete"
         for name in FILES
         if name not in listed
     ]
+    problems += [
+        f"{where}: lists {name!r}, which is no part of a release"
+        for name in listed
+        if name not in (*FILES, DECODER)
+    ]
+    if problems:
+        raise CorruptionError(problems)
+    return listed
+
+
+def _verify(path: Path, sums: str) -> set[str]:
+    """The names that the sums list, once every file has been found to be what they say."""
+    listed = listed_files(sums, f"{path}/SHA256SUMS")
+    problems = []
     for name, expected in listed.items():
         file = path / name
-        if name not in (*FILES, DECODER):
-            problems.append(f"{path}/SHA256SUMS: lists {name!r}, which is no part of a release")
-        elif not file.is_file():
+        if not file.is_file():
             problems.append(f"{file}: is missing; copy or fetch the release again")
         elif file_digest(file) != expected:
             problems.append(

@@ -34,6 +34,7 @@ import torch
 
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic, make_folder, write_json, write_text
+from pretrain.references import without_secrets
 
 HEARTBEAT_SECONDS = 30
 STALE_SECONDS = 300
@@ -148,7 +149,8 @@ class RunFolder:
     def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
         """Writes what was asked for and with what it runs."""
         write_json(self.config_path, config)
-        write_json(self.path / "run.json", {"command": command, "versions": versions(), **facts})
+        said = [without_secrets(word) for word in command]
+        write_json(self.path / "run.json", {"command": said, "versions": versions(), **facts})
 
 
 def _owner(file: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import (
 
 from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
-from data_prep.settings import MUST_EXIST
+from data_prep.settings import MUST_EXIST, REFERENCE
 from pretrain.ramps import cosine
 
 Side = Annotated[int, Field(ge=1, le=2048)]
@@ -209,7 +209,7 @@ class PretrainSettings(LoopSettings):
     run: RunName
     runs: Path = Path("runs")
     resume: Literal["auto", "never"] = "auto"
-    init: Annotated[Path | None, MUST_EXIST] = None
+    init: Annotated[Path | None, MUST_EXIST, REFERENCE] = None
     adapt_channels: Literal["repeat", "first"] = "repeat"
     backbone: dict[str, Any]
     objective: dict[str, Any]
@@ -283,7 +283,7 @@ class FeaturesSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ckpt: Annotated[Path, MUST_EXIST]
+    ckpt: Annotated[Path, MUST_EXIST, REFERENCE]
     input: Annotated[Path, MUST_EXIST]
     output: Path
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -28,6 +28,7 @@ DOORS = {
     "objective",
     "previews",
     "probe",
+    "references",
     "release",
     "run_folder",
     "schedule",
