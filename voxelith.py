@@ -166,13 +166,23 @@ def _fetch(words: list[str]) -> Any:
 
 
 def _inspect(words: list[str]) -> Any:
-    (ref,) = _positional("inspect", words, ["RUN|RELEASE"])
+    told = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+    rest = [word for k, word in enumerate(words) if not (k and "=" in word)]
+    (ref,) = _positional("inspect", rest, ["RUN|RELEASE|FILE"])
     from finetune.describe import as_text, describe
     from pretrain.fetch import resolve
 
-    facts = describe(resolve(ref))
+    facts = describe(resolve(ref), {name: _parsed(value) for name, value in told.items()})
     _show(as_text(facts))
     return facts
+
+
+def _parsed(value: str) -> Any:
+    """A number, a list or a truth value; other words are what they are."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _finetune(words: list[str]) -> Any:
@@ -416,12 +426,13 @@ windows.
 example: voxelith features ckpt=release/ input=scans/ output=features/""",
     ),
     "inspect": Command(
-        "what a run or a release is",
-        "inspect RUN|RELEASE",
+        "what a run, a release or a file of public weights is",
+        "inspect RUN|RELEASE|FILE [argument=value ...]",
         _inspect,
         """
 Printed are architecture, preprocessing, training, data with licences, classes or what is answered,
-and digest.
+and digest. Of others' weights, told by their tensors, what became of each; what no tensor shows may
+be given, such as num_heads=12.
 
 example: voxelith inspect release/""",
     ),

@@ -1,34 +1,50 @@
-"""`voxelith inspect`: what a run or a release is. No torch in here, so the answer is at once."""
+"""`voxelith inspect`: what a run, a release or a file of public weights is.
+
+Folders need no torch, so the answer is at once.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.licences import strictest_first
-from pretrain.manifest import DECODER, FACTS, Manifest, read_manifest, stored_shapes
+from pretrain.manifest import DECODER, FACTS, Manifest, file_digest, read_manifest, stored_shapes
 
 
-def describe(ref: Path) -> dict[str, Any]:
-    """What lies in a folder, as plain data.
+def describe(ref: Path, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What lies in a folder or a file, as plain data.
 
-    A release is verified byte by byte on the way; a run is taken at its word.
+    A release is verified byte by byte on the way; a run is taken at its word. A file of others'
+    weights is read whole, and loaded into the encoder that it is here.
+
+    Args:
+        ref: run, release or file.
+        told: what a file of public weights does not tell; see `pretrain.foreign.open_foreign`.
 
     Raises:
-        InputError: the folder is neither a run nor a release.
+        InputError: the folder is neither a run nor a release, or the file no public weights.
         CorruptionError: a release whose bytes are not those that were released.
     """
+    if ref.is_file():
+        return _file(ref, told)
+    if told:
+        raise InputError(
+            f"{', '.join(told)}: is for files of public weights, and {ref} is a folder"
+        )
     if (ref / "SHA256SUMS").is_file():
         return _release(read_manifest(ref))
     if (ref / "run.json").is_file() and (ref / "config.json").is_file():
         return _run(ref)
     raise InputError(
         f"{ref}: is neither a release (no SHA256SUMS) nor a run (no run.json); give a folder that "
-        "`voxelith export`, `voxelith pretrain` or `voxelith finetune` made"
+        "`voxelith export`, `voxelith pretrain` or `voxelith finetune` made, or a file of public "
+        "weights"
     )
 
 
@@ -60,6 +76,36 @@ def _release(release: Manifest) -> dict[str, Any]:
         "fingerprints": len(release.fingerprints),
         "versions": config["versions"],
     }
+
+
+def _file(path: Path, told: Mapping[str, Any] | None) -> dict[str, Any]:
+    from pretrain.foreign import open_foreign
+
+    found = open_foreign(path, told)
+    report, untold = found.report, "the file does not tell"
+    return {
+        "path": str(path),
+        "kind": "public weights of others",
+        "layout": found.layout,
+        "digest": file_digest(path),
+        "architecture": found.backbone,
+        "parameters": {"encoder": sum(tensor.numel() for tensor in found.state.values())},
+        "preprocess": found.preprocessing or untold,
+        "training": untold,
+        "data": untold,
+        "licences": f"{untold}: ask where it is from",
+        "tensors": {
+            "copied": len(report.copied),
+            "adapted": report.adapted,
+            "left out": dict(Counter(map(_in_short, report.skipped.values()))),
+            "of one value throughout": list(report.constant),
+        },
+        "next": f"voxelith pretrain init={path} begins from it, with this architecture as backbone",
+    }
+
+
+def _in_short(why: str) -> str:
+    return "stored once more under another name" if why.startswith("second name of ") else why
 
 
 def _run(path: Path) -> dict[str, Any]:

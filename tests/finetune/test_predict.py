@@ -38,6 +38,7 @@ from finetune.segmenter import Segmenter
 from finetune.settings import EvaluateSettings, FinetuneSettings, PredictSettings, TaskSettings
 from finetune.train import build_model, finetune, make_plan
 from pretrain.arguments import build_backbone
+from pretrain.backbones.slice_vit import SliceViT
 from pretrain.manifest import DECODER, FILES, file_digest
 from pretrain.release import Release, load_release
 
@@ -644,6 +645,35 @@ def test_inspect_refuses_damage_and_other_folders(copy: Path, tmp_path: Path) ->
     (copy / "README.md").write_text("better")
     with pytest.raises(CorruptionError, match="its bytes are not those"):
         describe(copy)
+
+
+def test_inspect_tells_what_public_weights_are(tmp_path: Path) -> None:
+    """By their tensors: what the file does not tell is not made up."""
+    torch.manual_seed(0)
+    vit = SliceViT(in_channels=3, embed_dim=384, depth=1, num_heads=6)
+    state = vit.state_dict()
+    state["norm.weight"] = torch.ones(384)
+    path = tmp_path / "some.safetensors"
+    save_file(state, path)
+    found = describe(path)
+    assert found["architecture"]["name"] == "slice_vit.SliceViT"
+    assert found["architecture"]["args"]["num_heads"] == 6
+    assert found["parameters"]["encoder"] == sum(tensor.numel() for tensor in state.values())
+    assert found["digest"] == file_digest(path) and "does not tell" in found["licences"]
+    assert found["tensors"]["copied"] == len(state)
+    state["blocks.0.mlp.fc1.weight"].zero_()
+    save_file(state, path)
+    assert describe(path)["tensors"]["of one value throughout"] == ["blocks.0.mlp.fc1.weight"]
+    narrow = SliceViT(in_channels=3, embed_dim=48, depth=1, num_heads=2).state_dict()
+    save_file(narrow, path)
+    with pytest.raises(InputError, match="give num_heads="):
+        describe(path)
+    assert describe(path, {"num_heads": 2})["architecture"]["args"]["num_heads"] == 2
+    assert voxelith.main(["inspect", str(path), "num_heads=2"]) == 0
+    assert voxelith.main(["inspect", str(tmp_path), "num_heads=2"]) == 2
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(InputError, match=r"some\.safetensors: the weights are of no layout"):
+        describe(path)
 
 
 # Predictions of others.
