@@ -128,12 +128,13 @@ def make_plan(
     kind = kind_of(settings)
     problems += kind.problems(corpus)
     preprocess = _preprocess(settings, release)
-    channels = {int(n) for n in corpus.shapes[:, 0]}
-    wanted = int(release.config["backbone"]["args"].get("in_channels", 1))
-    if channels != {wanted}:
+    channels = sorted({int(n) for n in corpus.shapes[:, 0]})
+    if len(channels) == 1:
+        adapted = attempt(problems, release.for_channels, channels[0])
+        release = adapted or release
+    else:
         problems.append(
-            f"corpus={corpus.path}: its volumes have {sorted(channels)} channels, the checkpoint "
-            f"takes {wanted}; prepare the corpus with that many"
+            f"corpus={corpus.path}: its volumes have {channels} channels, which must be one number"
         )
     strange = sorted(set(corpus.modalities) - set(release.modalities))
     if strange:

@@ -22,8 +22,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from torch import nn
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
+from pretrain.adapters import adapted_state
 from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
 from pretrain.manifest import (
@@ -120,8 +121,34 @@ class LoadReport:
         return f"{counts}; WITHOUT VALUES (one number throughout): {shown}"
 
 
+@dataclass(frozen=True)
 class Release(Manifest):
-    """A verified release on disk, and the networks in it."""
+    """A verified release on disk, and the networks in it.
+
+    Attributes:
+        stored_channels: of the weights, where the networks are to take others; see `for_channels`.
+    """
+
+    stored_channels: int | None = None
+
+    def for_channels(self, count: int) -> Release:
+        """The same release for scans of other channels: its weights are adapted when they load.
+
+        Raises:
+            InputError: it has several channels itself, and which is like which nobody knows.
+        """
+        chosen = self.config["backbone"]
+        own = int(chosen["args"].get("in_channels", 1))
+        if count == own:
+            return self
+        if own > 1:
+            raise InputError(
+                f"{self.path}: takes {own} channels, and which of them {count} would be nobody "
+                f"knows; give scans of {own}"
+            )
+        args = {**chosen["args"], "in_channels": count}
+        config = {**self.config, "backbone": {**chosen, "args": args}}
+        return replace(self, config=config, stored_channels=own)
 
     def build_encoder(self) -> Backbone:
         """The encoder with fresh random weights.
@@ -135,7 +162,7 @@ class Release(Manifest):
         """
         weights = self.path / "model.safetensors"
         with torch.device("meta"):
-            light = self._make()
+            light = self._make(self.stored_channels)
             _check_fit(stored_shapes(weights), shapes_of(light), weights)
         try:
             light.grids(self.crop_size)
@@ -143,21 +170,28 @@ class Release(Manifest):
             raise InputError(f"{self.path}/config.json: crop_size: {error}") from error
         return self._make()
 
-    def _make(self) -> Backbone:
+    def _make(self, channels: int | None = None) -> Backbone:
         chosen = self.config["backbone"]
+        args = chosen["args"] if channels is None else {**chosen["args"], "in_channels": channels}
         where = f"{self.path}: backbone"
         try:
-            return build_backbone(chosen["name"], chosen["args"], where)
+            return build_backbone(chosen["name"], args, where)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise InputError(f"{where}: {error}; export the release again") from error
 
     def load(self, encoder: nn.Module) -> LoadReport:
         """Copies the weights, strictly: all names and shapes must agree.
 
+        Those of other channels are adapted first (`pretrain.adapters`).
+
         Raises:
             InputError: they do not; the message lists every tensor that differs.
         """
-        return load_strictly(encoder, self.path / "model.safetensors")
+        weights = self.path / "model.safetensors"
+        if self.stored_channels is None:
+            return load_strictly(encoder, weights)
+        state, how = adapted_state(_read(weights, stored_shapes(weights)), encoder.state_dict())
+        return _load(encoder, state, weights, how)
 
     def load_decoder(self, decoder: nn.Module) -> LoadReport:
         """Copies the decoder's weights but those of its head, which belongs to the pretraining.
@@ -175,19 +209,23 @@ class Release(Manifest):
         weights = self.path / DECODER
         found = stored_shapes(weights)
         with torch.device("meta"):
-            told = build_decoder(self._make(), int(self.config["decoder"]["out_channels"]))
+            outputs = int(self.config["decoder"]["out_channels"])
+            told = build_decoder(self._make(self.stored_channels), outputs)
         blocks, state = self.decoder_blocks, decoder.state_dict()
         wanted = shapes_of(told)
         _check_fit(found, wanted if blocks is None else first_blocks(wanted, blocks), weights)
-        body = first_blocks(found, blocks)
-        _check_fit(body, first_blocks(shapes_of(decoder), blocks), weights)
-        with safe_open(weights, framework="pt") as file:
-            copied = {name: file.get_tensor(name) for name in body}
-        decoder.load_state_dict(state | copied)
+        body = _read(weights, first_blocks(found, blocks))
+        how: dict[str, str] = {}
+        if self.stored_channels is not None:  # UNETR's decoder reads the image too
+            body, how = adapted_state(body, state)
+        fits = {name: tuple(tensor.shape) for name, tensor in body.items()}
+        _check_fit(fits, first_blocks(shapes_of(decoder), blocks), weights)
+        decoder.load_state_dict(state | body)
         return LoadReport(
-            copied=sorted(body),
+            copied=sorted(body.keys() - how.keys()),
+            adapted=how,
             new=sorted(state.keys() - body.keys()),
-            constant=constant_tensors(copied),
+            constant=constant_tensors(body),
         )
 
     def equal_but_weights(self) -> str:
@@ -200,10 +238,26 @@ def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     """Copies a safetensors file into a module of exactly that shape."""
     found = stored_shapes(weights)
     _check_fit(found, shapes_of(module), weights)
+    return _load(module, _read(weights, found), weights, {})
+
+
+def _read(weights: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     with safe_open(weights, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in found}
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _load(
+    module: nn.Module, state: dict[str, torch.Tensor], weights: Path, how: dict[str, str]
+) -> LoadReport:
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_fit(shapes, shapes_of(module), weights)
     module.load_state_dict(state)
-    return LoadReport(copied=sorted(found), covered=1.0, constant=constant_tensors(state))
+    return LoadReport(
+        copied=sorted(state.keys() - how.keys()),
+        adapted=how,
+        covered=1.0,
+        constant=constant_tensors(state),
+    )
 
 
 def constant_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:

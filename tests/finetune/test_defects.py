@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import BACKBONES, add_few_split, make_release, settings
 
+from data_prep.build import prep
+from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.settings import PrepSettings
+from data_prep.splits import split_from, write_split
 from finetune.train import build_model, make_plan
 from pretrain.release import FILES, file_digest, load_release
 
@@ -80,8 +85,59 @@ def test_other_channels_than_the_checkpoint_takes_are_refused(
     config["backbone"]["args"]["in_channels"] = channels
     (path / "config.json").write_text(json.dumps(config))
     resign(path)
-    with pytest.raises(InputError, match=rf"have \[1\] channels, the checkpoint takes {channels}"):
+    with pytest.raises(InputError, match=f"takes {channels} channels.*give scans of {channels}"):
         make_plan(settings(load_release(path), corpus, tmp_path))
+
+
+@pytest.fixture
+def twice(samples: Path, tmp_path: Path) -> Path:
+    """Labelled hippocampi of two channels, the second of which is the first once more."""
+    root = tmp_path / "Dataset001_Twice"
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(parents=True)
+    scans = sorted((samples / "hippocampus" / "images").glob("*.nii.gz"))
+    labelled = [s for s in scans if (samples / "hippocampus" / "labels" / s.name).exists()][:6]
+    for scan in labelled:
+        name = scan.name.removesuffix(".nii.gz").replace("_", "-")
+        for channel in range(2):
+            shutil.copy(scan, root / "imagesTr" / f"{name}_{channel:04d}.nii.gz")
+        label = samples / "hippocampus" / "labels" / scan.name
+        shutil.copy(label, root / "labelsTr" / f"{name}.nii.gz")
+    about = {
+        "channel_names": {"0": "T1", "1": "T1 again"}, "numTraining": len(labelled),
+        "labels": {"background": 0, "anterior": 1, "posterior": 2}, "file_ending": ".nii.gz",
+    }  # fmt: skip
+    (root / "dataset.json").write_text(json.dumps(about))
+    output = tmp_path / "twice"
+    prep(PrepSettings(input=root, output=output, keys="names", processes=1))
+    corpus = Corpus.open(output)
+    parts = ["train", "train", "test", "test", "", ""][: len(corpus)]
+    write_split(split_from("duo", corpus.keys, corpus.subjects, parts), output / "splits")
+    return output
+
+
+@pytest.mark.parametrize("kind", ["resenc", "vit"])
+def test_one_channel_is_shared_out_over_those_of_the_scans(
+    kind: str, twice: Path, tmp_path: Path
+) -> None:
+    """Reported by name; the twin has as many channels, and the features are those of one."""
+    release = make_release(tmp_path / "release", kind)
+    chosen = settings(release, twice, tmp_path, split="duo", labels=2)
+    plan = make_plan(chosen)
+    model, report = build_model(plan)
+    (stem,) = report.adapted
+    assert report.adapted[stem] == "1 to 2 channels: 1/2 each" and report.covered == 1.0
+    listed = [*report.copied, *report.new, *report.adapted, *report.skipped]
+    assert sorted(listed) == sorted(model.state_dict())
+    one = release.build_encoder()
+    release.load(one)
+    image = torch.randn(1, 1, *release.crop_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model.encoder.eval()(image.expand(-1, 2, -1, -1, -1))
+        for mine, theirs in zip(found, one.eval()(image), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    twin = make_plan(chosen.model_copy(update={"init": "scratch"}))
+    assert build_model(twin)[0].encoder.in_channels == 2 and twin.recipe == plan.recipe
 
 
 def test_rates_that_differ_between_arms_are_declared(corpus: Path, tmp_path: Path) -> None:

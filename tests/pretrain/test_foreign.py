@@ -296,7 +296,10 @@ def swin(rng: np.random.Generator) -> Public:
 KINDS = [resenc, primus, hi_end, dino_3d, dinov2, dinov3, stunet, swin]
 
 
-@pytest.fixture(params=[(kind, case) for kind in KINDS for case in range(3)], ids=str)
+@pytest.fixture(
+    params=[(kind, case) for kind in KINDS for case in range(3)],
+    ids=lambda case: f"{case[0].__name__}-{case[1]}",
+)
 def public(request: pytest.FixtureRequest, seed: int) -> Public:
     kind, case = request.param
     rng = np.random.default_rng([seed, case, KINDS.index(kind)])
