@@ -1,0 +1,36 @@
+"""Releases of older versions stay readable, and give what they gave.
+
+tests/releases holds what `voxelith export` wrote at two commits, told by the folders' names: a tiny
+encoder of the first version, and a segmenter that was finetuned from it later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import voxelith
+from finetune.describe import describe
+from finetune.model_file import check_golden_network, load_network
+from pretrain.release import check_golden, load_release
+
+STORED = Path(__file__).parent / "releases"
+FOLDERS = sorted(path.name for path in STORED.iterdir())
+
+
+def test_there_are_some_of_each_kind() -> None:
+    assert {load_release(STORED / name).kind for name in FOLDERS} == {"encoder", "segmenter"}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_old_release_gives_what_it_gave(name: str) -> None:
+    release = load_release(STORED / name)
+    assert check_golden(release.path) <= 1e-5
+    encoder = voxelith.load_encoder(release.path)
+    assert encoder.report is not None and encoder.report.covered == 1.0
+    facts = describe(release.path)
+    assert facts["digest"] == release.digest and facts["licences"]
+    if release.kind == "segmenter":
+        assert check_golden_network(release.path) <= 1e-5
+        assert load_network(release.path, device="cpu").channels == 1
