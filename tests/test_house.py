@@ -21,6 +21,7 @@ DOORS = {
     "encoder",
     "estimate",
     "export",
+    "foreign",
     "loader",
     "loop",
     "losses",
