@@ -115,25 +115,26 @@ class Objective(L.LightningModule):
         """What is wrong by the losses of a logged row, after the warm-up; empty if nothing is."""
         return ""
 
-    def inherit(self, state: Mapping[str, Tensor]) -> list[str]:
+    def inherit(self, state: Mapping[str, Tensor], least: float = INHERITED) -> list[str]:
         """Takes over weights of another run or release, as far as they fit.
 
         Args:
             state: by name, those of a release beginning with `encoder.`; a run has all of its
                 objective's. Tensors without values (meta) show what would fit.
+            least: share of the encoder's parameters that must come from them.
 
         Returns:
             The names in this objective's state of what was taken.
 
         Raises:
-            InputError: less than `INHERITED` of the encoder's parameters have the name and shape of
-                one in `state`; the message lists the others.
+            InputError: less than `least` of the encoder's parameters have the name and shape of one
+                in `state`; the message lists the others.
         """
         own = self.state_dict()
         taken = {n: state[n] for n, v in own.items() if n in state and state[n].shape == v.shape}
         sizes = {f"encoder.{n}": p.numel() for n, p in self.encoder.named_parameters()}
         share = sum(n for name, n in sizes.items() if name in taken) / sum(sizes.values())
-        if share < INHERITED:
+        if share < least:
             left = [
                 f"{name} {list(own[name].shape)}"
                 + (f" (there {list(state[name].shape)})" if name in state else "")
@@ -142,8 +143,9 @@ class Objective(L.LightningModule):
             ]
             shown = [*left[:10], *(["..."] if len(left) > 10 else [])]
             raise InputError(
-                f"init: has {share:.0%} of this encoder's parameters, {INHERITED:.0%} are needed; "
-                f"give the backbone that it was trained with; not there: {'; '.join(shown)}"
+                f"init: has {share:.0%} of this encoder's parameters, {least:.0%} are needed; give "
+                "the backbone that it was trained with, or init_covers=... if so little is meant; "
+                f"not there: {'; '.join(shown)}"
             )
         self.load_state_dict(taken, strict=False)
         return list(taken)

@@ -211,6 +211,7 @@ class PretrainSettings(LoopSettings):
     resume: Literal["auto", "never"] = "auto"
     init: Annotated[Path | None, MUST_EXIST, REFERENCE] = None
     adapt_channels: Literal["repeat", "first"] = "repeat"
+    init_covers: Annotated[float, Field(gt=0, le=1)] = 0.95
     backbone: dict[str, Any]
     objective: dict[str, Any]
     intensity: IntensitySettings = IntensitySettings()

@@ -24,7 +24,7 @@ from data_prep.licences import UNSTATED
 from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, read_weights
 from pretrain.manifest import file_digest
-from pretrain.objective import Objective
+from pretrain.objective import INHERITED, Objective
 from pretrain.release import LoadReport, constant_tensors, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
@@ -135,6 +135,7 @@ def begin_from(
     *,
     foreign: bool = False,
     channels: Channels = "repeat",
+    least: float = INHERITED,
 ) -> LoadReport:
     """Lets an objective take over weights; the report says what became of each.
 
@@ -143,6 +144,8 @@ def begin_from(
         state: the weights.
         foreign: whether they have the names that others published them under.
         channels: how several channels begin from one; see `pretrain.adapters`.
+        least: share of the encoder's parameters that must come from them. Where less than usual
+            will do, what no adapter makes is new instead of refused.
 
     Raises:
         InputError: they do not fit it, and no adapter makes them; see `Objective.inherit` and
@@ -159,8 +162,9 @@ def begin_from(
         {name: value for name, value in own.items() if name.startswith(ENCODERS)},
         channels,
     )
-    taken = set(objective.inherit(state))
-    if unfit := [n for n in own if n.startswith(ENCODERS) and n in state and n not in taken]:
+    taken = set(objective.inherit(state, least))
+    unfit = [n for n in own if n.startswith(ENCODERS) and n in state and n not in taken]
+    if unfit and least >= INHERITED:
         raise InputError(
             [
                 f"init: {name} has shape {list(state[name].shape)} there, {list(own[name].shape)} "

@@ -98,6 +98,7 @@ class Prepared:
                 start.state,
                 foreign=start.foreign,
                 channels=settings.adapt_channels,
+                least=settings.init_covers,
             )
         dataset = make_dataset(settings, corpus, objective.crops)
         loop = Loop(
@@ -193,7 +194,13 @@ def _check_start(
     with torch.device("meta"):
         objective = make()
     if state is not None:
-        begin_from(objective, state, foreign=foreign, channels=settings.adapt_channels)
+        begin_from(
+            objective,
+            state,
+            foreign=foreign,
+            channels=settings.adapt_channels,
+            least=settings.init_covers,
+        )
     frozen = not any(p.requires_grad for p in objective.encoder.parameters())
     if frozen and settings.init is None:
         raise InputError(

@@ -36,7 +36,7 @@ from pretrain.distillation import Centring, cls_loss, ibot_loss, sinkhorn, targe
 from pretrain.heads import ProjectionHead
 from pretrain.masked_tokens import HiddenRows, hidden_in_some, hidden_rows, most_hidden
 from pretrain.masking import enlarge, patchify
-from pretrain.objective import Batch, Losses, Objective
+from pretrain.objective import INHERITED, Batch, Losses, Objective
 from pretrain.ramps import cosine, warm
 from pretrain.regularisers import gram_loss, koleo, resize_tokens
 from pretrain.teacher import Teacher
@@ -267,12 +267,12 @@ class DINO(Objective):
         if self.gram is not None and not left and times <= self.gram_refreshes:
             self.gram.update(self.teacher.module, 0.0)
 
-    def inherit(self, state: Mapping[str, Tensor]) -> list[str]:
+    def inherit(self, state: Mapping[str, Tensor], least: float = INHERITED) -> list[str]:
         """As every objective's; the Gram teacher is the teacher of the run that is taken over.
 
         What has no teacher (another objective's run, a release) teaches itself at first.
         """
-        taken = super().inherit(state)
+        taken = super().inherit(state, least)
         if not any(name.startswith("teacher.") for name in taken):
             self.teacher.update(self.encoder, 0.0)
         if self.gram is not None:

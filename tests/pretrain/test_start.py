@@ -86,6 +86,21 @@ def test_another_encoder_is_refused_and_nothing_written(first: Path, chosen: Any
     assert not (wide.runs / wide.run).exists()
 
 
+def test_less_of_an_encoder_is_taken_where_that_is_meant(first: Path, chosen: Any) -> None:
+    """Said in the run's settings, and every tensor in its report."""
+    deep = RESENC | {"features": [4, 8, 16], "strides": [1, 2, 2], "blocks": [1, 1, 1]}
+    with pytest.raises(InputError, match=r"init: has \d+% .* or init_covers="):
+        prepare(chosen(init=first, backbone=deep))
+    run = pretrain(chosen("deep", init=first, backbone=deep, init_covers=0.1))
+    report = json.loads((run / "load_report.json").read_text())
+    assert 0.1 <= report["covered"] < 0.95
+    assert sorted([*report["copied"], *report["new"]]) == sorted(weights(run))
+    assert json.loads((run / "config.json").read_text())["init_covers"] == 0.1
+    wide = chosen("wide", init=first, backbone=RESENC | {"features": [4, 6]}, init_covers=0.05)
+    report = json.loads((pretrain(wide) / "load_report.json").read_text())
+    assert any("has shape" in why for why in report["skipped"].values())
+
+
 def test_what_is_no_start_is_said_with_all_else(chosen: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     objective = SIMCLR | {"places": 0}
