@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def export(run_path: Path, output: Path) -> Release:
             "seed": settings["seed"],
             "lr": settings["lr"],
             "seconds": _device_seconds(run, settings),
+            "metrics": _metrics(run, step),
             "recipe_hash": recipe_hash(settings, corpus.index_hash, step, origin),
             **({} if origin is None else {"init": origin.facts()}),
         },
@@ -81,6 +84,33 @@ def _device_seconds(run: RunFolder, settings: dict[str, Any]) -> float | None:
     seconds = trained_seconds(run.path / "metrics.csv")
     devices = settings["trainer"]["devices"] * settings["trainer"]["nodes"]
     return None if math.isnan(seconds) else round(seconds * devices, 1)
+
+
+def _metrics(run: RunFolder, step: int) -> dict[str, float]:
+    """The last loss, and what the last look at the features said: spread, rank, probe."""
+    loss, look = (_last(run.path / name, step) for name in ("metrics.csv", "health.csv"))
+    named = {"loss": loss} | dict.fromkeys(("rank", "probe_dice", "probe_knn"), look)
+    return {name: float(row[name]) for name, row in named.items() if row.get(name)}
+
+
+def _last(log: Path, step: int) -> dict[str, str]:
+    """The last row of a log up to a step; empty where there is none."""
+    if not log.is_file():
+        return {}
+    with log.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    return rows[-1] if rows else {}
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    names = {
+        "loss": "loss {:.4g}",
+        "rank": "RankMe of the tokens {:.3g}",
+        "probe_dice": "linear probe {:.1%} Dice",
+        "probe_knn": "neighbours' probe {:.1%}",
+    }
+    said = [text.format(metrics[name]) for name, text in names.items() if name in metrics]
+    return ", ".join(said) or "not logged"
 
 
 def _decoder_facts(objective: Objective, decoder: nn.Module) -> dict[str, Any]:
@@ -189,6 +219,7 @@ Whether weights inherit the licence of their data is for you to judge; all of th
 | modalities | {", ".join(config["modalities"])} |
 | training | {training["steps"]} of {training["planned_steps"]} steps of {training["batch_size"]} \
 crops of {config["crop_size"]} voxels, seed {training["seed"]}{_took(training["seconds"])} |
+| at its end | {_in_words(training["metrics"])} |
 | volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |{began}
 | decoder | {_decoder_words(config)} |
 | a scan is | turned to S, P, L axes and {grid}; intensities as in config.json |
@@ -208,5 +239,7 @@ Licences, strictest first:
 ## Limits
 
 Trained for research. What it is worth on your task is not known before it is measured beside the
-same network from scratch (`voxelith finetune ckpt=... init=pretrained` and `init=scratch`).
+same network from scratch (`voxelith finetune ckpt=... init=pretrained` and `init=scratch`). A
+pretraining's loss, rank and probe tell whether it was healthy, and nothing about that. Modalities,
+bodies and scanners that are not in the tables above were not seen.
 """

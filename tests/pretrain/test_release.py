@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -107,6 +108,15 @@ def test_every_file_is_there_and_golden_features_come_back(release: Release) -> 
     decoder = {DECODER} if release.has_decoder else set()  # U-Net's is cnn_mae's, a ViT has none
     assert {path.name for path in release.path.iterdir()} == {*FILES, "SHA256SUMS"} | decoder
     assert check_golden(release.path) <= 1e-5
+
+
+def test_the_card_tells_how_the_training_ended(run: Path, release: Release) -> None:
+    metrics = release.config["training"]["metrics"]
+    with (run / "metrics.csv").open() as file:
+        loss = float(list(csv.DictReader(file))[-1]["loss"])
+    assert metrics["loss"] == loss and metrics["rank"] > 1
+    card = (release.path / "README.md").read_text()
+    assert f"| at its end | loss {loss:.4g}, RankMe of the tokens " in card
 
 
 def test_the_same_run_gives_the_same_release(run: Path, release: Release, tmp_path: Path) -> None:
