@@ -119,13 +119,9 @@ def _replay(words: list[str]) -> Any:
 
 
 def _export(words: list[str]) -> Any:
-    rest, pushes = [], []
-    queue = iter(words)
-    for word in queue:
-        if word == "--push" or word.startswith("--push="):
-            pushes.append(word.partition("=")[2] or next(queue, ""))
-        else:
-            rest.append(word)
+    from conf.compose import take_option
+
+    rest, pushes = take_option(words, "--push")
     run, output = _positional("export", rest, ["RUN", "OUT"])
     from pretrain.hub import destination, push
 

@@ -361,14 +361,20 @@ def settings_class(command: str) -> type[BaseModel]:
     return found
 
 
-def _take_config_dir(words: Iterable[str], groups: Iterable[str]) -> tuple[list[str], Path | None]:
-    rest, own = [], []
+def take_option(words: Iterable[str], name: str) -> tuple[list[str], list[str]]:
+    """The words without an option, and its values: `--name VALUE` or `--name=VALUE`."""
+    rest, values = [], []
     queue = iter(words)
     for word in queue:
-        if word == "--config-dir" or word.startswith("--config-dir="):
-            own.append(word.partition("=")[2] or next(queue, ""))
+        if word == name or word.startswith(f"{name}="):
+            values.append(word.partition("=")[2] or next(queue, ""))
         else:
             rest.append(word)
+    return rest, values
+
+
+def _take_config_dir(words: Iterable[str], groups: Iterable[str]) -> tuple[list[str], Path | None]:
+    rest, own = take_option(words, "--config-dir")
     if not own:
         return rest, None
     if len(own) > 1:

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from data_prep.errors import InputError, UnreachableError
+from data_prep.files import read_note
 from data_prep.progress import bar
 
 LIMIT = 32 * 2**30
@@ -192,7 +193,7 @@ def download(
     part, note = to.with_name(f"{to.name}.part"), to.with_name(f"{to.name}.part.json")
 
     def attempt() -> None:
-        before = _noted(note) if part.exists() else {}
+        before = read_note(note) if part.exists() else {}
         start = part.stat().st_size if before else 0
         got = source.open(name, start, before.get("tag"))
         with closing(got.stream):
@@ -298,14 +299,6 @@ def _check_room(got: Part, folder: Path, shown: str, limit: int) -> None:
             f"{shown}: has {got.total:,} bytes, and {folder} has room for {free:,}; make room or "
             "set VOXELITH_CACHE to another folder"
         )
-
-
-def _noted(note: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(note.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _starts(headers: Any, start: int) -> bool:

@@ -158,8 +158,8 @@ def _take_release(wanted: Reference, cache: Cache, origin: Origin, limit: int) -
     if found is not None:
         shutil.rmtree(cache.partial, ignore_errors=True)
         return found
-    left = limit
-    for name, digest in listed_files(text, shown).items():
+    left, listed = limit, listed_files(text, shown)
+    for name, digest in listed.items():
         file = folder / name
         if not (file.is_file() and file_digest(file) == digest):
             file.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def _take_release(wanted: Reference, cache: Cache, origin: Origin, limit: int) -
                 )
         left -= file.stat().st_size
     for file in folder.iterdir():  # what an interrupted release of before has left
-        if file.name != SUMS and file.name not in listed_files(text, shown):
+        if file.name != SUMS and file.name not in listed:
             file.unlink()
     try:
         release = read_manifest(folder)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic, make_folder, write_json, write_text
+from data_prep.files import atomic, make_folder, read_note, write_json, write_text
 from pretrain.references import without_secrets
 
 HEARTBEAT_SECONDS = 30
@@ -155,11 +155,7 @@ class RunFolder:
 
 def _owner(file: Path) -> dict[str, Any]:
     """Who holds a lease; nobody, if the file is gone or no lease."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_note(file)
 
 
 def _take(file: Path, mine: dict[str, Any]) -> None:
