@@ -41,10 +41,15 @@ UNKNOWN = "unknown"
 """A fingerprint that equals none: what the weights were pretrained on is not fully known."""
 
 
-def export(run_path: Path, output: Path) -> Release:
+def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
     """Writes the network of a run, pretrained or finetuned, with all that its user needs to know.
 
     The release is read back, and its golden scan checked, before it appears at `output`.
+
+    Args:
+        run_path: folder of the run.
+        output: folder that is made.
+        full: of a pretraining: heads, teacher and optimiser too.
 
     Raises:
         InputError: no such run, it is not finished, `output` exists, or the corpus or checkpoint
@@ -53,7 +58,12 @@ def export(run_path: Path, output: Path) -> Release:
     run = RunFolder(run_path)
     config = run.config()
     if "task" not in config:
-        return pretraining.export(run_path, output)
+        return pretraining.export(run_path, output, full=full)
+    if full:
+        raise InputError(
+            f"form=full: {run_path} is a finetuning, whose release is all of its network; leave "
+            "form out"
+        )
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: already exists; choose another folder or remove it")
     if not (run_path / "rows.csv").is_file():

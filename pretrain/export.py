@@ -17,18 +17,24 @@ from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
 from pretrain.objective import Objective
-from pretrain.release import FORMAT, Release, shapes_of, write_release
+from pretrain.optim import named_moments
+from pretrain.release import FORMAT, Release, TrainingState, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
 from pretrain.start import Origin, corpus_of, origin_of, recipe_hash, seen_volumes
 from pretrain.train import load_trained
 
 
-def export(run_path: Path, output: Path) -> Release:
+def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
     """Writes the encoder of a run with all that its user needs to know.
 
     Where the objective trained the decoder that segmentation takes, that is written too.
 
     The release is read back and its golden scan checked before it appears at `output`.
+
+    Args:
+        run_path: folder of the run.
+        output: folder that is made.
+        full: whether the state of its training goes along: heads, teacher and optimiser.
 
     Raises:
         InputError: no such run, no checkpoint yet, or `output` exists.
@@ -58,6 +64,7 @@ def export(run_path: Path, output: Path) -> Release:
             "samples_seen": step * settings["batch_size"],
             "seed": settings["seed"],
             "lr": settings["lr"],
+            "optimizer": settings["optimizer"],
             "seconds": _device_seconds(run, settings),
             "metrics": _metrics(run, step),
             "recipe_hash": recipe_hash(settings, corpus.index_hash, step, origin),
@@ -69,6 +76,11 @@ def export(run_path: Path, output: Path) -> Release:
         "transfers": "encoder" if decoder is None else objective.transfers,
     }
     config["backbone"]["args"]["in_channels"] = facts["channels"]
+    training = None
+    if full:
+        config["full"] = True
+        moments = named_moments(objective, state["optimizer"])
+        training = TrainingState(state["objective"], settings["optimizer"], moments)
     return write_release(
         output,
         encoder=objective.released,
@@ -76,6 +88,7 @@ def export(run_path: Path, output: Path) -> Release:
         fingerprints=fingerprints,
         card=_card(config, facts, origin),
         decoder=decoder,
+        training=training,
     )
 
 
@@ -165,6 +178,16 @@ def _decoder_words(config: dict[str, Any]) -> str:
     return "`decoder.safetensors`; finetuning takes it over with `transfer=network`"
 
 
+def _training_words(config: dict[str, Any]) -> str:
+    if not config.get("full"):
+        return ""
+    return (
+        "\n| full | `training.safetensors` has the whole objective and the moments of "
+        f"{config['training']['optimizer']}; `pretrain init=... init_moments=true` goes on with "
+        "all of it |"
+    )
+
+
 def _took(seconds: float | None) -> str:
     return "" if seconds is None else f", {seconds / 3600:.3g} device hours"
 
@@ -221,7 +244,7 @@ Whether weights inherit the licence of their data is for you to judge; all of th
 crops of {config["crop_size"]} voxels, seed {training["seed"]}{_took(training["seconds"])} |
 | at its end | {_in_words(training["metrics"])} |
 | volumes | {data["samples"]} (corpus index {data["index_hash"][:12]}) |{began}
-| decoder | {_decoder_words(config)} |
+| decoder | {_decoder_words(config)} |{_training_words(config)}
 | a scan is | turned to S, P, L axes and {grid}; intensities as in config.json |
 
 ## Data

@@ -35,7 +35,7 @@ from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective, evaluating
-from pretrain.optim import make_optimizer, rate
+from pretrain.optim import Moments, make_optimizer, rate, with_moments
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
@@ -189,7 +189,7 @@ class Loop:
 
     # The run.
 
-    def fit(self, objective: Objective) -> None:
+    def fit(self, objective: Objective, moments: Moments | None = None) -> None:
         """Trains from the newest checkpoint of the run, or from the start, to the last step.
 
         Raises:
@@ -207,9 +207,11 @@ class Loop:
             self.step = int(state["step"])
             optimizer = state["optimizer"]
             del state  # or each rank keeps a copy of the model for as long as it trains
+        elif moments:
+            optimizer = with_moments(self.make_optimizer(objective), objective, moments)
         if self.step >= self.settings.steps:
             return
-        if self.step == self.stretch().steps.start:
+        if self.step and self.step == self.stretch().steps.start:
             optimizer = None  # of the stretch before, which ended with this checkpoint
         machine = self.settings.trainer
         objective.encoder.set_grad_checkpointing(machine.checkpointing)

@@ -37,6 +37,10 @@ FILES = (
 )
 DECODER = "decoder.safetensors"
 """Beside those where config.json has a `decoder`."""
+TRAINING = "training.safetensors"
+"""Beside those of a full release: what its training needs to go on."""
+OPTIONAL = (DECODER, TRAINING)
+"""What a release may have beside FILES."""
 MAX_TEXT = 2**20
 """Bytes of config.json and SHA256SUMS; a larger one is no config."""
 MAX_PRINTS = 2**30
@@ -96,6 +100,8 @@ class ReleaseConfig(BaseModel):
     versions: dict[str, str]
     decoder: DecoderFacts | None = None
     transfers: Literal["encoder", "network"] = "encoder"
+    full: bool = False
+    """Whether the state of its training is there too."""
     segmentation: dict[str, Any] | None = None
     """Of a segmenter: its task and how it looks at scans; finetune checks it."""
     answers: dict[str, Any] | None = None
@@ -190,6 +196,11 @@ class Manifest:
         return self.config["decoder"] is not None
 
     @property
+    def is_full(self) -> bool:
+        """Whether the state of its training is part of it: heads, teacher, optimiser."""
+        return bool(self.config["full"])
+
+    @property
     def decoder_blocks(self) -> int | None:
         """How many blocks of a U-Net's decoder it has, from the coarsest; None: all of it."""
         blocks: int | None = (self.config["decoder"] or {}).get("blocks")
@@ -248,11 +259,18 @@ def read_manifest(ref: str | Path) -> Manifest:
     if problems:
         raise InputError(problems)
     config = _checked(ReleaseConfig, raw, file).model_dump(mode="json")
-    if (config["decoder"] is not None) != (DECODER in listed):
-        there = "and SHA256SUMS does not list" if config["decoder"] else "which SHA256SUMS lists,"
-        raise CorruptionError(
-            f"{file}: decoder is {config['decoder']}, {there} {DECODER}; fetch the release again"
-        )
+    told = {
+        DECODER: ("decoder", config["decoder"], config["decoder"] is not None),
+        TRAINING: ("full", config["full"], config["full"]),
+    }
+    problems = [
+        f"{file}: {key} is {value}, and SHA256SUMS {'does not list' if wanted else 'lists'} "
+        f"{name}; fetch the release again"
+        for name, (key, value, wanted) in told.items()
+        if wanted != (name in listed)
+    ]
+    if problems:
+        raise CorruptionError(problems)
     preprocess = Preprocess.from_dict(config["preprocess"])
     digest = hashlib.sha256(sums.read_bytes()).hexdigest()
     return Manifest(path, config, preprocess, digest)
@@ -280,7 +298,7 @@ def listed_files(sums: str, where: str) -> dict[str, str]:
     problems += [
         f"{where}: lists {name!r}, which is no part of a release"
         for name in listed
-        if name not in (*FILES, DECODER)
+        if name not in (*FILES, *OPTIONAL)
     ]
     if problems:
         raise CorruptionError(problems)

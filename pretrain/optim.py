@@ -7,7 +7,8 @@ decay: decaying them pulls a network towards ignoring its own scale.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -63,6 +64,46 @@ def make_optimizer(module: nn.Module, chosen: LoopSettings) -> torch.optim.Optim
         )
     kind = torch.optim.AdamW if chosen.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=chosen.lr, betas=chosen.betas, fused=fused)
+
+
+Moments = Mapping[str, Mapping[str, torch.Tensor]]
+"""What an optimiser keeps of each parameter, by the parameter's name."""
+
+
+def named_moments(module: nn.Module, state: Mapping[str, Any]) -> Moments:
+    """What an optimiser keeps of each parameter, from its state, by the parameters' names."""
+    order = _ordered_names(module)
+    return {order[int(place)]: _tensors(kept) for place, kept in state["state"].items()}
+
+
+def with_moments(
+    optimizer: torch.optim.Optimizer, module: nn.Module, moments: Moments
+) -> dict[str, Any]:
+    """The state of a new optimiser over a module that takes over moments."""
+    order = _ordered_names(module)
+    kept = {i: dict(moments[name]) for i, name in enumerate(order) if name in moments}
+    return {**optimizer.state_dict(), "state": kept}
+
+
+def fitting_moments(module: nn.Module, moments: Moments) -> Moments:
+    """Those that a module's parameters can take over: of their names and shapes."""
+    shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name: kept
+        for name, kept in moments.items()
+        if name in shapes and all(value.shape in ((), shapes[name]) for value in kept.values())
+    }
+
+
+def _ordered_names(module: nn.Module) -> list[str]:
+    """Names of the parameters in the order in which an optimiser's state counts them."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = cast("list[dict[str, list[nn.Parameter]]]", parameter_groups(module, 0.0))
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+
+def _tensors(kept: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
 
 
 def rate(step: int, chosen: LoopSettings) -> float:

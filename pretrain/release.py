@@ -3,6 +3,8 @@
     model.safetensors      weights of the encoder, no pickle
     decoder.safetensors    of the decoder that was trained with it: where it can be finetuned, and
                            always of a segmenter, head and all
+    training.safetensors   of a full release: the whole objective, heads and teacher included, and
+                           its optimiser's moments
     config.json            architecture, preprocessing, training, data: data only, nothing to run
     fingerprints.json      hashes of the volumes it was trained on, for the leakage gate
     golden_input.nii.gz    a small scan with odd spacing and orientation ...
@@ -45,6 +47,8 @@ from pretrain.manifest import (
     DECODER,
     FILES,
     FORMAT,
+    OPTIONAL,
+    TRAINING,
     Manifest,
     Shapes,
     file_digest,
@@ -234,6 +238,52 @@ class Release(Manifest):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """What a training goes on with.
+
+    Attributes:
+        objective: its state, by name.
+        optimizer: which optimiser it was, as the settings name it.
+        moments: what that kept of each parameter, by the parameter's name.
+    """
+
+    objective: Mapping[str, torch.Tensor]
+    optimizer: str = ""
+    moments: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    def save(self, file: Path) -> None:
+        """Writes it as safetensors: no pickle in there either."""
+        named = {f"objective.{name}": value for name, value in self.objective.items()}
+        for name, kept in self.moments.items():
+            named |= {f"optimizer.{kind}.{name}": value for kind, value in kept.items()}
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
+        save_file(tensors, file, metadata={"format": "pt", "optimizer": self.optimizer})
+
+    @classmethod
+    def load(cls, file: Path) -> TrainingState:
+        """The inverse of `save`.
+
+        Raises:
+            CorruptionError: the file is something else.
+        """
+        named = _read(file, stored_shapes(file))
+        with safe_open(file, framework="pt") as opened:
+            optimizer = (opened.metadata() or {}).get("optimizer", "")
+        objective: dict[str, torch.Tensor] = {}
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in named.items():
+            part, _, rest = name.partition(".")
+            kind, _, parameter = rest.partition(".")
+            if part == "objective" and rest:
+                objective[rest] = value
+            elif part == "optimizer" and parameter:
+                moments.setdefault(parameter, {})[kind] = value
+            else:
+                raise CorruptionError(f"{file}: {name} is no part of a training's state")
+        return cls(objective, optimizer, moments)
+
+
 def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     """Copies a safetensors file into a module of exactly that shape."""
     found = stored_shapes(weights)
@@ -337,6 +387,7 @@ def write_release(
     fingerprints: dict[str, Any],
     card: str,
     decoder: nn.Module | None = None,
+    training: TrainingState | None = None,
     outputs: Callable[[Path], dict[str, torch.Tensor]] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Release:
@@ -349,6 +400,7 @@ def write_release(
         fingerprints: as `Fingerprints` has them.
         card: README.md.
         decoder: with its weights.
+        training: what a full release has more.
         outputs: from the folder so far, what the golden scan gives beside features.
         check: loads the release as its user would and compares; `check_golden` if it is not given.
 
@@ -365,6 +417,8 @@ def write_release(
         _save_weights(encoder, folder / "model.safetensors")
         if decoder is not None:
             _save_weights(decoder, folder / DECODER, (config["decoder"] or {}).get("blocks"))
+        if training is not None:
+            training.save(folder / TRAINING)
         write_json(folder / "config.json", config)
         write_json(folder / "fingerprints.json", fingerprints)
         write_text(folder / "README.md", card)
@@ -376,7 +430,7 @@ def write_release(
         probe = Encoder(encoder.cpu(), preprocess, config)
         golden = golden_features(probe, folder) | (outputs(folder) if outputs else {})
         save_file(golden, folder / "golden_output.safetensors")
-        names = FILES if decoder is None else (*FILES, DECODER)
+        names = (*FILES, *(name for name in OPTIONAL if (folder / name).exists()))
         sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
         write_text(folder / "SHA256SUMS", sums)
         (check or check_golden)(folder)

@@ -212,6 +212,7 @@ class PretrainSettings(LoopSettings):
     init: Annotated[Path | None, MUST_EXIST, REFERENCE] = None
     adapt_channels: Literal["repeat", "first"] = "repeat"
     init_covers: Annotated[float, Field(gt=0, le=1)] = 0.95
+    init_moments: bool = False
     backbone: dict[str, Any]
     objective: dict[str, Any]
     intensity: IntensitySettings = IntensitySettings()

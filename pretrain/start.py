@@ -23,9 +23,9 @@ from data_prep.files import write_json
 from data_prep.licences import UNSTATED
 from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, read_weights
-from pretrain.manifest import file_digest
+from pretrain.manifest import TRAINING, file_digest
 from pretrain.objective import INHERITED, Objective
-from pretrain.release import LoadReport, constant_tensors, load_release
+from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
 
@@ -88,7 +88,7 @@ def open_start(path: Path) -> Start:
     """
     if path.is_file():
         return _of_file(path)
-    return _of_run(RunFolder(path)) if _is_run(path) else _of_release(path)
+    return _of_run(RunFolder(path)) if is_run(path) else _of_release(path)
 
 
 def check_same_start(init: Path | None, run: RunFolder) -> None:
@@ -107,7 +107,7 @@ def check_same_start(init: Path | None, run: RunFolder) -> None:
         if str(init) == path:
             return
         file = init if init.is_file() else None
-        there = _newest(RunFolder(init)) if _is_run(init) else file
+        there = _newest(RunFolder(init)) if is_run(init) else file
         found = load_release(init).digest if there is None else file_digest(there)
         if found == origin.digest:
             return
@@ -118,7 +118,9 @@ def check_same_start(init: Path | None, run: RunFolder) -> None:
     )
 
 
-def keep_start(run: RunFolder, start: Start | None, report: LoadReport | None) -> None:
+def keep_start(
+    run: RunFolder, start: Start | None, report: LoadReport | None, moments: int = 0
+) -> None:
     """Writes into a run's folder what it begins from and what became of each tensor."""
     files = run.path / "init.json", run.path / "load_report.json"
     for file in files:
@@ -126,7 +128,7 @@ def keep_start(run: RunFolder, start: Start | None, report: LoadReport | None) -
     if start is not None and report is not None:
         write_json(files[0], asdict(start.origin))
         how = {"init": start.origin.name, "digest": start.origin.digest}
-        write_json(files[1], how | report.to_dict())
+        write_json(files[1], how | report.to_dict() | {"moments": moments})
 
 
 def begin_from(
@@ -240,7 +242,8 @@ def seen_volumes(corpus: Corpus, origin: Origin | None) -> list[str]:
     return sorted(before.union(*corpus.scan_prints().values()))
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
     return (path / "run.json").exists() and (path / "config.json").exists()
 
 
@@ -285,8 +288,12 @@ def _of_file(path: Path) -> Start:
 
 def _of_release(path: Path) -> Start:
     release = load_release(path)
-    weights = load_file(path / "model.safetensors")
     training = release.config["training"]
+    if release.is_full:
+        state: Mapping[str, Tensor] = TrainingState.load(path / TRAINING).objective
+    else:
+        weights = load_file(path / "model.safetensors")
+        state = {f"encoder.{name}": value for name, value in weights.items()}
     origin = Origin(
         name=release.name,
         digest=release.digest,
@@ -294,4 +301,4 @@ def _of_release(path: Path) -> Start:
         data=release.trainings,
         fingerprints=sorted(release.fingerprints),
     )
-    return Start({f"encoder.{name}": value for name, value in weights.items()}, origin)
+    return Start(state, origin)

@@ -29,14 +29,17 @@ from pretrain.crops import ONE, Crops
 from pretrain.health import Health
 from pretrain.loader import CropDataset, to_batch
 from pretrain.loop import Loop, check_machine
+from pretrain.manifest import TRAINING
 from pretrain.noise import raw_batch
 from pretrain.objective import Batch, Objective
+from pretrain.optim import Moments, fitting_moments, named_moments
 from pretrain.previews import draw_previews
 from pretrain.probe import Probe
+from pretrain.release import TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
 from pretrain.settings import LoopSettings, PretrainSettings, check_same
-from pretrain.start import Start, begin_from, check_same_start, keep_start, open_start
+from pretrain.start import Start, begin_from, check_same_start, is_run, keep_start, open_start
 from pretrain.strip import add_to_strip
 
 
@@ -90,6 +93,12 @@ class Prepared:
             _warn(settings, corpus)
         objective = self.make()
         start = report = None
+        moments: Moments = {}
+        if settings.init_moments and settings.init is not None and not run.checkpoints.paths():
+            state = open_training(settings.init)  # by every rank: none gets another's moments
+            _check_optimizer(state, settings)
+            moments = fitting_moments(objective, state.moments)
+            del state
         # Other ranks get these weights from the first one, when DDP starts.
         if main and settings.init is not None and not run.checkpoints.paths():
             start = self.start or named("init", settings.init, open_start)
@@ -125,12 +134,12 @@ class Prepared:
                     parameters=sum(p.numel() for p in objective.encoder.parameters()),
                 )
                 if not resumed:
-                    keep_start(run, start, report)
+                    keep_start(run, start, report, len(moments))
                 if report is not None:
-                    print(f"init={settings.init}: {report}")
+                    print(f"init={settings.init}: {report}{_with(moments, objective)}")
             del start
             try:
-                loop.fit(objective)
+                loop.fit(objective, moments)
             except FloatingPointError:
                 if main:
                     print(f"Next: voxelith replay {run.path}", file=sys.stderr)
@@ -179,6 +188,8 @@ def prepare(
             before, foreign = start.state, start.foreign
     if make is not None and channels is not None:
         attempt(problems, _check_start, make, settings, before, foreign)
+    if main and settings.init_moments and not follows and not run.checkpoints.paths():
+        attempt(problems, _check_moments, settings)
     if problems or corpus is None or channels is None or make is None:
         raise InputError(problems)
     return Prepared(settings, run, corpus, channels, make, probe, start)
@@ -207,6 +218,26 @@ def _check_start(
             f"init: missing; {type(objective).__name__} does not train the encoder, so give "
             "init=RUN, init=RELEASE or init=FILE of public weights, one that is trained"
         )
+
+
+def _check_moments(settings: PretrainSettings) -> None:
+    if settings.init is None:
+        raise InputError("init_moments=true: of what? give init=RUN or init=RELEASE, a full one")
+    if settings.init.exists():
+        _check_optimizer(open_training(settings.init), settings)
+
+
+def _check_optimizer(state: TrainingState, settings: PretrainSettings) -> None:
+    if state.optimizer != settings.optimizer:
+        raise InputError(
+            f"init_moments=true: {settings.init} was trained by {state.optimizer}, and "
+            f"optimizer={settings.optimizer} keeps something else; give optimizer={state.optimizer}"
+        )
+
+
+def _with(moments: Moments, objective: Objective) -> str:
+    trained = sum(p.requires_grad for p in objective.parameters())
+    return f"; moments of {len(moments)} of {trained} parameters" if moments else ""
 
 
 def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
@@ -450,6 +481,26 @@ def _wandb_id(run: RunFolder) -> str:
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(file, secrets.token_hex(4))
     return file.read_text().strip()
+
+
+def open_training(path: Path) -> TrainingState:
+    """The state of the training of a run or of a full release.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if is_run(path):
+        objective, _, state = load_trained(RunFolder(path))
+        optimizer = str(RunFolder(path).config()["optimizer"])
+        return TrainingState(
+            state["objective"], optimizer, named_moments(objective, state["optimizer"])
+        )
+    if path.is_dir() and load_release(path).is_full:
+        return TrainingState.load(path / TRAINING)
+    raise InputError(
+        f"init_moments=true: {path} has no moments; give the run, or a release that "
+        "`voxelith export RUN OUT form=full` made"
+    )
 
 
 def load_trained(run: RunFolder) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
