@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pretrain.backbones.axes import Axes, turned, turned_back
 from pretrain.backbones.backbone import Backbone, divided
 from pretrain.masking import triple
 
@@ -58,6 +59,8 @@ class SwinUNETREncoder(Backbone):
         window: cells of a window, one number or (d, h, w).
         use_v2: begin each stage with a residual block of convolutions.
         refine: have the blocks that refine the maps, and the finest of them.
+        axes: codes of the axes that the image is turned to inside, and its maps back from: public
+            weights come from images in RAS, and windows, counted from one end, have no other form.
         drop_path: stochastic depth of the last window block, growing linearly from 0.
 
     Raises:
@@ -74,6 +77,7 @@ class SwinUNETREncoder(Backbone):
         window: Window | tuple[Window, Window, Window] = 7,
         use_v2: bool = False,
         refine: bool = True,
+        axes: Axes = "SPL",
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
         super().__init__()
@@ -84,6 +88,7 @@ class SwinUNETREncoder(Backbone):
                     "stage"
                 )
         self.in_channels = in_channels
+        self.axes = axes
         first = 0 if refine else 1
         self.refined = (0, 1, 2, 3, 5) if refine else None
         self.channels = tuple(feature_size * width for width in _WIDTHS[first:])
@@ -119,6 +124,7 @@ class SwinUNETREncoder(Backbone):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns the maps [B, C_i, D_i, H_i, W_i] of an image [B, C, D, H, W]."""
         self.grids(x.shape)
+        x = turned(x, self.axes)
         maps = [] if self.refined is None else [self.run(self.encoder1, x)]
         x = self.run(self.swinViT.patch_embed, x)
         maps.append(self._outside(x, "encoder2"))
@@ -128,7 +134,7 @@ class SwinUNETREncoder(Backbone):
                 x = self.run(conv, x)
             x = self._attend(stage, x)
             maps.append(self._outside(x, name))
-        return maps
+        return [turned_back(each, self.axes) for each in maps]
 
     def _outside(self, x: Tensor, block: str) -> Tensor:
         """What the decoder sees of a stage."""

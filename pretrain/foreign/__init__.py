@@ -8,7 +8,7 @@ published sizes, and from whoever loads it where neither tells: nothing is guess
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from pretrain.arguments import build_backbone
+from pretrain.backbones.axes import OURS
 from pretrain.backbones.backbone import Backbone
+from pretrain.foreign.axes import turn_vit
 from pretrain.foreign.layout import Layout, Untold, convert, found_in, root_of
 from pretrain.foreign.stored import read_stored, read_weights
 from pretrain.release import LoadReport
@@ -53,7 +55,13 @@ class Foreign:
         return encoder.eval()
 
 
-def open_foreign(path: Path, told: Mapping[str, Any] | None = None) -> Foreign:
+def open_foreign(
+    path: Path,
+    told: Mapping[str, Any] | None = None,
+    *,
+    axes: str = OURS,
+    crop_size: Sequence[int] | None = None,
+) -> Foreign:
     """Reads a file of public weights as an encoder of ours.
 
     The encoder is made without memory first: sizes out of bounds, and weights that do not fit, are
@@ -63,6 +71,8 @@ def open_foreign(path: Path, told: Mapping[str, Any] | None = None) -> Foreign:
         path: a local file.
         told: arguments of our backbone that the file does not tell, such as num_heads, or that are
             to be others, such as in_channels=1 for weights of slices in three colours.
+        axes: codes of the axes of the images that it was trained on, such as RAS.
+        crop_size: of images on our axes; needed where positions are computed and axes are others.
 
     Raises:
         InputError: it cannot be read, is of no layout or of several, or does not fit; all that is
@@ -77,8 +87,15 @@ def open_foreign(path: Path, told: Mapping[str, Any] | None = None) -> Foreign:
         untold = {name: why for name, why in arguments.items() if isinstance(why, Untold)}
         if untold:
             raise InputError([f"{why}; give {name}=..." for name, why in untold.items()])
+        if axes != OURS and layout.axes == "argument":
+            arguments["axes"] = axes
         encoder = _without_memory(layout, arguments)
         state, report = convert(layout, stored.weights, encoder)
+        if axes != OURS and layout.axes == "weights":
+            arguments, state = turn_vit(arguments, state, report, axes, crop_size)
+            _without_memory(layout, arguments)
+        elif axes != OURS and layout.axes == "none":
+            raise InputError(f"axes={axes}: {layout.name} takes {OURS} alone here")
     except InputError as error:
         raise InputError([f"{path}: {problem}" for problem in error.problems]) from error
     report.skipped |= {

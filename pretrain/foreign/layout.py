@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class Layout:
         hidden: arguments of an encoder that its tensors do not show, to compare with `arguments`.
         preprocessing: what the file says about it, as plain data.
         never_behind: what may not precede the mark: there it is of another layout.
+        axes: how images on other axes are taken: by an argument of the encoder, by weights that
+            are turned (`pretrain.foreign.axes`), or not at all.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Layout:
     hidden: Callable[[Any], dict[str, Any]] = lambda encoder: {}
     preprocessing: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda facts: None
     never_behind: tuple[str, ...] = ()
+    axes: Literal["argument", "weights", "none"] = "none"
 
     def roots(self, shapes: Shapes) -> list[str]:
         """What precedes the encoder's names, for each network of this layout in a file."""

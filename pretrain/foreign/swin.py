@@ -86,6 +86,7 @@ def _layout(swin: str) -> Layout:
         recognises=recognises,
         arguments=lambda file: _arguments(file, swin),
         place=_place if swin else _place_transformer,
+        axes="argument",
         never_behind=() if swin else ("swinViT.", "swin_vit."),
     )
 

@@ -119,6 +119,7 @@ HI_END_MAE = Layout(
     place=_place_hi_end,
     beside=_beside_hi_end,
     hidden=hidden,
+    axes="weights",
 )
 
 
@@ -191,6 +192,7 @@ def _dino(name: str, axes: int) -> Layout:
         arguments=_dino_arguments,
         place=_place_dino,
         hidden=hidden,
+        axes="weights",
     )
 
 
