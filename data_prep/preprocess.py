@@ -47,23 +47,29 @@ class Resample(_Operation):
 
 
 class Rule(_Operation):
-    """`window` maps [low, high] onto `onto`; `zscore` uses the volume's robust statistics."""
+    """How the values of a modality become those of the network.
 
-    rule: Literal["window", "zscore"]
+    `window` maps [low, high] onto `onto`, `percentile` the volume's own 0.5 and 99.5 percentiles;
+    `zscore` uses the volume's robust statistics. What lies outside is clipped.
+    """
+
+    rule: Literal["window", "percentile", "zscore"]
     low: float | None = None
     high: float | None = None
     onto: tuple[float, float] | None = None
-    """Where a window's ends go; [-1, 1] if it does not say."""
+    """Where the ends go; [-1, 1] if it does not say."""
 
     @model_validator(mode="after")
     def _window_has_ends(self) -> Rule:
         if self.rule == "window":
             if self.low is None or self.high is None or self.low >= self.high:
                 raise ValueError("a window needs low < high")
-            if self.onto is not None and self.onto[0] >= self.onto[1]:
-                raise ValueError("onto needs its lower end first")
-        elif (self.low, self.high, self.onto) != (None, None, None):
-            raise ValueError("low, high and onto belong to a window")
+        elif (self.low, self.high) != (None, None):
+            raise ValueError("low and high belong to a window")
+        if self.rule == "zscore" and self.onto is not None:
+            raise ValueError("onto belongs to a window or to percentiles")
+        if self.onto is not None and self.onto[0] >= self.onto[1]:
+            raise ValueError("onto needs its lower end first")
         return self
 
 
@@ -217,12 +223,13 @@ def intensity_coefficients(
         statistics: Of the whole native volume, in physical units.
     """
     rule = operation[modality]
+    low, high = statistics["p0_5"], statistics["p99_5"]
     if rule["rule"] == "window":
         low, high = float(rule["low"]), float(rule["high"])
+    if rule["rule"] in ("window", "percentile"):
         bottom, top = rule.get("onto") or (-1.0, 1.0)
-        scale = (top - bottom) / (high - low)
+        scale = (top - bottom) / max(high - low, EPSILON)
         return low, high, low - bottom / scale, scale
-    low, high = statistics["p0_5"], statistics["p99_5"]
     return low, high, statistics["clipped_mean"], 1 / max(statistics["clipped_std"], EPSILON)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,33 @@ def test_window_maps_its_ends_to_where_it_is_told() -> None:
     values = np.array([-1000, -175, 37.5, 250, 1000], dtype=np.float32)
     found = normalise(values, intensity_coefficients(operation, "CT", STATISTICS))
     np.testing.assert_allclose(found, [0, 0, 0.5, 1, 1], atol=1e-6)
+
+
+def test_percentiles_are_mapped_onto_their_ends() -> None:
+    rule = {"MR": {"rule": "percentile", "onto": [0.0, 2.0]}}
+    operation = Preprocess.default(intensity=rule).intensity
+    assert operation is not None and operation["MR"] == rule["MR"]
+    low, high = STATISTICS["p0_5"], STATISTICS["p99_5"]
+    values = np.array([low - 9, low, (low + high) / 2, high, high + 9], dtype=np.float32)
+    found = normalise(values, intensity_coefficients(operation, "MR", STATISTICS))
+    np.testing.assert_allclose(found, [0, 0, 1, 2, 2], atol=1e-6)
+    flat = {**STATISTICS, "p0_5": 3.0, "p99_5": 3.0}
+    found = normalise(np.float32([1, 3, 5]), intensity_coefficients(operation, "MR", flat))
+    assert np.isfinite(found).all() and len(set(found)) == 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rule": "percentile", "low": 1.0},
+        {"rule": "percentile", "onto": [1.0, 0.0]},
+        {"rule": "zscore", "onto": [0.0, 1.0]},
+        {"rule": "window", "low": 2.0, "high": 1.0},
+    ],
+)
+def test_rules_that_say_too_much_or_the_wrong_way_round_are_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="preprocess.operations"):
+        Preprocess.default(intensity={"MR": rule})
 
 
 def test_zscore_clips_and_scales_with_the_given_statistics() -> None:
