@@ -122,13 +122,15 @@ def _export(words: list[str]) -> Any:
     from conf.compose import take_option
 
     rest, pushes = take_option(words, "--push")
-    run, output = _positional("export", rest, ["RUN", "OUT"])
+    told = _told(rest[2:])
+    named = [word for k, word in enumerate(rest) if k < 2 or "=" not in word]
+    ref, output = _positional("export", named, ["RUN|FILE|NAME", "OUT"])
     from pretrain.hub import destination, push
 
     targets = [destination(ref) for ref in pushes]  # what is wrong with them is told before
     from finetune.export import export
 
-    release = export(Path(run), Path(output))
+    release = export(ref, Path(output), told.pop("form", "release"), told)
     print(f"{release.path}: verified, golden scan included, digest {release.digest[:12]}")
     result = {"release": str(release.path), "digest": release.digest}
     pushed = [push(release.path, target) for target in targets]
@@ -162,23 +164,40 @@ def _fetch(words: list[str]) -> Any:
 
 
 def _inspect(words: list[str]) -> Any:
-    told = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+    told = _told(words[1:])
     rest = [word for k, word in enumerate(words) if not (k and "=" in word)]
     (ref,) = _positional("inspect", rest, ["RUN|RELEASE|FILE"])
     from finetune.describe import as_text, describe
     from pretrain.fetch import resolve
 
-    facts = describe(resolve(ref), {name: _parsed(value) for name, value in told.items()})
+    facts = describe(resolve(ref), told)
     _show(as_text(facts))
     return facts
 
 
-def _parsed(value: str) -> Any:
-    """A number, a list or a truth value; other words are what they are."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _told(words: list[str]) -> dict[str, Any]:
+    """Facts by name, `key=value`; values are written as in YAML."""
+    import yaml  # type: ignore[import-untyped]
+
+    from data_prep.errors import InputError
+
+    told: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            continue
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            problems.append(f"{word}: cannot be read; a list is [1,2,3], a rule {{rule: zscore}}")
+            continue
+        if key in told:
+            problems.append(f"{word}: {key} stands there twice")
+        told[key] = parsed
+    if problems:
+        raise InputError(problems)
+    return told
 
 
 def _finetune(words: list[str]) -> Any:
@@ -385,15 +404,31 @@ and replay.png in RUN/failures/step-N.
 example: voxelith replay runs/first step=1200""",
     ),
     "export": Command(
-        "a run to a release",
-        "export RUN OUT [--push hf://ORG/REPO[@BRANCH]]",
+        "a run, or public weights of others, to a release",
+        "export RUN|FILE|NAME OUT [form=release|full] [key=value ...] [--push hf://ORG/REPO]",
         _export,
         """
-RUN is the folder of a pretraining with a checkpoint, OUT a folder that is not there yet. --push
-uploads it to the Hugging Face hub as well, with the login of `hf auth login` or HF_TOKEN; a
-repository that is not there is made, private.
+RUN is the folder of a pretraining with a checkpoint or of a finished finetuning, OUT a folder that
+is not there yet. form=full has the heads, the teacher and the optimiser of a pretraining as well.
 
-example: voxelith export runs/first release/""",
+A file of public weights, or a reference or name of `voxelith fetch --list` that stands for one,
+becomes a release too. What no weights say is told once, and nothing is guessed:
+
+  modalities=[CT]              what it was trained on: [CT], [MR] or [CT,MR]
+  crop_size=[96,96,96]         voxels (D, H, W) of its training
+  spacing_mm=[1.5,1.5,1.5]     what its scans were resampled to, (d, h, w), or null: their own
+  CT='{rule: window, low: -175, high: 250, onto: [0, 1]}'
+  MR='{rule: zscore}'          how values become those of the network: window, percentile, zscore
+  axes=RAS                     of its images, SPL by default; weights or images are turned
+  name= licence= page= data= note=       for its card
+  num_heads=6 ...              arguments of the backbone that no tensor shows
+
+Names of the list know all of it; what is told goes before that. --push uploads the release to the
+Hugging Face hub as well, with the login of `hf auth login` or HF_TOKEN; a repository that is not
+there is made, private.
+
+example: voxelith export runs/first release/
+         voxelith export voco-b voco-b-release/""",
     ),
     "fetch": Command(
         "a checkpoint from elsewhere, verified and cached",

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from conf.signatures import class_arguments
 from data_prep.errors import InputError, by_stage, config_text, near, plain_message
-from data_prep.settings import MUST_EXIST, REFERENCE
+from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE
 
 HERE = Path(__file__).parent
 
@@ -467,13 +467,17 @@ def _text_keys(model: type[BaseModel]) -> set[str]:
 def _absent(model: type[BaseModel], line: Line) -> list[str]:
     """Inputs that are not there: said here along with other problems, else by who opens them."""
     wanted = [key for key, setting in _fields(model) if MUST_EXIST in setting.metadata]
-    remote = [key for key, setting in _fields(model) if REFERENCE in setting.metadata]
+    remote = [key for key, setting in _fields(model) if _may_be_remote(setting)]
     given = {key: line.values[key] for key in wanted if key in line.values}
     return [
         f"{k}={v}: is not there"
         for k, v in given.items()
         if not (k in remote and _is_remote(v)) and not Path(v).exists()
     ]
+
+
+def _may_be_remote(setting: FieldInfo) -> bool:
+    return REFERENCE in setting.metadata or RELEASE in setting.metadata
 
 
 def _is_remote(value: str) -> bool:
@@ -495,18 +499,26 @@ def _fetched(model: type[BaseModel], line: Line, made: Any) -> Any:
     problems: list[str] = []
     for key, setting in _fields(model):
         given = line.config.get(key)
-        if REFERENCE not in setting.metadata or not given or not _is_remote(str(given)):
+        if not _may_be_remote(setting) or not given or not _is_remote(str(given)):
             continue
-        from pretrain.fetch import resolve
-
         try:
-            here[key] = str(resolve(given))
+            here[key] = str(_local(given, release=RELEASE in setting.metadata))
         except InputError as error:
             problems += [f"{key}: {problem}" for problem in error.problems]
     if problems:
         raise InputError(problems)
     given = {key: value for key, value in line.config.items() if value != "???"}
     return model.model_validate(given | here) if here else made
+
+
+def _local(ref: str, *, release: bool) -> Path:
+    if release:
+        from pretrain.adopt import released
+
+        return released(ref)
+    from pretrain.fetch import resolve
+
+    return resolve(ref)
 
 
 def _kinds(annotation: Any) -> list[Any]:

@@ -22,6 +22,9 @@ MUST_EXIST = "must exist"
 REFERENCE = "reference"
 """Marks one whose path may also be a reference or the name of a known checkpoint, to be fetched."""
 
+RELEASE = "release"
+"""Marks such a one that must be a release: what is known of others is made one."""
+
 
 class PrepSettings(BaseModel):
     """Settings of one prep; `conf/prep.yaml` holds the same defaults.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import InputError, near
 from data_prep.licences import UNSTATED
 from finetune.answerer import Answerer
 from finetune.cards import card
@@ -33,6 +33,8 @@ from finetune.scan_metrics import score_in_words
 from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain import export as pretraining
+from pretrain.adopt import adopt
+from pretrain.fetch import resolve
 from pretrain.manifest import FACTS, FORMAT
 from pretrain.release import Release, load_release, write_release
 from pretrain.run_folder import RunFolder, versions
@@ -41,7 +43,39 @@ UNKNOWN = "unknown"
 """A fingerprint that equals none: what the weights were pretrained on is not fully known."""
 
 
-def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
+FORMS = ("release", "full")
+"""What an export can be."""
+
+
+def export(
+    ref: str | Path, output: Path, form: str = "release", told: Mapping[str, Any] | None = None
+) -> Release:
+    """Writes a release of a run, or of a file of public weights.
+
+    Args:
+        ref: folder of a run; a file of public weights, or what names one.
+        output: folder that is made.
+        form: one of FORMS; `full` has the state of a pretraining as well.
+        told: what a file of public weights does not say; see `pretrain.adopt`.
+
+    Raises:
+        InputError: as `export_run` and `pretrain.adopt.adopt`, or the form is none of these.
+    """
+    if form not in FORMS:
+        raise InputError(f"form={form}: no such form; {near(form, FORMS)}")
+    path = resolve(ref)
+    if path.is_dir() or not path.exists():
+        if told:
+            raise InputError(
+                f"{', '.join(told)}: is for files of public weights, and {ref} is none"
+            )
+        return export_run(path, output, full=form == "full")
+    if form == "full":
+        raise InputError(f"form=full: {ref} is a file of weights, without a training; leave it out")
+    return adopt(ref, output, told)
+
+
+def export_run(run_path: Path, output: Path, *, full: bool = False) -> Release:
     """Writes the network of a run, pretrained or finetuned, with all that its user needs to know.
 
     The release is read back, and its golden scan checked, before it appears at `output`.

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_prep.settings import MUST_EXIST, REFERENCE
+from data_prep.settings import MUST_EXIST, RELEASE
 from finetune.protocol import DecoderKind, Freeze, LoRASettings, Own, Phase, Search
 from finetune.scan_task import ScanTask
 from finetune.sides import named_side
@@ -240,7 +240,7 @@ class FinetuneSettings(LoopSettings):
 
     task: Task
     corpus: Annotated[Path, MUST_EXIST]
-    ckpt: Annotated[Path, MUST_EXIST, REFERENCE]
+    ckpt: Annotated[Path, MUST_EXIST, RELEASE]
     targets: Annotated[Path | None, MUST_EXIST] = None
     init: Literal["pretrained", "scratch"] = "pretrained"
     transfer: Literal["auto", "encoder", "network"] = "auto"
@@ -462,7 +462,7 @@ class PredictSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ckpt: Annotated[Path, MUST_EXIST, REFERENCE]
+    ckpt: Annotated[Path, MUST_EXIST, RELEASE]
     input: Annotated[Path, MUST_EXIST]
     output: Path
     tta: bool | None = None

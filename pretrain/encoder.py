@@ -22,7 +22,6 @@ from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from data_prep.volume import Reject, Volume, as_known, read_channels, volume_from_array
 from pretrain.backbones.backbone import Backbone
-from pretrain.fetch import resolve
 from pretrain.release import LoadReport, load_release
 
 OVERLAP = 0.5
@@ -195,7 +194,9 @@ def load_encoder(ref: str | Path, *, device: str | torch.device = "cpu") -> Enco
     Raises:
         InputError: not a release, damaged, or naming what is not ours.
     """
-    release = load_release(resolve(ref))
+    from pretrain.adopt import released  # its release is written with an Encoder
+
+    release = load_release(released(ref))
     module = release.build_encoder()
     report = release.load(module)
     module.eval().requires_grad_(False).to(device)

@@ -234,6 +234,11 @@ def read_manifest(ref: str | Path) -> Manifest:
         CorruptionError: a file is missing or is not what SHA256SUMS says.
     """
     path = Path(ref)
+    if path.is_file():
+        raise InputError(
+            f"{path}: is a file, and no release; of a file of public weights `voxelith export FILE "
+            "OUT` with what its makers tell makes one, see `voxelith export --help`"
+        )
     if not path.is_dir():
         raise InputError(
             f"{path}: no such release; give the folder that `voxelith export RUN OUT` wrote"

@@ -27,6 +27,8 @@ class Known:
         revision: a commit; None: what the branch main holds at the first download.
         sha256: of the file, or the release's digest; None: the first download pins it.
         note: what else its user must know.
+        told: what a scan must become, which no file of weights says: keys of `pretrain.adopt.Told`,
+            from the makers' own code or paper; None of releases, which say it themselves.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Known:
     revision: str | None = None
     sha256: str | None = None
     note: str = ""
+    told: dict[str, Any] | None = None
 
     @property
     def reference(self) -> str | None:
@@ -56,6 +59,19 @@ _NNSSL = "https://github.com/MIC-DKFZ/nnssl"
 _VOCO = "https://github.com/Luffy03/Large-Scale-Medical"
 _STUNET = "https://github.com/uni-medical/STU-Net"
 
+_UNIT = {"rule": "window", "low": -175.0, "high": 250.0, "onto": [0.0, 1.0]}
+
+_OPENMIND = {
+    "modalities": ["MR"],
+    "crop_size": [160, 160, 160],
+    "spacing_mm": [1.0, 1.0, 1.0],
+    "MR": {"rule": "zscore"},
+}
+"""nnssl: 1 mm, a z-score of each image; ours clips at the 0.5 and 99.5 percentiles before."""
+
+_MONAI_CT = {"modalities": ["CT"], "spacing_mm": [1.5, 1.5, 1.5], "CT": _UNIT, "axes": "RAS"}
+"""MONAI's loaders of abdominal CT: RAS, 1.5 mm, [-175, 250] HU onto [0, 1]."""
+
 PUBLIC: tuple[Known, ...] = (
     Known(
         "openmind-resenc-l-mae",
@@ -64,6 +80,7 @@ PUBLIC: tuple[Known, ...] = (
         _NNSSL,
         "AnonRes/ResEncL-OpenMind-MAE",
         "checkpoint_final.pth",
+        told=_OPENMIND,
     ),
     Known(
         "openmind-primus-m-mae",
@@ -72,6 +89,7 @@ PUBLIC: tuple[Known, ...] = (
         _NNSSL,
         "AnonRes/PrimusM-OpenMind-MAE",
         "checkpoint_final.pth",
+        told=_OPENMIND,
     ),
     *(
         Known(
@@ -81,6 +99,7 @@ PUBLIC: tuple[Known, ...] = (
             _VOCO,
             "Luffy503/VoCo",
             f"VoCo_{size}_SSL_head.pt",
+            told={**_MONAI_CT, "crop_size": [96, 96, 96]},
         )
         for size, parameters in (("B", "53M"), ("L", "206M"), ("H", "818M"))
     ),
@@ -91,7 +110,16 @@ PUBLIC: tuple[Known, ...] = (
         "https://github.com/AICONSlab/3DINO",
         "AICONSlab/3DINO-ViT",
         "3dino_vit_weights.pth",
-        note="gated: accept its terms on the hub and log in (`hf auth login` or HF_TOKEN)",
+        note="gated: accept its terms on the hub and log in (`hf auth login` or HF_TOKEN); trained "
+        "on percentiles 0.05 and 99.95, on axes with the slice's plane first: RAS for axial scans",
+        told={
+            "modalities": ["CT", "MR"],
+            "crop_size": [96, 96, 96],
+            "spacing_mm": None,
+            "CT": {"rule": "percentile"},
+            "MR": {"rule": "percentile"},
+            "axes": "RAS",
+        },
     ),
     *(
         Known(
@@ -101,7 +129,16 @@ PUBLIC: tuple[Known, ...] = (
             _STUNET,
             "ziyanhuang/STU-Net",
             f"{size}_ep4k.model",
-            note="nnU-Net's checkpoint: what is not weights in it may keep it from being read",
+            note="nnU-Net's checkpoint: what is not weights in it may keep it from being read; "
+            "values are scaled as TotalSegmentator's own networks scale them",
+            told={
+                "modalities": ["CT"],
+                "crop_size": [128, 128, 128],
+                "spacing_mm": [1.5, 1.5, 1.5],
+                # Clipped, less a mean of -50.387, over a deviation of 503.392.
+                "CT": {"rule": "window", "low": -1004.0, "high": 1588.0, "onto": [-1.894, 3.255]},
+                "strides": [[1, 1, 1], *[[2, 2, 2]] * 5],
+            },
         )
         for size in ("small", "base", "large", "huge")
     ),
@@ -111,6 +148,7 @@ PUBLIC: tuple[Known, ...] = (
         "Apache-2.0 is the project's; of the weights unknown",
         "https://github.com/FengheTan9/Hi-End-MAE",
         note="on Google Drive alone: download it by hand and give the file",
+        told={**_MONAI_CT, "crop_size": [96, 96, 96]},
     ),
     Known(
         "meddinov3-b",
@@ -120,6 +158,14 @@ PUBLIC: tuple[Known, ...] = (
         "ricklisz123/MedDINOv3-ViTB-16-CT-3M",
         "model.pth",
         note="its makers confirm that test scans were among its data (MedDINOv3#4)",
+        told={
+            "modalities": ["CT"],
+            "crop_size": [1, 224, 224],
+            "spacing_mm": None,
+            # (x - 65.108) / 178.017 of its demo, over the values that a CT can have.
+            "CT": {"rule": "window", "low": -1024.0, "high": 3071.0, "onto": [-6.118, 16.885]},
+            "in_channels": 1,
+        },
     ),
 )
 

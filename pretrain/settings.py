@@ -17,7 +17,7 @@ from pydantic import (
 
 from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
-from data_prep.settings import MUST_EXIST, REFERENCE
+from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE
 from pretrain.ramps import cosine
 
 Side = Annotated[int, Field(ge=1, le=2048)]
@@ -285,7 +285,7 @@ class FeaturesSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ckpt: Annotated[Path, MUST_EXIST, REFERENCE]
+    ckpt: Annotated[Path, MUST_EXIST, RELEASE]
     input: Annotated[Path, MUST_EXIST]
     output: Path
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5

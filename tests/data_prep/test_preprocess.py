@@ -71,7 +71,7 @@ def test_percentiles_are_mapped_onto_their_ends() -> None:
     ],
 )
 def test_rules_that_say_too_much_or_the_wrong_way_round_are_refused(rule: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="preprocess.operations"):
+    with pytest.raises(InputError, match=r"preprocess\.operations"):
         Preprocess.default(intensity={"MR": rule})
 
 
