@@ -473,7 +473,9 @@ example: voxelith inspect release/""",
         "[init=pretrained|scratch] [labels=16|10%|all] [seed=0] [trainer=auto] [key=value ...] "
         "[--config-dir DIR]\n"
         "voxelith finetune -m task=NAME corpus=DIR ckpt=A,B labels=4,16 seed=0,1,2 runs=DIR "
-        "[jobs=N] [twins=false] [--dry-run] [key=value,value ...]",
+        "[jobs=N] [twins=false] [--dry-run] [key=value,value ...]\n"
+        "voxelith finetune -m experiment=compare_released task=NAME corpus=DIR [ckpt=A,B] "
+        "[without=NAME,NAME] [labels=4,16] [seed=0,1,2] [protocol=short|full] [...]",
         _finetune,
     ),
     "predict": Command(

@@ -20,6 +20,15 @@ DecoderKind = Literal["auto", "unet", "unetr", "patch", "aggregate", "linear", "
 Rate = Annotated[float, Field(gt=0, lt=10)]
 
 
+_ATTENTION = ("vit.", "slice_vit.", "swin_unetr.")
+"""Modules of pretrain.backbones whose networks train at the rates of transformers."""
+
+
+def family_of(backbone: str) -> Literal["cnn", "vit"]:
+    """Whose rates a network needs, by the name of its backbone."""
+    return "vit" if backbone.startswith(_ATTENTION) else "cnn"
+
+
 class Phase(BaseModel):
     """Steps before the training proper, with a freeze and a rate schedule of their own.
 

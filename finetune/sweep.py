@@ -8,7 +8,8 @@ share them. A run is named after all that it is, so the same command started aga
 runs as they are, goes on with interrupted ones and starts what is missing. The three arms are
 `init=pretrained,scratch recipe_of=twin,own`.
 
-`runs/sweep.csv`, the ledger, has one row per run, and `runs/logs/` what each of them said.
+`experiment=NAME` is a sweep of conf/sweep (`finetune.experiments`). `runs/sweep.csv`, the ledger,
+has one row per run, and `runs/logs/` what each of them said.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
 from data_prep.progress import bar
+from finetune.experiments import expanded, with_family
 from finetune.forecast import forecast
 from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
@@ -128,6 +130,7 @@ def sweep(
     Raises:
         InputError: wrong words, settings, checkpoints or corpora: of all combinations at once.
     """
+    words = expanded(words)
     found = plan_jobs(words, twins=twins)
     runs = found[0].plan.settings.runs
     waiting = [job for job in found if not is_finished(job.folder, job.plan)]
@@ -209,7 +212,8 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     releases: dict[Path, Release] = {}
     corpora: dict[Path, Corpus] = {}
     jobs: dict[str, Job] = {}
-    for combination, settings in _settings(_arms(expand(words)), problems):
+    combinations = [with_family(each) for each in _arms(expand(words))]
+    for combination, settings in _settings(combinations, problems):
         arms = [settings]
         if twins and settings.init == "pretrained":
             arms.append(settings.model_copy(update=TWIN))

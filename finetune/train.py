@@ -38,7 +38,7 @@ from finetune.meter import priced, training_flops
 from finetune.metrics import METRIC_VERSION
 from finetune.phases import PhasedLoop
 from finetune.plan import Plan
-from finetune.protocol import freeze_problem
+from finetune.protocol import family_of, freeze_problem
 from finetune.rows import Row, are_current, write_rows
 from finetune.settings import FinetuneSettings, TaskSettings, config_hash
 from finetune.supervised import Supervised
@@ -239,7 +239,7 @@ def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[s
 def _protocol_problems(settings: FinetuneSettings, release: Release) -> list[str]:
     """Whether the protocol is for another kind of network: it would look like a bad checkpoint."""
     name = str(release.config["backbone"]["name"])
-    family = "vit" if name.startswith("vit.") else "cnn"
+    family = family_of(name)
     if settings.family in ("any", family):
         return []
     other = settings.protocol.replace(settings.family, family)
