@@ -370,9 +370,12 @@ example: voxelith check corpora/abdomen""",
     "pretrain": Command(
         "a corpus to an encoder",
         "pretrain corpus=DIR run=NAME [experiment=NAME] [objective=mae] [backbone=vit_s] "
-        "[trainer=auto] [init=RUN|RELEASE] [key=value ...] [--config-dir DIR]",
+        "[trainer=auto] [init=RUN|RELEASE|FILE [backbone=init]] [key=value ...] [--config-dir DIR]",
         _pretrain,
         """
+init= is where it begins from: another run, a release, a file of public weights, or what names one.
+backbone=init takes the architecture from there too, so that nothing of it has to be known.
+
 Started again with the same words, a run goes on from its newest checkpoint. A recipe with stages
 makes a run NAME.STAGE of each, from the weights of the one before; what is typed holds for all,
 stages.STAGE.key=value for one.

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from conf.signatures import class_arguments
-from data_prep.errors import InputError, by_stage, config_text, near, plain_message
+from data_prep.errors import InputError, attempt, by_stage, config_text, near, plain_message
 from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE
 
 HERE = Path(__file__).parent
@@ -40,6 +40,9 @@ SETTINGS = {
 }
 GIVEN = {"objective": ("encoder",)}
 """Arguments that the program passes itself to what a group names."""
+
+OF_INIT = "init"
+"""backbone=init: the architecture of what the run begins from."""
 
 RECIPE = "experiment"
 """The group whose options set keys of all others."""
@@ -89,6 +92,8 @@ def stages_for(command: str, words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     said: dict[str, list[str]] = {}
     for name, one in lines.items():
+        if one.of_init:
+            attempt(one.problems, _take_backbone, one)
         one.problems += _target_problems(model, one)
         try:
             found[name] = model.model_validate(
@@ -128,6 +133,8 @@ class Line:
     """The option of each group that the composed `config` has, by words, recipe or default."""
     stage: str = ""
     """The stage that it is of, where there are several."""
+    of_init: bool = False
+    """Whether the backbone is that of what the run begins from."""
 
     def options(self, group: str) -> set[str]:
         """The options of a group, the user's own among them."""
@@ -315,6 +322,9 @@ def read_words(command: str, words: Iterable[str]) -> Line:
             )
             continue
         line.given.add(key)
+        if (key, value) == ("backbone", OF_INIT) and key in groups:
+            line.of_init = True
+            continue
         known = line.chosen if key in groups else line.values
         if known.get(key, value) != value:
             line.problems.append(f"{key}={value}: {key}={known[key]} was given before; give one")
@@ -474,6 +484,31 @@ def _absent(model: type[BaseModel], line: Line) -> list[str]:
         for k, v in given.items()
         if not (k in remote and _is_remote(v)) and not Path(v).exists()
     ]
+
+
+def _take_backbone(line: Line) -> None:
+    """Puts the architecture of what the run begins from in place of a backbone's option.
+
+    Arguments that were typed go before it.
+
+    Raises:
+        InputError: there is none, or it does not say.
+    """
+    init = line.config.get("init")
+    if not init:
+        raise InputError("backbone=init: of what? give init=RUN, init=RELEASE or init=FILE as well")
+    from pretrain.fetch import resolve
+    from pretrain.start import backbone_of
+
+    typed = {
+        key.removeprefix("backbone."): line.config["backbone"][key.removeprefix("backbone.")]
+        for key in line.values
+        if key.startswith("backbone.") and "." not in key.removeprefix("backbone.")
+    }
+    path, own = resolve(init), Path(line.config["runs"]) / str(line.config["run"])
+    # A run that has begun needs what it began from no more.
+    there = path if path.exists() or not (own / "run.json").is_file() else own
+    line.config["backbone"] = backbone_of(there) | typed
 
 
 def _may_be_remote(setting: FieldInfo) -> bool:

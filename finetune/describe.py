@@ -16,6 +16,8 @@ from data_prep.errors import InputError
 from data_prep.licences import strictest_first
 from pretrain.manifest import DECODER, FACTS, Manifest, file_digest, read_manifest, stored_shapes
 
+FULL = "heads, teacher and optimiser are there: pretrain init=... init_moments=true goes on"
+
 
 def describe(ref: Path, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What lies in a folder or a file, as plain data.
@@ -66,12 +68,13 @@ def _release(release: Manifest) -> dict[str, Any]:
         "architecture": config["backbone"],
         "parameters": weights,
         "decoder": _decoder(release),
+        **({"full": FULL} if release.is_full else {}),
         "objective": config["objective"]["name"],
         "modalities": list(release.modalities),
         "crop_size": list(release.crop_size),
         "preprocess": config["preprocess"]["operations"],
         **_task(config[FACTS[release.kind]] if release.kind in FACTS else None),
-        "training": config["training"],
+        "training": _training(config["training"]),
         **_data(config["data"]),
         "fingerprints": len(release.fingerprints),
         "versions": config["versions"],
@@ -94,13 +97,25 @@ def _file(path: Path, told: Mapping[str, Any] | None) -> dict[str, Any]:
         "training": untold,
         "data": untold,
         "licences": f"{untold}: ask where it is from",
-        "tensors": {
-            "copied": len(report.copied),
-            "adapted": report.adapted,
-            "left out": dict(Counter(map(_in_short, report.skipped.values()))),
-            "of one value throughout": list(report.constant),
-        },
+        "tensors": _tensors(report.to_dict()),
         "next": f"voxelith pretrain init={path} begins from it, with this architecture as backbone",
+    }
+
+
+def _training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Of public weights that were made a release, what became of each tensor is told in short."""
+    tensors = training.get("tensors")
+    if not isinstance(tensors, dict):
+        return dict(training)
+    return {**training, "tensors": _tensors(tensors)}
+
+
+def _tensors(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "copied": len(report.get("copied", ())),
+        "adapted": report.get("adapted", {}),
+        "left out": dict(Counter(map(_in_short, report.get("skipped", {}).values()))),
+        "of one value throughout": list(report.get("constant", ())),
     }
 
 

@@ -203,12 +203,10 @@ def _write(file: Path, output: Path, facts: Told) -> Release:
             "layout": found.layout,
             "sha256": digest,
             "axes": facts.axes,
-            "page": facts.page,
-            "note": facts.note,
+            **{k: v for k, v in (("page", facts.page), ("note", facts.note)) if v},
             "tensors": found.report.to_dict(),
         },
         "data": {
-            "index_hash": "",
             "samples": None,
             "source": {facts.data or f"{UNSTATED} by {facts.name}": None},
             "licence": {facts.licence: None},

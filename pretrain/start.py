@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import write_json
 from data_prep.licences import UNSTATED
+from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
-from pretrain.foreign import converted, read_weights
+from pretrain.foreign import converted, open_foreign, read_weights
 from pretrain.manifest import TRAINING, file_digest
 from pretrain.objective import INHERITED, Objective
 from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release
@@ -71,11 +72,13 @@ class Start:
     Attributes:
         state: by the names of an objective; of public weights, by those they were published under.
         foreign: whether they are public ones.
+        preprocess: what scans were turned into for them, as plain data; None: it is not told.
     """
 
     state: Mapping[str, Tensor]
     origin: Origin
     foreign: bool = False
+    preprocess: dict[str, Any] | None = None
 
 
 def open_start(path: Path) -> Start:
@@ -89,6 +92,22 @@ def open_start(path: Path) -> Start:
     if path.is_file():
         return _of_file(path)
     return _of_run(RunFolder(path)) if is_run(path) else _of_release(path)
+
+
+def backbone_of(path: Path) -> dict[str, Any]:
+    """The architecture of a run, a release or a file of public weights, as a config names it.
+
+    Raises:
+        InputError: it is none of them, or the file does not tell all of its sizes.
+    """
+    if path.is_dir() and is_run(path):
+        config = RunFolder(path).config()
+        if "objective" not in config:
+            raise InputError(f"{path}: is no pretraining run; give one that `pretrain` made")
+        return dict(config["backbone"])
+    file = path.is_file()
+    chosen = open_foreign(path).backbone if file else load_release(path).config["backbone"]
+    return {"_target_": f"pretrain.backbones.{chosen['name']}", **chosen["args"]}
 
 
 def check_same_start(init: Path | None, run: RunFolder) -> None:
@@ -116,6 +135,20 @@ def check_same_start(init: Path | None, run: RunFolder) -> None:
         f"{run.path}: cannot be resumed with init={init}: it began from {began}; restore that, or "
         "start another run=NAME"
     )
+
+
+def other_intensities(start: Start, preprocess: Preprocess, modalities: Iterable[str]) -> list[str]:
+    """How values become the network's otherwise than the weights are used to, by modality."""
+    before = None if start.preprocess is None else Preprocess.from_dict(start.preprocess).intensity
+    now = preprocess.intensity
+    if before is None or now is None:
+        return []
+    return [
+        f"intensity.{modality}: {json.dumps(now[modality])}, and the weights of init were trained "
+        f"with {json.dumps(before[modality])}"
+        for modality in sorted(set(modalities) & before.keys())
+        if now[modality] != before[modality]
+    ]
 
 
 def keep_start(
@@ -271,7 +304,7 @@ def _of_run(run: RunFolder) -> Start:
         data=[data, *(before.data if before else [])],
         fingerprints=seen_volumes(corpus_of(run, index_hash), before),
     )
-    return Start(checkpoint["objective"], origin)
+    return Start(checkpoint["objective"], origin, preprocess=facts.get("preprocess"))
 
 
 def _of_file(path: Path) -> Start:
@@ -301,4 +334,4 @@ def _of_release(path: Path) -> Start:
         data=release.trainings,
         fingerprints=sorted(release.fingerprints),
     )
-    return Start(state, origin)
+    return Start(state, origin, preprocess=release.config["preprocess"])

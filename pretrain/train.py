@@ -39,7 +39,15 @@ from pretrain.release import TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
 from pretrain.settings import LoopSettings, PretrainSettings, check_same
-from pretrain.start import Start, begin_from, check_same_start, is_run, keep_start, open_start
+from pretrain.start import (
+    Start,
+    begin_from,
+    check_same_start,
+    is_run,
+    keep_start,
+    open_start,
+    other_intensities,
+)
 from pretrain.strip import add_to_strip
 
 
@@ -137,6 +145,10 @@ class Prepared:
                     keep_start(run, start, report, len(moments))
                 if report is not None:
                     print(f"init={settings.init}: {report}{_with(moments, objective)}")
+                if start is not None:
+                    modalities = data_facts(corpus)["modality"]
+                    for one in other_intensities(start, dataset.preprocess, modalities):
+                        print(one)
             del start
             try:
                 loop.fit(objective, moments)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_loop import MAE, RESENC, VIT, settings, weights
 
+from conf.compose import settings_for
 from data_prep.errors import InputError
 from finetune.evaluate import comparable
 from pretrain.backbones.resenc import ResEncUNetEncoder
@@ -55,6 +56,60 @@ def nearly(run: Path, other: Path, prefix: str) -> bool:
     names = [name for name in a if name.startswith(prefix)]
     assert names
     return all(torch.allclose(a[name], b[name], atol=1e-6) for name in names)
+
+
+def composed(corpus: Path, runs: Path, init: object, *more: str) -> PretrainSettings:
+    words = [
+        f"corpus={corpus}", "run=again", f"runs={runs}", f"init={init}", "backbone=init",
+        "objective=simclr", "steps=2", *more,
+    ]  # fmt: skip
+    made = settings_for("pretrain", words)
+    assert isinstance(made, PretrainSettings)
+    return made
+
+
+def test_the_architecture_comes_from_what_it_begins_from(
+    first: Path, release: Path, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "public.pth"
+    encoder = ResEncUNetEncoder(**{k: v for k, v in RESENC.items() if k != "_target_"})
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    decoder = {"decoder.transpconvs.0.weight": torch.zeros(6, 4, 2, 2, 2)}
+    torch.save({"network_weights": state | decoder}, file)
+    same = ("features", "blocks")
+    for init in (first, release, file):
+        found = composed(pretrain_corpus, tmp_path, init).backbone
+        assert found["_target_"] == RESENC["_target_"]
+        assert all(list(found[name]) == list(RESENC[name]) for name in same), init
+    assert composed(pretrain_corpus, tmp_path, first, "backbone.features=[2,4]").backbone[
+        "features"
+    ] == [2, 4]
+    for words in (("null", "of what"), (tmp_path / "none", "none")):
+        with pytest.raises(InputError, match=words[1]):
+            composed(pretrain_corpus, tmp_path, words[0])
+
+
+def test_a_run_that_has_begun_needs_its_start_no_more(
+    first: Path, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    words = ("crop_size=[8,12,8]", "batch_size=4", "trainer=cpu", "trainer.workers=0", "warmup=1")
+    made = composed(pretrain_corpus, tmp_path / "runs", copy, *words)
+    pretrain(made)
+    shutil.rmtree(copy)
+    assert composed(pretrain_corpus, tmp_path / "runs", copy, *words).backbone == made.backbone
+
+
+def test_other_intensities_than_the_weights_are_used_to_are_said(
+    first: Path, chosen: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(chosen("same", init=first))
+    assert "intensity." not in capsys.readouterr().out
+    rule = {"rule": "percentile", "onto": [0.0, 1.0]}
+    pretrain(chosen("other", init=first, intensity={"MR": rule, "CT": rule}))
+    said = capsys.readouterr().out
+    assert 'the weights of init were trained with {"rule": ' in said
 
 
 def test_the_encoder_of_a_run_or_its_release_is_where_it_begins(
