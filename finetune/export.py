@@ -34,7 +34,6 @@ from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain import export as pretraining
 from pretrain.adopt import adopt
-from pretrain.fetch import resolve
 from pretrain.manifest import FACTS, FORMAT
 from pretrain.release import Release, load_release, write_release
 from pretrain.run_folder import RunFolder, versions
@@ -63,13 +62,12 @@ def export(
     """
     if form not in FORMS:
         raise InputError(f"form={form}: no such form; {near(form, FORMS)}")
-    path = resolve(ref)
-    if path.is_dir() or not path.exists():
+    if Path(ref).is_dir():
         if told:
             raise InputError(
                 f"{', '.join(told)}: is for files of public weights, and {ref} is none"
             )
-        return export_run(path, output, full=form == "full")
+        return export_run(Path(ref), output, full=form == "full")
     if form == "full":
         raise InputError(f"form=full: {ref} is a file of weights, without a training; leave it out")
     return adopt(ref, output, told)

@@ -100,7 +100,10 @@ def adopt(ref: str | Path, output: Path, told: Mapping[str, Any] | None = None) 
     """
     file, named = resolve(ref), _known(ref)
     if not file.is_file():
-        raise InputError(f"{ref}: is no file of weights")
+        raise InputError(
+            f"{ref}: is no run and no file of weights; give one, or a name that "
+            "`voxelith fetch --list` has"
+        )
     facts = _facts(file, {**named, **(told or {})}, str(ref))
     return _write(file, output, facts)
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = ["data_prep", "pretrain", "finetune"]
 # What finetune may use of pretrain.
 DOORS = {
+    "adopt",
     "arguments",
     "augment",
     "backbones",
@@ -30,6 +31,7 @@ DOORS = {
     "previews",
     "probe",
     "references",
+    "registry",
     "release",
     "run_folder",
     "schedule",
