@@ -117,8 +117,8 @@ def test_moments_are_taken_over_exactly(first: Path, full: Path, chosen: Any) ->
 
 
 def test_moments_of_other_shapes_begin_anew(full: Path, chosen: Any) -> None:
-    deep = RESENC | {"blocks": [2, 1]}
-    run = pretrain(chosen("deep", init=full, backbone=deep, init_covers=0.1, init_moments=True))
+    wide = RESENC | {"features": [4, 6]}
+    run = pretrain(chosen("wide", init=full, backbone=wide, init_covers=0.05, init_moments=True))
     report = json.loads((run / "load_report.json").read_text())
     assert 0 < report["moments"] < len(open_training(run).moments)
 
