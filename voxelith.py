@@ -65,15 +65,21 @@ def _split(words: list[str]) -> Any:
 
 
 def _check(words: list[str]) -> Any:
+    (folder,) = _positional("check", words, ["CORPUS|RELEASE"])
+    if (Path(folder) / "SHA256SUMS").is_file():
+        from finetune.model_file import check_release
+
+        error = check_release(Path(folder))
+        print(f"{folder}: whole, and its golden scan gives what it gave, to {error:.1e}, relative")
+        return {"release": folder, "problems": [], "golden_error": error}
     from data_prep.check import check
     from data_prep.errors import CorruptionError
 
-    (corpus,) = _positional("check", words, ["CORPUS"])
-    problems = check(Path(corpus))
+    problems = check(Path(folder))
     if problems:
         raise CorruptionError(problems)
-    print(f"{corpus}: whole, every byte is what was written")
-    return {"corpus": corpus, "problems": []}
+    print(f"{folder}: whole, every byte is what was written")
+    return {"corpus": folder, "problems": []}
 
 
 def _pretrain(words: list[str]) -> Any:
@@ -359,13 +365,16 @@ COMMANDS = {
         _split,
     ),
     "check": Command(
-        "verify every byte of a corpus",
-        "check CORPUS",
+        "verify every byte of a corpus or a release",
+        "check CORPUS|RELEASE",
         _check,
         """
 CORPUS is a folder that `voxelith prep` wrote. Each damaged or missing part is named, exit code 2.
+Of a release the golden scan is computed too: whether this machine and these versions give what was
+released.
 
-example: voxelith check corpora/abdomen""",
+example: voxelith check corpora/abdomen
+         voxelith check release/""",
     ),
     "pretrain": Command(
         "a corpus to an encoder",

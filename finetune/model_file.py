@@ -32,6 +32,7 @@ from pretrain.encoder import load_encoder
 from pretrain.manifest import DECODER, FACTS, Part
 from pretrain.release import (
     Release,
+    check_golden,
     compare_golden,
     golden_features,
     golden_modality,
@@ -202,6 +203,20 @@ def golden_answers(network: Finetuned, folder: Path) -> dict[str, Tensor]:
         return {"answer": network.answer(volume)}
     assert isinstance(network, Segmenter)
     return {"scores": network.scores(volume)}
+
+
+def check_release(path: Path) -> float:
+    """Whether a release, of whatever kind, gives on this machine what it gave when it was made.
+
+    Returns:
+        The largest error of its golden scan's features and answers, relative to the largest value.
+
+    Raises:
+        InputError: it is no release.
+        CorruptionError: its bytes are others, or the error is above the tolerance.
+    """
+    finetuned = load_release(path).kind in FACTS
+    return check_golden_network(path) if finetuned else check_golden(path)
 
 
 def check_golden_network(path: Path) -> float:

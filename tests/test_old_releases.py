@@ -6,14 +6,16 @@ encoder of the first version, and a segmenter that was finetuned from it later.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import voxelith
 from finetune.describe import describe
 from finetune.model_file import check_golden_network, load_network
-from pretrain.release import check_golden, load_release
+from pretrain.release import check_golden, file_digest, load_release
 
 STORED = Path(__file__).parent / "releases"
 FOLDERS = sorted(path.name for path in STORED.iterdir())
@@ -34,3 +36,20 @@ def test_an_old_release_gives_what_it_gave(name: str) -> None:
     if release.kind == "segmenter":
         assert check_golden_network(release.path) <= 1e-5
         assert load_network(release.path, device="cpu").channels == 1
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_other_features_under_right_sums_are_told(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What another version of a library would do: nothing is damaged, and the answer is another."""
+    assert voxelith.main(["check", str(STORED / name)]) == 0
+    copy = tmp_path / name
+    shutil.copytree(STORED / name, copy)
+    weights = load_file(copy / "model.safetensors")
+    save_file({n: t * 1.001 for n, t in weights.items()}, copy / "model.safetensors")
+    sums = [line.partition("  ")[2] for line in (copy / "SHA256SUMS").read_text().splitlines()]
+    text = "".join(f"{file_digest(copy / file)}  {file}\n" for file in sums)
+    (copy / "SHA256SUMS").write_text(text)
+    assert voxelith.main(["check", str(copy)]) == 2
+    assert "weights or preprocessing are not what was released" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 # from an empty folder that holds decoys of our top-level names.
 set -euo pipefail
 bin=$(cd "$1" && pwd)
+root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work/wheel" .
@@ -28,4 +29,7 @@ case "$samples" in "$work"/*) ;; *) echo "error: the wheel's own package was not
 "$voxelith" export runs/first release
 "$voxelith" features ckpt=release output=features.npz \
     input="$(find "$samples" -name '*.nii.gz' | sort | head -1)"
+# A release of an older version, in an environment that is new: one call, the same features.
+"$voxelith" check "$root/tests/releases/encoder-7253723"
+"$voxelith" check "$root/tests/releases/segmenter-8698360"
 echo "wheel: installed, and prep, check, pretrain, export and features ran beside decoys"
