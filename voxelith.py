@@ -587,6 +587,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UnreachableError,
         near,
     )
+    from pretrain.preemption import Preempted, end_of_job
 
     if name not in COMMANDS:
         print(f"error: {name}: no such command; {near(name, COMMANDS)}", file=sys.stderr)
@@ -608,6 +609,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _show(json.dumps(result))
         else:
             COMMANDS[name].run(words)
+    except Preempted as preempted:
+        return end_of_job(preempted)
     except InputError as error:
         if as_json and isinstance(error, LeftOutError):
             print(json.dumps(error.result))

@@ -37,7 +37,8 @@ FREE = frozenset(
     {
         "corpus", "ckpt", "targets", "init", "seed", "label_seed", "split", "run", "runs",
         "trainer",
-        "log_every", "save_every", "preview_every", "loggers", "transfer", "protocol", "family",
+        "log_every", "save_every", "save_minutes", "preview_every", "loggers",
+        "transfer", "protocol", "family",
         "recipe_of", "own", "search", "window_batch",
         "validations",
     }

@@ -24,6 +24,38 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+class Agreement:
+    """What the ranks want, known to all of them one question later, so that none waits for it.
+
+    Each asks at the same places. The answer to a question is the largest number of the one before;
+    it travels between processors, beside what devices say to each other.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._wishes = torch.zeros(1, dtype=torch.int64)
+        self._under_way: Any = None
+
+    def ask(self, wish: int) -> int:
+        """Says what this rank wants, and hears the largest wish of all when they last said so."""
+        if self._group is None:
+            return wish
+        heard = self.last()
+        self._wishes = torch.tensor([wish])
+        self._under_way = dist.all_reduce(
+            self._wishes, dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return heard
+
+    def last(self) -> int:
+        """The answer to the last question; 0 if there was none."""
+        if self._under_way is None:
+            return 0
+        self._under_way.wait()
+        self._under_way = None
+        return int(self._wishes)
+
+
 def global_sum(own: Tensor) -> Tensor:
     """Sum over all ranks, whose gradient, averaged over ranks by DDP, is that of the joint batch.
 

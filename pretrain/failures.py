@@ -87,14 +87,6 @@ class Faults:
             return Fault("gradient", step + 1, micro_step, None)
         return Fault("loss", step + 1, micro_step, rank)
 
-    def own(self) -> Fault | None:
-        """This rank's first fault, or None; the host waits for the device."""
-        if not self._first:
-            return None
-        device = self._first["loss"].device
-        like = torch.empty((), dtype=torch.float64, device=device)
-        return self.read([self.positions(like).tolist()])
-
 
 class Shape(NamedTuple):
     """How a step is cut into micro-batches; free to change when a run is resumed."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import signal
 import sys
 import time
 import warnings
@@ -25,17 +24,18 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from data_prep.errors import InputError, differences
 from data_prep.progress import bar
 from pretrain.augment import Augment
+from pretrain.collectives import Agreement
 from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.optim import Moments, make_optimizer, rate, with_moments
+from pretrain.preemption import Ask, Preempted, Preemption
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
@@ -78,6 +78,7 @@ class Loop:
         self.loggers = loggers or []
         self.label = label
         self.step = 0
+        self.preemption = Preemption()
         self.norm: Tensor | None = None
         self.faults = Faults(settings.accumulate)
         self._micro = 0
@@ -197,6 +198,7 @@ class Loop:
             FloatingPointError: the loss or the gradient is no longer finite; `failures/` in the
                 run folder says where.
             CollapseError: the features collapsed and `health.stop` is set.
+            Preempted: a signal came; the state of the step that it names is saved.
         """
         objective.loop = self
         state = self.restore()
@@ -218,14 +220,12 @@ class Loop:
         if machine.compile:
             compile_parts(objective)
         try:
-            while self.step < self.settings.steps:
-                self.begin(objective)
-                # A trainer of its own: DDP learns once, at its start, which weights have gradients.
-                self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
-                optimizer = None
-        except SIGTERMException:
-            # Lightning would exit with 0; `sbatch --dependency=afterok` and `&&` would go on.
-            raise SystemExit(128 + signal.SIGTERM) from None
+            with self.preemption:
+                while self.step < self.settings.steps:
+                    self.begin(objective)
+                    # One of its own: DDP learns once, at its start, which weights have gradients.
+                    self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
+                    optimizer = None
         except InputError as error:
             # A worker's error arrives with the worker's traceback as its text; its last line says
             # what the user needs.
@@ -393,7 +393,9 @@ class _Watch(L.Callback):
             trainer.optimizers[0].load_state_dict(self.optimizer_state)
             self.optimizer_state = None
         self.main = trainer.is_global_zero
-        self.began = self.rowed = self.ended = time.perf_counter()
+        self.loop.preemption.install()  # Lightning has put its own handler there
+        self.agreement = Agreement()
+        self.began = self.rowed = self.ended = self.saved = time.perf_counter()
         self.logged = self.loop.step
         if self.main:
             self.log = MetricsLog(self.loop.run.path / "metrics.csv", self.loop.step)
@@ -424,8 +426,9 @@ class _Watch(L.Callback):
         chosen, step = self.loop.settings, self.loop.step
         if (batch_idx + 1) % chosen.accumulate == 0:
             last = step == chosen.steps
+            ask = Ask.NOTHING if last else Ask(self.agreement.ask(self._wish()))
             logging_due = step % chosen.log_every == 0 or last or step == 1
-            saving_due = step % chosen.save_every == 0 or last
+            saving_due = step % chosen.save_every == 0 or last or ask > Ask.NOTHING
             if logging_due or saving_due:
                 self._log(trainer, pl_module)
             # Before the checkpoint: a run that ends in between looks again.
@@ -440,7 +443,16 @@ class _Watch(L.Callback):
             self._watch(trainer, pl_module, logged=logging_due or saving_due, last=last)
             if self.main:
                 self.bar.update()
+            if ask >= Ask.STOP:
+                trainer.strategy.barrier()  # none ends before the state is whole
+                raise Preempted(ask, step)
         self.ended = time.perf_counter()
+
+    def _wish(self) -> Ask:
+        """What this rank wants done: rank 0 has the clock, and each hears signals."""
+        waited = (time.perf_counter() - self.saved) / 60
+        due = self.main and waited >= self.loop.settings.save_minutes
+        return max(self.loop.preemption.asked, Ask.SAVE if due else Ask.NOTHING)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.main:
@@ -449,14 +461,6 @@ class _Watch(L.Callback):
                 print(self.loop.health.summary(), file=sys.stderr)
             for logger in self.loop.loggers:
                 logger.finalize("success")
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Preempted: Lightning has come to a batch's end, where weights and step agree."""
-        stopped = isinstance(exception, SIGTERMException) and self.loop.step > 0
-        if stopped and self.main and self.loop.faults.own() is None:
-            self._save(trainer, pl_module)
 
     def _watch(
         self, trainer: L.Trainer, objective: L.LightningModule, *, logged: bool, last: bool
@@ -491,6 +495,7 @@ class _Watch(L.Callback):
         assert isinstance(objective, Objective)
         state = self.loop.state(objective, trainer.optimizers[0])
         self.loop.run.checkpoints.save(self.loop.step, state)
+        self.saved = time.perf_counter()
 
     def _log(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         loop, now = self.loop, time.perf_counter()

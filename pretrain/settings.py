@@ -98,6 +98,7 @@ class LoopSettings(BaseModel):
     augment: AugmentSettings = AugmentSettings(gain=0.1)
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 500
+    save_minutes: Annotated[float, Field(gt=0)] = 15.0
     preview_every: Annotated[int, Field(ge=0)] = 0
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     trainer: TrainerSettings = TrainerSettings()
@@ -192,8 +193,8 @@ RunName = Annotated[str, AfterValidator(_run_name)]
 
 FREE = frozenset(
     {
-        "corpus", "runs", "resume", "trainer", "log_every", "save_every", "preview_every",
-        "loggers", "accumulate", "health", "init",
+        "corpus", "runs", "resume", "trainer", "log_every", "save_every", "save_minutes",
+        "preview_every", "loggers", "accumulate", "health", "init",
     }
 )  # fmt: skip
 """What is no part of what a run is: where it runs, how often it logs, where folders lie.
