@@ -23,8 +23,10 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -58,30 +60,54 @@ class Checkpoints:
         return int(paths[-1].stem.removeprefix("step-")) if paths else 0
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a state and deletes the oldest beyond `keep`, in this order."""
+        """Writes a state and deletes the oldest beyond `keep`, in this order.
+
+        What is there of later steps could not be read, or the run would have gone on from there.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         # Straight to the file: a second copy in memory would cost as much as model and optimiser.
         with atomic(path) as file:
             torch.save(state, file)
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
+        paths = self.paths()
+        here = paths.index(path)
+        for other in [*paths[here + 1 :], *paths[: max(0, here + 1 - self.keep)]]:
+            other.unlink()
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, or None if there is none."""
+        """The newest state that can be read, or None if there is none."""
+        found = self.newest()
+        return None if found is None else found[1]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state that can be read, and its file.
+
+        Raises:
+            CorruptionError: there are some, and none can be read.
+        """
         paths = self.paths()
-        return load_checkpoint(paths[-1]) if paths else None
+        for before, path in reversed(list(zip([None, *paths], paths, strict=False))):
+            try:
+                return path, load_checkpoint(path)
+            except CorruptionError as error:
+                if before is None:
+                    raise
+                print(f"warning: {error}; taking {before.name}", file=sys.stderr)
+        return None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A training state; CorruptionError if it cannot be read."""
+    """A training state, every byte of it checked; CorruptionError if it cannot be read."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the sums that it writes
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CorruptionError(
-            f"{path.name} in {path.parent} cannot be read ({type(error).__name__}); "
-            "delete it to go on from the checkpoint before it"
+            f"{path.name} in {path.parent} cannot be read ({type(error).__name__})"
         ) from error
     return dict(state)
 

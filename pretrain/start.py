@@ -126,7 +126,7 @@ def check_same_start(init: Path | None, run: RunFolder) -> None:
         if str(init) == path:
             return
         file = init if init.is_file() else None
-        there = _newest(RunFolder(init)) if is_run(init) else file
+        there = _newest(RunFolder(init))[0] if is_run(init) else file
         found = load_release(init).digest if there is None else file_digest(there)
         if found == origin.digest:
             return
@@ -280,20 +280,18 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").exists() and (path / "config.json").exists()
 
 
-def _newest(run: RunFolder) -> Path:
-    paths = run.checkpoints.paths()
-    if not paths:
+def _newest(run: RunFolder) -> tuple[Path, dict[str, Any]]:
+    found = run.checkpoints.newest()
+    if found is None:
         raise InputError(f"{run.path}: has no checkpoint yet; let it train first")
-    return paths[-1]
+    return found
 
 
 def _of_run(run: RunFolder) -> Start:
-    settings, newest = run.config(), _newest(run)
+    settings, (newest, checkpoint) = run.config(), _newest(run)
     if "objective" not in settings:
         raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
     facts = json.loads((run.path / "run.json").read_text())
-    checkpoint = run.checkpoints.load()
-    assert checkpoint is not None
     index_hash, step = str(checkpoint["schedule"]["index_hash"]), int(checkpoint["step"])
     before = origin_of(run)
     data = {**facts["corpus"], **facts["data"]}

@@ -28,12 +28,31 @@ def test_checkpoints_are_pruned_and_read_back_without_pickle(tmp_path: Path) -> 
     assert not list(checkpoints.folder.glob(".*"))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_of_damaged_checkpoints_the_one_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
     checkpoints = RunFolder(tmp_path).checkpoints
-    path = checkpoints.save(3, {"step": 3})
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(CorruptionError, match=r"step-00000003\.pt .* delete it"):
+    for step in (3, 6):
+        checkpoints.save(step, {"step": step, "weights": torch.arange(1000.0)})
+    first, last = checkpoints.paths()
+    data = bytearray(last.read_bytes())
+    for broken in (bytes(data[:-40]), b"", flipped(data, seed)):
+        last.write_bytes(broken)
+        found = checkpoints.newest()
+        assert found is not None and found[0] == first and found[1]["step"] == 3
+        assert "step-00000006.pt" in capsys.readouterr().err
+    checkpoints.save(4, {"step": 4})  # the run goes on from 3
+    assert [path.name for path in checkpoints.paths()] == ["step-00000003.pt", "step-00000004.pt"]
+    for path in checkpoints.paths():
+        path.write_bytes(b"no")
+    with pytest.raises(CorruptionError, match=r"step-00000003\.pt in .* cannot be read"):
         checkpoints.load()
+
+
+def flipped(data: bytearray, seed: int) -> bytes:
+    """With one bit changed within the weights."""
+    at = data.index(torch.arange(1000.0).numpy().tobytes()) + seed % 4000
+    return bytes(data[:at]) + bytes([data[at] ^ 1]) + bytes(data[at + 1 :])
 
 
 def test_a_write_that_fails_leaves_the_old_state_and_no_rest(tmp_path: Path) -> None:
