@@ -16,6 +16,7 @@ from data_prep.licences import UNSTATED, strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
+from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.objective import Objective
 from pretrain.release import FORMAT, Release, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
@@ -76,6 +77,7 @@ def export(run_path: Path, output: Path) -> Release:
         fingerprints=fingerprints,
         card=_card(config, facts, origin),
         decoder=decoder,
+        plan=adaptation_plan(config),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.errors import InputError, UnreachableError
 from pretrain.download import PassingError
-from pretrain.manifest import DECODER, FILES, read_manifest
+from pretrain.manifest import FILES, OPTIONAL, read_manifest
 from pretrain.references import Reference, parse
 
 
@@ -101,7 +101,7 @@ def push(release: Path, there: Reference) -> str:
             repo_id=there.repo,
             folder_path=release,
             revision=there.revision,
-            allow_patterns=[*FILES, DECODER, "SHA256SUMS"],
+            allow_patterns=[*FILES, *OPTIONAL, "SHA256SUMS"],
             commit_message=f"{told.name}, digest {told.digest[:12]}",
         )
     except Exception as error:

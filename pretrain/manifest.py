@@ -37,6 +37,10 @@ FILES = (
 )
 DECODER = "decoder.safetensors"
 """Beside those where config.json has a `decoder`."""
+PLAN_FILE = "adaptation_plan.json"
+"""The encoder in nnssl's terms, where nnssl has such an architecture (`foreign/nnssl_file.py`)."""
+OPTIONAL = (DECODER, PLAN_FILE)
+"""What a release may have beside FILES."""
 MAX_TEXT = 2**20
 """Bytes of config.json and SHA256SUMS; a larger one is no config."""
 MAX_PRINTS = 2**30
@@ -280,7 +284,7 @@ def listed_files(sums: str, where: str) -> dict[str, str]:
     problems += [
         f"{where}: lists {name!r}, which is no part of a release"
         for name in listed
-        if name not in (*FILES, DECODER)
+        if name not in (*FILES, *OPTIONAL)
     ]
     if problems:
         raise CorruptionError(problems)

@@ -3,6 +3,7 @@
     model.safetensors      weights of the encoder, no pickle
     decoder.safetensors    of the decoder that was trained with it: where it can be finetuned, and
                            always of a segmenter, head and all
+    adaptation_plan.json   architecture and preprocessing as nnssl writes them, if it has such
     config.json            architecture, preprocessing, training, data: data only, nothing to run
     fingerprints.json      hashes of the volumes it was trained on, for the leakage gate
     golden_input.nii.gz    a small scan with odd spacing and orientation ...
@@ -45,6 +46,8 @@ from pretrain.manifest import (
     DECODER,
     FILES,
     FORMAT,
+    OPTIONAL,
+    PLAN_FILE,
     Manifest,
     Shapes,
     file_digest,
@@ -337,6 +340,7 @@ def write_release(
     fingerprints: dict[str, Any],
     card: str,
     decoder: nn.Module | None = None,
+    plan: Mapping[str, Any] | None = None,
     outputs: Callable[[Path], dict[str, torch.Tensor]] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Release:
@@ -349,6 +353,7 @@ def write_release(
         fingerprints: as `Fingerprints` has them.
         card: README.md.
         decoder: with its weights.
+        plan: adaptation_plan.json, where there is one.
         outputs: from the folder so far, what the golden scan gives beside features.
         check: loads the release as its user would and compares; `check_golden` if it is not given.
 
@@ -366,6 +371,8 @@ def write_release(
         if decoder is not None:
             _save_weights(decoder, folder / DECODER, (config["decoder"] or {}).get("blocks"))
         write_json(folder / "config.json", config)
+        if plan is not None:
+            write_json(folder / PLAN_FILE, plan)
         write_json(folder / "fingerprints.json", fingerprints)
         write_text(folder / "README.md", card)
         values, affine = golden_scan()
@@ -376,7 +383,7 @@ def write_release(
         probe = Encoder(encoder.cpu(), preprocess, config)
         golden = golden_features(probe, folder) | (outputs(folder) if outputs else {})
         save_file(golden, folder / "golden_output.safetensors")
-        names = FILES if decoder is None else (*FILES, DECODER)
+        names = [*FILES, *(name for name in OPTIONAL if (folder / name).exists())]
         sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
         write_text(folder / "SHA256SUMS", sums)
         (check or check_golden)(folder)

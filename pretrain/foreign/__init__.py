@@ -78,7 +78,7 @@ def open_foreign(path: Path, told: Mapping[str, Any] | None = None) -> Foreign:
         if untold:
             raise InputError([f"{why}; give {name}=..." for name, why in untold.items()])
         encoder = _without_memory(layout, arguments)
-        state, report = convert(layout, stored.weights, encoder)
+        state, report = convert(layout, stored.weights, encoder, stored.facts)
     except InputError as error:
         raise InputError([f"{path}: {problem}" for problem in error.problems]) from error
     report.skipped |= {
