@@ -135,7 +135,8 @@ def write_nnssl(release: Release, output: Path) -> Path:
         The folder.
 
     Raises:
-        InputError: `output` exists, or the backbone has no form in nnssl.
+        InputError: `output` exists, the backbone has no form in nnssl, or its weights have values
+            that are not finite.
     """
     if output.exists():
         raise InputError(f"{output}: already exists; choose another folder or remove it")
@@ -161,10 +162,7 @@ def write_nnssl(release: Release, output: Path) -> Path:
         torch.save({"network_weights": weights, PLAN: plan}, folder / CHECKPOINT)
         write_json(folder / PLAN_FILE, plan)
         shutil.copyfile(release.path / "config.json", folder / "config.json")
-        read = open_foreign(folder / CHECKPOINT).state
-        wrong = [own for own in state if not torch.equal(state[own], read[own])]
-        if wrong:
-            raise CorruptionError(f"{folder / CHECKPOINT}: {wrong[0]} is not what was written")
+        _check(folder / CHECKPOINT, state, release.path)
         folder.chmod(0o755)
         for file in folder.iterdir():
             file.chmod(0o644)
@@ -175,6 +173,18 @@ def write_nnssl(release: Release, output: Path) -> Path:
     for sentence in differences(release.config):
         print(f"{output}: {sentence}", file=sys.stderr)
     return output
+
+
+def _check(file: Path, state: Mapping[str, Tensor], release: Path) -> None:
+    """Reads the file as anybody would, telling it nothing."""
+    try:
+        read = open_foreign(file).state
+    except InputError as error:
+        told = [problem.replace(str(file), str(release)) for problem in error.problems]
+        raise type(error)(told) from None
+    wrong = [name for name in state if not torch.equal(state[name], read[name])]
+    if wrong:
+        raise CorruptionError(f"{file}: {wrong[0]} is not what was written; write it again")
 
 
 def _form(encoder: Backbone, crop: Sequence[int]) -> _Form:

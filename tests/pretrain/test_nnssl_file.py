@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_foreign import drawn
 from tiny_pairs import preset
 from torch import Tensor, nn
@@ -176,6 +177,14 @@ def features_of(network: nn.Module, features: Callable[[Tensor], Tensor], image:
     return features(image)
 
 
+def test_heads_that_a_published_width_does_not_have_are_told(tmp_path: Path) -> None:
+    case = primus(np.random.default_rng(0))
+    args = case.backbone["args"] | {"embed_dim": 396, "num_heads": 3, "depth": 1}
+    case.encoder, case.backbone = drawn("vit.ViT3D", **args)
+    output = write_nnssl(case.release(tmp_path / "r"), tmp_path / "out")
+    assert open_foreign(output / CHECKPOINT).backbone["args"]["num_heads"] == 3
+
+
 def test_positions_of_another_crop_are_told(seed: int, tmp_path: Path) -> None:
     """nnU-Net interpolates them where the patch that they are stored for is not its own."""
     case = primus(np.random.default_rng(seed))
@@ -229,6 +238,17 @@ def test_what_is_there_is_left_alone(seed: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="out: already exists"):
         write_nnssl(release, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_weights_without_values_are_refused_and_leave_nothing(seed: int, tmp_path: Path) -> None:
+    release = resenc(np.random.default_rng(seed)).release(tmp_path / "r")
+    weights = load_file(release.path / "model.safetensors")
+    weights["stages.1.blocks.0.conv1.conv.weight"][0, 0, 1, 1, 1] = torch.nan
+    save_file(weights, release.path / "model.safetensors")
+    name = r"encoder\.stages\.1\.blocks\.0\.conv1\.conv\.weight"
+    with pytest.raises(InputError, match=rf"{release.path}: {name}: has values that are not fin"):
+        write_nnssl(release, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 @pytest.mark.parametrize("modalities", [["MR"], ["CT"], ["CT", "MR"]])
