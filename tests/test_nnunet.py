@@ -36,8 +36,9 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         bool(MISSING),
-        reason=f"VOXELITH_NNUNET_BIN={BIN} has no {', '.join(MISSING)}: give the bin folder of an "
-        "environment with nnU-Net 2.8.1 or later, from its repository",
+        reason=f"VOXELITH_NNUNET_BIN={os.environ.get('VOXELITH_NNUNET_BIN', '')} has no "
+        f"{', '.join(MISSING)}: give the bin folder of an environment with nnU-Net 2.8.1 or later, "
+        "from its repository",
     ),
 ]
 
