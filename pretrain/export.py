@@ -16,6 +16,7 @@ from data_prep.licences import UNSTATED, strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
+from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.objective import Objective
 from pretrain.optim import named_moments
 from pretrain.release import FORMAT, Release, TrainingState, shapes_of, write_release
@@ -89,6 +90,7 @@ def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
         card=_card(config, facts, origin),
         decoder=decoder,
         training=training,
+        plan=adaptation_plan(config),
     )
 
 

@@ -39,7 +39,9 @@ DECODER = "decoder.safetensors"
 """Beside those where config.json has a `decoder`."""
 TRAINING = "training.safetensors"
 """Beside those of a full release: what its training needs to go on."""
-OPTIONAL = (DECODER, TRAINING)
+PLAN_FILE = "adaptation_plan.json"
+"""The encoder in nnssl's terms, where nnssl has such an architecture (`foreign/nnssl_file.py`)."""
+OPTIONAL = (DECODER, PLAN_FILE, TRAINING)
 """What a release may have beside FILES."""
 MAX_TEXT = 2**20
 """Bytes of config.json and SHA256SUMS; a larger one is no config."""

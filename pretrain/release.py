@@ -5,6 +5,7 @@
                            always of a segmenter, head and all
     training.safetensors   of a full release: the whole objective, heads and teacher included, and
                            its optimiser's moments
+    adaptation_plan.json   architecture and preprocessing as nnssl writes them, if it has such
     config.json            architecture, preprocessing, training, data: data only, nothing to run
     fingerprints.json      hashes of the volumes it was trained on, for the leakage gate
     golden_input.nii.gz    a small scan with odd spacing and orientation ...
@@ -48,6 +49,7 @@ from pretrain.manifest import (
     FILES,
     FORMAT,
     OPTIONAL,
+    PLAN_FILE,
     TRAINING,
     Manifest,
     Shapes,
@@ -388,6 +390,7 @@ def write_release(
     card: str,
     decoder: nn.Module | None = None,
     training: TrainingState | None = None,
+    plan: Mapping[str, Any] | None = None,
     outputs: Callable[[Path], dict[str, torch.Tensor]] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> Release:
@@ -401,6 +404,7 @@ def write_release(
         card: README.md.
         decoder: with its weights.
         training: what a full release has more.
+        plan: adaptation_plan.json, where there is one.
         outputs: from the folder so far, what the golden scan gives beside features.
         check: loads the release as its user would and compares; `check_golden` if it is not given.
 
@@ -420,6 +424,8 @@ def write_release(
         if training is not None:
             training.save(folder / TRAINING)
         write_json(folder / "config.json", config)
+        if plan is not None:
+            write_json(folder / PLAN_FILE, plan)
         write_json(folder / "fingerprints.json", fingerprints)
         write_text(folder / "README.md", card)
         values, affine = golden_scan()

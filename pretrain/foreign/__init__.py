@@ -90,7 +90,7 @@ def open_foreign(
         if axes != OURS and layout.axes == "argument":
             arguments["axes"] = axes
         encoder = _without_memory(layout, arguments)
-        state, report = convert(layout, stored.weights, encoder)
+        state, report = convert(layout, stored.weights, encoder, stored.facts)
         if axes != OURS and layout.axes == "weights":
             arguments, state = turn_vit(arguments, state, report, axes, crop_size)
             _without_memory(layout, arguments)

@@ -145,9 +145,18 @@ def root_of(layout: Layout, weights: Mapping[str, Tensor]) -> tuple[str, dict[st
 
 
 def convert(
-    layout: Layout, weights: Mapping[str, Tensor], encoder: Backbone
+    layout: Layout,
+    weights: Mapping[str, Tensor],
+    encoder: Backbone,
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Gives public weights the names and shapes of an encoder; all of it must come from them.
+
+    Args:
+        layout: of the weights.
+        weights: by their names in the file.
+        encoder: of ours, which may be without memory.
+        facts: what the file says beside them, which the encoder must agree with.
 
     Returns:
         The encoder's tensors in float32 where they are fractions, and what became of each tensor:
@@ -162,7 +171,7 @@ def convert(
     inside = {n: t for n, t in below(weights, root).items() if root + n not in again}
     found: dict[str, Tensor] = {}
     report = LoadReport()
-    problems = _disagreements(layout, weights, root, encoder)
+    problems = _disagreements(layout, found_in(weights, root, facts), encoder)
     for name, tensor in weights.items():
         try:
             if not bool(torch.isfinite(tensor).all()):
@@ -201,10 +210,8 @@ def convert(
     return {n: t.float() if t.is_floating_point() else t for n, t in found.items()}, report
 
 
-def _disagreements(
-    layout: Layout, weights: Mapping[str, Tensor], root: str, encoder: Backbone
-) -> list[str]:
-    told, _ = layout.sizes(found_in(weights, root))
+def _disagreements(layout: Layout, file: Found, encoder: Backbone) -> list[str]:
+    told, _ = layout.sizes(file)
     return [
         f"backbone.{name}={value}: these weights were trained with {told[name]}"
         for name, value in layout.hidden(encoder).items()

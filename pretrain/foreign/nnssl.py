@@ -10,8 +10,9 @@ adapter. Who wants the order of the pretraining gives images with their first tw
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +43,12 @@ def _preprocessing(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _arch_kwargs(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the network that the plan names; empty where there is no plan."""
+    plan = facts.get(PLAN) or {}
+    return plan.get("architecture_plans", {}).get("arch_kwargs") or {}
+
+
 # Residual encoders.
 
 
@@ -55,8 +62,7 @@ def _resenc_arguments(file: Found) -> dict[str, Any]:
     stages = count(shapes, r"stages\.(\d+)\.")
     first = [shapes.get(f"stages.{i}.blocks.0.conv1.conv.weight", (0,))[0] for i in range(stages)]
     blocks = [count(shapes, rf"stages\.{i}\.blocks\.(\d+)\.") for i in range(stages)]
-    plan = (file.facts.get(PLAN) or {}).get("architecture_plans", {}).get("arch_kwargs") or {}
-    steps = plan.get("strides") or _steps_of_decoder(file.others, stages)
+    steps = _arch_kwargs(file.facts).get("strides") or _steps_of_decoder(file.others, stages)
     strides = [list(triple(step)) for step in steps] or Untold(
         "strides: no tensor of the encoder shows them, and the file has neither plan nor decoder"
     )
@@ -125,13 +131,13 @@ def _primus_arguments(file: Found) -> dict[str, Any]:
     block = "eva.blocks.0."
     swiglu = f"{block}mlp.fc1_g.weight" in shapes
     inner = "fc1_g" if swiglu else "fc1"
-    plan = file.facts.get(PLAN) or {}
+    heads = _arch_kwargs(file.facts).get("encoder_eva_numheads")
     made: dict[str, Any] = {
         "in_channels": channels,
         "patch_size": patch,
         "embed_dim": width,
         "depth": count(shapes, r"eva\.blocks\.(\d+)\."),
-        "num_heads": published(_HEADS, width, "num_heads"),
+        "num_heads": heads or published(_HEADS, width, "num_heads"),
         "mlp_ratio": ratio(shapes.get(f"{block}mlp.{inner}.weight", (0,))[0], width),
         "mlp": "swiglu" if swiglu else "gelu",
         "inner_norm": f"{block}attn.norm.weight" in shapes,
@@ -143,13 +149,22 @@ def _primus_arguments(file: Found) -> dict[str, Any]:
     }
     if "eva.pos_embed" not in shapes:
         return made
-    cells, side = shapes["eva.pos_embed"][1], cube(shapes["eva.pos_embed"][1])
-    crop = plan.get("recommended_downstream_patchsize") or ()
-    grid = [n // p for n, p in zip(crop, patch, strict=False)]
-    if len(grid) != 3 or grid[0] * grid[1] * grid[2] != cells:
-        grid = [side] * 3 if side else []
+    cells = shapes["eva.pos_embed"][1]
+    grid = _position_grid(file.facts.get(PLAN) or {}, patch, cells)
     untold = Untold(f"position_grid: {cells} positions are no cube, and the plan has no such grid")
     return made | {"position": "learned", "position_grid": grid or untold}
+
+
+def _position_grid(plan: Mapping[str, Any], patch: Sequence[int], cells: int) -> list[int]:
+    """Patches (d, h, w) that the positions are for: those of a crop in the plan, or of a cube."""
+    configurations = plan.get("pretrain_plan", {}).get("configurations", {})
+    crops = [one.get("patch_size") for one in configurations.values()]
+    for crop in (*crops, plan.get("recommended_downstream_patchsize")):
+        grid = [n // p for n, p in zip(crop or (), patch, strict=False)]
+        if len(grid) == 3 and math.prod(grid) == cells:
+            return grid
+    side = cube(cells)
+    return [side] * 3 if side else []
 
 
 def _place_primus(name: str, weights: Mapping[str, Tensor], encoder: ViT3D) -> Placed:

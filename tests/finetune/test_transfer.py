@@ -21,6 +21,7 @@ from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import ViT3D
 from pretrain.decoders import UNetDecoder
 from pretrain.export import export, transferable_decoder
+from pretrain.manifest import OPTIONAL
 from pretrain.objectives.cnn_mae import CnnMAE
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.volume_fusion import VolumeFusion
@@ -111,7 +112,7 @@ def settings(ckpt: Path, corpus: Path, runs: Path, **changes: Any) -> FinetuneSe
 
 
 def resign(path: Path) -> None:
-    names = [name for name in (*FILES, DECODER) if (path / name).exists()]
+    names = [name for name in (*FILES, *OPTIONAL) if (path / name).exists()]
     lines = [f"{file_digest(path / name)}  {name}\n" for name in names]
     (path / "SHA256SUMS").write_text("".join(lines))
 

@@ -28,6 +28,7 @@ from pretrain import download
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.cache import cached
 from pretrain.fetch import fetch, resolve
+from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.references import parse
 from pretrain.release import write_release
 
@@ -55,7 +56,11 @@ def make_release(output: Path, seed: int) -> Path:
     }
     prints = {"format": 1, "values": []}
     encoder = ResEncUNetEncoder(**ARGS)
-    write_release(output, encoder=encoder, config=config, fingerprints=prints, card="# tiny\n")
+    plan = adaptation_plan(config)
+    assert plan is not None  # so that what is not in every release is among what travels
+    write_release(
+        output, encoder=encoder, config=config, fingerprints=prints, card="# tiny\n", plan=plan
+    )
     return output
 
 

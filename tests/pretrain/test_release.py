@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 import voxelith
 from data_prep.errors import CorruptionError, InputError
 from pretrain.export import export, strictest_first
+from pretrain.foreign.nnssl_file import adaptation_plan
+from pretrain.manifest import OPTIONAL, PLAN_FILE
 from pretrain.release import DECODER, FILES, Release, check_golden, file_digest, load_release
 from pretrain.settings import PretrainSettings
 from pretrain.start import recipe_hash
@@ -83,7 +85,7 @@ def copy(release: Release, tmp_path: Path) -> Path:
 
 def resign(path: Path) -> None:
     """Makes the sums right again: whoever tampers with a config can do that too."""
-    names = [name for name in (*FILES, DECODER) if (path / name).exists()]
+    names = [name for name in (*FILES, *OPTIONAL) if (path / name).exists()]
     lines = [f"{file_digest(path / name)}  {name}\n" for name in names]
     (path / "SHA256SUMS").write_text("".join(lines))
 
@@ -105,9 +107,26 @@ def test_weights_are_those_of_the_last_checkpoint(run: Path, release: Release) -
 
 
 def test_every_file_is_there_and_golden_features_come_back(release: Release) -> None:
-    decoder = {DECODER} if release.has_decoder else set()  # U-Net's is cnn_mae's, a ViT has none
-    assert {path.name for path in release.path.iterdir()} == {*FILES, "SHA256SUMS"} | decoder
+    # U-Net's decoder is cnn_mae's, and nnssl has its architecture; a ViT has none, nor is it there.
+    others = {DECODER, PLAN_FILE} if release.has_decoder else set()
+    assert {path.name for path in release.path.iterdir()} == {*FILES, "SHA256SUMS"} | others
     assert check_golden(release.path) <= 1e-5
+
+
+def test_the_plan_for_nnssl_is_part_of_it(release: Release, copy: Path) -> None:
+    plan, file = adaptation_plan(release.config), copy / PLAN_FILE
+    assert (plan is not None) == file.exists() == ("resenc" in release.config["backbone"]["name"])
+    if plan is None:
+        return
+    assert json.loads(file.read_text()) == plan
+    file.write_text(file.read_text().replace("encoder.stem", "encoder.stages"))
+    with pytest.raises(CorruptionError, match=f"{PLAN_FILE}: its bytes are not those"):
+        voxelith.load_encoder(copy)
+    file.unlink()
+    with pytest.raises(CorruptionError, match=f"{PLAN_FILE}: is missing"):
+        voxelith.load_encoder(copy)
+    resign(copy)  # as releases from before have none
+    assert check_golden(copy) <= 1e-5
 
 
 def test_the_card_tells_how_the_training_ended(run: Path, release: Release) -> None:

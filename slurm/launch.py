@@ -1,0 +1,261 @@
+"""`voxelith launch`: a command as a job of a cluster, which comes back until it is done.
+
+The script is text that an engineer can read, keep and submit by hand; it lies in the run's folder,
+`launch/`, with what SLURM says of each start. The folder is made at submission and stays the same
+over all starts, so a run goes on where it was whatever ended it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.compose import settings_for
+from data_prep.errors import InputError
+from data_prep.files import make_folder, read_note, write_json, write_text
+from pretrain.preemption import REQUEUE_CODE
+from slurm.settings import ClusterSettings, cluster_of
+
+LAUNCHED = ("pretrain", "finetune")
+"""Commands that are launched: those with a run that goes on where it was."""
+
+NOTE = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job before it is submitted.
+
+    Attributes:
+        run: folder of the run.
+        words: of the command.
+        script: text of the batch script; empty without a scheduler.
+    """
+
+    run: Path
+    words: tuple[str, ...]
+    script: str
+
+    @property
+    def folder(self) -> Path:
+        """Where script and logs lie."""
+        return self.run / "launch"
+
+
+def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, Any]:
+    """What would be submitted; settings of command and cluster are checked as they would be there.
+
+    Raises:
+        InputError: something is wrong with the words, all of it.
+    """
+    if command not in LAUNCHED:
+        raise InputError(f"launch {command}: launches {' or '.join(LAUNCHED)}")
+    problems: list[str] = []
+    try:
+        cluster, rest = cluster_of(words)
+    except InputError as error:
+        problems += error.problems
+        cluster, rest = None, [w for w in words if not w.startswith(("cluster=", "cluster."))]
+    typed = {word.partition("=")[0] for word in rest}
+    machine = []
+    if cluster is not None and cluster.kind == "slurm":
+        taken = {"trainer.devices", "trainer.nodes"} & typed
+        problems += [
+            f"{key}: follows from cluster.nodes and cluster.gpus_per_node" for key in taken
+        ]
+        machine = [f"trainer.devices={cluster.tasks}", f"trainer.nodes={cluster.nodes}"]
+        if "trainer.accelerator" not in typed and cluster.gpus_per_node == 0:
+            machine.append("trainer.accelerator=cpu")
+        if "trainer.workers" not in typed:
+            machine.append(f"trainer.workers={cluster.cpus_per_task - 1}")
+    try:
+        settings = settings_for(command, [*rest, *([] if problems else machine)])
+    except InputError as error:
+        raise InputError([*problems, *error.problems]) from error
+    if problems or cluster is None:
+        raise InputError(problems)
+    run = (settings.runs / str(settings.run)).resolve()
+    said = (command, *rest, *machine)
+    script = render(run, said, cluster) if cluster.kind == "slurm" else ""
+    return Job(run, said, script), cluster, settings
+
+
+def render(run: Path, words: Sequence[str], cluster: ClusterSettings) -> str:
+    """The batch script of a run."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    program = str(Path(sys.argv[0]).resolve()) if sys.argv[0].endswith("voxelith") else "voxelith"
+    environment = Environment(
+        loader=PackageLoader("slurm", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    quoted = [shlex.quote(word) for word in words]
+    return environment.get_template("job.sbatch.j2").render(
+        name=f"voxelith-{run.name}",
+        cluster=cluster,
+        folder=shlex.quote(str(run / "launch")),
+        run=shlex.quote(str(run)),
+        directory=shlex.quote(str(Path.cwd())),
+        container=_container(cluster),
+        command=" \\\n    ".join([f"{shlex.quote(program)} {quoted[0]}", *quoted[1:]]),
+        requeue_code=REQUEUE_CODE,
+    )
+
+
+def _container(cluster: ClusterSettings) -> str:
+    if cluster.container == "none":
+        return ""
+    assert cluster.image is not None
+    image = shlex.quote(cluster.image)
+    mounts = shlex.quote(cluster.mounts) if cluster.mounts else ""
+    if cluster.container == "pyxis":
+        more = f" --container-mounts={mounts}" if mounts else ""
+        return f" \\\n    --container-image={image}{more}"
+    more = f" --bind {mounts}" if mounts else ""
+    nvidia = " --nv" if cluster.gpus_per_node else ""
+    return f" \\\n    apptainer exec{nvidia}{more} {image}"
+
+
+def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
+    """Submits a job; of `cluster=local` runs it here.
+
+    Raises:
+        InputError: wrong words, no SLURM, or a job of this run is under way.
+        RuntimeError: SLURM refuses it.
+    """
+    job, cluster, settings = plan_job(command, words)
+    print(summary(job, cluster, settings))
+    if dry_run:
+        print(job.script, end="")
+        return {"run": str(job.run), "script": job.script, "job": None}
+    if cluster.kind == "local":
+        return _here(job)
+    if shutil.which("sbatch") is None:
+        raise InputError("launch: sbatch is not here; start it where jobs are submitted")
+    before = read_note(job.folder / NOTE).get("job")
+    if before and (state := _state(str(before))) in ACTIVE:
+        raise InputError(
+            f"{job.run}: its job {before} is {state}; `voxelith launch cancel {job.run}` ends it"
+        )
+    make_folder(job.folder, "runs")
+    for old in ("crashes", "crashed-after"):
+        (job.folder / old).unlink(missing_ok=True)
+    script = job.folder / "job.sbatch"
+    write_text(script, job.script)
+    done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
+    number = done.stdout.strip().partition(";")[0]
+    write_json(job.folder / NOTE, {"job": number, "words": list(job.words)})
+    print(f"job {number}; voxelith launch status {job.run}")
+    return {"run": str(job.run), "script": str(script), "job": number}
+
+
+def _here(job: Job) -> dict[str, Any]:
+    from voxelith import main
+
+    code = main(list(job.words))
+    if code:
+        raise SystemExit(code)
+    return {"run": str(job.run), "script": None, "job": None}
+
+
+def summary(job: Job, cluster: ClusterSettings, settings: Any) -> str:
+    """What is going to happen, in lines."""
+    ranks = cluster.tasks * cluster.nodes
+    lines = [f"{job.words[0]}: {job.run}"]
+    if cluster.kind == "slurm":
+        devices = f"{cluster.nodes} nodes of {cluster.tasks} tasks"
+        kind = "GPUs" if cluster.gpus_per_node else "CPU tasks"
+        lines.append(
+            f"  {devices}, {ranks} {kind}; {cluster.time} a start, at most "
+            f"{ranks * cluster.hours:,.0f} {'GPU' if cluster.gpus_per_node else 'task'}-hours each"
+        )
+    micro = settings.batch_size // (ranks * settings.accumulate)
+    lines.append(
+        f"  {settings.steps:,} steps of {settings.batch_size} samples: {micro} for each task, "
+        f"{settings.accumulate} times a step; saved every {settings.save_every} steps, "
+        f"{settings.save_minutes:g} minutes at most"
+    )
+    return "\n".join(lines)
+
+
+# What became of it.
+
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+def status(run: Path) -> dict[str, Any]:
+    """The job of a run: SLURM's state of it, starts, and how far the run has come."""
+    note = _note(run)
+    facts = _facts(str(note["job"]))
+    steps = sorted((run / "checkpoints").glob("step-*.pt"))
+    config = read_note(run / "config.json")
+    return {
+        "run": str(run),
+        "job": str(note["job"]),
+        "state": facts.get("JobState", "unknown: SLURM does not know it any more"),
+        "reason": facts.get("Reason", ""),
+        "restarts": int(facts.get("Restarts", 0)),
+        "saved_step": int(steps[-1].stem.removeprefix("step-")) if steps else 0,
+        "steps": config.get("steps"),
+        "crashes": int((run / "launch" / "crashes").read_text())
+        if (run / "launch" / "crashes").exists()
+        else 0,
+        "log": str(_log(run, str(note["job"]))),
+    }
+
+
+def logs(run: Path, lines: int = 40) -> str:
+    """The end of what the job has said."""
+    file = _log(run, str(_note(run)["job"]))
+    if not file.exists():
+        raise InputError(f"{file}: is not there yet; the job has not started")
+    return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
+
+
+def cancel(run: Path) -> str:
+    """Ends a run's job for good; its state is saved first, where SLURM leaves time for it."""
+    number = str(_note(run)["job"])
+    done = subprocess.run(["scancel", number], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"scancel {number}: {done.stderr.strip()}")
+    return number
+
+
+def _note(run: Path) -> dict[str, Any]:
+    note = read_note(run / "launch" / NOTE)
+    if "job" not in note:
+        raise InputError(f"{run}: no job of it was launched; `voxelith launch` does that")
+    return note
+
+
+def _log(run: Path, job: str) -> Path:
+    return run / "launch" / f"job-{job}.log"
+
+
+def _state(job: str) -> str:
+    return _facts(job).get("JobState", "")
+
+
+def _facts(job: str) -> dict[str, str]:
+    if shutil.which("scontrol") is None:
+        raise InputError("launch: scontrol is not here; ask where jobs are submitted")
+    done = subprocess.run(
+        ["scontrol", "-o", "show", "job", job],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done.returncode == 0 else {}

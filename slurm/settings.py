@@ -1,0 +1,132 @@
+"""What a cluster gives a job; files of conf/cluster. No torch in here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from conf.compose import HERE, take_option
+from data_prep.errors import InputError, near, plain_message
+
+PREFIX = "cluster."
+
+
+def _word(value: str) -> str:
+    if not re.fullmatch(r"[\w.,:@=+/&|()*\[\]-]+", value):
+        raise ValueError("has letters that no option of sbatch has")
+    return value
+
+
+def _time(value: str) -> str:
+    if not re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+", value):
+        raise ValueError("expected HH:MM:SS, DAYS-HH:MM:SS or minutes")
+    return value
+
+
+Word = Annotated[str, AfterValidator(_word)]
+Count = Annotated[int, Field(ge=1, le=4096)]
+
+
+class ClusterSettings(BaseModel):
+    """The keys of a file of conf/cluster."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["local", "slurm"]
+    nodes: Count = 1
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 0
+    tasks_per_node: Count | None = None
+    cpus_per_task: Count = 2
+    time: Annotated[str, AfterValidator(_time)] = "24:00:00"
+    memory: Word | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    gres: Word | None = None
+    signal: Annotated[str, Field(pattern=r"^(USR1|USR2)@\d+$")] = "USR2@180"
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 20
+    container: Literal["none", "apptainer", "pyxis"] = "none"
+    image: str | None = None
+    mounts: str | None = None
+    environment: list[str] = []
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _yaml_reads_a_time_as_seconds(cls, value: Any) -> Any:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        hours, rest = divmod(value, 3600)
+        # YAML 1.1 takes 24:00:00 for a number to the base of sixty.
+        return f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}" if value >= 3600 else str(value)
+
+    @model_validator(mode="after")
+    def _container_has_an_image(self) -> Self:
+        if (self.container == "none") != (self.image is None):
+            raise ValueError(
+                f"container={self.container} with image={self.image}: give both, or neither"
+            )
+        return self
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of a node: one for each GPU."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def hours(self) -> float:
+        """The time limit of one start."""
+        days, _, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if len(parts) == 1:
+            return parts[0] / 60
+        return 24 * int(days or 0) + parts[0] + parts[1] / 60 + parts[2] / 3600
+
+
+def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
+    """Reads `cluster=NAME` and `cluster.KEY=VALUE` among words; returns the other words too.
+
+    Raises:
+        InputError: there is no such cluster, or a key is wrong; all of them.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    rest = [word for word in words if not word.startswith(("cluster=", PREFIX))]
+    given = dict(word.split("=", 1) for word in words if word.startswith(("cluster=", PREFIX)))
+    name = given.pop("cluster", "slurm")
+    own = [Path(folder) / "cluster" for folder in take_option(words, "--config-dir")[1]]
+    files = {file.stem: file for root in (HERE / "cluster", *own) for file in root.glob("*.yaml")}
+    if name not in files:
+        raise InputError(f"cluster={name}: no such cluster; {near(name, files)}")
+    stored = yaml.safe_load(files[name].read_text()) or {}
+    typed = {key.removeprefix(PREFIX): yaml.safe_load(value) for key, value in given.items()}
+    return _checked({**stored, **typed}, files[name], typed), rest
+
+
+def _checked(values: Mapping[str, Any], file: Path, typed: Mapping[str, Any]) -> ClusterSettings:
+    try:
+        return ClusterSettings.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False):
+            key = str(item["loc"][0]) if item["loc"] else ""
+            where = "" if key in typed or not key else f" (set in {file})"
+            if item["type"] == "extra_forbidden":
+                hint = near(key, ClusterSettings.model_fields)
+                problems.append(f"{PREFIX}{key}: no such key{where}; {hint}")
+            else:
+                said = plain_message([item], len(item["loc"]))
+                problems.append(f"{PREFIX}{key or '*'}{where}: {said}")
+        raise InputError(problems) from error
