@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all recipes estimates gpu setup lint types fmt check wheel clean
+.PHONY: demo test test-all slurm recipes estimates gpu setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
 
 test: setup
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not slurm"
 
 test-all: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not slurm"
+
+# Jobs of a real SLURM on this machine: apt-get install slurm-wlm munge; seven minutes.
+slurm: setup
+	VOXELITH_NEEDS_SLURM=1 $(BIN)/pytest -p no:xdist -m slurm tests/slurm
 
 # The small recipes on the sample scans, their logs and pictures: about half an hour.
 recipes: setup

@@ -251,6 +251,31 @@ def _sweep(words: list[str]) -> Any:
     return found
 
 
+def _launch(words: list[str]) -> Any:
+    from data_prep.errors import InputError
+    from slurm import launch as launcher
+
+    if words[:1] and words[0] in ("status", "logs", "cancel"):
+        asked = words[0]
+        run = Path(_positional(f"launch {asked}", words[1:], ["RUN"])[0])
+        if asked == "status":
+            from finetune.describe import as_text
+
+            facts = launcher.status(run)
+            _show(as_text(facts))
+            return facts
+        if asked == "logs":
+            text = launcher.logs(run)
+            _show(text)
+            return {"run": str(run), "log": text}
+        print(f"job {launcher.cancel(run)} is cancelled")
+        return {"run": str(run)}
+    if not words:
+        raise InputError(f"launch: says nothing; usage: voxelith {COMMANDS['launch'].usage}")
+    rest = [word for word in words[1:] if word != "--dry-run"]
+    return launcher.launch(words[0], rest, dry_run="--dry-run" in words)
+
+
 def _evaluate(words: list[str]) -> Any:
     settings = _configured("evaluate", words)
     from finetune.evaluate import evaluate
@@ -390,6 +415,21 @@ makes a run NAME.STAGE of each, from the weights of the one before; what is type
 stages.STAGE.key=value for one.
 
 example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small""",
+    ),
+    "launch": Command(
+        "a run as a job of a cluster, which comes back until it is done",
+        "launch pretrain|finetune [key=value ...] [cluster=slurm] [cluster.nodes=2] "
+        "[cluster.KEY=VALUE ...] [--dry-run]\n"
+        "voxelith launch status|logs|cancel RUN",
+        _launch,
+        """
+The words of the command with those of the cluster: of conf/cluster, or of DIR/cluster/NAME.yaml
+with --config-dir DIR. A batch script is written, in RUN/launch beside what the job says; --dry-run
+prints it. Near its time limit or preempted the job saves what it has and goes on from there later;
+crashed, it starts again from its newest checkpoint; cancelled, it does not come back. cluster=local
+runs the command here.
+
+example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
     ),
     "bench": Command(
         "what a step costs: measured, or estimated for a GPU that is not there",

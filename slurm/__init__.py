@@ -1,1 +1,1 @@
-"""Batch scripts for SLURM clusters, shipped as package data."""
+"""From a command to a job: templates of batch scripts, and the launcher that renders them."""

@@ -68,9 +68,7 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
     machine = []
     if cluster is not None and cluster.kind == "slurm":
         taken = {"trainer.devices", "trainer.nodes"} & typed
-        problems += [
-            f"{key}: follows from cluster.nodes and cluster.gpus_per_node" for key in taken
-        ]
+        problems += [f"{key}: follows from cluster.nodes and gpus_per_node" for key in taken]
         machine = [f"trainer.devices={cluster.tasks}", f"trainer.nodes={cluster.nodes}"]
         if "trainer.accelerator" not in typed and cluster.gpus_per_node == 0:
             machine.append("trainer.accelerator=cpu")
@@ -82,17 +80,30 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
         raise InputError([*problems, *error.problems]) from error
     if problems or cluster is None:
         raise InputError(problems)
+    if command == "pretrain":
+        _check_fit(settings)
     run = (settings.runs / str(settings.run)).resolve()
     said = (command, *rest, *machine)
     script = render(run, said, cluster) if cluster.kind == "slurm" else ""
     return Job(run, said, script), cluster, settings
 
 
+def _check_fit(settings: Any) -> None:
+    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later."""
+    from data_prep.corpus import open_corpus
+    from pretrain.train import corpus_channels, plan_objective
+
+    corpus = open_corpus(settings.corpus, "corpus")
+    plan_objective(settings, corpus_channels(corpus))
+
+
 def render(run: Path, words: Sequence[str], cluster: ClusterSettings) -> str:
     """The batch script of a run."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    program = str(Path(sys.argv[0]).resolve()) if sys.argv[0].endswith("voxelith") else "voxelith"
+    # In a container it is the image's own.
+    ours = cluster.container == "none" and Path(sys.argv[0]).name == "voxelith"
+    program = str(Path(sys.argv[0]).resolve()) if ours else "voxelith"
     environment = Environment(
         loader=PackageLoader("slurm", "."),
         trim_blocks=True,
@@ -180,7 +191,7 @@ def summary(job: Job, cluster: ClusterSettings, settings: Any) -> str:
         kind = "GPUs" if cluster.gpus_per_node else "CPU tasks"
         lines.append(
             f"  {devices}, {ranks} {kind}; {cluster.time} a start, at most "
-            f"{ranks * cluster.hours:,.0f} {'GPU' if cluster.gpus_per_node else 'task'}-hours each"
+            f"{ranks * cluster.hours:.3g} {'GPU' if cluster.gpus_per_node else 'task'}-hours each"
         )
     micro = settings.batch_size // (ranks * settings.accumulate)
     lines.append(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -35,7 +36,12 @@ def _time(value: str) -> str:
     return value
 
 
-Word = Annotated[str, AfterValidator(_word)]
+def _number(value: Any) -> Any:
+    """YAML reads 480000 as a number, and it is a word of sbatch's."""
+    return str(value) if type(value) is int else value
+
+
+Word = Annotated[str, BeforeValidator(_number), AfterValidator(_word)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 

@@ -1,0 +1,178 @@
+"""Jobs of a real SLURM: whatever ends a start, the run comes back and ends as if nothing had been.
+
+Two tasks train together by DDP on a CPU; weights are compared to the last bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lab import Lab, call, missing
+
+from slurm.launch import cancel, launch, logs, status
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+STEPS = 200
+TINY = {
+    "backbone.features": "[4,6]", "backbone.strides": "[1,2]", "backbone.blocks": "[1,1]",
+    "objective.block": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if absent := missing():
+        reason = f"no SLURM: {', '.join(absent)} missing (apt-get install slurm-wlm munge)"
+        if os.environ.get("VOXELITH_NEEDS_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    import tempfile
+
+    # A socket's path must be short.
+    with tempfile.TemporaryDirectory(prefix="lab", ignore_cleanup_errors=True) as folder:
+        made = Lab(Path(folder) / "l")
+        # Jobs run the command of this environment, whether or not it is activated.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        try:
+            yield made.start()
+        finally:
+            made.stop()
+
+
+class Run:
+    """A launched pretraining of two tasks."""
+
+    def __init__(self, lab: Lab, corpus: Path, runs: Path, name: str, **changes: object) -> None:
+        self.lab, self.path = lab, runs / name
+        settings = {
+            "corpus": corpus, "run": name, "runs": runs, "backbone": "resenc_small",
+            "objective": "cnn_mae", "crop_size": "[8,12,8]", **TINY, "steps": STEPS,
+            "batch_size": 4,
+            "warmup": 5, "log_every": 1, "save_every": 100000, "cluster.gpus_per_node": 0,
+            "cluster.tasks_per_node": 2, "cluster.cpus_per_task": 1, "cluster.memory": 3000,
+            "cluster.partition": "main", "cluster.time": "00:10:00", "health.every": 0,
+            "trainer.threads": 1,
+        } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
+        found = launch("pretrain", [f"{key}={value}" for key, value in settings.items()])
+        self.job = str(found["job"])
+
+    @property
+    def rows(self) -> list[int]:
+        file = self.path / "metrics.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="") as opened:
+            return [int(row["step"]) for row in csv.DictReader(opened) if row.get("step")]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.lab.job(self.job)["Restarts"])
+
+    def until_step(self, step: int) -> None:
+        self.lab.until(lambda: self.rows[-1:] >= [step], 120, f"step {step} of {self.path.name}")
+
+    def until_state(self, state: str, seconds: float = 200) -> None:
+        try:
+            ends = {state, "FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"}
+            self.lab.until(lambda: self.lab.state(self.job) in ends, seconds, state)
+            assert self.lab.state(self.job) == state
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{logs(self.path)}\n{status(self.path)}") from None
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        (path,) = sorted((self.path / "checkpoints").glob(f"step-{STEPS:08d}.pt"))
+        return dict(torch.load(path, weights_only=True)["objective"])
+
+
+@pytest.fixture(scope="session")
+def whole(lab: Lab, pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing ends before its time."""
+    run = Run(lab, pretrain_corpus, tmp_path_factory.mktemp("whole"), "whole")
+    run.until_state("COMPLETED")
+    assert run.restarts == 0 and run.rows == list(range(1, STEPS + 1))
+    return run
+
+
+def same(run: Run, whole: Run, restarts: int = 1) -> None:
+    run.until_state("COMPLETED")
+    assert run.restarts == restarts
+    assert run.rows == list(range(1, STEPS + 1))  # none twice, none missing
+    one, other = whole.weights(), run.weights()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["USR2", "USR1"])
+def test_near_its_time_limit_a_job_saves_and_comes_back(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path, name: str
+) -> None:
+    run = Run(lab, pretrain_corpus, tmp_path, "limit")
+    run.until_step(20)
+    call("scancel", f"--signal={name}", run.job)
+    lab.until(lambda: run.restarts == 1, 60, "requeued")
+    assert len(list((run.path / "checkpoints").glob("step-*.pt"))) == 1
+    same(run, whole)
+    assert "waiting for the end of the job" in logs(run.path, 1000)
+
+
+def test_a_preempted_job_comes_back(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(lab, pretrain_corpus, tmp_path, "preempted")
+    run.until_step(20)
+    words = ("-p", "urgent", "-n2", "--mem=3500", "--time=1", "-o", "/dev/null")
+    urgent = call("sbatch", "--parsable", *words, "--wrap=sleep 1").strip()
+    lab.until(lambda: lab.state(urgent) == "COMPLETED", 90, "the urgent job")
+    assert 20 <= status(run.path)["saved_step"] < STEPS
+    same(run, whole)
+
+
+def test_a_task_that_is_killed_is_a_crash_and_comes_back(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(lab, pretrain_corpus, tmp_path, "killed", save_every=10)
+    run.until_step(25)
+    found = call("pgrep", "-f", f"voxelith pretrain .*run=killed .*runs={tmp_path}").split()
+    tasks = [pid for pid in found if b"SLURM_PROCID=1" in environment(pid)]
+    call("kill", "-9", tasks[0])
+    same(run, whole)
+    assert status(run.path)["crashes"] == 1
+
+
+def environment(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_a_cancelled_job_does_not_come_back(
+    lab: Lab, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(lab, pretrain_corpus, tmp_path, "cancelled")
+    run.until_step(10)
+    cancel(run.path)
+    lab.until(lambda: lab.state(run.job) == "CANCELLED", 60, "cancelled")
+    with pytest.raises(AssertionError):
+        lab.until(lambda: lab.state(run.job) != "CANCELLED", 15)
+    assert run.restarts == 0
+    assert status(run.path)["saved_step"] >= 10  # what it had is not lost
+
+
+def test_what_no_restart_mends_is_not_started_again(
+    lab: Lab, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "corpus"
+    subprocess.run(["cp", "-r", pretrain_corpus, broken], check=True)
+    run = Run(lab, broken, tmp_path / "runs", "wrong", cluster__environment=f"[rm -r {broken}]")
+    run.until_state("FAILED", 90)
+    assert run.restarts == 0 and "error: corpus=" in logs(run.path)
+    crash = "[voxelith() { exit 9; }, export -f voxelith, srun() { return 9; }]"
+    run = Run(lab, pretrain_corpus, tmp_path / "runs", "crash", cluster__environment=crash)
+    run.until_state("FAILED", 120)
+    assert run.restarts == 1
+    assert "the second time after no checkpoint: not started again" in logs(run.path)
