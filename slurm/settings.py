@@ -117,7 +117,15 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     if name not in files:
         raise InputError(f"cluster={name}: no such cluster; {near(name, files)}")
     stored = yaml.safe_load(files[name].read_text()) or {}
-    typed = {key.removeprefix(PREFIX): yaml.safe_load(value) for key, value in given.items()}
+    typed = {}
+    for key, value in given.items():
+        try:
+            typed[key.removeprefix(PREFIX)] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"{key}={value}: cannot be read; texts with brackets or colons are quoted, as in "
+                f"{key}='[\"module load x\"]'"
+            ) from error
     return _checked({**stored, **typed}, files[name], typed), rest
 
 

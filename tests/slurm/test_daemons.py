@@ -171,7 +171,7 @@ def test_what_no_restart_mends_is_not_started_again(
     run = Run(lab, broken, tmp_path / "runs", "wrong", cluster__environment=f"[rm -r {broken}]")
     run.until_state("FAILED", 90)
     assert run.restarts == 0 and "error: corpus=" in logs(run.path)
-    crash = "[voxelith() { exit 9; }, export -f voxelith, srun() { return 9; }]"
+    crash = '["srun() { return 9; }"]'
     run = Run(lab, pretrain_corpus, tmp_path / "runs", "crash", cluster__environment=crash)
     run.until_state("FAILED", 120)
     assert run.restarts == 1

@@ -1,0 +1,177 @@
+"""What is submitted is readable, right in bash, and checked before it waits in a queue."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import voxelith
+from data_prep.errors import InputError
+from slurm.launch import cancel, logs, plan_job, render, status
+from slurm.settings import ClusterSettings, cluster_of
+
+
+def words(corpus: Path, tmp_path: Path, *more: str) -> list[str]:
+    return [
+        f"corpus={corpus}", "run=first", f"runs={tmp_path / 'my runs'}", "objective=cnn_mae",
+        "backbone=resenc_small", "crop_size=[32,32,32]", "steps=10", "batch_size=32", "warmup=1",
+        *more,
+    ]  # fmt: skip
+
+
+def options(script: str) -> dict[str, str]:
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH --")]
+    pairs = [line.removeprefix("#SBATCH --").partition("=") for line in lines]
+    assert len({key for key, _, _ in pairs}) == len(pairs)
+    return {key: value for key, _, value in pairs}
+
+
+CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
+    "gpus": (
+        ["cluster.nodes=2", "cluster.gpus_per_node=4"],
+        {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "12",
+         "signal": "USR2@180", "requeue": "", "open-mode": "append", "time": "24:00:00"},
+        ["trainer.devices=4", "trainer.nodes=2", "trainer.workers=11", "--kill-on-bad-exit=1"],
+    ),
+    "gres": (
+        ["cluster.gres=gpu:a100:8", "cluster.account=lab", "cluster.qos=long", "cluster.memory=1",
+         "cluster.constraint=a100&nvlink", "cluster.partition=gpu", "cluster.time=2-00:00:00"],
+        {"gres": "gpu:a100:8", "account": "lab", "qos": "long", "mem": "1", "partition": "gpu",
+         "constraint": "a100&nvlink", "time": "2-00:00:00"},
+        ["trainer.devices=8"],
+    ),
+    "cpus": (
+        ["cluster.gpus_per_node=0", "cluster.tasks_per_node=2", "cluster.cpus_per_task=1",
+         'cluster.environment=["module load x", "export A=\'b c\'"]'],
+        {"ntasks-per-node": "2", "cpus-per-task": "1"},
+        ["trainer.accelerator=cpu", "trainer.workers=0", "module load x", "export A='b c'"],
+    ),
+    "apptainer": (
+        ["cluster.container=apptainer", "cluster.image=/i m.sif", "cluster.mounts=/data:/data"],
+        {},
+        ["apptainer exec --nv --bind /data:/data '/i m.sif'", "voxelith pretrain"],
+    ),
+    "pyxis": (
+        ["cluster.container=pyxis", "cluster.image=org/image:1", "cluster.mounts=/data:/data"],
+        {},
+        ["--container-image=org/image:1 --container-mounts=/data:/data"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_script_says_what_the_cluster_gives(
+    case: str, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    more, wanted, said = CASES[case]
+    job, cluster, settings = plan_job("pretrain", words(pretrain_corpus, tmp_path, *more))
+    found = options(job.script)
+    assert {key: found.get(key) for key in wanted} == wanted
+    assert ("gpus-per-node" in found) == (case in ("gpus", "apptainer", "pyxis"))
+    assert all(text in job.script for text in said), job.script
+    assert settings.trainer.devices == cluster.tasks
+    script = tmp_path / "job.sh"
+    script.write_text(job.script)
+    subprocess.run(["bash", "-n", script], check=True)
+    # What bash makes of the command is what was typed.
+    shown = job.script.replace("srun --cpus", "printf '%s\\n' --cpus")
+    lines = subprocess.run(
+        ["bash", "-c", f"scontrol() {{ :; }}; cd() {{ :; }}; module() {{ :; }}; {shown}"],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "3"},
+    ).stdout.splitlines()  # fmt: skip
+    assert f"runs={tmp_path / 'my runs'}" in lines and "--cpus-per-task=3" in lines
+    assert lines[lines.index("pretrain") :][: len(job.words)] == list(job.words)
+
+
+def test_mistakes_are_told_before_anything_waits_in_a_queue(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    wrong = words(
+        pretrain_corpus, tmp_path, "cluster.nods=2", "cluster.time=soon", "cluster.signal=HUP@3",
+        "trainer.devices=2", "lr=fast",
+    )  # fmt: skip
+    with pytest.raises(InputError) as found:
+        plan_job("pretrain", wrong)
+    said = "\n".join(found.value.problems)
+    for part in (
+        "cluster.nods: no such key; did you mean nodes?",
+        "cluster.time: expected HH:MM:SS",
+        "cluster.signal",
+        "lr=fast",
+    ):
+        assert part in said, said
+    with pytest.raises(InputError, match=r"trainer.devices: follows from cluster.nodes"):
+        plan_job("pretrain", words(pretrain_corpus, tmp_path, "trainer.devices=2"))
+    with pytest.raises(InputError, match="multiple of devices x nodes x accumulate = 64"):
+        plan_job("pretrain", words(pretrain_corpus, tmp_path, "cluster.nodes=8"))
+    with pytest.raises(InputError, match="do not fit together"):
+        plan_job("pretrain", words(pretrain_corpus, tmp_path, "objective.block=32"))
+    with pytest.raises(InputError, match="cluster=slrm: no such cluster; did you mean slurm"):
+        plan_job("pretrain", words(pretrain_corpus, tmp_path, "cluster=slrm"))
+    with pytest.raises(InputError, match=r"cluster\.environment=.*cannot be read"):
+        cluster_of(["cluster.environment=[a() { b; }]"])
+    with pytest.raises(InputError, match="launches pretrain or finetune"):
+        plan_job("predict", [])
+
+
+def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text(
+        "kind: slurm\ngpus_per_node: 4\ntime: 36:00:00\npartition: 7\n"
+    )
+    found, rest = cluster_of(["cluster=mine", f"--config-dir={tmp_path}", "steps=1"])
+    assert (found.tasks, found.time, found.partition, found.hours) == (4, "36:00:00", "7", 36.0)
+    assert rest == [f"--config-dir={tmp_path}", "steps=1"]
+
+
+@pytest.mark.parametrize(
+    ("time", "hours"), [("90", 1.5), ("01:30:00", 1.5), ("2-12:00:00", 60.0), (5400, 1.5)]
+)
+def test_times_are_read_as_slurm_reads_them(time: Any, hours: float) -> None:
+    assert ClusterSettings(kind="slurm", time=time).hours == hours
+
+
+@pytest.mark.parametrize("value", ["a b", "x\n#SBATCH --uid=0", "$(id)", "`id`", "a;b", "'"])
+def test_no_option_brings_a_line_of_its_own(value: str) -> None:
+    for key in ("partition", "account", "qos", "constraint", "gres", "memory"):
+        with pytest.raises(ValueError, match="letters that no option of sbatch has"):
+            ClusterSettings.model_validate({"kind": "slurm", key: value})
+
+
+def test_a_dry_run_starts_nothing(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(pretrain_corpus, tmp_path, "cluster.nodes=1")
+    assert voxelith.main(["launch", "pretrain", *given, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --nodes=1" in said and "192 GPU-hours" in said
+    assert not (tmp_path / "my runs").exists()
+
+
+def test_what_was_not_launched_is_said(tmp_path: Path) -> None:
+    for asked in (status, logs, cancel):
+        with pytest.raises(InputError, match="no job of it was launched"):
+            asked(tmp_path)
+
+
+def test_without_a_scheduler_the_command_runs_here(pretrain_corpus: Path, tmp_path: Path) -> None:
+    given = words(
+        pretrain_corpus, tmp_path, "cluster=local", "trainer=cpu", "trainer.workers=0", "steps=2",
+        "batch_size=2",
+    )[:-1]  # fmt: skip
+    given = [w for w in given if w not in ("steps=10", "batch_size=32")] + ["batch_size=2"]
+    assert voxelith.main(["launch", "pretrain", *given]) == 0
+    assert (tmp_path / "my runs" / "first" / "checkpoints" / "step-00000002.pt").exists()
+
+
+def test_rendering_quotes_what_a_shell_would_read(tmp_path: Path) -> None:
+    cluster = ClusterSettings(kind="slurm", gpus_per_node=1)
+    script = render(tmp_path / "it's a run", ("pretrain", "run=$(touch x)", "a=`b`"), cluster)
+    file = tmp_path / "job.sh"
+    file.write_text(script)
+    subprocess.run(["bash", "-n", file], check=True)
+    assert "'run=$(touch x)'" in script and "'a=`b`'" in script
