@@ -196,7 +196,7 @@ class Release(Manifest):
         weights = self.path / "model.safetensors"
         if self.stored_channels is None:
             return load_strictly(encoder, weights)
-        state, how = adapted_state(_read(weights, stored_shapes(weights)), encoder.state_dict())
+        state, how = adapted_state(read_tensors(weights), encoder.state_dict())
         return _load(encoder, state, weights, how)
 
     def load_decoder(self, decoder: nn.Module) -> LoadReport:
@@ -220,12 +220,13 @@ class Release(Manifest):
         blocks, state = self.decoder_blocks, decoder.state_dict()
         wanted = shapes_of(told)
         _check_fit(found, wanted if blocks is None else first_blocks(wanted, blocks), weights)
-        body = _read(weights, first_blocks(found, blocks))
+        body = read_tensors(weights, first_blocks(found, blocks))
         how: dict[str, str] = {}
         if self.stored_channels is not None:  # UNETR's decoder reads the image too
             body, how = adapted_state(body, state)
         fits = {name: tuple(tensor.shape) for name, tensor in body.items()}
         _check_fit(fits, first_blocks(shapes_of(decoder), blocks), weights)
+        _check_kinds(body, state, weights)
         decoder.load_state_dict(state | body)
         return LoadReport(
             copied=sorted(body.keys() - how.keys()),
@@ -269,7 +270,7 @@ class TrainingState:
         Raises:
             CorruptionError: the file is something else.
         """
-        named = _read(file, stored_shapes(file))
+        named = read_tensors(file)
         with safe_open(file, framework="pt") as opened:
             optimizer = (opened.metadata() or {}).get("optimizer", "")
         objective: dict[str, torch.Tensor] = {}
@@ -290,10 +291,16 @@ def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     """Copies a safetensors file into a module of exactly that shape."""
     found = stored_shapes(weights)
     _check_fit(found, shapes_of(module), weights)
-    return _load(module, _read(weights, found), weights, {})
+    return _load(module, read_tensors(weights, found), weights, {})
 
 
-def _read(weights: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def read_tensors(weights: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file: those that are named, or all.
+
+    Raises:
+        CorruptionError: it is none.
+    """
+    names = stored_shapes(weights) if names is None else names
     with safe_open(weights, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -303,6 +310,7 @@ def _load(
 ) -> LoadReport:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check_fit(shapes, shapes_of(module), weights)
+    _check_kinds(state, module.state_dict(), weights)
     module.load_state_dict(state)
     return LoadReport(
         copied=sorted(state.keys() - how.keys()),
@@ -310,6 +318,19 @@ def _load(
         covered=1.0,
         constant=constant_tensors(state),
     )
+
+
+def _check_kinds(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], weights: Path
+) -> None:
+    """Copying takes whole numbers for fractions, without a word."""
+    problems = [
+        f"{weights}: {name} is {value.dtype}, expected {own[name].dtype}"
+        for name, value in state.items()
+        if value.is_floating_point() != own[name].is_floating_point()
+    ]
+    if problems:
+        raise InputError(problems[:10])
 
 
 def constant_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -489,16 +510,15 @@ def check_golden(path: Path) -> float:
 
 def compare_golden(path: Path, found: dict[str, torch.Tensor]) -> float:
     """Compares what the golden scan gives now with what a release says; as `check_golden`."""
-    worst = 0.0
-    with safe_open(path / "golden_output.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-        for name, value in found.items():
-            expected = file.get_tensor(name) if name in stored else value.new_empty(0)
-            if value.shape != expected.shape:
-                worst = math.inf
-            else:
-                scale = expected.abs().max().clamp_min(1e-12)
-                worst = max(worst, float((value - expected).abs().max() / scale))
+    worst, golden = 0.0, path / "golden_output.safetensors"
+    stored = read_tensors(golden)
+    for name, value in found.items():
+        expected = stored.get(name, value.new_empty(0))
+        if value.shape != expected.shape:
+            worst = math.inf
+        else:
+            scale = expected.abs().max().clamp_min(1e-12)
+            worst = max(worst, float((value - expected).abs().max() / scale))
     if not worst <= TOLERANCE:
         raise CorruptionError(
             f"{path}: the golden scan gives features that differ by {worst:.1e} (relative), "
