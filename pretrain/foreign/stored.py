@@ -105,7 +105,12 @@ def read_stored(path: Path) -> Stored:
         outermost = next((i for i, part in enumerate(parts) if [part] != own[i : i + 1]), 0)
         name = ".".join(parts[: outermost + 1])
         beside[name] = beside.get(name, 0) + len(group)
-    return Stored(weights, chosen, beside, _plain(stored))
+    facts = {
+        key: value
+        for key, value in stored.items()
+        if isinstance(key, str) and _is_plain(value, [_FACTS])
+    }
+    return Stored(weights, chosen, beside, facts)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -167,24 +172,23 @@ def _is_whole(tensor: Tensor) -> bool:
     return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def _plain(stored: Mapping[Any, Any]) -> dict[str, Any]:
-    """What of a dict is plain data, of sane size: lists that hold themselves have none."""
-    left = _FACTS
+def _is_plain(value: Any, left: list[int], depth: int = 0) -> bool:
+    """Whether a value is plain data of sane size: lists that hold themselves have none.
 
-    def is_plain(value: Any, depth: int = 0) -> bool:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > _NESTED:
-            return False
-        if isinstance(value, Mapping):
-            return all(
-                isinstance(k, str | int) and is_plain(v, depth + 1) for k, v in value.items()
-            )
-        if isinstance(value, list | tuple):
-            return all(is_plain(v, depth + 1) for v in value)
-        return value is None or isinstance(value, str | int | float | bool)
-
-    return {k: v for k, v in stored.items() if isinstance(k, str) and is_plain(v)}
+    Args:
+        value: of a file.
+        left: how many more values may be looked at, counted down.
+        depth: of the lists that it lies in.
+    """
+    left[0] -= 1
+    if left[0] < 0 or depth > _NESTED:
+        return False
+    if isinstance(value, Mapping):
+        named = all(isinstance(key, str | int) for key in value)
+        return named and all(_is_plain(v, left, depth + 1) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v, left, depth + 1) for v in value)
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _keys(stored: Any) -> str:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import voxelith
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, attempt
 from finetune.describe import describe
 from finetune.model_file import check_golden_network, load_network
 from pretrain.arguments import build_backbone
@@ -35,7 +35,7 @@ from pretrain.foreign import open_foreign
 from pretrain.foreign.stored import read_stored
 from pretrain.manifest import DECODER, FILES, MAX_DEPTH, file_digest
 from pretrain.references import is_safe
-from pretrain.release import check_golden
+from pretrain.release import check_golden, load_release
 from pretrain.start import open_start
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,12 +88,12 @@ def is_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def ask(path: Path) -> None:
-    """All that opens a release."""
-    voxelith.load_encoder(path)
-    describe(path)
-    load_network(path, "cpu")
-    check_golden_network(path)
-    open_start(path)
+    """All that opens a release; whatever one of them refuses, the others do as well or can."""
+    problems: list[str] = []
+    for look in (voxelith.load_encoder, describe, load_network, check_golden_network, open_start):
+        attempt(problems, look, path)
+    if problems:
+        raise InputError(problems)
 
 
 # Nothing is run.
@@ -304,7 +304,8 @@ def test_nothing_is_allocated_before_it_is_refused(tmp_path: Path) -> None:
     # Of 37 x 29 x 41 voxels in millimetres, in pieces of 0.05 mm.
     path = Path(shutil.copytree(SEGMENTER, tmp_path / "releases" / "fine"))
     change_config(path, lambda c: c["preprocess"]["operations"][1].update(spacing_mm=[0.05] * 3))
-    huge = nib.Nifti1Image(np.zeros((200, 200, 200), np.uint8), np.diag([2.0, 2.0, 2.0, 1.0]))
+    voxels = np.arange(200**3, dtype=np.uint8).reshape(200, 200, 200)
+    huge = nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 2.0, 1.0]))
     (path / "golden_input.nii.gz").write_bytes(gzip.compress(huge.to_bytes()))
     resign(path)
     torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "expanded.pth")
@@ -345,6 +346,9 @@ def test_whole_numbers_are_no_weights(copy: Path, tmp_path: Path) -> None:
         resign(copy)
         with pytest.raises(InputError, match=r"is torch\.int32, expected torch\.float32"):
             ask(copy)
+        if name == DECODER:
+            with pytest.raises(InputError, match=r"decoder.*is torch\.int32"):
+                load_release(copy).load_decoder(load_network(SEGMENTER, "cpu").model.decoder)
         (copy / name).write_bytes(whole)
     path = tmp_path / "a.safetensors"
     save_file(stunet_weights(), path)
@@ -357,7 +361,7 @@ def test_a_config_of_another_release_is_refused(copy: Path) -> None:
     """With right sums: of another network, of another kind, or with other facts of its own."""
     shutil.copy(ENCODER / "config.json", copy)
     resign(copy)
-    with pytest.raises(CorruptionError, match=f"lists {DECODER}"):
+    with pytest.raises(InputError, match=f"lists {DECODER}"):
         ask(copy)
     (copy / DECODER).unlink()
     args = {"features": [4, 12], "strides": [1, 2], "blocks": [1, 1]}
@@ -375,6 +379,13 @@ def test_a_config_that_fits_the_weights_and_means_others_fails_the_golden_scan(c
     change_config(copy, lambda c: c["preprocess"]["operations"].pop())
     with pytest.raises(CorruptionError, match="the golden scan gives features that differ"):
         check_golden(copy)
+
+
+@pytest.mark.parametrize("value", [5, [], {"version": 9}, {"version": 1, "operations": [[]]}])
+def test_a_preprocessing_of_another_kind_is_told_with_its_file(copy: Path, value: Any) -> None:
+    change_config(copy, lambda c: c.update(preprocess=value))
+    with pytest.raises(InputError, match=r"config\.json: preprocess"):
+        ask(copy)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "SHA256SUMS"])
@@ -426,7 +437,7 @@ def test_what_lies_beside_public_weights_ends_nowhere(tmp_path: Path) -> None:
     deep: Any = []
     for _ in range(200):
         deep = [deep]
-    odd = {"itself": itself, "ten": within(1, 40), "deep": deep, 3: 4, "epoch": 5}
+    odd = {"itself": itself, "ten": within(1, 20), "deep": deep, 3: 4, "epoch": 5}
     torch.save({"state_dict": weights, **odd}, path)
     assert read_stored(path).facts == {"epoch": 5}
     around: dict[str, Any] = {"state_dict": weights}
@@ -496,5 +507,5 @@ def test_paths_that_lead_out_are_told(path: str) -> None:
 def test_sums_list_no_paths(copy: Path, name: str) -> None:
     sums = copy / "SHA256SUMS"
     sums.write_text(sums.read_text().replace("  config.json", f"  {name}"))
-    with pytest.raises(CorruptionError, match="which is no part of a release"):
+    with pytest.raises(InputError, match="which is no part of a release"):
         ask(copy)
