@@ -41,7 +41,7 @@ from torch import nn
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
-from pretrain.adapters import adapted_state
+from pretrain.adapters import Channels, adapted_state
 from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
 from pretrain.manifest import (
@@ -133,28 +133,52 @@ class Release(Manifest):
 
     Attributes:
         stored_channels: of the weights, where the networks are to take others; see `for_channels`.
+        adapt_channels: how these are adapted.
     """
 
     stored_channels: int | None = None
+    adapt_channels: Channels = "repeat"
 
-    def for_channels(self, count: int) -> Release:
+    @property
+    def in_channels(self) -> int:
+        """Channels of the scans that its networks take."""
+        return int(self.config["backbone"]["args"].get("in_channels", 1))
+
+    def for_channels(self, count: int, how: Channels | None = None) -> Release:
         """The same release for scans of other channels: its weights are adapted when they load.
+
+        Args:
+            count: of the scans.
+            how: see `pretrain.adapters`; None shares out one channel and sums up none, since the
+                sum of several is meant seldom.
 
         Raises:
             InputError: it has several channels itself, and which is like which nobody knows.
         """
-        chosen = self.config["backbone"]
-        own = int(chosen["args"].get("in_channels", 1))
+        own = self.in_channels
         if count == own:
             return self
-        if own > 1:
+        if own > 1 and (count > 1 or how != "repeat"):
             raise InputError(
                 f"{self.path}: takes {own} channels, and which of them {count} would be nobody "
                 f"knows; give scans of {own}"
+                + ", or adapt_channels=repeat, by which one stands for all"
+                * (count == 1)
             )
+        return replace(
+            self._with_channels(count), stored_channels=own, adapt_channels=how or "repeat"
+        )
+
+    def as_stored(self) -> Release:
+        """The release for scans of the channels that it was trained on."""
+        if self.stored_channels is None:
+            return self
+        return replace(self._with_channels(self.stored_channels), stored_channels=None)
+
+    def _with_channels(self, count: int) -> Release:
+        chosen = self.config["backbone"]
         args = {**chosen["args"], "in_channels": count}
-        config = {**self.config, "backbone": {**chosen, "args": args}}
-        return replace(self, config=config, stored_channels=own)
+        return replace(self, config={**self.config, "backbone": {**chosen, "args": args}})
 
     def build_encoder(self) -> Backbone:
         """The encoder with fresh random weights.
@@ -196,13 +220,17 @@ class Release(Manifest):
         weights = self.path / "model.safetensors"
         if self.stored_channels is None:
             return load_strictly(encoder, weights)
-        state, how = adapted_state(read_tensors(weights), encoder.state_dict())
+        state, how = adapted_state(read_tensors(weights), encoder.state_dict(), self.adapt_channels)
         return _load(encoder, state, weights, how)
 
-    def load_decoder(self, decoder: nn.Module) -> LoadReport:
+    def load_decoder(self, decoder: nn.Module, *, head: bool = False) -> LoadReport:
         """Copies the decoder's weights but those of its head, which belongs to the pretraining.
 
         Where only its first blocks were trained, the others are new, like the head.
+
+        Args:
+            decoder: that gets them.
+            head: whether the head's go along: those of a network that was finetuned for the task.
 
         Raises:
             InputError: there is no decoder, its weights are not those that config.json tells of,
@@ -220,12 +248,14 @@ class Release(Manifest):
         blocks, state = self.decoder_blocks, decoder.state_dict()
         wanted = shapes_of(told)
         _check_fit(found, wanted if blocks is None else first_blocks(wanted, blocks), weights)
-        body = read_tensors(weights, first_blocks(found, blocks))
+        body = read_tensors(weights, found if head else first_blocks(found, blocks))
         how: dict[str, str] = {}
         if self.stored_channels is not None:  # UNETR's decoder reads the image too
-            body, how = adapted_state(body, state)
+            body, how = adapted_state(body, state, self.adapt_channels)
         fits = {name: tuple(tensor.shape) for name, tensor in body.items()}
-        _check_fit(fits, first_blocks(shapes_of(decoder), blocks), weights)
+        own = shapes_of(decoder)
+        heads = {name: own[name] for name in fits if name in own} if head else {}
+        _check_fit(fits, first_blocks(own, blocks) | heads, weights)
         _check_kinds(body, state, weights)
         decoder.load_state_dict(state | body)
         return LoadReport(
