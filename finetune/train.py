@@ -51,7 +51,7 @@ from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
-from pretrain.train import make_loggers
+from pretrain.train import log_load, make_loggers
 
 LANES = 8
 
@@ -87,7 +87,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     with run.lease() if main else nullcontext():
         if main:
             _describe(run, plan, model, report)
-        train(plan, run, model)
+        train(plan, run, model, report)
         if main:
             devices = settings.trainer.devices * settings.trainer.nodes
             with priced(run, device_of(settings), devices):
@@ -379,7 +379,7 @@ def _cost(plan: Plan, model: Supervised) -> Cost:
     )
 
 
-def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
+def train(plan: Plan, run: RunFolder, model: Supervised, report: LoadReport) -> None:
     """Trains what `build_model` made, from the run's newest checkpoint if there is one."""
     settings, corpus, kind = plan.settings, plan.corpus, kind_of(plan.settings)
     assert settings.crop_size is not None
@@ -395,6 +395,8 @@ def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
         augment=settings.augment,
         **kind.crops(),
     )
+    loggers = make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else []
+    log_load(loggers, report)
 
     def look(network: Supervised) -> None:
         if rank_zero_only.rank in (None, 0):
@@ -412,7 +414,7 @@ def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
         at_start=look,
         validation=kind.validation(plan, run, model),
         augment=kind.augment(),
-        loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
+        loggers=loggers,
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
 

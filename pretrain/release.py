@@ -115,6 +115,13 @@ class LoadReport:
             "constant": self.constant,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What a logger keeps: the share, the counts, and the names that should make one wonder."""
+        counts = {
+            name: len(getattr(self, name)) for name in ("copied", "adapted", "skipped", "new")
+        }
+        return {"covered": self.covered, **counts, "constant": self.constant}
+
     def __str__(self) -> str:
         counts = (
             f"{len(self.copied)} tensors copied, {len(self.adapted)} adapted, "

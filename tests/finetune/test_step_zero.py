@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import BACKBONES, TASK, add_few_split, make_release, settings, write_encoder
 from torch import nn
 
@@ -29,7 +30,7 @@ from finetune.step_zero import FILE, look_at_start
 from finetune.supervised import Supervised
 from finetune.train import build_model, finetune, make_plan
 from pretrain.encoder import Encoder
-from pretrain.release import Release, load_release
+from pretrain.release import Release, file_digest, load_release
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 CLASSES = {"classes": TASK["classes"][:1]}
@@ -269,3 +270,39 @@ def test_another_task_gets_a_head_of_its_own(corpus: Path, tmp_path: Path) -> No
         heads = [n for n in report.new if n.startswith("decoder.head")]
         assert bool(heads) == (name != "task")
         assert look_at_start(plan, model).features_equal_release
+
+
+@pytest.mark.parametrize("fit", ["descent", "ridge"])
+def test_loggers_are_told_of_the_load(
+    fit: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the files that they keep: what is covered, the counts, and weights without values."""
+    pytest.importorskip("tensorboard")
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    torch.manual_seed(0)
+    path = make_release(tmp_path / "release", "resenc").path
+    weights = load_file(path / "model.safetensors")
+    empty = next(name for name in sorted(weights) if weights[name].ndim == 5)
+    save_file(weights | {empty: torch.zeros_like(weights[empty])}, path / "model.safetensors")
+    names = [line.split("  ")[1] for line in (path / "SHA256SUMS").read_text().splitlines()]
+    sums = "".join(f"{file_digest(path / name)}  {name}\n" for name in names)
+    (path / "SHA256SUMS").write_text(sums)
+    more: dict[str, Any] = {"steps": 1, "loggers": ["tensorboard", "wandb"]}
+    if fit == "ridge":
+        more |= {"fit": "ridge", "decoder": "linear", "freeze": "encoder"}
+    run = finetune(settings(load_release(path), corpus, tmp_path, **more))
+    report = json.loads((run / "load_report.json").read_text())
+    assert report["constant"] == [f"encoder.{empty}"]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("load/text_summary")
+    said = event.tensor_proto.string_val[0].decode()
+    assert "- load/covered: 1.0" in said and f"- load/constant: [encoder.{empty}]" in said
+    assert f"- load/copied: {len(report['copied'])}" in said
+    wandb.finish()  # as the end of the process does
+    kept = b"".join(file.read_bytes() for file in (run / "wandb").rglob("*.wandb"))
+    assert b"load/covered" in kept and f"encoder.{empty}".encode() in kept

@@ -131,6 +131,29 @@ def test_the_encoder_of_a_run_or_its_release_is_where_it_begins(
     assert not (scratch / "load_report.json").exists()
 
 
+def test_loggers_are_told_of_the_load(
+    first: Path, chosen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = pretrain(chosen("logged", init=first, loggers=("tensorboard", "wandb")))
+    report = json.loads((run / "load_report.json").read_text())
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("load/text_summary")
+    said = event.tensor_proto.string_val[0].decode()
+    counts = {name: len(report[name]) for name in ("copied", "adapted", "skipped", "new")}
+    for name, value in {"covered": 1.0, **counts, "constant": "[]"}.items():
+        assert f"- load/{name}: {value}" in said
+    wandb.finish()  # as the end of the process does
+    kept = b"".join(file.read_bytes() for file in (run / "wandb").rglob("*.wandb"))
+    assert b"load/covered" in kept and str(run.parent).encode() not in kept
+
+
 def test_another_encoder_is_refused_and_nothing_written(first: Path, chosen: Any) -> None:
     wide = chosen(init=first, backbone=RESENC | {"features": [4, 6]})
     with pytest.raises(InputError, match=r"init: has \d+% of this encoder's parameters") as found:
