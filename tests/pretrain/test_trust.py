@@ -36,6 +36,7 @@ from pretrain.foreign.stored import read_stored
 from pretrain.manifest import DECODER, FILES, MAX_DEPTH, file_digest
 from pretrain.references import is_safe
 from pretrain.release import check_golden, load_release
+from pretrain.run_folder import Checkpoints
 from pretrain.start import open_start
 
 ROOT = Path(__file__).parent.parent.parent
@@ -138,6 +139,14 @@ def test_no_pickle_runs_in_a_release(copy: Path, name: str) -> None:
     with pytest.raises(InputError, match=name):
         ask(copy)
     assert not (copy / "made").exists()
+
+
+def test_no_pickle_runs_in_a_checkpoint_of_a_run(tmp_path: Path) -> None:
+    """As `init=RUN` reads it, in a folder that somebody else gave away."""
+    torch.save({"step": 1, "objective": Crafted(tmp_path / "made")}, tmp_path / "step-00000001.pt")
+    with pytest.raises(CorruptionError, match=r"step-00000001\.pt in .* cannot be read"):
+        Checkpoints(tmp_path).load()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("depth", [0, 3, MAX_DEPTH - 5])
