@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,11 +278,14 @@ def test_another_task_gets_a_head_of_its_own(corpus: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fit", ["descent", "ridge"])
 def test_loggers_are_told_of_the_load(
-    fit: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_by_wandb: Callable[[Path, bytes], bytes],
 ) -> None:
     """In the files that they keep: what is covered, the counts, and weights without values."""
     pytest.importorskip("tensorboard")
-    import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -306,6 +310,5 @@ def test_loggers_are_told_of_the_load(
     said = event.tensor_proto.string_val[0].decode()
     assert "- load/covered: 1.0" in said and f"- load/constant: [encoder.{empty}]" in said
     assert f"- load/copied: {len(report['copied'])}" in said
-    wandb.finish()  # as the end of the process does
-    kept = b"".join(file.read_bytes() for file in (run / "wandb").rglob("*.wandb"))
+    kept = kept_by_wandb(run, f"encoder.{empty}".encode())
     assert b"load/covered" in kept and f"encoder.{empty}".encode() in kept

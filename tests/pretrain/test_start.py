@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,12 @@ def test_the_encoder_of_a_run_or_its_release_is_where_it_begins(
 
 
 def test_loggers_are_told_of_the_load(
-    first: Path, chosen: Any, monkeypatch: pytest.MonkeyPatch
+    first: Path,
+    chosen: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_by_wandb: Callable[[Path, bytes], bytes],
 ) -> None:
     pytest.importorskip("tensorboard")
-    import wandb
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -149,8 +152,7 @@ def test_loggers_are_told_of_the_load(
     counts = {name: len(report[name]) for name in ("copied", "adapted", "skipped", "new")}
     for name, value in {"covered": 1.0, **counts, "constant": "[]"}.items():
         assert f"- load/{name}: {value}" in said
-    wandb.finish()  # as the end of the process does
-    kept = b"".join(file.read_bytes() for file in (run / "wandb").rglob("*.wandb"))
+    kept = kept_by_wandb(run, b"load/covered")
     assert b"load/covered" in kept and str(run.parent).encode() not in kept
 
 
