@@ -7,6 +7,7 @@ intensity numbers from `intensity_coefficients`, the one owner of the rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -17,13 +18,17 @@ from scipy import ndimage
 
 from data_prep.errors import InputError
 from data_prep.intensity import Statistics, encode, volume_statistics
-from data_prep.volume import Volume
+from data_prep.volume import Reject, Volume
 
 VERSION = 1
 # Spacings closer than this (relative) are the same: resampling would only blur.
 SPACING_TOLERANCE = 0.01
 # Floor of the standard deviation, in physical units, for scans that are constant after clipping.
 EPSILON = 1e-8
+MAX_VOXELS = 2**32
+"""Of a channel that is resampled: a whole body at half a millimetre; 16 GiB of float32."""
+MAX_PAD = 2**27
+"""Voxels that the smallest scan is padded to, at most: 512 cubed."""
 
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
@@ -91,6 +96,12 @@ class Pad(_Operation):
         Annotated[int, Field(ge=1, le=1024)],
     ]
     value: Literal["minimum"]
+
+    @model_validator(mode="after")
+    def _multiple_is_sane(self) -> Pad:
+        if math.prod(self.multiple) > MAX_PAD:
+            raise ValueError(f"multiples of {list(self.multiple)}: more than {MAX_PAD} voxels")
+        return self
 
 
 Operation = Annotated[Reorient | Resample | Intensity | Pad, Field(discriminator="op")]
@@ -193,8 +204,17 @@ class Preprocess:
         Args:
             volume: A scan on canonical axes.
             statistics: Per channel, of the whole native volume; computed from it when absent.
+
+        Raises:
+            Reject: it would become larger than any scan is.
         """
         coded = encode(volume)
+        made = self.shape_of(volume.array.shape[1:], volume.spacing)
+        if math.prod(made) > MAX_VOXELS:
+            raise Reject(
+                "too_large",
+                f"{volume.array.shape[1:]} voxels become {made}, more than {MAX_VOXELS}",
+            )
         known = list(statistics) if statistics is not None else volume_statistics(coded)
         result = as_physical(coded)
         for operation in _parse(self.operations):

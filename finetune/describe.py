@@ -169,6 +169,8 @@ def _decoder(release: Manifest) -> str:
     if release.kind == "answerer":
         return f"a head of {outputs} outputs; finetuning begins with a new one"
     takes = "takes it over but for its head" if release.transfers == "network" else "may take it"
+    if takes.endswith("head") and release.kind == "segmenter":
+        takes += ", which goes along for the same classes"
     if release.decoder_blocks is not None:
         takes = f"takes over its first {release.decoder_blocks} blocks, the rest is new"
     return f"{outputs} outputs; finetuning {takes}"

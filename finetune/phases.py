@@ -8,6 +8,7 @@ run restores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from finetune.protocol import phase_steps
@@ -27,10 +28,12 @@ class PhasedLoop(Loop):
         self,
         settings: FinetuneSettings,
         *args: Any,
+        at_start: Callable[[Supervised], None] | None = None,
         validation: Validation | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(settings, *args, **kwargs)
+        self.at_start = at_start
         self.validation = validation
         self._stretches: list[Stretch] = []
         self._freezes = [phase.freeze for phase in settings.phases] + [settings.freeze]
@@ -65,6 +68,8 @@ class PhasedLoop(Loop):
         return {f"validation/{name}": value for name, value in row.items() if name != "step"}
 
     def begin(self, objective: Objective) -> None:
-        """Freezes what the phase freezes."""
+        """Freezes what the phase freezes; the network as it is before any step is looked at."""
         assert isinstance(objective, Supervised)
         objective.hold(self._freezes[self._phase()])
+        if self.step == 0 and self.at_start is not None:
+            self.at_start(objective)

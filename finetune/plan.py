@@ -33,7 +33,8 @@ class Plan:
     trained: dict[str, Any]
     """The recipe of this run: the same, unless it is scratch at its own best."""
     transfer: str
-    """What the pretrained arm takes over: encoder or network."""
+    """What the pretrained arm takes over: the encoder, the network (its decoder but for the head),
+    or task (the head too, of a release that was finetuned for the same classes)."""
     targets: Targets | None = None
     """Of a task of whole scans: what is to be answered for each case of the split."""
 
@@ -55,7 +56,7 @@ class Plan:
             "seed": self.settings.seed,
             "label_seed": self.label_seed,
             # Scratch takes nothing over: checkpoints of one architecture share its runs.
-            "transfer": self.transfer if self._pretrained and self.transfer == "network" else None,
+            "transfer": self.transfer if self._pretrained and self.transfer != "encoder" else None,
         }
 
     @property
@@ -91,4 +92,5 @@ class Plan:
         """What rows call the checkpoint; empty for scratch."""
         if not self._pretrained:
             return ""
-        return self.release.name + (" with decoder" if self.transfer == "network" else "")
+        also = {"encoder": "", "network": " with decoder", "task": " with decoder and head"}
+        return self.release.name + also[self.transfer]

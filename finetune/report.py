@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.files import write_text
+from data_prep.files import read_note, write_text
 from data_prep.volume import read_label
 from finetune.facts import find_rows
 from finetune.figures import (
@@ -40,6 +40,7 @@ from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings, choose_task
+from finetune.step_zero import FILE as STEP_ZERO
 from finetune.table import NOTHING
 
 MAX_BYTES = 10_000_000
@@ -111,6 +112,7 @@ def make_report(
         pretraining=_pretraining(pretrain_run),
         cases=_cases(runs),
         runs=[_run_line(run) for run in runs],
+        loads=_loads(runs),
         facts=_facts(runs),
         commands=_commands(pretrain_run, runs),
     )
@@ -364,8 +366,8 @@ def _overlay(
 def _run_line(run: _Run) -> dict[str, Any]:
     head = run.rows[0]
     means, scans = _case_means(run.rows), any(math.isfinite(row.truth) for row in run.rows)
-    report = run.path / "load_report.json"
-    covered = json.loads(report.read_text()).get("covered", 0.0) if report.exists() else 0.0
+    covered = read_note(run.path / "load_report.json").get("covered", 0.0)
+    equal = read_note(run.path / STEP_ZERO).get("features_equal_release")
     return {
         "name": run.path.name,
         "arm": head.arm,
@@ -376,7 +378,23 @@ def _run_line(run: _Run) -> dict[str, Any]:
         "cases": len({row.case for row in run.rows}) if scans else len(means),
         "missed": sum(row.outcome == "missed" for row in run.rows),
         "loaded": f"{covered:.0%}",
+        "start": "–" if equal is None else "the release's" if equal else "others",
     }
+
+
+def _loads(runs: list[_Run]) -> list[dict[str, Any]]:
+    """What of the weights was not taken as it was, or has no values; once for runs that agree."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        note = read_note(run.path / "load_report.json")
+        constant, adapted = note.get("constant", []), note.get("adapted", {})
+        if constant or adapted:
+            same = found.setdefault(
+                json.dumps([constant, adapted]),
+                {"runs": [], "constant": constant, "adapted": list(adapted.items())},
+            )
+            same["runs"].append(run.path.name)
+    return list(found.values())
 
 
 def _run_score(rows: list[Row]) -> str:

@@ -230,7 +230,9 @@ class TaskFacts(BaseModel):
 class FinetuneSettings(LoopSettings):
     """The keys of conf/finetune.yaml.
 
-    `transfer` auto is what the release says: the encoder, or the decoder but for its head as well.
+    `transfer` auto is what the release says: the encoder, or the decoder but for its head as well,
+    or, of a release that was finetuned for the same classes, all of the network.
+    `adapt_channels` null is repeat where one channel becomes several, and nothing else.
     `crop_size` null takes the checkpoint's; `run` null names the run after its arm, labels and
     seed; `label_seed` null is `seed`. `split` auto takes `official` where the corpus has it, else
     `default`. With `phases`, `freeze`, `warmup` and `schedule` are those of the training that
@@ -245,6 +247,7 @@ class FinetuneSettings(LoopSettings):
     targets: Annotated[Path | None, MUST_EXIST] = None
     init: Literal["pretrained", "scratch"] = "pretrained"
     transfer: Literal["auto", "encoder", "network"] = "auto"
+    adapt_channels: Literal["repeat", "first"] | None = None
     labels: str = "all"
     label_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     split: str = "auto"
@@ -428,6 +431,8 @@ class FinetuneSettings(LoopSettings):
         """
         dump = self.model_dump(mode="json", exclude={"task": {"about"}})
         kept = {k: v for k, v in dump.items() if k not in FREE}
+        if self.adapt_channels is None:  # as before there was the key
+            del kept["adapt_channels"]
         precision = self.trainer.precision
         labelled = self.task.classes if isinstance(self.task, TaskSettings) else ()
         version = 3 if any(len(c.values) > 1 for c in labelled) else RECIPE_VERSION

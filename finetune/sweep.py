@@ -251,7 +251,7 @@ def run_name(plan: Plan) -> str:
         arm += f"-own-of={identity['config_hash'][:8]}"
     if chosen.init == "pretrained":
         arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
-        arm += "-network" if plan.transfer == "network" else ""
+        arm += "" if plan.transfer == "encoder" else f"-{plan.transfer}"
     draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
     labels = chosen.labels.replace("%", "pct")
     split = "" if chosen.split == "auto" else f"-{chosen.split}"

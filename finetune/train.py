@@ -3,6 +3,7 @@
 runs/NAME/
     config.json run.json metrics.csv   as every run has them
     load_report.json                   what became of each tensor of the release
+    step_zero.json                     whether the network sees what the release sees, at the start
     model.json model.safetensors       the finetuned network, for predict
     predictions/KEY.nii.gz             on each case's own grid; of a task of whole scans there is
                                        answers.csv
@@ -36,11 +37,13 @@ from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.meter import priced, training_flops
 from finetune.metrics import METRIC_VERSION
+from finetune.model_file import release_facts
 from finetune.phases import PhasedLoop
 from finetune.plan import Plan
 from finetune.protocol import family_of, freeze_problem
 from finetune.rows import Row, are_current, write_rows
 from finetune.settings import FinetuneSettings, TaskSettings, config_hash
+from finetune.step_zero import check_start
 from finetune.supervised import Supervised
 from pretrain.decoders import first_blocks
 from pretrain.loader import CropDataset
@@ -48,7 +51,7 @@ from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
-from pretrain.train import make_loggers
+from pretrain.train import log_load, make_loggers
 
 LANES = 8
 
@@ -84,7 +87,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     with run.lease() if main else nullcontext():
         if main:
             _describe(run, plan, model, report)
-        train(plan, run, model)
+        train(plan, run, model, report)
         if main:
             devices = settings.trainer.devices * settings.trainer.nodes
             with priced(run, device_of(settings), devices):
@@ -130,7 +133,7 @@ def make_plan(
     preprocess = _preprocess(settings, release)
     channels = sorted({int(n) for n in corpus.shapes[:, 0]})
     if len(channels) == 1:
-        adapted = attempt(problems, release.for_channels, channels[0])
+        adapted = attempt(problems, release.for_channels, channels[0], settings.adapt_channels)
         release = adapted or release
     else:
         problems.append(
@@ -182,8 +185,8 @@ def make_plan(
 def build_model(plan: Plan) -> tuple[Supervised, LoadReport]:
     """The network of an arm: the seed decides all weights, then the pretrained arm loads its own.
 
-    So twins start with the same head, and differ in what is transferred alone: the encoder, or
-    the decoder but for its head as well. The report lists every tensor of the network once.
+    So twins differ in what is transferred alone: the encoder, or the decoder but for its head as
+    well, or all of it. The report lists every tensor of the network once.
 
     Adapters and the average of the weights begin from there.
     """
@@ -211,10 +214,10 @@ def _load(plan: Plan, model: Supervised) -> LoadReport:
     if plan.settings.init == "scratch":
         return LoadReport(new=sorted(model.state_dict()))
     encoder = plan.release.load(model.encoder)
-    if plan.transfer == "network":
-        decoder = plan.release.load_decoder(model.decoder)
-    else:
+    if plan.transfer == "encoder":
         decoder = _decoder_left(plan.release, model.decoder)
+    else:
+        decoder = plan.release.load_decoder(model.decoder, head=plan.transfer == "task")
     return LoadReport.joined(encoder=encoder, decoder=decoder)
 
 
@@ -222,7 +225,9 @@ def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[s
     """What the pretrained arm takes over, and why it cannot."""
     own = settings.decoder == "auto" and isinstance(settings.task, TaskSettings)
     if settings.transfer == "auto":
-        return (release.transfers if own else "encoder"), []
+        if not own:
+            return "encoder", []
+        return ("task" if _continues(settings, release) else release.transfers), []
     problems = []
     if settings.transfer == "network" and not release.has_decoder:
         problems.append(
@@ -234,6 +239,17 @@ def _transfer(settings: FinetuneSettings, release: Release) -> tuple[str, list[s
             "decoder=auto; give that, or transfer=encoder"
         )
     return settings.transfer, problems
+
+
+def _continues(settings: FinetuneSettings, release: Release) -> bool:
+    """Whether the release was finetuned for the same classes, so that its head belongs here."""
+    if release.kind != "segmenter" or release.transfers != "network":
+        return False
+    before, task = release_facts(release).task, settings.task
+    assert isinstance(before, TaskSettings) and isinstance(task, TaskSettings)
+    return [(c.name, c.values) for c in before.classes] == [
+        (c.name, c.values) for c in task.classes
+    ]
 
 
 def _protocol_problems(settings: FinetuneSettings, release: Release) -> list[str]:
@@ -363,7 +379,7 @@ def _cost(plan: Plan, model: Supervised) -> Cost:
     )
 
 
-def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
+def train(plan: Plan, run: RunFolder, model: Supervised, report: LoadReport) -> None:
     """Trains what `build_model` made, from the run's newest checkpoint if there is one."""
     settings, corpus, kind = plan.settings, plan.corpus, kind_of(plan.settings)
     assert settings.crop_size is not None
@@ -379,7 +395,15 @@ def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
         augment=settings.augment,
         **kind.crops(),
     )
+    loggers = make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else []
+    log_load(loggers, report)
+
+    def look(network: Supervised) -> None:
+        if rank_zero_only.rank in (None, 0):
+            check_start(plan, network, run)
+
     if settings.fit != "descent":
+        look(model)
         # No trainer, which would start the other ranks: this process is the only one.
         kind.fit(model.to(device_of(settings)), dataset)
         return
@@ -387,9 +411,10 @@ def train(plan: Plan, run: RunFolder, model: Supervised) -> None:
         settings,
         dataset,
         run,
+        at_start=look,
         validation=kind.validation(plan, run, model),
         augment=kind.augment(),
-        loggers=make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else [],
+        loggers=loggers,
         label=f"finetune {settings.arm} seed {settings.seed}",
     ).fit(model)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -46,6 +48,8 @@ OPTIONAL = (DECODER, PLAN_FILE, TRAINING)
 MAX_TEXT = 2**20
 """Bytes of config.json and SHA256SUMS; a larger one is no config."""
 MAX_PRINTS = 2**30
+MAX_DEPTH = 64
+"""Of lists and dicts within each other: what walks through them never meets Python's own limit."""
 MAX_CROP = 2**27
 """Voxels of a crop: 512 cubed."""
 
@@ -246,11 +250,12 @@ def read_manifest(ref: str | Path) -> Manifest:
             f"{path}: no such release; give the folder that `voxelith export RUN OUT` wrote"
         )
     sums = path / "SHA256SUMS"
-    if not sums.exists():
+    if not sums.is_file():
         hint = "it is a run: `voxelith export` makes a release of it; " * (
             (path / "run.json").exists()
         )
         raise InputError(f"{path}: is not a release, it has no SHA256SUMS; {hint}check the path")
+    _refuse_links_out(path, [sums.name])
     listed = _verify(path, _read_text(sums))
     file = path / "config.json"
     raw = _read_json(file, MAX_TEXT)
@@ -278,7 +283,10 @@ def read_manifest(ref: str | Path) -> Manifest:
     ]
     if problems:
         raise CorruptionError(problems)
-    preprocess = Preprocess.from_dict(config["preprocess"])
+    try:
+        preprocess = Preprocess.from_dict(config["preprocess"])
+    except InputError as error:
+        raise InputError([f"{file}: {problem}" for problem in error.problems]) from error
     digest = hashlib.sha256(sums.read_bytes()).hexdigest()
     return Manifest(path, config, preprocess, digest)
 
@@ -315,6 +323,7 @@ def listed_files(sums: str, where: str) -> dict[str, str]:
 def _verify(path: Path, sums: str) -> set[str]:
     """The names that the sums list, once every file has been found to be what they say."""
     listed = listed_files(sums, f"{path}/SHA256SUMS")
+    _refuse_links_out(path, listed)
     problems = []
     for name, expected in listed.items():
         file = path / name
@@ -330,6 +339,19 @@ def _verify(path: Path, sums: str) -> set[str]:
     return set(listed)
 
 
+def _refuse_links_out(path: Path, names: Iterable[str]) -> None:
+    """What lies elsewhere can be another file by the time that it is read again."""
+    root = os.path.realpath(path)
+    problems = [
+        f"{path / name}: is a link out of the release; copy the folder with what its links lead to "
+        "(cp -rL)"
+        for name in names
+        if not Path(os.path.realpath(path / name)).is_relative_to(root)
+    ]
+    if problems:
+        raise CorruptionError(problems)
+
+
 def _read_text(file: Path, limit: int = MAX_TEXT) -> str:
     if file.stat().st_size > limit:
         raise InputError(f"{file}: has {file.stat().st_size} bytes, more than {limit}")
@@ -341,9 +363,25 @@ def _read_text(file: Path, limit: int = MAX_TEXT) -> str:
 
 def _read_json(file: Path, limit: int) -> Any:
     try:
-        return json.loads(_read_text(file, limit))
+        read = json.loads(_read_text(file, limit))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: is not JSON that can be read ({error})") from error
+    if _is_deep(read):
+        raise InputError(f"{file}: nests deeper than {MAX_DEPTH}, which no release does")
+    return read
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and dicts lie deeper within each other than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        lists = [one.values() if isinstance(one, dict) else one for one in level if _holds(one)]
+        level = [part for parts in lists for part in parts]
+    return bool(level)
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -367,7 +405,7 @@ def _checked(model: type[Model], raw: Any, file: Path) -> Model:
 
 
 def _find_key(value: Any, key: str, where: str = "") -> list[str]:
-    """Where a key occurs; JSON's own parser has bounded the depth."""
+    """Where a key occurs; `_read_json` has bounded the depth."""
     if isinstance(value, dict):
         here = [f"{where}{key}"] if key in value else []
         return here + [f for k, v in value.items() for f in _find_key(v, key, f"{where}{k}.")]

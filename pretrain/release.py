@@ -41,7 +41,7 @@ from torch import nn
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import make_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
-from pretrain.adapters import adapted_state
+from pretrain.adapters import Channels, adapted_state
 from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
 from pretrain.manifest import (
@@ -115,6 +115,13 @@ class LoadReport:
             "constant": self.constant,
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What a logger keeps: the share, the counts, and the names that should make one wonder."""
+        counts = {
+            name: len(getattr(self, name)) for name in ("copied", "adapted", "skipped", "new")
+        }
+        return {"covered": self.covered, **counts, "constant": self.constant}
+
     def __str__(self) -> str:
         counts = (
             f"{len(self.copied)} tensors copied, {len(self.adapted)} adapted, "
@@ -133,28 +140,52 @@ class Release(Manifest):
 
     Attributes:
         stored_channels: of the weights, where the networks are to take others; see `for_channels`.
+        adapt_channels: how these are adapted.
     """
 
     stored_channels: int | None = None
+    adapt_channels: Channels = "repeat"
 
-    def for_channels(self, count: int) -> Release:
+    @property
+    def in_channels(self) -> int:
+        """Channels of the scans that its networks take."""
+        return int(self.config["backbone"]["args"].get("in_channels", 1))
+
+    def for_channels(self, count: int, how: Channels | None = None) -> Release:
         """The same release for scans of other channels: its weights are adapted when they load.
+
+        Args:
+            count: of the scans.
+            how: see `pretrain.adapters`; None shares out one channel and sums up none, since the
+                sum of several is meant seldom.
 
         Raises:
             InputError: it has several channels itself, and which is like which nobody knows.
         """
-        chosen = self.config["backbone"]
-        own = int(chosen["args"].get("in_channels", 1))
+        own = self.in_channels
         if count == own:
             return self
-        if own > 1:
+        if own > 1 and (count > 1 or how != "repeat"):
             raise InputError(
                 f"{self.path}: takes {own} channels, and which of them {count} would be nobody "
                 f"knows; give scans of {own}"
+                + ", or adapt_channels=repeat, by which one stands for all"
+                * (count == 1)
             )
+        return replace(
+            self._with_channels(count), stored_channels=own, adapt_channels=how or "repeat"
+        )
+
+    def as_stored(self) -> Release:
+        """The release for scans of the channels that it was trained on."""
+        if self.stored_channels is None:
+            return self
+        return replace(self._with_channels(self.stored_channels), stored_channels=None)
+
+    def _with_channels(self, count: int) -> Release:
+        chosen = self.config["backbone"]
         args = {**chosen["args"], "in_channels": count}
-        config = {**self.config, "backbone": {**chosen, "args": args}}
-        return replace(self, config=config, stored_channels=own)
+        return replace(self, config={**self.config, "backbone": {**chosen, "args": args}})
 
     def build_encoder(self) -> Backbone:
         """The encoder with fresh random weights.
@@ -196,13 +227,17 @@ class Release(Manifest):
         weights = self.path / "model.safetensors"
         if self.stored_channels is None:
             return load_strictly(encoder, weights)
-        state, how = adapted_state(_read(weights, stored_shapes(weights)), encoder.state_dict())
+        state, how = adapted_state(read_tensors(weights), encoder.state_dict(), self.adapt_channels)
         return _load(encoder, state, weights, how)
 
-    def load_decoder(self, decoder: nn.Module) -> LoadReport:
+    def load_decoder(self, decoder: nn.Module, *, head: bool = False) -> LoadReport:
         """Copies the decoder's weights but those of its head, which belongs to the pretraining.
 
         Where only its first blocks were trained, the others are new, like the head.
+
+        Args:
+            decoder: that gets them.
+            head: whether the head's go along: those of a network that was finetuned for the task.
 
         Raises:
             InputError: there is no decoder, its weights are not those that config.json tells of,
@@ -220,12 +255,15 @@ class Release(Manifest):
         blocks, state = self.decoder_blocks, decoder.state_dict()
         wanted = shapes_of(told)
         _check_fit(found, wanted if blocks is None else first_blocks(wanted, blocks), weights)
-        body = _read(weights, first_blocks(found, blocks))
+        body = read_tensors(weights, found if head else first_blocks(found, blocks))
         how: dict[str, str] = {}
         if self.stored_channels is not None:  # UNETR's decoder reads the image too
-            body, how = adapted_state(body, state)
+            body, how = adapted_state(body, state, self.adapt_channels)
         fits = {name: tuple(tensor.shape) for name, tensor in body.items()}
-        _check_fit(fits, first_blocks(shapes_of(decoder), blocks), weights)
+        own = shapes_of(decoder)
+        heads = {name: own[name] for name in fits if name in own} if head else {}
+        _check_fit(fits, first_blocks(own, blocks) | heads, weights)
+        _check_kinds(body, state, weights)
         decoder.load_state_dict(state | body)
         return LoadReport(
             copied=sorted(body.keys() - how.keys()),
@@ -269,7 +307,7 @@ class TrainingState:
         Raises:
             CorruptionError: the file is something else.
         """
-        named = _read(file, stored_shapes(file))
+        named = read_tensors(file)
         with safe_open(file, framework="pt") as opened:
             optimizer = (opened.metadata() or {}).get("optimizer", "")
         objective: dict[str, torch.Tensor] = {}
@@ -290,10 +328,16 @@ def load_strictly(module: nn.Module, weights: Path) -> LoadReport:
     """Copies a safetensors file into a module of exactly that shape."""
     found = stored_shapes(weights)
     _check_fit(found, shapes_of(module), weights)
-    return _load(module, _read(weights, found), weights, {})
+    return _load(module, read_tensors(weights, found), weights, {})
 
 
-def _read(weights: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def read_tensors(weights: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file: those that are named, or all.
+
+    Raises:
+        CorruptionError: it is none.
+    """
+    names = stored_shapes(weights) if names is None else names
     with safe_open(weights, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
@@ -303,6 +347,7 @@ def _load(
 ) -> LoadReport:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check_fit(shapes, shapes_of(module), weights)
+    _check_kinds(state, module.state_dict(), weights)
     module.load_state_dict(state)
     return LoadReport(
         copied=sorted(state.keys() - how.keys()),
@@ -310,6 +355,19 @@ def _load(
         covered=1.0,
         constant=constant_tensors(state),
     )
+
+
+def _check_kinds(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], weights: Path
+) -> None:
+    """Copying takes whole numbers for fractions, without a word."""
+    problems = [
+        f"{weights}: {name} is {value.dtype}, expected {own[name].dtype}"
+        for name, value in state.items()
+        if value.is_floating_point() != own[name].is_floating_point()
+    ]
+    if problems:
+        raise InputError(problems[:10])
 
 
 def constant_tensors(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -489,16 +547,15 @@ def check_golden(path: Path) -> float:
 
 def compare_golden(path: Path, found: dict[str, torch.Tensor]) -> float:
     """Compares what the golden scan gives now with what a release says; as `check_golden`."""
-    worst = 0.0
-    with safe_open(path / "golden_output.safetensors", framework="pt") as file:
-        stored = set(file.keys())
-        for name, value in found.items():
-            expected = file.get_tensor(name) if name in stored else value.new_empty(0)
-            if value.shape != expected.shape:
-                worst = math.inf
-            else:
-                scale = expected.abs().max().clamp_min(1e-12)
-                worst = max(worst, float((value - expected).abs().max() / scale))
+    worst, golden = 0.0, path / "golden_output.safetensors"
+    stored = read_tensors(golden)
+    for name, value in found.items():
+        expected = stored.get(name, value.new_empty(0))
+        if value.shape != expected.shape:
+            worst = math.inf
+        else:
+            scale = expected.abs().max().clamp_min(1e-12)
+            worst = max(worst, float((value - expected).abs().max() / scale))
     if not worst <= TOLERANCE:
         raise CorruptionError(
             f"{path}: the golden scan gives features that differ by {worst:.1e} (relative), "

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.corpus import Corpus
@@ -26,7 +25,7 @@ from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, open_foreign, read_weights
 from pretrain.manifest import TRAINING, file_digest
 from pretrain.objective import INHERITED, Objective
-from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release
+from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release, read_tensors
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
 
@@ -323,7 +322,7 @@ def _of_release(path: Path) -> Start:
     if release.is_full:
         state: Mapping[str, Tensor] = TrainingState.load(path / TRAINING).objective
     else:
-        weights = load_file(path / "model.safetensors")
+        weights = read_tensors(path / "model.safetensors")
         state = {f"encoder.{name}": value for name, value in weights.items()}
     origin = Origin(
         name=release.name,

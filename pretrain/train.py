@@ -8,19 +8,19 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from data_prep.corpus import Corpus, open_corpus
-from data_prep.errors import InputError, attempt, named
+from data_prep.errors import InputError, attempt, config_text, named
 from data_prep.files import write_text
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
@@ -35,7 +35,7 @@ from pretrain.objective import Batch, Objective
 from pretrain.optim import Moments, fitting_moments, named_moments
 from pretrain.previews import draw_previews
 from pretrain.probe import Probe
-from pretrain.release import TrainingState, load_release
+from pretrain.release import LoadReport, TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
 from pretrain.settings import LoopSettings, PretrainSettings, check_same
@@ -118,6 +118,7 @@ class Prepared:
                 least=settings.init_covers,
             )
         dataset = make_dataset(settings, corpus, objective.crops)
+        loggers = make_loggers(settings, run) if main else []
         loop = Loop(
             settings,
             dataset,
@@ -125,7 +126,7 @@ class Prepared:
             augment=Augment(settings.flip, settings.augment),
             draw_previews=_draw_pictures,
             health=Health(settings.health, dataset, run.path, self.probe),
-            loggers=make_loggers(settings, run) if main else [],
+            loggers=loggers,
             label="pretrain",
         )
         with run.lease() if main else contextlib.nullcontext():
@@ -145,6 +146,7 @@ class Prepared:
                     keep_start(run, start, report, len(moments))
                 if report is not None:
                     print(f"init={settings.init}: {report}{_with(moments, objective)}")
+                    log_load(loggers, report)
                 if start is not None:
                     modalities = data_facts(corpus)["modality"]
                     for one in other_intensities(start, dataset.preprocess, modalities):
@@ -458,8 +460,6 @@ def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
     check_loggers(settings)
     made: list[Logger] = []
     if "tensorboard" in settings.loggers:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
         made.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
     if "wandb" in settings.loggers:
         from lightning.pytorch.loggers import WandbLogger
@@ -485,6 +485,21 @@ def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
             )
         )
     return made
+
+
+def log_load(loggers: Iterable[Logger], report: LoadReport) -> None:
+    """Tells loggers what became of the weights that a run begins from.
+
+    As `load/...` beside a run's settings, or a text where a logger has no such place.
+    """
+    told = {f"load/{name}": value for name, value in report.summary().items()}
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            lines = [f"- {name}: {config_text(value)}" for name, value in told.items()]
+            logger.experiment.add_text("load", "\n".join(lines))
+            logger.save()
+        else:
+            logger.log_hyperparams(told)
 
 
 def _wandb_id(run: RunFolder) -> str:

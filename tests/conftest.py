@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,24 @@ def pretrain_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labelled_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hippocampus MRI with labels and the official split."""
     return _prepare("hippocampus.csv", tmp_path_factory)
+
+
+@pytest.fixture
+def kept_by_wandb() -> Callable[[Path, bytes], bytes]:
+    """What W&B keeps in a run's folder, once it is there: its own process writes it."""
+    import wandb
+
+    def read(run: Path, wanted: bytes) -> bytes:
+        wandb.finish()
+        found = b""
+        for _ in range(300):
+            found = b"".join(file.read_bytes() for file in (run / "wandb").rglob("*.wandb"))
+            if wanted in found:
+                break
+            time.sleep(0.1)
+        return found
+
+    return read
 
 
 def _prepare(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

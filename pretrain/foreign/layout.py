@@ -167,6 +167,7 @@ def convert(
             that does not fit.
     """
     wanted = shapes_of(encoder)
+    kinds = {name: value.is_floating_point() for name, value in encoder.state_dict().items()}
     root, again = root_of(layout, weights)
     inside = {n: t for n, t in below(weights, root).items() if root + n not in again}
     found: dict[str, Tensor] = {}
@@ -189,6 +190,8 @@ def convert(
                 if tuple(value.shape) != wanted.get(own):
                     expected = list(wanted[own]) if own in wanted else "nothing of that name"
                     raise ValueError(f"has shape {list(value.shape)}, the encoder {expected}")
+                if value.is_floating_point() != kinds[own]:
+                    raise ValueError(f"is {value.dtype}, which no weight of an encoder is")
                 if own in found:
                     raise ValueError(f"is {own}, which {report.sources.get(own, own)} is already")
         except (LookupError, RuntimeError, ValueError) as error:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_prep.errors import InputError
+from data_prep.errors import CorruptionError, InputError
 
 _WRAPPERS = (
     "teacher", "network_weights", "state_dict", "model_state_dict", "model", "net", "student",
@@ -25,11 +25,20 @@ _WRAPPERS = (
 _DEPTH = 3
 """Of wrappers in each other."""
 
-_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NESTED = 32
+_FACTS = 1_000_000
+"""Lists within each other, and values, that a file may tell of beside its weights."""
+
+
+def _number(kind: np.dtype[Any], data: bytes) -> Any:
+    """A number of its bytes; numpy's own function makes of a kind alone as much as it claims."""
+    return np.frombuffer(data, kind, 1)[0]
+
+
 # nnU-Net and nnssl keep numpy's numbers in their logs. These make numbers of bytes, nothing else.
 _NUMBERS: list[Any] = [
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
     (_codecs.encode, "_codecs.encode"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
@@ -96,7 +105,12 @@ def read_stored(path: Path) -> Stored:
         outermost = next((i for i, part in enumerate(parts) if [part] != own[i : i + 1]), 0)
         name = ".".join(parts[: outermost + 1])
         beside[name] = beside.get(name, 0) + len(group)
-    return Stored(weights, chosen, beside, {k: v for k, v in stored.items() if _is_plain(v)})
+    facts = {
+        key: value
+        for key, value in stored.items()
+        if isinstance(key, str) and _is_plain(value, [_FACTS])
+    }
+    return Stored(weights, chosen, beside, facts)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -117,16 +131,25 @@ def _read_safe(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_torch(path: Path) -> Any:
     size = path.stat().st_size
-    if not zipfile.is_zipfile(path):
-        # Of torch before 1.6: it allocates what the pickle claims.
+    with path.open("rb") as file:
+        begins = file.read(4)
+    if begins != b"PK\3\4" or not zipfile.is_zipfile(path):
+        # Of torch before 1.6, told by its first bytes: it allocates what the pickle claims.
         raise InputError(
             f"{path}: cannot be read as weights: it is no .safetensors file and none that torch "
             "1.6 or later saved; torch.save(torch.load(FILE, weights_only=True), NEW) makes one"
         )
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(part.file_size for part in archive.infolist())
-    if unpacked > size:  # torch packs nothing
-        raise InputError(f"{path}: has {size} bytes and unpacks to {unpacked}: refused")
+        parts = archive.infolist()
+        unpacked = sum(part.file_size for part in parts)
+        if unpacked > size:  # torch packs nothing
+            raise InputError(f"{path}: has {size} bytes and unpacks to {unpacked}: refused")
+        # torch looks at no sums, and writes none (zeros) where it is told so.
+        damaged = archive.testzip() if any(part.CRC for part in parts) else None
+    if damaged is not None:
+        raise CorruptionError(
+            f"{path}: {damaged} in it is not what its sum says: damaged; fetch the file again"
+        )
     with torch.serialization.safe_globals(_NUMBERS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -135,8 +158,9 @@ def _groups(stored: Any, at: str, depth: int = 0) -> Iterator[tuple[str, dict[st
     """Dicts of nothing but tensors, by where they are."""
     if not isinstance(stored, dict) or depth > _DEPTH:
         return
-    if stored and all(torch.is_tensor(value) for value in stored.values()):
-        yield at, stored
+    if stored and all(isinstance(n, str) and torch.is_tensor(t) for n, t in stored.items()):
+        # Without what a pickle can put on a tensor in place of its methods.
+        yield at, {name: torch.detach(tensor) for name, tensor in stored.items()}
         return
     for name, value in stored.items():
         yield from _groups(value, f"{at}.{name}" if at else str(name), depth + 1)
@@ -148,11 +172,22 @@ def _is_whole(tensor: Tensor) -> bool:
     return dense and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, left: list[int], depth: int = 0) -> bool:
+    """Whether a value is plain data of sane size: lists that hold themselves have none.
+
+    Args:
+        value: of a file.
+        left: how many more values may be looked at, counted down.
+        depth: of the lists that it lies in.
+    """
+    left[0] -= 1
+    if left[0] < 0 or depth > _NESTED:
+        return False
     if isinstance(value, Mapping):
-        return all(isinstance(k, str | int) and _is_plain(v) for k, v in value.items())
+        named = all(isinstance(key, str | int) for key in value)
+        return named and all(_is_plain(v, left, depth + 1) for v in value.values())
     if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
+        return all(_is_plain(v, left, depth + 1) for v in value)
     return value is None or isinstance(value, str | int | float | bool)
 
 

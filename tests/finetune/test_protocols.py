@@ -84,6 +84,7 @@ def test_presets_have_the_published_rates_and_shapes(
 # R3: one thing differs.
 
 OTHER: dict[str, Any] = {
+    "adapt_channels": "first",
     "crop_size": (8, 8, 8), "steps": 11, "batch_size": 4, "accumulate": 2, "optimizer": "sgd",
     "lr": 2e-3, "weight_decay": 0.1, "betas": (0.5, 0.6), "momentum": 0.5, "schedule": "poly",
     "warmup": 3, "halve_every": 5, "clip": 3.0, "augment": {"gain": 0.2}, "tta": True,
@@ -99,7 +100,9 @@ def test_every_setting_is_part_of_the_recipe_or_said_to_be_free() -> None:
     base = composed()
     fields = set(FinetuneSettings.model_fields)
     assert fields >= FREE
-    kept = set(base.recipe()) - {"recipe_version", "precision"}
+    said = base.model_copy(update={"adapt_channels": "repeat"})  # part of it where it is said
+    assert set(said.recipe()) - set(base.recipe()) == {"adapt_channels"}
+    kept = set(said.recipe()) - {"recipe_version", "precision"}
     assert kept == fields - FREE and set(OTHER) <= kept
     # Settings that others add land here too: they are in the recipe unless FREE names them.
     for name in kept & OTHER.keys():

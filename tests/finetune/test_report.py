@@ -62,6 +62,37 @@ def test_the_third_arm_is_shown_where_there_is_one(third: bool, tmp_path: Path) 
         assert "The 95 % interval lies on one side of zero" in words
 
 
+def test_weights_without_values_and_changed_ones_are_called_out(tmp_path: Path) -> None:
+    """At the top, and each of them below; runs that agree are told once, the others not at all."""
+    rows = make_rows("scratch") + make_rows("pretrained", 0.05)
+    runs = write_runs(tmp_path, rows)
+    table = read_table(runs)
+    plain = make_report(None, runs, table, tmp_path / "plain.html").read_text()
+    assert "Weights without values" not in plain and "Adapted weights" not in plain
+    assert "not taken as they are" not in plain
+    constant = [f"encoder.<i>{n}" for n in range(5)]
+    adapted = {"encoder.stem.weight": "1 to 3 channels: 1/3 each"}
+    note = {"covered": 0.97, "constant": constant, "adapted": adapted}
+    for run in runs:
+        pretrained = run.name.startswith("pretrained")
+        (run / "load_report.json").write_text(json.dumps(note if pretrained else {"covered": 0.0}))
+        said = {"features_equal_release": pretrained}
+        (run / "step_zero.json").write_text(json.dumps(said))
+    page = make_report(None, runs, table, tmp_path / "report.html").read_text()
+    top, _, rest = page.partition("<section")
+    assert top.count('class="notice"') == 2
+    assert "5 tensors of the checkpoint with one number throughout" in top
+    assert "encoder.&lt;i&gt;0" in top and "encoder.&lt;i&gt;4" not in top
+    assert "1 tensor changed to fit these data" in top
+    assert "encoder.stem.weight (1 to 3 channels: 1/3 each)" in top
+    assert "encoder.&lt;i&gt;4</td><td>without values" in rest and "<i>" not in page
+    assert "encoder.stem.weight</td><td>adapted: 1 to 3 channels: 1/3 each" in rest
+    names = ", ".join(sorted(run.name for run in runs if run.name.startswith("pretrained")))
+    assert f'<p class="lead">{names}</p>' in rest and rest.count("not taken as they are") == 1
+    cells = re.findall(r"<td class=\"n\">(?:97|0)%</td><td class=\"n\">([^<]*)</td>", rest)
+    assert sorted(set(cells)) == ["others", "the release&#39;s"]
+
+
 def pixels(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], colour: str) -> int:
     """How many pixels of a colour the picture of a black image has, without those of the legend."""
     black = np.zeros(truth.shape, np.float32)

@@ -178,7 +178,7 @@ def test_training_mirrors_swap_the_sides_of_the_task(
     plan = make_plan(settings(corpus, release, tmp_path, task=task, crop_size=[56, 40, 48]))
     loops: list[Loop] = []
     monkeypatch.setattr(Loop, "fit", lambda self, model: loops.append(self))
-    train(plan, RunFolder(tmp_path / "run"), build_model(plan)[0])
+    train(plan, RunFolder(tmp_path / "run"), *build_model(plan))
     (loop,) = loops
     seen = set()
     for index in range(12):

@@ -303,7 +303,9 @@ def test_sums_that_list_what_no_release_has(
     assert not kept(cache)
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "a\\..\\evil", "a//b"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../../evil", "/evil", "a\\..\\evil", "a//b", "a\0b"]
+)
 def test_a_listing_that_leads_out_is_refused(
     fake: Fake, files: dict[str, bytes], cache: Path, name: str
 ) -> None:

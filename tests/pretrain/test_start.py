@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,30 @@ def test_the_encoder_of_a_run_or_its_release_is_where_it_begins(
     scratch = pretrain(chosen("scratch", seed=5))
     assert not nearly(scratch, first, "encoder.")
     assert not (scratch / "load_report.json").exists()
+
+
+def test_loggers_are_told_of_the_load(
+    first: Path,
+    chosen: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_by_wandb: Callable[[Path, bytes], bytes],
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = pretrain(chosen("logged", init=first, loggers=("tensorboard", "wandb")))
+    report = json.loads((run / "load_report.json").read_text())
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("load/text_summary")
+    said = event.tensor_proto.string_val[0].decode()
+    counts = {name: len(report[name]) for name in ("copied", "adapted", "skipped", "new")}
+    for name, value in {"covered": 1.0, **counts, "constant": "[]"}.items():
+        assert f"- load/{name}: {value}" in said
+    kept = kept_by_wandb(run, b"load/covered")
+    assert b"load/covered" in kept and str(run.parent).encode() not in kept
 
 
 def test_another_encoder_is_refused_and_nothing_written(first: Path, chosen: Any) -> None:
