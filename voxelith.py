@@ -126,6 +126,7 @@ def _replay(words: list[str]) -> Any:
 
 def _export(words: list[str]) -> Any:
     from conf.compose import take_option
+    from data_prep.errors import InputError
 
     rest, pushes = take_option(words, "--push")
     told = _told(rest[2:])
@@ -136,13 +137,18 @@ def _export(words: list[str]) -> Any:
     targets = [destination(ref) for ref in pushes]  # what is wrong with them is told before
     from finetune.export import export
 
-    release = export(ref, Path(output), told.pop("form", "release"), told)
-    print(f"{release.path}: verified, golden scan included, digest {release.digest[:12]}")
-    result = {"release": str(release.path), "digest": release.digest}
-    pushed = [push(release.path, target) for target in targets]
+    form = told.pop("form", "release")
+    if targets and form not in ("release", "full"):
+        raise InputError(f"--push with form={form}: releases are pushed; leave one of them out")
+    made = export(ref, Path(output), form, told)
+    if form not in ("release", "full"):
+        print(f"{output}: written and checked, form={form}")
+        return made
+    print(f"{output}: verified, golden scan included, digest {made['digest'][:12]}")
+    pushed = [push(Path(output), target) for target in targets]
     for ref in pushed:
-        print(f"Pushed: {ref}#sha256={release.digest}")
-    return result | ({"pushed": pushed} if pushed else {})
+        print(f"Pushed: {ref}#sha256={made['digest']}")
+    return made | ({"pushed": pushed} if pushed else {})
 
 
 def _fetch(words: list[str]) -> Any:
@@ -456,12 +462,15 @@ and replay.png in RUN/failures/step-N.
 example: voxelith replay runs/first step=1200""",
     ),
     "export": Command(
-        "a run, or public weights of others, to a release",
-        "export RUN|FILE|NAME OUT [form=release|full] [key=value ...] [--push hf://ORG/REPO]",
+        "a run, or public weights of others, to a release; a release to forms of others",
+        "export RUN|RELEASE|FILE|NAME OUT [form=release|full|nnssl|torch|onnx|monai] "
+        "[key=value ...] [--push hf://ORG/REPO]",
         _export,
         """
 RUN is the folder of a pretraining with a checkpoint or of a finished finetuning, OUT a folder that
 is not there yet. form=full has the heads, the teacher and the optimiser of a pretraining as well.
+The other forms take a release too: nnssl (nnU-Net finetunes it), torch (torch.export), onnx, monai
+(a bundle); each is checked against the encoder before it appears.
 
 A file of public weights, or a reference or name of `voxelith fetch --list` that stands for one,
 becomes a release too. What no weights say is told once, and nothing is guessed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,42 +35,63 @@ from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain import export as pretraining
 from pretrain.adopt import adopt
+from pretrain.forms import FORMS
 from pretrain.manifest import FACTS, FORMAT
-from pretrain.release import Release, load_release, write_release
+from pretrain.release import Release, check_free, load_release, write_release
 from pretrain.run_folder import RunFolder, versions
 
 UNKNOWN = "unknown"
 """A fingerprint that equals none: what the weights were pretrained on is not fully known."""
 
 
-FORMS = ("release", "full")
-"""What an export can be."""
+RELEASES = ("release", "full")
+"""Forms of an export that are releases."""
 
 
 def export(
     ref: str | Path, output: Path, form: str = "release", told: Mapping[str, Any] | None = None
-) -> Release:
-    """Writes a release of a run, or of a file of public weights.
+) -> dict[str, Any]:
+    """Writes a run, a release or a file of public weights in a form that others take.
 
     Args:
-        ref: folder of a run; a file of public weights, or what names one.
+        ref: folder of a run or of a release; a file of public weights, or what names one.
         output: folder that is made.
-        form: one of FORMS; `full` has the state of a pretraining as well.
+        form: a release, the `full` one of a pretraining with its training's state, or one of
+            `pretrain.forms`.
         told: what a file of public weights does not say; see `pretrain.adopt`.
 
+    Returns:
+        What was written: of a release its folder and digest.
+
     Raises:
-        InputError: as `export_run` and `pretrain.adopt.adopt`, or the form is none of these.
+        InputError: as `export_run` and `pretrain.adopt.adopt`; there is no such form, or none of
+            what `ref` is.
     """
-    if form not in FORMS:
-        raise InputError(f"form={form}: no such form; {near(form, FORMS)}")
+    forms = (*RELEASES, *FORMS)
+    if form not in forms:
+        raise InputError(f"form={form}: no such form; {near(form, forms)}")
+    folder = Path(ref)
+    is_release = (folder / "SHA256SUMS").is_file()
+    if folder.is_dir() and told:
+        raise InputError(f"{', '.join(told)}: is for files of public weights, and {ref} is none")
+    if form in RELEASES:
+        if is_release:
+            raise InputError(f"{ref}: is a release; form={'|'.join(FORMS)} makes others of it")
+        if form == "full" and not folder.is_dir():
+            raise InputError(f"form=full: {ref} is a file of weights, without a training")
+        made = _released(ref, output, told, full=form == "full")
+        return {"release": str(made.path), "digest": made.digest}
+    if is_release:
+        return FORMS[form](load_release(folder), output)
+    with tempfile.TemporaryDirectory() as between:
+        return FORMS[form](_released(ref, Path(between) / "release", told), output)
+
+
+def _released(
+    ref: str | Path, output: Path, told: Mapping[str, Any] | None, *, full: bool = False
+) -> Release:
     if Path(ref).is_dir():
-        if told:
-            raise InputError(
-                f"{', '.join(told)}: is for files of public weights, and {ref} is none"
-            )
-        return export_run(Path(ref), output, full=form == "full")
-    if form == "full":
-        raise InputError(f"form=full: {ref} is a file of weights, without a training; leave it out")
+        return export_run(Path(ref), output, full=full)
     return adopt(ref, output, told)
 
 
@@ -96,8 +118,7 @@ def export_run(run_path: Path, output: Path, *, full: bool = False) -> Release:
             f"form=full: {run_path} is a finetuning, whose release is all of its network; leave "
             "form out"
         )
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output}: already exists; choose another folder or remove it")
+    check_free(output)
     if not (run_path / "rows.csv").is_file():
         raise InputError(
             f"{run_path}: is not finished, it has no rows.csv; run `voxelith finetune` again, it "

@@ -19,7 +19,7 @@ from pretrain.decoders import build_decoder, without_head
 from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.objective import Objective
 from pretrain.optim import named_moments
-from pretrain.release import FORMAT, Release, TrainingState, shapes_of, write_release
+from pretrain.release import FORMAT, Release, TrainingState, check_free, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
 from pretrain.start import Origin, corpus_of, origin_of, recipe_hash, seen_volumes
 from pretrain.train import load_trained
@@ -40,8 +40,7 @@ def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
     Raises:
         InputError: no such run, no checkpoint yet, or `output` exists.
     """
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output}: already exists; choose another folder or remove it")
+    check_free(output)
     run = RunFolder(run_path)
     objective, facts, state = load_trained(run)
     step, trained_on = int(state["step"]), str(state["schedule"]["index_hash"])

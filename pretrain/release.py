@@ -439,6 +439,12 @@ def golden_scan(seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float64]
     return (100.0 * np.asarray(values)).astype(np.float32), affine
 
 
+def check_free(output: Path) -> None:
+    """Refuses what is written where something is: a file, or a folder that is not empty."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output}: already exists; choose another folder or remove it")
+
+
 def write_release(
     output: Path,
     *,
@@ -471,8 +477,7 @@ def write_release(
     """
     from pretrain.encoder import Encoder
 
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output}: already exists; choose another folder or remove it")
+    check_free(output)
     make_folder(output.parent, "OUT")
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:

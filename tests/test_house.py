@@ -23,6 +23,7 @@ DOORS = {
     "estimate",
     "export",
     "foreign",
+    "forms",
     "loader",
     "loop",
     "losses",

@@ -29,7 +29,8 @@ from data_prep.preprocess import Preprocess
 from data_prep.volume import read_nifti
 from finetune.describe import as_text, describe
 from finetune.evaluate import comparable, evaluate
-from finetune.export import UNKNOWN, export
+from finetune.export import UNKNOWN
+from finetune.export import export_run as export
 from finetune.model_file import check_golden_network, load_network, write_network
 from finetune.predict import predict
 from finetune.rows import read_rows

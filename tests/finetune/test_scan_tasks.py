@@ -27,7 +27,7 @@ from finetune.answerer import Answerer
 from finetune.answers import ANSWERS, read_answers
 from finetune.cells import case_scores
 from finetune.describe import as_text, describe
-from finetune.export import export
+from finetune.export import export_run as export
 from finetune.formats import make_table
 from finetune.lines import ALL_CLASSES, METRICS
 from finetune.model_file import check_golden_network, load_network
