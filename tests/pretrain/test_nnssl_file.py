@@ -25,8 +25,15 @@ from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import split_target
 from pretrain.backbones.backbone import Backbone
+from pretrain.decoders import UNetDecoder, first_blocks, unet_decoder
 from pretrain.foreign import open_foreign
-from pretrain.foreign.nnssl_file import CHECKPOINT, adaptation_plan, differences, write_nnssl
+from pretrain.foreign.nnssl_file import (
+    ARCHITECTURE,
+    CHECKPOINT,
+    adaptation_plan,
+    differences,
+    write_nnssl,
+)
 from pretrain.manifest import PLAN_FILE
 from pretrain.release import Release, write_release
 
@@ -48,13 +55,14 @@ class Case:
     crop: list[int]
     theirs: Callable[[dict[str, Any]], tuple[nn.Module, Callable[[Tensor], Tensor]]]
 
-    def release(self, folder: Path) -> Release:
+    def release(self, folder: Path, trained: nn.Module | None = None, **others: Any) -> Release:
         return write_release(
             folder,
             encoder=self.encoder,
-            config=config_of(self.backbone, self.crop),
+            config=config_of(self.backbone, self.crop, **others),
             fingerprints={"format": 1, "values": []},
             card="A.\n",
+            decoder=trained,
         )
 
 
@@ -125,7 +133,9 @@ def test_what_is_written_comes_back(
 ) -> None:
     release = case.release(tmp_path / "r")
     output = write_nnssl(release, tmp_path / "new" / "out")
-    assert {file.name for file in output.iterdir()} == {CHECKPOINT, PLAN_FILE, "config.json"}
+    beside = {ARCHITECTURE} if case.backbone["name"].startswith("resenc.") else set()
+    names = {CHECKPOINT, PLAN_FILE, "config.json"}
+    assert {file.name for file in output.iterdir()} == names | beside
     assert [file.name for file in output.parent.iterdir()] == ["out"]
     found = open_foreign(output / CHECKPOINT)  # nothing is told
     own = case.encoder.state_dict()
@@ -163,13 +173,134 @@ def test_their_network_takes_all_of_it_and_sees_the_same(case: Case, tmp_path: P
         below = {n: left.pop(n) for n in weights if n.startswith(plan[key])}
         part = network.get_submodule(plan[key])
         part.load_state_dict({n.removeprefix(f"{plan[key]}."): t for n, t in below.items()})
-    assert not left
+    assert all(name.startswith("decoder.") for name in left)  # of a U-Net, for the package
     assert list(network.keys_to_in_proj) == plan["keys_to_in_proj"]
     assert getattr(network, "key_to_lpe", None) == plan["key_to_lpe"]
     # In double precision: rounding to float32 would be the larger difference.
     image = torch.randn(2, case.encoder.in_channels, *case.crop).double()
     found, expected = features_of(network, features, image), case.encoder.double()(image)[-1]
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+PARTS = {
+    "none": (None, "new, the release has none"),
+    "first": ({"out_channels": 3, "blocks": 1}, "the release's first 1 blocks from the coarsest"),
+    "whole": ({"out_channels": 3}, "the release's, without its last layer"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_the_network_of_the_plans_takes_the_whole_file(
+    part: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `nnUNetv2_train -pretrained_weights` asks for it: every tensor but the last layers'."""
+    torch.manual_seed(seed)
+    case = resenc(np.random.default_rng(seed))
+    facts, said = PARTS[part]
+    decoder = drawn_decoder(case.encoder)
+    release = case.release(tmp_path / "r", facts and decoder, decoder=facts)
+    output = write_nnssl(release, tmp_path / "out")
+    weights = stored(output)["network_weights"]
+    network = network_of_plans(output, case.encoder.in_channels)
+    own = network.state_dict()
+    assert {n for n in own if n not in weights} == {n for n in own if ".seg_layers." in n}
+    assert all(own[name].shape == weights[name].shape for name in weights)
+    network.load_state_dict(own | weights)
+    for name, tensor in case.encoder.state_dict().items():
+        assert torch.equal(network.encoder.state_dict()[name], tensor)
+
+    trained = {} if facts is None else first_blocks(decoder.state_dict(), facts.get("blocks"))
+    loaded = network.decoder.state_dict()
+    for name, tensor in trained.items():
+        assert torch.equal(loaded[name], tensor)
+    fresh = dict(network_of_plans(output, case.encoder.in_channels).decoder.named_parameters())
+    for name, tensor in fresh.items():
+        if name in trained or name.startswith(("encoder.", "seg_layers.")):
+            continue
+        found = loaded[name]
+        if tensor.ndim == 5:  # He's normal weights, as nnU-Net draws them
+            assert 0.5 < found.std() / tensor.std() < 2 and found.unique().numel() > 1
+        else:
+            assert torch.equal(found, tensor)
+    if part == "whole":  # no name alone: decoding gives the same
+        image = torch.randn(2, case.encoder.in_channels, *case.crop).double()
+        head = network.decoder.seg_layers[-1]
+        head.weight.copy_(decoder.head.weight)
+        head.bias.copy_(decoder.head.bias)
+        expected = decoder.double()(image, case.encoder.double()(image))
+        found = network.double().eval()(image)
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+    skipped = open_foreign(output / CHECKPOINT).report.skipped
+    assert all(name in skipped for name in weights if name.startswith("decoder."))
+    assert stored(output)["nnssl_adaptation_plan"]["voxelith"]["decoder"].startswith(said)
+    assert f"decoder: {said}" in capsys.readouterr().err
+
+
+def drawn_decoder(encoder: Backbone) -> UNetDecoder:
+    decoder = unet_decoder(encoder, 3)
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter)
+    return decoder.eval()
+
+
+def network_of_plans(folder: Path, channels: int) -> Any:
+    """As nnU-Net's `get_network_from_plans` makes it."""
+    package = pytest.importorskip("dynamic_network_architectures")
+    told = json.loads((folder / ARCHITECTURE).read_text())["architecture"]
+    kwargs = dict(told["arch_kwargs"])
+    for name in told["_kw_requires_import"]:
+        kwargs[name] = locate(kwargs[name])
+    assert told["network_class_name"].startswith(f"{package.__name__}.")
+    made: Any = locate(told["network_class_name"])
+    network = made(input_channels=channels, num_classes=3, **kwargs)
+    network.apply(network.initialize)
+    return network
+
+
+@pytest.mark.parametrize("spacing", [None, [1.5, 1.0, 2.0]])
+def test_plans_get_patch_and_spacing(
+    spacing: list[float] | None, seed: int, tmp_path: Path
+) -> None:
+    case = resenc(np.random.default_rng(seed))
+    preprocess = Preprocess.default(spacing).to_dict()
+    output = write_nnssl(case.release(tmp_path / "r", preprocess=preprocess), tmp_path / "out")
+    part = json.loads((output / ARCHITECTURE).read_text())
+    assert part["patch_size"] == case.crop and part["batch_size"] == 2
+    assert part.get("spacing", "none: its own") == (spacing or "none: its own")
+
+
+def test_new_parts_are_the_same_each_time_and_leave_others_draws(seed: int, tmp_path: Path) -> None:
+    release = resenc(np.random.default_rng(seed)).release(tmp_path / "r")
+    files, draws = [], []
+    for n in range(2):
+        torch.manual_seed(seed + n)
+        expected = torch.get_rng_state()
+        release.build_encoder()  # draws
+        drawn_before = torch.get_rng_state()
+        torch.set_rng_state(expected)
+        files.append(stored(write_nnssl(release, tmp_path / f"out{n}"))["network_weights"])
+        draws.append(torch.equal(torch.get_rng_state(), drawn_before))
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert all(draws)
+
+
+def test_a_step_that_no_decoder_has_is_told(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnssl's form needs none."""
+    encoder, backbone = drawn(
+        "resenc.ResEncUNetEncoder",
+        **{"features": [4, 6, 8], "strides": [1, 2, 1], "blocks": [1, 1, 1]},
+    )
+    case = Case(backbone, encoder, [8, 8, 8], lambda plan: pytest.fail("no plan"))
+    output = write_nnssl(case.release(tmp_path / "r"), tmp_path / "out")
+    assert "decoder: none, and `nnUNetv2_train -pretrained_weights` needs one: stage 2 is no" in (
+        capsys.readouterr().err
+    )
+    assert not (output / ARCHITECTURE).exists()
+    assert not any(name.startswith("decoder.") for name in stored(output)["network_weights"])
 
 
 def features_of(network: nn.Module, features: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
