@@ -7,6 +7,10 @@ as nnU-Net does (`tests/test_nnunet.py` runs nnU-Net itself).
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +25,12 @@ from test_foreign import drawn
 from tiny_pairs import preset
 from torch import Tensor, nn
 
-from data_prep.errors import InputError
+from data_prep.errors import CorruptionError, InputError
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import split_target
 from pretrain.backbones.backbone import Backbone
 from pretrain.decoders import UNetDecoder, first_blocks, unet_decoder
-from pretrain.foreign import open_foreign
+from pretrain.foreign import nnssl_file, open_foreign
 from pretrain.foreign.nnssl_file import (
     ARCHITECTURE,
     CHECKPOINT,
@@ -259,16 +263,70 @@ def network_of_plans(folder: Path, channels: int) -> Any:
     return network
 
 
+PAGE = Path(__file__).parent.parent.parent / "docs" / "checkpoints.md"
+
+
 @pytest.mark.parametrize("spacing", [None, [1.5, 1.0, 2.0]])
 def test_plans_get_patch_and_spacing(
     spacing: list[float] | None, seed: int, tmp_path: Path
 ) -> None:
+    """By the plans.py of docs/checkpoints.md, on a data set whose axes nnU-Net would turn."""
     case = resenc(np.random.default_rng(seed))
     preprocess = Preprocess.default(spacing).to_dict()
-    output = write_nnssl(case.release(tmp_path / "r", preprocess=preprocess), tmp_path / "out")
-    part = json.loads((output / ARCHITECTURE).read_text())
-    assert part["patch_size"] == case.crop and part["batch_size"] == 2
-    assert part.get("spacing", "none: its own") == (spacing or "none: its own")
+    write_nnssl(case.release(tmp_path / "r", preprocess=preprocess), tmp_path / "for_nnunet")
+    plans = {
+        "plans_name": "voxelith",
+        "transpose_forward": [1, 2, 0],  # its spacing is 0.5, 3, 0.7 by the axes of the files
+        "transpose_backward": [2, 0, 1],
+        "configurations": {
+            "2d": {},
+            "3d_fullres": {"spacing": [3.0, 0.7, 0.5], "batch_size": 9, "data_identifier": "d"},
+        },
+    }
+    file = tmp_path / "Dataset004_Hippocampus" / "voxelith.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(plans))
+    snippet = re.findall(r"```python\n(import json.*?)```", PAGE.read_text(), flags=re.DOTALL)[0]
+    environment = os.environ | {"nnUNet_preprocessed": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", snippet], env=environment, cwd=tmp_path, check=True)
+
+    made = json.loads(file.read_text())
+    assert made["transpose_forward"] == made["transpose_backward"] == [0, 1, 2]
+    assert made["configurations"] == {
+        "3d_fullres": {
+            "spacing": spacing or [0.5, 3.0, 0.7],
+            "patch_size": case.crop,
+            "batch_size": 2,
+            "data_identifier": "d",
+            "architecture": json.loads((tmp_path / "for_nnunet" / ARCHITECTURE).read_text())[
+                "architecture"
+            ],
+        }
+    }
+
+
+def test_a_head_of_whole_scans_is_no_decoder(seed: int, tmp_path: Path) -> None:
+    case = resenc(np.random.default_rng(seed))
+    others = {"kind": "answerer", "answers": {}, "decoder": {"out_channels": 3}}
+    release = case.release(tmp_path / "r", nn.Linear(8, 3), **others)
+    plan = stored(write_nnssl(release, tmp_path / "out"))["nnssl_adaptation_plan"]
+    assert plan["voxelith"]["decoder"].startswith("new, the release has none")
+
+
+def test_what_was_not_written_as_it_is_does_not_appear(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, save = "decoder.stages.1.convs.0.conv.weight", torch.save
+
+    def wrong(file: dict[str, Any], path: Path) -> None:
+        weights = file["network_weights"]
+        save(file | {"network_weights": weights | {name: weights[name] + 1}}, path)
+
+    monkeypatch.setattr(nnssl_file.torch, "save", wrong)
+    release = resenc(np.random.default_rng(seed)).release(tmp_path / "r")
+    with pytest.raises(CorruptionError, match=f"{name} is not what was written"):
+        write_nnssl(release, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 def test_new_parts_are_the_same_each_time_and_leave_others_draws(seed: int, tmp_path: Path) -> None:
@@ -371,13 +429,23 @@ def test_what_is_there_is_left_alone(seed: int, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_weights_without_values_are_refused_and_leave_nothing(seed: int, tmp_path: Path) -> None:
-    release = resenc(np.random.default_rng(seed)).release(tmp_path / "r")
-    weights = load_file(release.path / "model.safetensors")
-    weights["stages.1.blocks.0.conv1.conv.weight"][0, 0, 1, 1, 1] = torch.nan
-    save_file(weights, release.path / "model.safetensors")
-    name = r"encoder\.stages\.1\.blocks\.0\.conv1\.conv\.weight"
-    with pytest.raises(InputError, match=rf"{release.path}: {name}: has values that are not fin"):
+@pytest.mark.parametrize(
+    ("file", "part", "name"),
+    [
+        ("model.safetensors", "encoder", "stages.1.blocks.0.conv1.conv.weight"),
+        ("decoder.safetensors", "decoder", "stages.1.convs.0.norm.weight"),
+    ],
+)
+def test_weights_without_values_are_refused_and_leave_nothing(
+    file: str, part: str, name: str, seed: int, tmp_path: Path
+) -> None:
+    case = resenc(np.random.default_rng(seed))
+    release = case.release(tmp_path / "r", drawn_decoder(case.encoder), decoder={"out_channels": 3})
+    weights = load_file(release.path / file)
+    weights[name].view(-1)[-1] = torch.nan
+    save_file(weights, release.path / file)
+    told = re.escape(f"{release.path}: {part}.{name}: has values that are not finite")
+    with pytest.raises(InputError, match=told):
         write_nnssl(release, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
