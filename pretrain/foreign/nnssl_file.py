@@ -3,7 +3,11 @@
 Wald et al. 2024, "An OpenMind for 3D medical vision self-supervised learning", arXiv:2412.17041.
 Its checkpoints say what they are by an adaptation plan inside: nnU-Net builds the network of the
 plan and loads encoder and stem into it, each strictly and under all names that its modules have;
-the decoder is always new. So a file needs the encoder's weights and the plan, and nothing else.
+the decoder is always new. So for them a file needs the encoder's weights and the plan.
+
+Those commands are in nnU-Net's repository. Its package on PyPI has `-pretrained_weights` alone,
+which takes the network of its own plans and asks the file for all tensors of it but the last
+layers. So a U-Net goes over whole, with a decoder, and beside it lies what belongs into the plans.
 
 Two of our backbones are architectures of nnssl's: `resenc.ResEncUNetEncoder`, of two or more stages
 whose first keeps the image's resolution, and `vit.ViT3D` with the options of a Primus (Wald et al.
@@ -34,7 +38,8 @@ from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.vit import PatchEmbed, ViT3D
-from pretrain.foreign import open_foreign
+from pretrain.decoders import UNetDecoder, unet_decoder, without_head
+from pretrain.foreign import open_foreign, read_weights
 from pretrain.foreign.layout import Found
 from pretrain.foreign.nnssl import PLAN, RESENC
 from pretrain.manifest import PLAN_FILE
@@ -42,6 +47,9 @@ from pretrain.release import Release, shapes_of
 
 CHECKPOINT = "checkpoint_final.pth"
 """Beside adaptation_plan.json: the names under which nnU-Net looks for them on the hub."""
+
+ARCHITECTURE = "nnunet_architecture.json"
+"""Beside them, of a U-Net: what nnU-Net's own plans need to have of it."""
 
 WITH_FORM = "resenc_* and primus_*"
 """Presets whose encoders nnssl and nnU-Net know."""
@@ -61,6 +69,7 @@ class _Form:
         channels: of the image.
         crop: voxels that the weights are made for, which learned positions show.
         names: a tensor under their names, from its name here.
+        no_decoder: why nnU-Net cannot be given one; empty: it can.
     """
 
     architecture: dict[str, Any]
@@ -68,13 +77,15 @@ class _Form:
     channels: int
     crop: list[int]
     names: Callable[[str, Tensor], dict[str, Tensor]]
+    no_decoder: str = ""
 
 
 def adaptation_plan(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A release's adaptation plan, as plain JSON data.
 
-    Beside nnssl's keys it has one of ours, `voxelith`: the preprocessing as the release has it, and
-    the sentences of `differences`. Normalisations that have no name in nnssl are null.
+    Beside nnssl's keys it has one of ours, `voxelith`: the preprocessing as the release has it, the
+    sentences of `differences`, and whose the decoder is. Normalisations that have no name in nnssl
+    are null.
 
     Args:
         config: config.json.
@@ -116,6 +127,7 @@ def differences(config: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{modality} intensities: {said} in the pretraining; nnU-Net makes a z-score of each "
             "scan, cut to the box of what is not zero, without clipping"
+            + (" (its package: CTNormalization of a channel called CT)" if modality == "CT" else "")
         )
     return found
 
@@ -128,8 +140,12 @@ def write_nnssl(release: Release, output: Path) -> Path:
     hub. The file is read by `open_foreign` and compared bit by bit before the folder appears. What
     nnU-Net does to scans otherwise than the pretraining goes to stderr.
 
+    Of a U-Net it has a decoder as well, for `nnUNetv2_train -pretrained_weights`: the release's,
+    and new from a fixed seed what the release has not got. nnunet_architecture.json is then to be
+    put into nnU-Net's plans. stderr and the plan say whose the decoder is.
+
     Args:
-        release: whose encoder it is; a decoder stays behind.
+        release: whose encoder it is.
         output: folder that is made.
 
     Returns:
@@ -157,13 +173,20 @@ def write_nnssl(release: Release, output: Path) -> Path:
     weights = {
         public: tensor for own in state for public, tensor in form.names(own, state[own]).items()
     }
+    if not form.no_decoder:
+        weights |= _rest_of_unet(weights, _decoder(release, encoder))
+    empty = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    if empty:
+        raise InputError(f"{release.path}: {empty[0]}: has values that are not finite")
     make_folder(output.parent, "OUT")
     folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         torch.save({"network_weights": weights, PLAN: plan}, folder / CHECKPOINT)
         write_json(folder / PLAN_FILE, plan)
+        if not form.no_decoder:
+            write_json(folder / ARCHITECTURE, _plans_part(release.config, form))
         shutil.copyfile(release.path / "config.json", folder / "config.json")
-        _check(folder / CHECKPOINT, state, release.path)
+        _check(folder / CHECKPOINT, state, weights, release.path)
         folder.chmod(0o755)
         for file in folder.iterdir():
             file.chmod(0o644)
@@ -171,12 +194,14 @@ def write_nnssl(release: Release, output: Path) -> Path:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    for sentence in differences(release.config):
+    for sentence in (*differences(release.config), f"decoder: {plan['voxelith']['decoder']}"):
         print(f"{output}: {sentence}", file=sys.stderr)
     return output
 
 
-def _check(file: Path, state: Mapping[str, Tensor], release: Path) -> None:
+def _check(
+    file: Path, state: Mapping[str, Tensor], weights: Mapping[str, Tensor], release: Path
+) -> None:
     """Reads the file as anybody would, telling it nothing."""
     try:
         read = open_foreign(file).state
@@ -184,6 +209,8 @@ def _check(file: Path, state: Mapping[str, Tensor], release: Path) -> None:
         told = [problem.replace(str(file), str(release)) for problem in error.problems]
         raise type(error)(told) from None
     wrong = [name for name in state if not torch.equal(state[name], read[name])]
+    stored = read_weights(file)
+    wrong += [name for name in weights if not torch.equal(weights[name], stored[name])]
     if wrong:
         raise CorruptionError(f"{file}: {wrong[0]} is not what was written; write it again")
 
@@ -225,11 +252,14 @@ def _plan(config: Mapping[str, Any], form: _Form) -> dict[str, Any]:
             "modalities": list(config["modalities"]),
             "preprocess": preprocess.to_dict(),
             "differences": differences(config),
+            "decoder": form.no_decoder or _whose_decoder(config),
         },
     }
 
 
 # Residual encoders.
+
+_ARCHITECTURES = "dynamic_network_architectures.architectures"
 
 
 def _resenc(encoder: ResEncUNetEncoder, crop: Sequence[int]) -> _Form:
@@ -240,6 +270,11 @@ def _resenc(encoder: ResEncUNetEncoder, crop: Sequence[int]) -> _Form:
             "their U-Net has two stages or more and the first keeps the resolution, here are "
             f"{stages} with strides {strides}"
         )
+    level = next((n for n in range(1, stages) if strides[n] == [1, 1, 1]), None)
+    no_decoder = (
+        f"none, and `nnUNetv2_train -pretrained_weights` needs one: stage {level} is no coarser "
+        "than the one before, and no U-Net's decoder here has such a step"
+    )
     imported = {
         "conv_op": "torch.nn.modules.conv.Conv3d",
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
@@ -273,14 +308,69 @@ def _resenc(encoder: ResEncUNetEncoder, crop: Sequence[int]) -> _Form:
         channels=encoder.in_channels,
         crop=list(crop),
         names=_names_of_resenc,
+        no_decoder="" if level is None else no_decoder,
     )
 
 
 def _names_of_resenc(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {f"encoder.{public}": tensor for public in _both_names(name)}
+
+
+def _both_names(name: str) -> tuple[str, str]:
     """Their modules hold convolution and norm twice, and a strict load asks for both names."""
     again = re.sub(r"\.norm\.(\w+)$", r".all_modules.1.\1", name)
     again = re.sub(r"\.conv\.(\w+)$", r".all_modules.0.\1", again)
-    return {f"encoder.{name}": tensor, f"encoder.{again}": tensor}
+    return name, again
+
+
+# The rest of a U-Net.
+
+
+def _whose_decoder(config: Mapping[str, Any]) -> str:
+    drawn, facts = "drawn as nnU-Net does, from a fixed seed", _decoder_facts(config)
+    if facts is None:
+        return f"new, the release has none: {drawn}"
+    if facts.get("blocks") is None:
+        return "the release's, without its last layer"
+    return f"the release's first {facts['blocks']} blocks from the coarsest; the others {drawn}"
+
+
+def _decoder_facts(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of a U-Net's decoder; that of an answerer is a head and no such."""
+    facts: Mapping[str, Any] | None = config.get("decoder")
+    return None if config["kind"] == "answerer" else facts
+
+
+def _decoder(release: Release, encoder: Backbone) -> UNetDecoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same release gives the same file
+        decoder = unet_decoder(encoder, out_channels=1)
+    if _decoder_facts(release.config) is not None:
+        release.load_decoder(decoder)
+    return decoder
+
+
+def _rest_of_unet(encoder: Mapping[str, Tensor], decoder: UNetDecoder) -> dict[str, Tensor]:
+    """All names of their U-Net but the last layers': its decoder holds the encoder once more."""
+    again = {f"decoder.{name}": tensor for name, tensor in encoder.items()}
+    for own, tensor in without_head(decoder.state_dict()).items():
+        again |= {f"decoder.{name}": tensor for name in _both_names(own)}
+    return again
+
+
+def _plans_part(config: Mapping[str, Any], form: _Form) -> dict[str, Any]:
+    """What a configuration of nnU-Net's plans is to have; without spacing it keeps its own."""
+    spacing = Preprocess.from_dict(config["preprocess"]).spacing_mm
+    own = form.architecture
+    return {
+        "architecture": {
+            "network_class_name": f"{_ARCHITECTURES}.unet.{own['arch_class_name']}",
+            "arch_kwargs": own["arch_kwargs"],
+            "_kw_requires_import": own["arch_kwargs_requiring_import"],
+        },
+        "patch_size": form.crop,
+        "batch_size": 2,
+    } | ({} if spacing is None else {"spacing": list(spacing)})
 
 
 # Primus.
@@ -334,6 +424,7 @@ def _primus(encoder: ViT3D) -> _Form:
         channels=encoder.in_channels,
         crop=stored,
         names=_names_of_primus,
+        no_decoder="none: nnU-Net begins with a new one",
     )
 
 
