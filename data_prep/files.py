@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,34 @@ def make_folder(path: Path, key: str) -> None:
         raise InputError(
             f"{key}={path}: cannot be written ({error.strerror}); choose another folder"
         ) from error
+
+
+def check_free(path: Path) -> None:
+    """Refuses a place where something is: a file, or a folder that is not empty."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: already exists; choose another folder or remove it")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `path` when the block ends without an error.
+
+    Raises:
+        InputError: there is something at `path` already.
+    """
+    check_free(path)
+    make_folder(path.parent, "OUT")
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield folder
+        for part in (folder, *folder.rglob("*")):
+            part.chmod(0o755 if part.is_dir() else 0o644)
+        if path.exists():
+            path.rmdir()
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError, near
+from data_prep.files import check_free
 from data_prep.licences import UNSTATED
 from finetune.answerer import Answerer
 from finetune.cards import card
@@ -37,7 +38,7 @@ from pretrain import export as pretraining
 from pretrain.adopt import adopt
 from pretrain.forms import FORMS
 from pretrain.manifest import FACTS, FORMAT
-from pretrain.release import Release, check_free, load_release, write_release
+from pretrain.release import Release, load_release, write_release
 from pretrain.run_folder import RunFolder, versions
 
 UNKNOWN = "unknown"

@@ -151,13 +151,8 @@ class Encoder:
         shape = image.shape[2:]
         cells = [-(-n // s) for n, s in zip(shape, stride, strict=True)]
         window = [c // s for c, s in zip(size, stride, strict=True)]
-        padded = [max(n, k) * s for n, k, s in zip(cells, window, stride, strict=True)]
-        after = [p - n for p, n in zip(padded, shape, strict=True)]
-        # Each channel's lowest value is air, as in training's padding.
-        lowest = image.amin((2, 3, 4), keepdim=True)
-        ends = (0, after[2], 0, after[1], 0, after[0])
-        image = torch.where(F.pad(torch.ones_like(image), ends) > 0, F.pad(image, ends), lowest)
-        grid = [p // s for p, s in zip(padded, stride, strict=True)]
+        grid = [max(n, k) for n, k in zip(cells, window, strict=True)]
+        image = padded_to(image, [n * s for n, s in zip(grid, stride, strict=True)])
         starts = [
             window_starts(n, k, max(1, round(k * (1 - overlap))))
             for n, k in zip(grid, window, strict=True)
@@ -177,6 +172,17 @@ class Encoder:
         self.module.train(was_training)
         inside = tuple(slice(0, n) for n in cells)
         return (total / seen)[(slice(None), *inside)]
+
+
+def padded_to(image: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Pads [B, C, D, H, W] at the far ends up to `shape`.
+
+    The padding is each channel's lowest value, which is air, as in training.
+    """
+    d, h, w = (p - n for p, n in zip(shape, image.shape[2:], strict=True))
+    ends = (0, w, 0, h, 0, d)
+    lowest = image.amin((2, 3, 4), keepdim=True)
+    return torch.where(F.pad(torch.ones_like(image), ends) > 0, F.pad(image, ends), lowest)
 
 
 def window_starts(length: int, window: int, step: int) -> list[int]:

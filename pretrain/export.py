@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import InputError
+from data_prep.files import check_free
 from data_prep.licences import UNSTATED, strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
@@ -19,7 +20,7 @@ from pretrain.decoders import build_decoder, without_head
 from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.objective import Objective
 from pretrain.optim import named_moments
-from pretrain.release import FORMAT, Release, TrainingState, check_free, shapes_of, write_release
+from pretrain.release import FORMAT, Release, TrainingState, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
 from pretrain.start import Origin, corpus_of, origin_of, recipe_hash, seen_volumes
 from pretrain.train import load_trained

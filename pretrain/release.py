@@ -23,8 +23,6 @@ import gzip
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import make_folder, write_bytes, write_json, write_text
+from data_prep.files import atomic_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
 from pretrain.arguments import build_backbone
@@ -439,12 +437,6 @@ def golden_scan(seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float64]
     return (100.0 * np.asarray(values)).astype(np.float32), affine
 
 
-def check_free(output: Path) -> None:
-    """Refuses what is written where something is: a file, or a folder that is not empty."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output}: already exists; choose another folder or remove it")
-
-
 def write_release(
     output: Path,
     *,
@@ -477,10 +469,7 @@ def write_release(
     """
     from pretrain.encoder import Encoder
 
-    check_free(output)
-    make_folder(output.parent, "OUT")
-    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
+    with atomic_folder(output) as folder:
         _save_weights(encoder, folder / "model.safetensors")
         if decoder is not None:
             _save_weights(decoder, folder / DECODER, (config["decoder"] or {}).get("blocks"))
@@ -503,15 +492,6 @@ def write_release(
         sums = "".join(f"{file_digest(folder / name)}  {name}\n" for name in names)
         write_text(folder / "SHA256SUMS", sums)
         (check or check_golden)(folder)
-        folder.chmod(0o755)
-        for file in folder.iterdir():
-            file.chmod(0o644)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return load_release(output)
 
 

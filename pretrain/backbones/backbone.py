@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.masking import triple
-
 
 class Backbone(nn.Module):
     """An encoder of crops [B, in_channels, D, H, W] into feature maps, finest first.
@@ -30,6 +28,10 @@ class Backbone(nn.Module):
 
     refined: tuple[int, ...] | None = None
     """The maps that end in parts of their own, which losses on other maps do not train."""
+
+    any_size: bool = True
+    """Whether crops of all sizes take the same steps: what looks at the size to choose them is
+    exported for one (`pretrain.portable`)."""
 
     grad_checkpointing: bool = False
     """Whether the parts that `run` calls are computed again in the backward pass."""
@@ -111,7 +113,7 @@ def divided(
         ValueError: if the last of the strides does not divide the crop, or leaves a single cell,
             which no norm over space can normalise.
     """
-    size, total = tuple(int(s) for s in shape[-3:]), strides[-1]
+    size, total = tuple(shape[-3:]), strides[-1]  # not cast: see TokenBackbone.grid
     if any(s < t or s % t for s, t in zip(size, total, strict=True)):
         raise ValueError(
             f"a crop of {list(size)} voxels does not fit {name}, whose total stride is "
@@ -123,7 +125,8 @@ def divided(
             f"a crop of {list(size)} voxels shrinks to a single cell in {name}, whose total stride "
             "it is; take a larger crop or fewer stages"
         )
-    return [triple([s // t for s, t in zip(size, stride, strict=True)]) for stride in strides]
+    d, h, w = size
+    return [(d // sd, h // sh, w // sw) for sd, sh, sw in strides]
 
 
 def fitting_crop(size: Sequence[int], unit: Sequence[int]) -> list[int]:

@@ -201,8 +201,8 @@ def _windows(x: Tensor, side: int) -> Tensor:
 def _from_windows(x: Tensor, size: Sequence[int], side: int) -> Tensor:
     """Inverts `_windows`."""
     D, H, W = size
-    x = x.reshape(len(x), D // side, H // side, W // side, side, side, side, -1)
-    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(len(x), D, H, W, -1)
+    x = x.reshape(x.shape[0], D // side, H // side, W // side, side, side, side, -1)
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], D, H, W, -1)
 
 
 def _shift_regions(size: Sequence[int], side: int, shift: int, device: torch.device) -> Tensor:
@@ -256,6 +256,8 @@ class PCTNetEncoder(Backbone):
     Raises:
         ValueError: if heads do not divide their channels.
     """
+
+    any_size = False  # windows and their shifts follow from it
 
     def __init__(
         self,

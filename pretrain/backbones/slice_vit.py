@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pretrain.backbones.backbone import fitting_crop
 from pretrain.backbones.vit import Side, TokenBackbone, tapped_blocks
-from pretrain.masking import spread, take_rows, triple
+from pretrain.masking import spread, take_rows
 
 
 def rotary_periods(head_dim: int, device: torch.device | None = None) -> Tensor:
@@ -149,7 +149,7 @@ class SliceViT(TokenBackbone):
         Raises:
             ValueError: if the crop is no slice, or the patch does not divide it.
         """
-        size = triple([int(s) for s in shape[-3:]])
+        size = tuple(shape[-3:])
         if size[0] != 1:
             advice = [1, *fitting_crop(size, self.patch_size)[1:]]
             raise ValueError(

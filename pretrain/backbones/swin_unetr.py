@@ -67,6 +67,8 @@ class SwinUNETREncoder(Backbone):
         ValueError: if heads do not divide the channels of their stage.
     """
 
+    any_size = False  # windows and their shifts follow from it
+
     def __init__(
         self,
         *,

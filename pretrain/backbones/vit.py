@@ -121,7 +121,8 @@ class Position(nn.Module):
         if self.weight is None:
             return torch.zeros(math.prod(grid), self.dim, device=device)
         maps = self.weight.permute(3, 0, 1, 2)[None]  # [1, E, gd, gh, gw]
-        if tuple(maps.shape[2:]) != tuple(grid):
+        # Where it is exported, the grid has no numbers to compare; at its own it is an identity.
+        if torch.compiler.is_compiling() or tuple(maps.shape[2:]) != tuple(grid):
             maps = F.interpolate(maps, size=tuple(grid), mode="trilinear", align_corners=False)
         return maps[0].flatten(1).T
 
@@ -323,7 +324,7 @@ class TokenBackbone(Backbone):
         Raises:
             ValueError: if the patch does not divide the crop.
         """
-        size = tuple(int(s) for s in shape[-3:])
+        size = tuple(shape[-3:])  # not cast: where it is exported, a size has no number yet
         if any(s < p or s % p for s, p in zip(size, self.patch_size, strict=True)):
             raise ValueError(
                 f"a crop of {list(size)} voxels cannot be cut into patches of "
@@ -389,13 +390,18 @@ class TokenBackbone(Backbone):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Returns the tapped feature maps [B, E, gd, gh, gw], shallow to deep."""
+        return self.maps_and_prefix(x)[0]
+
+    def maps_and_prefix(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Returns what `forward` does, and the prefix tokens [B, K, E] after the final norm."""
         grid = self.grid(x.shape)
         _, maps = self._run_blocks(*self._embed(x, None, None, None), self.taps)
         first = 0 if self.normed_taps else len(maps) - 1
         maps[first:] = [self.norm(tokens) for tokens in maps[first:]]
-        return [
+        patches = [
             tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, grid) for tokens in maps
         ]
+        return patches, maps[-1][:, : self.prefix_tokens]
 
     def compile_parts(self) -> list[nn.Module]:
         """Returns the blocks: alike, so that one compilation serves all of them."""
@@ -441,7 +447,7 @@ class TokenBackbone(Backbone):
         if position is not None:
             tokens = tokens + (position if visible is None else position[visible])
         prefix = [
-            token.to(tokens.dtype).view(1, -1, self.embed_dim).expand(len(x), -1, -1)
+            token.to(tokens.dtype).view(1, -1, self.embed_dim).expand(x.shape[0], -1, -1)
             for token in self.prefix()
         ]
         return torch.cat([*prefix, tokens], dim=1) if prefix else tokens, rotary
