@@ -276,10 +276,31 @@ def _launch(words: list[str]) -> Any:
             return {"run": str(run), "log": text}
         print(f"job {launcher.cancel(run)} is cancelled")
         return {"run": str(run)}
+    if words[:1] == ["init"]:
+        return _launch_init(words[1:])
     if not words:
         raise InputError(f"launch: says nothing; usage: voxelith {COMMANDS['launch'].usage}")
     rest = [word for word in words[1:] if word != "--dry-run"]
     return launcher.launch(words[0], rest, dry_run="--dry-run" in words)
+
+
+def _launch_init(words: list[str]) -> Any:
+    from data_prep.errors import InputError, near
+
+    options = {"output": "", "name": "mine", "partition": ""}
+    problems = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in options:
+            problems.append(f"{word}: no such option; {near(key, options)}")
+        options[key] = value
+    if not options["output"]:
+        problems.append("output: missing; give output=DIR, a folder for --config-dir")
+    if problems:
+        raise InputError(problems)
+    from slurm.discover import init
+
+    return init(Path(options["output"]), options["name"], options["partition"] or None)
 
 
 def _evaluate(words: list[str]) -> Any:
@@ -426,14 +447,16 @@ example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small
         "a run as a job of a cluster, which comes back until it is done",
         "launch pretrain|finetune [key=value ...] [cluster=slurm] [cluster.nodes=2] "
         "[cluster.KEY=VALUE ...] [--dry-run]\n"
-        "voxelith launch status|logs|cancel RUN",
+        "voxelith launch status|logs|cancel RUN\n"
+        "voxelith launch init output=DIR [name=mine] [partition=NAME]",
         _launch,
         """
 The words of the command with those of the cluster: of conf/cluster, or of DIR/cluster/NAME.yaml
 with --config-dir DIR. A batch script is written, in RUN/launch beside what the job says; --dry-run
 prints it. Near its time limit or preempted the job saves what it has and goes on from there later;
 crashed, it starts again from its newest checkpoint; cancelled, it does not come back. cluster=local
-runs the command here.
+runs the command here. init reads partitions, limits, GPUs and what becomes of preempted jobs from
+SLURM and writes DIR/cluster/NAME.yaml.
 
 example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
     ),

@@ -16,7 +16,9 @@ import pytest
 import torch
 from lab import Lab, call, missing
 
+from slurm.discover import init
 from slurm.launch import cancel, launch, logs, status
+from slurm.settings import cluster_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 STEPS = 200
@@ -107,6 +109,15 @@ def same(run: Run, whole: Run, restarts: int = 1) -> None:
     one, other = whole.weights(), run.weights()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_cluster_is_read_from_slurm_itself(lab: Lab, tmp_path: Path) -> None:
+    found = init(tmp_path, "here")
+    assert found["partition"] == "main"
+    (warning,) = found["warnings"]
+    assert "GraceTime=10 s" in warning
+    settings, _ = cluster_of(["cluster=here", f"--config-dir={tmp_path}"])
+    assert (settings.gpus_per_node, settings.cpus_per_task, settings.memory) == (0, 2, "3800M")
 
 
 @pytest.mark.parametrize("name", ["USR2", "USR1"])
