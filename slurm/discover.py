@@ -1,10 +1,11 @@
-"""`voxelith launch init`: what a cluster gives, read from SLURM itself, as settings of a cluster."""
+"""`voxelith launch init`: what a cluster gives, asked of SLURM itself, as settings of a cluster."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
