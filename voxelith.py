@@ -280,7 +280,9 @@ def _launch(words: list[str]) -> Any:
         return _launch_init(words[1:])
     if not words:
         raise InputError(f"launch: says nothing; usage: voxelith {COMMANDS['launch'].usage}")
-    rest = [word for word in words[1:] if word != "--dry-run"]
+    rest = [word for word in words[1:] if word not in ("--dry-run", "-m")]
+    if words[0] == "finetune" and "-m" in words:
+        return launcher.launch_sweep(rest, dry_run="--dry-run" in words)
     return launcher.launch(words[0], rest, dry_run="--dry-run" in words)
 
 
@@ -445,7 +447,7 @@ example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small
     ),
     "launch": Command(
         "a run as a job of a cluster, which comes back until it is done",
-        "launch pretrain|finetune [key=value ...] [cluster=slurm] [cluster.nodes=2] "
+        "launch pretrain|finetune [-m] [key=value ...] [cluster=slurm] [cluster.nodes=2] "
         "[cluster.KEY=VALUE ...] [--dry-run]\n"
         "voxelith launch status|logs|cancel RUN\n"
         "voxelith launch init output=DIR [name=mine] [partition=NAME]",
@@ -455,8 +457,9 @@ The words of the command with those of the cluster: of conf/cluster, or of DIR/c
 with --config-dir DIR. A batch script is written, in RUN/launch beside what the job says; --dry-run
 prints it. Near its time limit or preempted the job saves what it has and goes on from there later;
 crashed, it starts again from its newest checkpoint; cancelled, it does not come back. cluster=local
-runs the command here. init reads partitions, limits, GPUs and what becomes of preempted jobs from
-SLURM and writes DIR/cluster/NAME.yaml.
+runs the command here. finetune -m is a sweep: an array of its runs, cluster.array_limit=N at a
+time; launched again, it starts what is not finished. init reads partitions, limits, GPUs and what
+becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml.
 
 example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
     ),

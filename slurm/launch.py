@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,25 +60,13 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
     if command not in LAUNCHED:
         raise InputError(f"launch {command}: launches {' or '.join(LAUNCHED)}")
     problems: list[str] = []
-    try:
-        cluster, rest = cluster_of(words)
-    except InputError as error:
-        problems += error.problems
-        cluster, rest = None, [w for w in words if not w.startswith(("cluster=", "cluster."))]
-    typed = {word.partition("=")[0] for word in rest}
-    machine = []
-    if cluster is not None and cluster.kind == "slurm":
-        taken = {"trainer.devices", "trainer.nodes"} & typed
-        problems += [f"{key}: follows from cluster.nodes and gpus_per_node" for key in taken]
-        machine = [f"trainer.devices={cluster.tasks}", f"trainer.nodes={cluster.nodes}"]
-        if "trainer.accelerator" not in typed and cluster.gpus_per_node == 0:
-            machine.append("trainer.accelerator=cpu")
-        if "trainer.workers" not in typed:
-            machine.append(f"trainer.workers={cluster.cpus_per_task - 1}")
+    cluster, rest, machine = _machine(words, problems)
     try:
         settings = settings_for(command, [*rest, *([] if problems else machine)])
     except InputError as error:
         raise InputError([*problems, *error.problems]) from error
+    if settings.run is None:
+        problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
     if command == "pretrain":
@@ -86,6 +75,28 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
     said = (command, *rest, *machine)
     script = render(run, said, cluster) if cluster.kind == "slurm" else ""
     return Job(run, said, script), cluster, settings
+
+
+def _machine(
+    words: Sequence[str], problems: list[str]
+) -> tuple[ClusterSettings | None, list[str], list[str]]:
+    """The cluster, the words of the command, and those that tell it of the cluster."""
+    try:
+        cluster, rest = cluster_of(words)
+    except InputError as error:
+        problems += error.problems
+        return None, [w for w in words if not w.startswith(("cluster=", "cluster."))], []
+    typed = {word.partition("=")[0] for word in rest}
+    if cluster.kind == "local":
+        return cluster, rest, []
+    taken = {"trainer.devices", "trainer.nodes"} & typed
+    problems += [f"{key}: follows from cluster.nodes and gpus_per_node" for key in taken]
+    machine = [f"trainer.devices={cluster.tasks}", f"trainer.nodes={cluster.nodes}"]
+    if "trainer.accelerator" not in typed and cluster.gpus_per_node == 0:
+        machine.append("trainer.accelerator=cpu")
+    if "trainer.workers" not in typed:
+        machine.append(f"trainer.workers={cluster.cpus_per_task - 1}")
+    return cluster, rest, machine
 
 
 def _check_fit(settings: Any) -> None:
@@ -97,8 +108,15 @@ def _check_fit(settings: Any) -> None:
     plan_objective(settings, corpus_channels(corpus))
 
 
-def render(run: Path, words: Sequence[str], cluster: ClusterSettings) -> str:
-    """The batch script of a run."""
+def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: int = 0) -> str:
+    """The batch script of a run, or of the runs of a sweep as the elements of an array.
+
+    Args:
+        run: folder of the run, or of all runs of a sweep.
+        words: of the command; of a sweep they are in files.
+        cluster: what it gives.
+        elements: runs of a sweep.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # In a container it is the image's own.
@@ -111,15 +129,17 @@ def render(run: Path, words: Sequence[str], cluster: ClusterSettings) -> str:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    quoted = [shlex.quote(word) for word in words]
+    limit = f"%{cluster.array_limit}" if cluster.array_limit else ""
     return environment.get_template("job.sbatch.j2").render(
         name=f"voxelith-{run.name}",
         cluster=cluster,
+        array=f"0-{elements - 1}{limit}" if elements else "",
         folder=shlex.quote(str(run / "launch")),
         run=shlex.quote(str(run)),
         directory=shlex.quote(str(Path.cwd())),
         container=_container(cluster),
-        command=" \\\n    ".join([f"{shlex.quote(program)} {quoted[0]}", *quoted[1:]]),
+        program=shlex.quote(program),
+        words=[shlex.quote(word) for word in words],
         requeue_code=REQUEUE_CODE,
     )
 
@@ -152,25 +172,82 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
         return {"run": str(job.run), "script": job.script, "job": None}
     if cluster.kind == "local":
         return _here(job)
-    if shutil.which("sbatch") is None:
-        raise InputError("launch: sbatch is not here; start it where jobs are submitted")
-    before = read_note(job.folder / NOTE).get("job")
-    if before and (state := _state(str(before))) in ACTIVE:
-        raise InputError(
-            f"{job.run}: its job {before} is {state}; `voxelith launch cancel {job.run}` ends it"
-        )
+    _refuse_second(job.run)
     make_folder(job.folder, "runs")
     for old in ("crashes", "crashed-after"):
         (job.folder / old).unlink(missing_ok=True)
-    script = job.folder / "job.sbatch"
-    write_text(script, job.script)
+    number = _submit(job.folder, job.script, list(job.words))
+    print(f"job {number}; voxelith launch status {job.run}")
+    return {"run": str(job.run), "script": job.script, "job": number}
+
+
+def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
+    """Submits what is not finished of a sweep of finetunings, as one array.
+
+    Words are those of `voxelith finetune -m`. Each element is a run; launched again, exactly those
+    that are not finished start.
+
+    Raises:
+        InputError: wrong words of any run, or a job of this sweep is under way.
+        RuntimeError: SLURM refuses it.
+    """
+    from finetune.experiments import expanded
+    from finetune.sweep import is_finished, plan_jobs
+
+    problems: list[str] = []
+    cluster, rest, machine = _machine(words, problems)
+    if problems or cluster is None:
+        raise InputError(problems)
+    if cluster.kind == "local":
+        raise InputError("launch finetune -m: cluster=local is `voxelith finetune -m`; give that")
+    found = plan_jobs([*expanded(rest), *machine])
+    runs = found[0].plan.settings.runs.resolve()
+    waiting = [job for job in found if not is_finished(job.folder, job.plan)]
+    print(
+        f"sweep: {len(found)} runs in {runs}, {len(found) - len(waiting)} are finished, "
+        f"{len(waiting)} to start, {cluster.array_limit or 'any number'} at a time"
+    )
+    script = render(runs, (), cluster, len(waiting)) if waiting else ""
+    if dry_run:
+        print(script, end="")
+    if dry_run or not waiting:
+        return {"runs": str(runs), "script": script, "job": None, "to_start": len(waiting)}
+    _refuse_second(runs)
+    folder = runs / "launch" / "jobs"
+    make_folder(folder, "runs")
+    for number, job in enumerate(waiting):
+        lines = [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
+        if any("\n" in line for line in lines):
+            raise InputError(f"{job.name}: a word has a line's end in it; leave it out")
+        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
+        for old in ("crashes", "crashed-after"):
+            (job.folder.path / "launch" / old).unlink(missing_ok=True)
+    array = _submit(runs / "launch", script, ["finetune", *words])
+    print(f"job {array}, {len(waiting)} elements; logs are in {runs / 'launch'}")
+    return {"runs": str(runs), "script": script, "job": array, "to_start": len(waiting)}
+
+
+def _refuse_second(run: Path) -> None:
+    if shutil.which("sbatch") is None:
+        raise InputError("launch: sbatch is not here; start it where jobs are submitted")
+    before = read_note(run / "launch" / NOTE).get("job")
+    states = set(re.findall(r"JobState=(\S*)", _shown(str(before)))) if before else set()
+    if under_way := sorted(states & set(ACTIVE)):
+        raise InputError(
+            f"{run}: its job {before} is {' and '.join(under_way)}; `voxelith launch cancel {run}` "
+            "ends it"
+        )
+
+
+def _submit(folder: Path, text: str, words: list[str]) -> str:
+    script = folder / "job.sbatch"
+    write_text(script, text)
     done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
     number = done.stdout.strip().partition(";")[0]
-    write_json(job.folder / NOTE, {"job": number, "words": list(job.words)})
-    print(f"job {number}; voxelith launch status {job.run}")
-    return {"run": str(job.run), "script": str(script), "job": number}
+    write_json(folder / NOTE, {"job": number, "words": words})
+    return number
 
 
 def _here(job: Job) -> dict[str, Any]:
@@ -210,6 +287,8 @@ ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUE
 def status(run: Path) -> dict[str, Any]:
     """The job of a run: SLURM's state of it, starts, and how far the run has come."""
     note = _note(run)
+    if (run / "launch" / "jobs").is_dir():
+        return _status_of_sweep(run, str(note["job"]))
     facts = _facts(str(note["job"]))
     steps = sorted((run / "checkpoints").glob("step-*.pt"))
     config = read_note(run / "config.json")
@@ -225,6 +304,19 @@ def status(run: Path) -> dict[str, Any]:
         if (run / "launch" / "crashes").exists()
         else 0,
         "log": str(_log(run, str(note["job"]))),
+    }
+
+
+def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
+    states = Counter(re.findall(r"JobState=(\S*)", _shown(job)))
+    folders = [path.parent for path in runs.glob("*/config.json")]
+    return {
+        "runs": str(runs),
+        "job": job,
+        "elements": dict(states) or "unknown: SLURM does not know them any more",
+        "runs_finished": sum((folder / "rows.csv").is_file() for folder in folders),
+        "runs_begun": len(folders),
+        "logs": str(runs / "launch" / f"job-{job}_*.log"),
     }
 
 
@@ -256,11 +348,11 @@ def _log(run: Path, job: str) -> Path:
     return run / "launch" / f"job-{job}.log"
 
 
-def _state(job: str) -> str:
-    return _facts(job).get("JobState", "")
-
-
 def _facts(job: str) -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S*)", _shown(job)))
+
+
+def _shown(job: str) -> str:
     if shutil.which("scontrol") is None:
         raise InputError("launch: scontrol is not here; ask where jobs are submitted")
     done = subprocess.run(
@@ -269,4 +361,4 @@ def _facts(job: str) -> dict[str, str]:
         text=True,
         env={**os.environ, "LC_ALL": "C"},
     )
-    return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done.returncode == 0 else {}
+    return done.stdout if done.returncode == 0 else ""

@@ -64,6 +64,7 @@ class ClusterSettings(BaseModel):
     gres: Word | None = None
     signal: Annotated[str, Field(pattern=r"^(USR1|USR2)@\d+$")] = "USR2@180"
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 20
+    array_limit: Count | None = None
     container: Literal["none", "apptainer", "pyxis"] = "none"
     image: str | None = None
     mounts: str | None = None

@@ -51,12 +51,12 @@ class Run:
 
     def __init__(self, given: FinetuneSettings, folder: Path) -> None:
         self.plan = make_plan(given)
-        self.model, _ = build_model(self.plan)
+        self.model, self.report = build_model(self.plan)
         self.folder = RunFolder(folder)
         folder.mkdir(exist_ok=True)
 
     def go_on(self) -> dict[str, torch.Tensor]:
-        train(self.plan, self.folder, self.model)
+        train(self.plan, self.folder, self.model, self.report)
         return self.model.state_dict()
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from lab import Lab, call, missing
 
+from data_prep.errors import InputError
 from slurm.discover import init
-from slurm.launch import cancel, launch, logs, status
+from slurm.launch import cancel, launch, launch_sweep, logs, status
 from slurm.settings import cluster_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -172,6 +173,41 @@ def test_a_cancelled_job_does_not_come_back(
         lab.until(lambda: lab.state(run.job) != "CANCELLED", 15)
     assert run.restarts == 0
     assert status(run.path)["saved_step"] >= 10  # what it had is not lost
+
+
+def test_an_array_starts_again_what_failed_alone(
+    lab: Lab, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    """Six finetunings, one of which fails; its seed is told by the words of its element."""
+    release = Path(__file__).parent.parent / "releases" / "encoder-7253723"
+    fails = tmp_path / "fails"
+    fails.touch()
+    wrong = f'if [ -e {fails} ] && [ "${{SLURM_ARRAY_TASK_ID:-}}" = 4 ]; then exit 9; fi'
+    words = [
+        "task=hippocampus", f"corpus={labelled_corpus}", f"ckpt={release}", "labels=2",
+        "seed=0,1,2", "init=pretrained,scratch", f"runs={tmp_path / 'runs'}", "steps=2",
+        "batch_size=1", "warmup=1", "trainer.threads=1", "crop_size=[16,24,16]",
+        "cluster.gpus_per_node=0", "cluster.cpus_per_task=1", "cluster.memory=1900",
+        "cluster.partition=main", "cluster.array_limit=2", "cluster.max_restarts=0",
+        f"cluster.environment={[wrong]!r}",
+    ]  # fmt: skip
+    first = launch_sweep(words)
+    assert first["to_start"] == 6 and "--array=0-5%2" in first["script"]
+    with pytest.raises(InputError, match=r"its job \d+ is .*launch cancel"):
+        launch_sweep(words)
+    ends = {"COMPLETED", "FAILED"}
+    runs = tmp_path / "runs"
+    lab.until(lambda: set(status(runs)["elements"]) <= ends, 240, "the array")
+    assert status(runs)["elements"] == {"COMPLETED": 5, "FAILED": 1}
+    assert status(runs)["runs_finished"] == 5
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/rows.csv")}
+    fails.unlink()
+    again = launch_sweep(words)
+    assert again["to_start"] == 1
+    lab.until(lambda: set(status(runs)["elements"]) <= ends, 120, "the rest")
+    assert status(runs)["runs_finished"] == 6
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert launch_sweep(words)["to_start"] == 0
 
 
 def test_what_no_restart_mends_is_not_started_again(

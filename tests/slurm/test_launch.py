@@ -52,7 +52,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "apptainer": (
         ["cluster.container=apptainer", "cluster.image=/i m.sif", "cluster.mounts=/data:/data"],
         {},
-        ["apptainer exec --nv --bind /data:/data '/i m.sif'", "voxelith pretrain"],
+        ["apptainer exec --nv --bind /data:/data '/i m.sif'", "    voxelith \"${words[@]}\""],
     ),
     "pyxis": (
         ["cluster.container=pyxis", "cluster.image=org/image:1", "cluster.mounts=/data:/data"],
@@ -77,7 +77,7 @@ def test_the_script_says_what_the_cluster_gives(
     script.write_text(job.script)
     subprocess.run(["bash", "-n", script], check=True)
     # What bash makes of the command is what was typed.
-    shown = job.script.replace("srun --cpus", "printf '%s\\n' --cpus")
+    shown = job.script.replace("srun --cpus", "printf '%s\\n' --cpus").replace("mkdir", ": mkdir")
     lines = subprocess.run(
         ["bash", "-c", f"scontrol() {{ :; }}; cd() {{ :; }}; module() {{ :; }}; {shown}"],
         capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1",
