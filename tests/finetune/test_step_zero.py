@@ -21,7 +21,7 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.splits import split_from, write_split
 from finetune import train
-from finetune.export import export
+from finetune.export import export_run as export
 from finetune.kinds import kind_of
 from finetune.model_file import load_network
 from finetune.rows import read_rows
