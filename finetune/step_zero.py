@@ -19,7 +19,7 @@ from finetune.plan import Plan
 from finetune.supervised import Supervised
 from pretrain.backbones.backbone import Backbone
 from pretrain.objective import evaluating
-from pretrain.release import Release, golden_modality
+from pretrain.release import Release, golden_modality, relative_error
 from pretrain.run_folder import RunFolder
 
 FILE = "step_zero.json"
@@ -86,8 +86,7 @@ def look_at_start(plan: Plan, model: Supervised) -> StepZero:
         for network in (model.encoder, *([model.average["encoder"]] if model.average else [])):
             device = next(network.parameters()).device
             for a, b in zip(network(seen.to(device)), expected, strict=True):
-                worst = float((a.float().cpu() - b).abs().max() / b.abs().max().clamp_min(1e-12))
-                difference = max(difference, worst if worst == worst else torch.inf)
+                difference = max(difference, relative_error(a.float().cpu(), b))
     allowed = 0.0 if release.stored_channels is None else ROUNDING
     return StepZero(difference <= allowed, difference, allowed, len(expected))
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic_folder, write_json, write_text
@@ -32,7 +33,7 @@ from data_prep.preprocess import EPSILON, SPACING_TOLERANCE
 from pretrain.backbones.backbone import Backbone
 from pretrain.encoder import OVERLAP, Encoder
 from pretrain.portable import load_portable, save_program
-from pretrain.release import Release
+from pretrain.release import Release, relative_error
 from pretrain.run_folder import versions
 
 TOLERANCE = 1e-4
@@ -379,11 +380,9 @@ def _compare(release: Release, encoder: Backbone, bundle: Path) -> float:
             expected = ours.features(scans, modality=modality)
             with np.load(Path(name) / modality / "golden_input.npz") as found:
                 for key in ("map", "vector", "affine", "spacing"):
-                    wanted, given = np.asarray(getattr(expected, key)), found[key]
-                    error = np.inf
-                    if wanted.shape == given.shape:
-                        error = np.abs(given - wanted).max() / max(np.abs(wanted).max(), 1e-12)
-                    errors[f"{key} of {modality}"] = float(np.nan_to_num(error, nan=np.inf))
+                    wanted = torch.from_numpy(np.asarray(getattr(expected, key)))
+                    error = relative_error(torch.from_numpy(found[key]), wanted)
+                    errors[f"{key} of {modality}"] = error
     wrong = {name: error for name, error in errors.items() if error > TOLERANCE}
     if wrong:
         said = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())

@@ -11,7 +11,6 @@ it takes them, before it appears.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -27,7 +26,7 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.vit import TokenBackbone
 from pretrain.encoder import padded_to
 from pretrain.manifest import file_digest
-from pretrain.release import Release, golden_modality
+from pretrain.release import Release, golden_modality, relative_error
 from pretrain.run_folder import versions
 
 FACTS = "encoder.json"
@@ -212,12 +211,7 @@ def compare(
             except Exception as error:
                 raise _refused(release, f"the program of {list(image.shape)}", error) from error
         for name, value in expected.items():
-            given, off = found.get(name), math.inf
-            if given is not None and given.shape == value.shape:
-                scale = value.abs().max().clamp_min(1e-12)
-                off = float((given - value).abs().max() / scale)
-            # A NaN is no error that could be stored, nor one to let pass.
-            errors[name] = max(errors.get(name, 0.0), math.inf if math.isnan(off) else off)
+            errors[name] = max(errors.get(name, 0.0), relative_error(found.get(name), value))
     wrong = {name: off for name, off in errors.items() if off > tolerance}
     if wrong:
         said = ", ".join(f"{name} by {off:.1e}" for name, off in wrong.items())

@@ -530,17 +530,23 @@ def check_golden(path: Path) -> float:
     return compare_golden(path, golden_features(load_encoder(path), path))
 
 
+def relative_error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    """The largest difference over the largest expected value.
+
+    Infinite where shapes differ, one is missing or an error is NaN, which `max` would let pass.
+    """
+    if found is None or expected is None or found.shape != expected.shape:
+        return math.inf
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return math.inf if math.isnan(error) else error
+
+
 def compare_golden(path: Path, found: dict[str, torch.Tensor]) -> float:
     """Compares what the golden scan gives now with what a release says; as `check_golden`."""
     worst, golden = 0.0, path / "golden_output.safetensors"
     stored = read_tensors(golden)
     for name, value in found.items():
-        expected = stored.get(name, value.new_empty(0))
-        if value.shape != expected.shape:
-            worst = math.inf
-        else:
-            scale = expected.abs().max().clamp_min(1e-12)
-            worst = max(worst, float((value - expected).abs().max() / scale))
+        worst = max(worst, relative_error(value, stored.get(name)))
     if not worst <= TOLERANCE:
         raise CorruptionError(
             f"{path}: the golden scan gives features that differ by {worst:.1e} (relative), "

@@ -22,7 +22,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import make_folder, write_json
+from data_prep.files import atomic_folder, write_json
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
@@ -178,22 +177,13 @@ def write_nnssl(release: Release, output: Path) -> Path:
     empty = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if empty:
         raise InputError(f"{release.path}: {empty[0]}: has values that are not finite")
-    make_folder(output.parent, "OUT")
-    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
+    with atomic_folder(output) as folder:
         torch.save({"network_weights": weights, PLAN: plan}, folder / CHECKPOINT)
         write_json(folder / PLAN_FILE, plan)
         if not form.no_decoder:
             write_json(folder / ARCHITECTURE, _plans_part(release.config, form))
         shutil.copyfile(release.path / "config.json", folder / "config.json")
         _check(folder / CHECKPOINT, state, weights, release.path)
-        folder.chmod(0o755)
-        for file in folder.iterdir():
-            file.chmod(0o644)
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     for sentence in (*differences(release.config), f"decoder: {plan['voxelith']['decoder']}"):
         print(f"{output}: {sentence}", file=sys.stderr)
     return output

@@ -19,7 +19,15 @@ from data_prep.errors import CorruptionError, InputError
 from pretrain.export import export, strictest_first
 from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.manifest import OPTIONAL, PLAN_FILE
-from pretrain.release import DECODER, FILES, Release, check_golden, file_digest, load_release
+from pretrain.release import (
+    DECODER,
+    FILES,
+    Release,
+    check_golden,
+    file_digest,
+    load_release,
+    relative_error,
+)
 from pretrain.settings import PretrainSettings
 from pretrain.start import recipe_hash
 from pretrain.train import pretrain
@@ -400,3 +408,14 @@ def test_the_golden_check_notices_changed_preprocessing(copy: Path) -> None:
     )
     with pytest.raises(CorruptionError, match="the golden scan gives features that differ"):
         check_golden(copy)
+
+
+def test_an_answer_that_is_no_number_is_no_match() -> None:
+    """`max` keeps the number before a NaN, so a comparison must not meet one."""
+    good = torch.tensor([1.0, 2.0])
+    nan = torch.tensor([1.0, float("nan")])
+    assert relative_error(good, good) == 0.0 and relative_error(good * 1.5, good) == 0.5
+    assert {relative_error(*pair) for pair in ((nan, good), (good, nan), (good[:1], good))} == {
+        float("inf")
+    }
+    assert relative_error(None, good) == relative_error(good, None) == float("inf")
