@@ -355,11 +355,13 @@ def _report(words: list[str]) -> Any:
     from data_prep.files import make_folder
     from finetune.report import make_report
     from finetune.table import read_table
+    from finetune.training import sort_runs
 
     output = Path(options["output"])
-    pretrained = Path(options["pretrain"]) if options["pretrain"] else None
+    before = [Path(options["pretrain"])] if options["pretrain"] else []
+    trainings, finished = sort_runs([*before, *runs])
     make_folder(output.parent, "output")
-    path = make_report(pretrained, runs, read_table(runs), output)
+    path = make_report(trainings, finished, read_table(finished) if finished else None, output)
     print(f"Open {path}")
     return {"report": str(path)}
 
@@ -594,9 +596,12 @@ example: voxelith table runs/ output=table/""",
         "report RUN [RUN ...] [pretrain=RUN] [output=report.html]",
         _report,
         """
-RUN is what `voxelith table` takes; pretrain=RUN adds the curve and pictures of the pretraining.
+RUN is the folder of any run, or one that holds runs: a pretraining at any time, under way, killed
+or done, with its curves, pictures and what became of each start; finetunings that are finished as
+`voxelith table` compares them, others with their curves. pretrain=RUN is one of them, shown first.
 
-example: voxelith report runs/ pretrain=runs/first""",
+example: voxelith report runs/first
+         voxelith report runs/ pretrain=runs/first""",
     ),
 }
 

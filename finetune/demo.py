@@ -82,7 +82,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     with _step("table", [*map(str, finetuned), f"output={output / 'table'}"]):
         table = make_table(finetuned, output / "table")
         print(markdown(table))
-    report = make_report(pretrained, finetuned, table, output / "report.html", NOTICE)
+    report = make_report([pretrained], finetuned, table, output / "report.html", NOTICE)
     print(f"{NOTICE}\n\nOpen {report}")
     return {
         "report": str(report),

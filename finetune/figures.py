@@ -36,7 +36,7 @@ _VERDICT_COLOURS = {
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
 INK, FAINT, GRID = "#1c2733", "#6b7785", "#e4e8ed"
 
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.edgecolor": "#b8c0ca",
@@ -59,16 +59,6 @@ _STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "voxelith",
 }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A loss over steps."""
-
-    arm: str
-    seed: int
-    steps: NDArray[np.float64]
-    loss: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ def draw_comparison(
         main: the line whose metric it is.
         shown: which score of cases that is.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(WIDTH, 3.3), width_ratios=[1.55, 1], layout="constrained"
         )
@@ -185,7 +175,7 @@ def draw_forest(table: Table) -> bytes | None:
         1.0 + 0.27 * (len(pairs) + 1.2 * len({group.dataset for group, _ in pairs}))
         for pairs in panels.values()
     ]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(panels), figsize=(WIDTH, sum(heights)), height_ratios=heights, squeeze=False,
             layout="constrained",
@@ -276,7 +266,7 @@ def draw_label_curves(table: Table) -> bytes | None:
         return None
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows, columns, figsize=(WIDTH, 0.4 + 2.9 * rows), squeeze=False, layout="constrained"
         )
@@ -322,66 +312,6 @@ def _label_curves(axis: Axes, lines: Sequence[Line]) -> None:
     axis.set_ylabel(f"{title}, 95 % band")
 
 
-def draw_losses(pretraining: Curve | None, finetuning: Sequence[Curve]) -> str:
-    """Loss against step, of pretraining and of each finetune run."""
-    panels = (pretraining is not None) + bool(finetuning)
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(
-            1, panels, figsize=(WIDTH, 2.9), squeeze=False, layout="constrained"
-        )
-        position = 0
-        if pretraining is not None:
-            axis = axes[0, 0]
-            _loss(axis, pretraining, INK, "loss")
-            axis.set_title("Pretraining")
-            position = 1
-        if finetuning:
-            axis = axes[0, position]
-            named: set[str] = set()
-            for curve in finetuning:
-                colour = ARM_COLOURS.get(curve.arm, FAINT)
-                _loss(axis, curve, colour, None if curve.arm in named else curve.arm)
-                named.add(curve.arm)
-            axis.set_title("Finetuning, one line per seed")
-            axis.legend(loc="upper right")
-        for axis in axes.flat:
-            axis.set_xlabel("step")
-            axis.set_ylabel("training loss")
-        return svg(figure)
-
-
-def _loss(axis: Axes, curve: Curve, colour: str, label: str | None) -> None:
-    axis.plot(curve.steps, curve.loss, color=colour, linewidth=1.6, alpha=0.85, label=label)
-    axis.margins(x=0.02)
-
-
-def draw_health(log: dict[str, NDArray[np.float64]]) -> str:
-    """Columns of a run's health.csv against its steps: spread, rank and, if asked, the probe."""
-    panels = [
-        ("Spread of the features", {"std": "of cells", "pooled_std": "of scans"}),
-        ("Effective rank (RankMe)", {"rank": "of cells", "pooled_rank": "of scans"}),
-        ("Probe on labelled cases", {"probe_dice": "Dice", "probe_knn": "neighbours' recall"}),
-    ]
-    panels = [panel for panel in panels if panel[1].keys() <= log.keys()]
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(WIDTH, 2.6), squeeze=False, layout="constrained"
-        )
-        for axis, (title, lines) in zip(axes.flat, panels, strict=True):
-            for (name, label), colour in zip(lines.items(), (INK, FAINT), strict=True):
-                axis.plot(
-                    log["step"], log[name], "o-", color=colour, markersize=3, linewidth=1.6,
-                    label=label,
-                )  # fmt: skip
-            if "rank" in lines:
-                axis.set_yscale("log")
-            axis.margins(x=0.02)
-            axis.set_title(title)
-            axis.set_xlabel("step")
-            axis.legend(loc="best")
-        return svg(figure)
-
-
 def draw_cases(cases: Sequence[Overlay], classes: Sequence[str]) -> str:
     """Truth and predictions as contours: a row per case, three planes per arm, one scale in mm."""
     arms = list(cases[0].predictions)
@@ -399,7 +329,7 @@ def draw_cases(cases: Sequence[Overlay], classes: Sequence[str]) -> str:
     row_inches = tall * inches_per_mm
     title, foot = 0.3, 0.36
     total = len(cases) * (row_inches + title) + foot
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(cases),
             len(ratios),

@@ -6,7 +6,6 @@ years' time.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shlex
@@ -21,20 +20,18 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import read_note, write_text
 from data_prep.volume import read_label
+from finetune.curves import Curve, draw_losses
 from finetune.facts import find_rows
 from finetune.figures import (
-    Curve,
     Overlay,
     draw_cases,
     draw_comparison,
-    draw_health,
-    draw_losses,
     draw_table,
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
 from finetune.lines import ALL_CLASSES, SEEN, UNDEFINED, Group, Line, Table
-from finetune.pages import data_uri, render
+from finetune.pages import render
 from finetune.rows import Row, read_rows
 from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
@@ -42,6 +39,7 @@ from finetune.segmentation import class_table
 from finetune.settings import TaskSettings, choose_task
 from finetune.step_zero import FILE as STEP_ZERO
 from finetune.table import NOTHING
+from finetune.training import read_log, training_section
 
 MAX_BYTES = 10_000_000
 _TONES = {"pretrained better": "better", "scratch better": "worse"}
@@ -71,18 +69,18 @@ class _Run:
 
 
 def make_report(
-    pretrain_run: Path | None,
+    trainings: Sequence[Path],
     finetune_runs: list[Path],
-    table: Table,
+    table: Table | None,
     output: Path,
     notice: str | None = None,
 ) -> Path:
     """Writes the report.
 
     Args:
-        pretrain_run: the pretraining run behind the checkpoint, if it is at hand.
+        trainings: pretrainings, and finetunings that are not finished, each in its present state.
         finetune_runs: the finished runs that the table was made from.
-        table: from `make_table`.
+        table: from `read_table`; None if no run is finished.
         output: a .html file, or a folder that gets report.html.
         notice: a sentence that stands above the verdict, such as a warning about a small budget.
 
@@ -92,29 +90,25 @@ def make_report(
     Raises:
         InputError: a run folder is missing or not finished.
     """
-    if pretrain_run is not None and not (pretrain_run / "metrics.csv").is_file():
-        raise InputError(
-            f"pretrain={pretrain_run}: is no pretraining run, it has no metrics.csv; "
-            "give the folder that `voxelith pretrain` made"
-        )
-    runs = _read_runs(finetune_runs)
+    runs = _read_runs(finetune_runs) if table is not None else []
+    groups = [] if table is None else table.groups
+    sections = [training_section(run) for run in trainings]
+    worth = "What pretraining was worth: " + ", ".join(dict.fromkeys(g.dataset for g in groups))
     path = output if output.suffix == ".html" else output / "report.html"
     page = render(
         "report.html.j2",
         notice=notice,
-        title=", ".join(dict.fromkeys(g.dataset for g in table.groups)),
-        groups=[_group(group) for group in table.groups],
-        own=any(line.own is not None for line in table.lines),
-        pictures=on_page(draw_table(table)),
-        losses=_losses(pretrain_run, runs),
-        previews=_previews(pretrain_run),
-        health=_health(pretrain_run),
-        pretraining=_pretraining(pretrain_run),
+        title=worth if groups else ", ".join(run.name for run in trainings),
+        groups=[_group(group) for group in groups],
+        own=table is not None and any(line.own is not None for line in table.lines),
+        pictures=None if table is None else on_page(draw_table(table)),
+        trainings=sections,
+        losses=_losses(runs),
         cases=_cases(runs),
         runs=[_run_line(run) for run in runs],
         loads=_loads(runs),
         facts=_facts(runs),
-        commands=_commands(pretrain_run, runs),
+        commands=_commands([*trainings, *(run.path for run in runs)]),
     )
     if len(page.encode()) > MAX_BYTES:
         raise RuntimeError(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
@@ -242,49 +236,14 @@ def _line(line: Line) -> dict[str, Any]:
 # Curves and pictures.
 
 
-def _metrics(folder: Path, name: str = "metrics.csv") -> dict[str, np.ndarray]:
-    with (folder / name).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-
-
-def _losses(pretrain_run: Path | None, runs: list[_Run]) -> str | None:
-    """The losses of all runs; probes in closed form have none."""
+def _losses(runs: list[_Run]) -> str | None:
+    """The losses of finished runs; probes in closed form have none."""
     curves = []
     for run in runs:
-        if (run.path / "metrics.csv").exists():
-            log = _metrics(run.path)
+        log = read_log(run.path / "metrics.csv")
+        if log is not None:
             curves.append(Curve(run.arm, run.seed, log["step"], log["loss"]))
-    if pretrain_run is None and not curves:
-        return None
-    return draw_losses(_pretraining_curve(pretrain_run), curves)
-
-
-def _pretraining_curve(run: Path | None) -> Curve | None:
-    if run is None:
-        return None
-    log = _metrics(run)
-    return Curve("pretraining", 0, log["step"], log["loss"])
-
-
-def _previews(run: Path | None) -> dict[str, str] | None:
-    """The last picture that the pretraining run drew of its fixed samples."""
-    pictures = sorted((run / "previews").glob("step-*.png")) if run is not None else []
-    if not pictures:
-        return None
-    step = int(pictures[-1].stem.removeprefix("step-"))
-    return {"step": str(step), "picture": data_uri(pictures[-1].read_bytes(), "image/png")}
-
-
-def _health(run: Path | None) -> dict[str, str | None] | None:
-    """What the pretraining run saw of its own features: curves, and their colours over time."""
-    if run is None or not (run / "health.csv").is_file():
-        return None
-    strip = run / "previews" / "strip.png"
-    return {
-        "curves": draw_health(_metrics(run, "health.csv")),
-        "strip": data_uri(strip.read_bytes(), "image/png") if strip.is_file() else None,
-    }
+    return draw_losses(curves) if curves else None
 
 
 def _cases(runs: list[_Run]) -> dict[str, str] | None:
@@ -447,31 +406,10 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _pretraining(run: Path | None) -> dict[str, str] | None:
-    if run is None:
-        return None
-    config = json.loads((run / "config.json").read_text())
-    facts = json.loads((run / "run.json").read_text())
-    log = _metrics(run)
-    seconds = float(np.nansum(log["seconds_per_step"] * np.diff(log["step"], prepend=0)))
-    size = " x ".join(str(n) for n in config["crop_size"])
-    return {
-        "name": run.name,
-        "objective": str(config["objective"]["_target_"]).rpartition(".")[2],
-        "backbone": str(config["backbone"]["_target_"]).rpartition(".")[2],
-        "steps": f"{int(log['step'][-1])}",
-        "crops": f"{int(log['samples'][-1])} crops of {size} voxels",
-        "volumes": str(facts["corpus"]["samples"]),
-        "time": f"{seconds / 60:.1f} minutes",
-        "loss": f"{log['loss'][0]:.3f} to {log['loss'][-1]:.3f}",
-    }
-
-
-def _commands(pretrain_run: Path | None, runs: list[_Run]) -> list[str]:
-    """How each run was started, pretraining first."""
-    folders = ([pretrain_run] if pretrain_run is not None else []) + [run.path for run in runs]
+def _commands(folders: Sequence[Path]) -> list[str]:
+    """How each run was started."""
     commands = []
     for folder in folders:
-        command = json.loads((folder / "run.json").read_text())["command"]
+        command = read_note(folder / "run.json").get("command", ["voxelith"])
         commands.append(shlex.join([Path(command[0]).name, *command[1:]]))
     return list(dict.fromkeys(commands))

@@ -51,7 +51,7 @@ from pretrain.loop import check_machine
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
-from pretrain.train import log_load, make_loggers
+from pretrain.tracking import log_load, make_loggers
 
 LANES = 8
 
@@ -395,7 +395,8 @@ def train(plan: Plan, run: RunFolder, model: Supervised, report: LoadReport) -> 
         augment=settings.augment,
         **kind.crops(),
     )
-    loggers = make_loggers(settings, run) if rank_zero_only.rank in (None, 0) else []
+    main = rank_zero_only.rank in (None, 0)
+    loggers = make_loggers(settings, run, run.checkpoints.last_step()) if main else []
     log_load(loggers, report)
 
     def look(network: Supervised) -> None:

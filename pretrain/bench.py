@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
+from pretrain.costs import resident
 from pretrain.estimate import Estimate, bare_loop, estimate, micro_batch, raw_batch
 from pretrain.loop import compile_parts
 from pretrain.run_folder import versions
@@ -137,7 +137,7 @@ def _measure(
     told: Estimate,
 ) -> dict[str, Any]:
     precision, _, compiled = variant.partition("-")
-    idle = _resident()
+    idle = resident()
     objective = build_objective(settings, channels).to(device)
     objective.encoder.set_grad_checkpointing(settings.trainer.checkpointing)
     loop = bare_loop(settings, objective)
@@ -345,16 +345,7 @@ def _peak_memory(device: torch.device, idle: int) -> dict[str, int]:
             "memory_peak": torch.cuda.max_memory_allocated(),
             "memory_reserved": torch.cuda.max_memory_reserved(),
         }
-    return {"memory_peak": _resident("VmHWM"), "memory_idle": idle}
-
-
-def _resident(name: str = "VmRSS") -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # no Linux: the peak of the whole process is all there is
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else 0
+    return {"memory_peak": resident("VmHWM"), "memory_idle": idle}
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import resource
 import sys
 from pathlib import Path
@@ -34,3 +35,23 @@ def peak_mib(device: torch.device) -> float:
     # Kibibytes, but bytes on macOS.
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def held_gib(device: torch.device) -> float:
+    """GiB that this process holds: on a GPU the most that its tensors took there so far.
+
+    On a CPU what is resident now, the loader's workers apart. Waits for no device.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    return resident() / 2**30
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process in memory; VmHWM is the most so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # no Linux: the peak of the whole process is all there is
+        return round(peak_mib(torch.device("cpu")) * 2**20)
+    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0

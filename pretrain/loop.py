@@ -30,16 +30,19 @@ from data_prep.errors import InputError, differences
 from data_prep.progress import bar
 from pretrain.augment import Augment
 from pretrain.collectives import Agreement
+from pretrain.costs import held_gib
+from pretrain.events import Events
 from pretrain.failures import Fault, Faults, Shape, write_failure
 from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.optim import Moments, make_optimizer, rate, with_moments
 from pretrain.preemption import Ask, Preempted, Preemption
-from pretrain.run_folder import MetricsLog, RunFolder
+from pretrain.run_folder import RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
 from pretrain.teacher import check_equal, check_restored, checksums, halves
+from pretrain.tracking import Journal
 
 CHECKPOINT_FORMAT = 1
 
@@ -79,6 +82,8 @@ class Loop:
         self.label = label
         self.step = 0
         self.preemption = Preemption()
+        self.events = Events(run.path)
+        self.start_number = 0
         self.norm: Tensor | None = None
         self.faults = Faults(settings.accumulate)
         self._micro = 0
@@ -219,13 +224,18 @@ class Loop:
         objective.encoder.set_grad_checkpointing(machine.checkpointing)
         if machine.compile:
             compile_parts(objective)
+        main = rank_zero_only.rank in (None, 0)
+        self.start_number = len(self.events.starts()) + 1
+        ranks = machine.devices * machine.nodes
         try:
-            with self.preemption:
+            with self.preemption, self.events.start(self.step, ranks) if main else nullcontext():
                 while self.step < self.settings.steps:
                     self.begin(objective)
                     # One of its own: DDP learns once, at its start, which weights have gradients.
                     self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
                     optimizer = None
+                if main:
+                    self.events.write("finished", self.step)
         except InputError as error:
             # A worker's error arrives with the worker's traceback as its text; its last line says
             # what the user needs.
@@ -241,6 +251,11 @@ class Loop:
         if state is not None:
             self._check_state(state)
         return state
+
+    def restored_step(self) -> int:
+        """The step of that checkpoint; 0 if there is none. Raises as it does."""
+        state = self.restore()
+        return 0 if state is None else int(state["step"])
 
     def _check_state(self, state: dict[str, Any]) -> None:
         now = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
@@ -398,7 +413,7 @@ class _Watch(L.Callback):
         self.began = self.rowed = self.ended = self.saved = time.perf_counter()
         self.logged = self.loop.step
         if self.main:
-            self.log = MetricsLog(self.loop.run.path / "metrics.csv", self.loop.step)
+            self.journal = Journal(self.loop.run.path, self.loop.loggers, self.loop.step)
             self.bar = bar(
                 total=self.loop.settings.steps,
                 initial=self.loop.step,
@@ -434,8 +449,7 @@ class _Watch(L.Callback):
             # Before the checkpoint: a run that ends in between looks again.
             found = self.loop.look() if self.main else {}
             if found:
-                for logger in self.loop.loggers:
-                    logger.log_metrics(found, step=step)
+                self.journal.tell(found, step)
             if self.main and saving_due:
                 self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
@@ -459,8 +473,7 @@ class _Watch(L.Callback):
             self.bar.close()
             if self.loop.health is not None and self.loop.health.looks:
                 print(self.loop.health.summary(), file=sys.stderr)
-            for logger in self.loop.loggers:
-                logger.finalize("success")
+            self.journal.close()
 
     def _watch(
         self, trainer: L.Trainer, objective: L.LightningModule, *, logged: bool, last: bool
@@ -488,14 +501,16 @@ class _Watch(L.Callback):
         context = trainer.precision_plugin.forward_context
         row = health.look(objective.released, self.loop.step, context)
         shown = {f"health/{name}": value for name, value in row.items() if name != "step"}
-        for logger in self.loop.loggers:
-            logger.log_metrics(shown, step=self.loop.step)
+        self.journal.tell(shown, self.loop.step)
 
     def _save(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         assert isinstance(objective, Objective)
+        began, step = time.perf_counter(), self.loop.step
+        self.journal.save()
         state = self.loop.state(objective, trainer.optimizers[0])
-        self.loop.run.checkpoints.save(self.loop.step, state)
+        path = self.loop.run.checkpoints.save(step, state)
         self.saved = time.perf_counter()
+        self.loop.events.saved(step, self.saved - began, path.stat().st_size)
 
     def _log(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         loop, now = self.loop, time.perf_counter()
@@ -517,26 +532,30 @@ class _Watch(L.Callback):
                 f"{loop.run.path.name}/failures, the last checkpoint is from before: try a lower "
                 "lr, a longer warmup or precision=32-true"
             )
-        span = now - self.rowed
+        span, steps = now - self.rowed, max(1, loop.step - self.logged)
         row: dict[str, float | int] = {
             "step": loop.step,
             "samples": loop.step * loop.settings.batch_size,
             **means,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "grad_norm": norm,
-            "seconds_per_step": span / max(1, loop.step - self.logged),
+            "seconds_per_step": span / steps,
+            "samples_per_second": steps * loop.settings.batch_size / span if span else 0.0,
             "data_wait": self.waited / span if span else 0.0,
+            "memory_gib": held_gib(objective.device),
+            "start": loop.start_number,
         }
         self.rowed, self.logged, self.waited = now, loop.step, 0.0
         if objective.compares:
             row["repeated"] = loop.repeated()
         if self.main:
             self._judge(objective, row)
-            self.log.write(row)
-            said = f"loss {means['loss']:.4f}, data-wait {row['data_wait']:.0%}"
-            self.bar.set_postfix_str(said, refresh=False)
-            for logger in loop.loggers:
-                logger.log_metrics(row, step=loop.step)
+            self.journal.row(row)
+            self.bar.set_postfix_str(
+                f"loss {means['loss']:.4f}, {row['samples_per_second']:.3g} samples/s, data-wait "
+                f"{row['data_wait']:.0%}, {row['memory_gib']:.1f} GiB",
+                refresh=False,
+            )
 
     def _judge(self, objective: Objective, row: dict[str, float | int]) -> None:
         """Tells what a logged row says is wrong."""

@@ -172,6 +172,10 @@ class RunFolder:
             if _owner(file).get("token") == mine["token"]:
                 file.unlink(missing_ok=True)
 
+    def held(self) -> bool:
+        """Whether a process writes here that is alive, as far as can be told."""
+        return _holder(self.path / "lease.json") is not None
+
     def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
         """Writes what was asked for and with what it runs."""
         write_json(self.config_path, config)
@@ -198,26 +202,33 @@ def _take(file: Path, mine: dict[str, Any]) -> None:
         os.close(folder)
 
 
-def _refuse_if_held(file: Path) -> None:
+def _holder(file: Path) -> dict[str, Any] | None:
+    """Who holds a lease and may be alive."""
     held = _owner(file)
     if not {"host", "pid", "heartbeat"} <= held.keys():
-        return  # no lease: leases are written whole
+        return None  # no lease: leases are written whole
     same_host = held["host"] == socket.gethostname()
     if same_host and not _alive(held["pid"]):
-        return  # killed here: its lease died with it
+        return None  # killed here: its lease died with it
+    return held if time.time() - held["heartbeat"] < STALE_SECONDS else None
+
+
+def _refuse_if_held(file: Path) -> None:
+    held = _holder(file)
+    if held is None:
+        return
     job = os.environ.get("SLURM_JOB_ID")
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if job and held.get("job") == job and restart > int(held.get("restart", 0)):
         return  # requeued: a later start of the same job
     age = time.time() - held["heartbeat"]
-    if age < STALE_SECONDS:
-        owner = f"process {held['pid']} on {held['host']}"
-        if held.get("job"):
-            owner += f" (job {held['job']})"
-        raise InputError(
-            f"{file.parent} is being written by {owner}, heartbeat {age:.0f} s ago; wait for it, "
-            f"stop it, or choose another run=NAME (a dead job's lease ends after {STALE_SECONDS} s)"
-        )
+    owner = f"process {held['pid']} on {held['host']}"
+    if held.get("job"):
+        owner += f" (job {held['job']})"
+    raise InputError(
+        f"{file.parent} is being written by {owner}, heartbeat {age:.0f} s ago; wait for it, "
+        f"stop it, or choose another run=NAME (a dead job's lease ends after {STALE_SECONDS} s)"
+    )
 
 
 def _alive(pid: int) -> bool:

@@ -100,7 +100,7 @@ class LoopSettings(BaseModel):
     save_every: Annotated[int, Field(ge=1)] = 500
     save_minutes: Annotated[float, Field(gt=0)] = 15.0
     preview_every: Annotated[int, Field(ge=0)] = 0
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     trainer: TrainerSettings = TrainerSettings()
 
     @model_validator(mode="before")

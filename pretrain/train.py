@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import os
-import secrets
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from data_prep.corpus import Corpus, open_corpus
-from data_prep.errors import InputError, attempt, config_text, named
-from data_prep.files import write_text
+from data_prep.errors import InputError, attempt, named
 from data_prep.preprocess import Preprocess
 from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.augment import Augment
@@ -35,10 +30,10 @@ from pretrain.objective import Batch, Objective
 from pretrain.optim import Moments, fitting_moments, named_moments
 from pretrain.previews import draw_previews
 from pretrain.probe import Probe
-from pretrain.release import LoadReport, TrainingState, load_release
+from pretrain.release import TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
-from pretrain.settings import LoopSettings, PretrainSettings, check_same
+from pretrain.settings import PretrainSettings, check_same
 from pretrain.start import (
     Start,
     begin_from,
@@ -49,6 +44,7 @@ from pretrain.start import (
     other_intensities,
 )
 from pretrain.strip import add_to_strip
+from pretrain.tracking import check_loggers, log_load, make_loggers
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -118,7 +114,6 @@ class Prepared:
                 least=settings.init_covers,
             )
         dataset = make_dataset(settings, corpus, objective.crops)
-        loggers = make_loggers(settings, run) if main else []
         loop = Loop(
             settings,
             dataset,
@@ -126,13 +121,13 @@ class Prepared:
             augment=Augment(settings.flip, settings.augment),
             draw_previews=_draw_pictures,
             health=Health(settings.health, dataset, run.path, self.probe),
-            loggers=loggers,
             label="pretrain",
         )
         with run.lease() if main else contextlib.nullcontext():
             if main:
                 # A run that cannot go on is refused before its facts are written anew.
-                resumed = loop.restore() is not None
+                resumed = loop.restored_step()
+                loop.loggers = make_loggers(settings, run, resumed)
                 run.describe(
                     settings.model_dump(mode="json"),
                     sys.argv,
@@ -146,7 +141,7 @@ class Prepared:
                     keep_start(run, start, report, len(moments))
                 if report is not None:
                     print(f"init={settings.init}: {report}{_with(moments, objective)}")
-                    log_load(loggers, report)
+                    log_load(loop.loggers, report)
                 if start is not None:
                     modalities = data_facts(corpus)["modality"]
                     for one in other_intensities(start, dataset.preprocess, modalities):
@@ -418,96 +413,6 @@ def corpus_spacing(corpus: Corpus) -> tuple[float, float, float] | None:
 def data_facts(corpus: Corpus) -> dict[str, Any]:
     """Counts for the model card: what the encoder saw, and under which licences."""
     return {name: corpus.info["counts"][name] for name in ("modality", "source", "licence")}
-
-
-def check_loggers(settings: LoopSettings) -> None:
-    """Looks whether the wanted loggers can be used; writes nothing.
-
-    Raises:
-        InputError: a logger is wanted that is not installed or has no login.
-    """
-    problems = []
-    if "tensorboard" in settings.loggers and not any(
-        importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")
-    ):
-        problems.append(
-            "loggers: tensorboard is not installed; pip install 'voxelith[tensorboard]'"
-        )
-    if "wandb" in settings.loggers:
-        import wandb
-
-        if not _offline() and not wandb.api.api_key:
-            problems.append(
-                "loggers: wandb has no login on this machine; run `wandb login`, set "
-                "WANDB_API_KEY, or WANDB_MODE=offline and sync later"
-            )
-    if problems:
-        raise InputError(problems)
-
-
-def _offline() -> bool:
-    return os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled")
-
-
-def make_loggers(settings: LoopSettings, run: RunFolder) -> list[Logger]:
-    """TensorBoard and W&B where they are asked for; metrics.csv needs neither.
-
-    A run keeps one W&B id for life, so that a requeued job goes on in the same chart.
-
-    Raises:
-        InputError: see `check_loggers`.
-    """
-    check_loggers(settings)
-    made: list[Logger] = []
-    if "tensorboard" in settings.loggers:
-        made.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
-    if "wandb" in settings.loggers:
-        from lightning.pytorch.loggers import WandbLogger
-
-        made.append(
-            WandbLogger(
-                project="voxelith",
-                name=run.path.name,
-                id=_wandb_id(run),
-                resume="allow",
-                save_dir=run.path,
-                offline=_offline(),
-                # Hosts, paths and command lines stay here.
-                settings={
-                    "disable_git": True,
-                    "disable_code": True,
-                    "console": "off",
-                    "host": "",
-                    "program": "voxelith",
-                    "x_disable_meta": True,
-                    "x_disable_machine_info": True,
-                },
-            )
-        )
-    return made
-
-
-def log_load(loggers: Iterable[Logger], report: LoadReport) -> None:
-    """Tells loggers what became of the weights that a run begins from.
-
-    As `load/...` beside a run's settings, or a text where a logger has no such place.
-    """
-    told = {f"load/{name}": value for name, value in report.summary().items()}
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            lines = [f"- {name}: {config_text(value)}" for name, value in told.items()]
-            logger.experiment.add_text("load", "\n".join(lines))
-            logger.save()
-        else:
-            logger.log_hyperparams(told)
-
-
-def _wandb_id(run: RunFolder) -> str:
-    file = run.path / "wandb_id"
-    if not file.exists():
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_text(file, secrets.token_hex(4))
-    return file.read_text().strip()
 
 
 def open_training(path: Path) -> TrainingState:

@@ -21,6 +21,7 @@ DOORS = {
     "decoders",
     "encoder",
     "estimate",
+    "events",
     "export",
     "foreign",
     "forms",
@@ -37,6 +38,7 @@ DOORS = {
     "run_folder",
     "schedule",
     "settings",
+    "tracking",
     "train",
 }
 

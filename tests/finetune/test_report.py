@@ -44,7 +44,7 @@ def test_the_third_arm_is_shown_where_there_is_one(third: bool, tmp_path: Path) 
     rows = make_rows("scratch") + make_rows("pretrained", 0.05)
     runs = write_runs(tmp_path, rows + (scratch_own(0.05) if third else []))
     table = read_table(runs)
-    page = make_report(None, runs, table, tmp_path / "report.html").read_text()
+    page = make_report([], runs, table, tmp_path / "report.html").read_text()
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     main = table.groups[0].main
     assert ("Scratch at its own best" in words) == third
@@ -67,7 +67,7 @@ def test_weights_without_values_and_changed_ones_are_called_out(tmp_path: Path) 
     rows = make_rows("scratch") + make_rows("pretrained", 0.05)
     runs = write_runs(tmp_path, rows)
     table = read_table(runs)
-    plain = make_report(None, runs, table, tmp_path / "plain.html").read_text()
+    plain = make_report([], runs, table, tmp_path / "plain.html").read_text()
     assert "Weights without values" not in plain and "Adapted weights" not in plain
     assert "not taken as they are" not in plain
     constant = [f"encoder.<i>{n}" for n in range(5)]
@@ -78,7 +78,7 @@ def test_weights_without_values_and_changed_ones_are_called_out(tmp_path: Path) 
         (run / "load_report.json").write_text(json.dumps(note if pretrained else {"covered": 0.0}))
         said = {"features_equal_release": pretrained}
         (run / "step_zero.json").write_text(json.dumps(said))
-    page = make_report(None, runs, table, tmp_path / "report.html").read_text()
+    page = make_report([], runs, table, tmp_path / "report.html").read_text()
     top, _, rest = page.partition("<section")
     assert top.count('class="notice"') == 2
     assert "5 tensors of the checkpoint with one number throughout" in top

@@ -448,7 +448,7 @@ def test_tables_and_reports_name_what_they_show(runs: dict[str, Path], tmp_path:
     assert "MAE (ml)" in text and "AUROC (points)" in text and "in AUROC or MAE, adjusted" in text
     assert "Dice" not in text
     assert "Metric" in (tmp_path / "table.tex").read_text()
-    page = make_report(None, list(runs.values()), table, tmp_path / "r.html").read_text()
+    page = make_report([], list(runs.values()), table, tmp_path / "r.html").read_text()
     assert "Difference in MAE, ml" in page and "one answer each" in page
     assert "Difference in Dice" not in page and "Surface Dice at" not in page
 

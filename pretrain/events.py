@@ -1,0 +1,134 @@
+"""What became of a run: events.jsonl, a line for each start, save and end, of which none is undone.
+
+metrics.csv has each step once, whatever happened; here is what happened. A start without an end
+was killed, or is under way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+
+
+@dataclass
+class Start:
+    """One start of a run, up to what ended it.
+
+    Attributes:
+        step: that it went on from.
+        began: seconds since 1970.
+        ranks: processes that trained together.
+        job: of the scheduler; None without one.
+        end: `finished`, `requeue`, `preempted`, `interrupted` or what error; empty if nothing was
+            written: it was killed, or is under way.
+        last: the last step that is known of it.
+        ended: seconds since 1970 at its last event.
+        saves: seconds that each of its checkpoints took to write.
+        bytes: size of its last checkpoint.
+    """
+
+    step: int
+    began: float
+    ranks: int = 1
+    job: str | None = None
+    end: str = ""
+    last: int = 0
+    ended: float = 0.0
+    saves: list[float] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Events:
+    """The events of a run's folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / EVENTS
+
+    def write(self, what: str, step: int, **facts: Any) -> None:
+        """Appends a line; it is on the disk before the run goes on."""
+        line = json.dumps({"time": round(time.time(), 3), "event": what, "step": step, **facts})
+        with self.path.open("a") as file:
+            # What a killed process left of a line is none, and must not swallow this one.
+            file.write(line + "\n" if _ends_whole(self.path) else f"\n{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def start(self, step: int, ranks: int) -> Iterator[None]:
+        """Writes the start of a training and what ends it."""
+        from pretrain.preemption import Ask, Preempted, job_id
+
+        job = job_id() if "SLURM_JOB_ID" in os.environ else None
+        self.write("start", step, ranks=ranks, job=job)
+        try:
+            yield
+        except Preempted as ended:
+            asked = "requeue" if ended.ask is Ask.REQUEUE else "preempted"
+            self.write(asked, ended.step)
+            raise
+        except KeyboardInterrupt:
+            self.write("interrupted", self.last_step())
+            raise
+        except BaseException as error:
+            # Its message may name paths, and is told elsewhere.
+            self.write("failed", self.last_step(), error=type(error).__name__)
+            raise
+
+    def saved(self, step: int, seconds: float, size: int) -> None:
+        """Writes that a checkpoint is whole."""
+        self.write("saved", step, seconds=round(seconds, 4), bytes=size)
+
+    def last_step(self) -> int:
+        """The last step that an event names."""
+        return max((int(event["step"]) for event in self._read()), default=0)
+
+    def starts(self) -> list[Start]:
+        """All starts, the first one first."""
+        found: list[Start] = []
+        for event in self._read():
+            what, step, at = str(event["event"]), int(event["step"]), float(event["time"])
+            if what == "start":
+                ranks, job = int(event.get("ranks", 1)), event.get("job")
+                found.append(Start(step, at, ranks, job, last=step, ended=at))
+                continue
+            if not found:
+                continue
+            now = found[-1]
+            now.last, now.ended = max(now.last, step), at
+            if what == "saved":
+                now.saves.append(float(event["seconds"]))
+                now.bytes = int(event["bytes"])
+            else:
+                now.end = str(event.get("error", what))
+        return found
+
+    def _read(self) -> list[dict[str, Any]]:
+        events = []
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return []
+        for line in text.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # of a process that was killed while it wrote
+            if isinstance(event, dict) and {"time", "event", "step"} <= event.keys():
+                events.append(event)
+        return events
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
