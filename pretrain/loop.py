@@ -82,7 +82,6 @@ class Loop:
         self.label = label
         self.step = 0
         self.preemption = Preemption()
-        self.events = Events(run.path)
         self.start_number = 0
         self.norm: Tensor | None = None
         self.faults = Faults(settings.accumulate)
@@ -104,6 +103,11 @@ class Loop:
         return {}
 
     # What an objective asks of its loop.
+
+    @property
+    def events(self) -> Events:
+        """What became of the run's starts."""
+        return Events(self.run.path)
 
     @property
     def progress(self) -> float:
