@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all slurm recipes estimates gpu setup lint types fmt check wheel clean
+.PHONY: demo test test-all slurm recipes estimates gpu lock setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
@@ -31,6 +31,14 @@ estimates: setup
 # What only a GPU can show: tests, then a step of every full recipe. See docs/gpu.md.
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+# requirements.lock: the versions of this environment, that tests ran with, and their hashes.
+lock: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	$(BIN)/pip freeze --exclude-editable > $(VENV)/versions.txt
+	$(BIN)/uv pip compile pyproject.toml --extra tensorboard --constraint $(VENV)/versions.txt \
+		--universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
+		--custom-compile-command "make lock" --output-file requirements.lock
 
 setup: $(VENV)/.installed
 

@@ -92,6 +92,15 @@ def _pretrain(words: list[str]) -> Any:
     return {"run": runs[-1]} | ({"stages": runs} if len(runs) > 1 else {})
 
 
+def _plan(words: list[str]) -> Any:
+    from conf.compose import stages_for
+
+    stages = stages_for("plan", words)
+    from pretrain.plan import plan
+
+    return plan(stages)
+
+
 def _bench(words: list[str]) -> Any:
     from data_prep.errors import InputError
 
@@ -464,6 +473,17 @@ time; launched again, it starts what is not finished. init reads partitions, lim
 becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml.
 
 example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
+    ),
+    "plan": Command(
+        "hours, memory and disk of a pretraining, from its first steps",
+        "plan corpus=DIR [experiment=NAME] [objective=mae] [backbone=vit_s] [trainer=auto] "
+        "[key=value ...] [--config-dir DIR]",
+        _plan,
+        """
+The words of a pretraining. About 30 steps of it are made, with as many of its devices as are here,
+each with the micro-batch that it will have; nothing of them stays.
+
+example: voxelith plan corpus=/data/corpus experiment=mae trainer=gpu64""",
     ),
     "bench": Command(
         "what a step costs: measured, or estimated for a GPU that is not there",

@@ -31,6 +31,7 @@ SETTINGS = {
     "prep": "data_prep.settings:PrepSettings",
     "split": "data_prep.settings:SplitSettings",
     "pretrain": "pretrain.settings:PretrainSettings",
+    "plan": "pretrain.settings:PlanSettings",
     "features": "pretrain.settings:FeaturesSettings",
     "bench": "pretrain.settings:BenchSettings",
     "finetune": "finetune.settings:FinetuneSettings",

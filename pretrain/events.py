@@ -86,14 +86,18 @@ class Events:
         """Writes that a checkpoint is whole."""
         self.write("saved", step, seconds=round(seconds, 4), bytes=size)
 
+    def pictured(self, step: int, seconds: float) -> None:
+        """Writes that a preview was drawn."""
+        self.write("pictured", step, seconds=round(seconds, 4))
+
     def last_step(self) -> int:
         """The last step that an event names."""
-        return max((int(event["step"]) for event in self._read()), default=0)
+        return max((int(event["step"]) for event in self.read()), default=0)
 
     def starts(self) -> list[Start]:
         """All starts, the first one first."""
         found: list[Start] = []
-        for event in self._read():
+        for event in self.read():
             what, step, at = str(event["event"]), int(event["step"]), float(event["time"])
             if what == "start":
                 ranks, job = int(event.get("ranks", 1)), event.get("job")
@@ -106,11 +110,12 @@ class Events:
             if what == "saved":
                 now.saves.append(float(event["seconds"]))
                 now.bytes = int(event["bytes"])
-            else:
+            elif what != "pictured":
                 now.end = str(event.get("error", what))
         return found
 
-    def _read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
+        """All events, the first one first."""
         events = []
         try:
             text = self.path.read_text()

@@ -295,10 +295,15 @@ class Health:
         assert self._warm is not None
         per_step = (time.perf_counter() - self._warm[1]) / (step - self._warm[0])
         cost = min(row["seconds"] for row in self._rows)
-        wanted = max(LEAST_EVERY, cost / (SHARE * per_step))
-        scale = 10 ** int(np.floor(np.log10(wanted)))
-        self._every = next(n * scale for n in (1, 2, 5, 10) if n * scale >= wanted)
+        self._every = interval(cost, per_step)
         write_json(
             self.run / "health.json",
             {"every": self._every, "seconds_per_look": cost, "seconds_per_step": per_step},
         )
+
+
+def interval(cost: float, per_step: float) -> int:
+    """Steps between looks that cost `cost` seconds: their share of the time stays below `SHARE`."""
+    wanted = max(LEAST_EVERY, cost / (SHARE * per_step))
+    scale = 10 ** int(np.floor(np.log10(wanted)))
+    return int(next(n * scale for n in (1, 2, 5, 10) if n * scale >= wanted))

@@ -606,6 +606,7 @@ class _Watch(L.Callback):
         if loop.draw_previews is None or not loop.settings.preview_every:
             return
         assert isinstance(objective, Objective)
+        began = time.perf_counter()
         data, crops = loop.dataset, loop.dataset.crops
         numbers = [(item, n) for item in data.varied(3) for n in range(crops.total)]
         raw = collate([data.middle(item, n, crops) for item, n in numbers])
@@ -615,3 +616,4 @@ class _Watch(L.Callback):
         with evaluating(objective):
             picture = folder / f"step-{loop.step:08d}.png"
             loop.draw_previews(objective, to_batch(moved), picture)
+        loop.events.pictured(loop.step, time.perf_counter() - began)

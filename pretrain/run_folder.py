@@ -46,7 +46,9 @@ STALE_SECONDS = 300
 class Checkpoints:
     """Numbered training states in a folder, written whole and read without pickle."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    KEEP = 2
+
+    def __init__(self, folder: Path, keep: int = KEEP) -> None:
         self.folder = folder
         self.keep = keep
 

@@ -255,6 +255,12 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
+class PlanSettings(PretrainSettings):
+    """The keys of conf/plan.yaml: those of a pretraining, which needs no name yet."""
+
+    run: RunName = "planned"
+
+
 Variant = Literal["float32", "bf16", "float32-compiled", "bf16-compiled"]
 
 
