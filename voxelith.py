@@ -52,9 +52,9 @@ def _configured(name: str, words: list[str]) -> Any:
 
 def _prep(words: list[str]) -> Any:
     settings = _configured("prep", words)
-    from data_prep.build import prep
+    from data_prep.build import prep, prep_step
 
-    return prep(settings).to_dict()
+    return prep_step(settings) if settings.step else prep(settings).to_dict()
 
 
 def _split(words: list[str]) -> Any:

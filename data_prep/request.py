@@ -112,7 +112,8 @@ def _class_problems(settings: PrepSettings, layout: Layout) -> list[str]:
 
 def _request(settings: PrepSettings, layout: Layout) -> str:
     """Digest of options and input files (name, size, time): is a finished corpus this one?"""
-    options = settings.model_dump(mode="json", exclude={"overwrite", "processes", "output"})
+    how = {"overwrite", "processes", "output", "step", "part"}
+    options = settings.model_dump(mode="json", exclude=how)
     files = []
     for case in layout.cases:
         for path in case.files:
