@@ -261,9 +261,16 @@ def _launch(words: list[str]) -> Any:
     from data_prep.errors import InputError
     from slurm import launch as launcher
 
+    if words[:1] == ["prep"]:
+        from slurm.prep import launch_prep
+
+        return launch_prep([w for w in words[1:] if w != "--dry-run"], dry_run="--dry-run" in words)
     if words[:1] and words[0] in ("status", "logs", "cancel"):
         asked = words[0]
         run = Path(_positional(f"launch {asked}", words[1:], ["RUN"])[0])
+        from slurm.prep import jobs_of_prep
+
+        launcher = jobs_of_prep(run) or launcher
         if asked == "status":
             from finetune.describe import as_text
 
