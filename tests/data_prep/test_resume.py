@@ -230,7 +230,7 @@ def test_killed_at_any_moment_it_goes_on(
         until(lambda n=more, p=process: len(notes(output)) >= n or p.poll() is not None)
         time.sleep(when.random() / 50)
         process.kill()
-        process.communicate()  # ends when no worker has the pipe any more
+        process.communicate(timeout=60)  # ends when no worker has the pipe any more
         assert process.returncode == -9 and not output.exists()
         after = notes(output)
         assert len(after) > len(before)
@@ -334,12 +334,16 @@ def test_two_preps_of_one_output_do_not_fight(folder: Path, tmp_path: Path) -> N
     assert Corpus.open(output).keys == [f"p{i}" for i in range(6)]
 
 
-def test_parts_work_side_by_side(folder: Path, tmp_path: Path) -> None:
+def test_parts_work_side_by_side(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "c"
+    monkeypatch.setattr("data_prep.build.PATIENCE_SECONDS", 0.1)
     with stopped(folder, output, "step=scan", "part=1/2"):
         prep_step(settings(folder, output, step="scan", part="2/2"), say=lambda _: None)
-        with pytest.raises(InputError, match="is being prepared by others"):
-            prep(settings(folder, output), say=lambda _: None)
+        for step in (None, "publish"):
+            with pytest.raises(InputError, match="is being prepared by others"):
+                prep_step(settings(folder, output, step=step), say=lambda _: None)
     lines: list[str] = []
     prep_step(settings(folder, output, step="scan"), lines.append)
     assert "scan, part 1/1: 8 cases, 8 were there already" in lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,38 +131,36 @@ class Launched:
     def element(self, step: str, part: int) -> dict[str, str]:
         return self.lab.job(f"{self.jobs[step]}_{part}")
 
-    def until_done(self, step: str, part: int, parts: int) -> None:
-        """A case of a part is done, and the part is not."""
+    def held(self) -> int:
+        """The process of element 2 of 3, stopped after its first case or a little later."""
         folder = self.output.parent / f".{self.output.name}.prep"
-
-        def some() -> bool:
-            found = (int(path.stem) for path in folder.glob(f"*/{step}/[0-9]*.json"))
-            return any(number % parts == part - 1 for number in found)
-
-        self.lab.until(some, 120, f"a case of part {part}")
-
-
-def tasks(output: Path, step: str, part: str) -> list[int]:
-    """Processes of an element's task."""
-    words = f"output={output} .*step={step} part={part}$"
-    done = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True)
-    found = [int(pid) for pid in done.stdout.split()]
-    return [pid for pid in found if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        end = time.monotonic() + 120
+        while not any(int(p.stem) % 3 == 1 for p in folder.glob("*/scanned/[0-9]*.json")):
+            assert time.monotonic() < end, status(self.output)
+            time.sleep(0.002)
+        words = f"output={self.output} .*step=scan part=2/3$"
+        pids = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True).stdout
+        (pid,) = (
+            int(p) for p in pids.split() if "python" in Path(f"/proc/{p}/exe").readlink().name
+        )
+        os.kill(pid, signal.SIGSTOP)
+        return pid
 
 
 def crash(run: Launched) -> None:
-    run.until_done("scanned", 2, 3)
-    for pid in tasks(run.output, "scan", "2/3"):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(run.held(), signal.SIGKILL)
 
 
 def near_limit(run: Launched) -> None:
-    run.until_done("scanned", 2, 3)
+    pid = run.held()
     call("scancel", "--signal=USR2", f"{run.jobs['scan']}_2")
+    waiting = Path(f"/proc/{pid}/status")
+    run.lab.until(lambda: "ShdPnd:\t0000000000000000" not in waiting.read_text(), 30, "USR2")
+    os.kill(pid, signal.SIGCONT)
 
 
 def preempt(run: Launched) -> None:
-    run.until_done("scanned", 2, 3)
+    run.held()  # SLURM sends SIGCONT, then SIGTERM
     more = ("-p", "urgent", "-n2", "--mem=3500", "--time=1", "-o", "/dev/null")
     call("sbatch", "--parsable", *more, "--wrap=sleep 1")
 
