@@ -14,6 +14,7 @@ import glob
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,6 +92,9 @@ class WorkFolder:
 
 
 def _numbers(folder: Path) -> set[int]:
+    # NFS may show a listing of a minute ago, unless this machine has changed the folder since.
+    with tempfile.TemporaryFile(dir=folder):
+        pass
     return {int(path.stem) for path in folder.glob("[0-9]*.json")}
 
 

@@ -135,7 +135,8 @@ def _submit(folder: Path, scripts: dict[str, str]) -> dict[str, str]:
             ["sbatch", "--parsable", *options, script], capture_output=True, text=True
         )
         if done.returncode:
-            subprocess.run(["scancel", *jobs.values()], capture_output=True)
+            if jobs:
+                subprocess.run(["scancel", *jobs.values()], capture_output=True)
             raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
         jobs[step] = done.stdout.strip().partition(";")[0]
     return jobs
