@@ -19,6 +19,9 @@ from data_prep.settings import PrepSettings
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
 KEYMAP_FILE = "keymap.csv"
+QUARANTINE_FILE = "quarantine.csv"
+REQUEST_FILE = "request.json"
+PRIVATE_FILES = ("salt", KEYMAP_FILE, QUARANTINE_FILE, REQUEST_FILE)
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
 

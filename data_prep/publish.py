@@ -15,7 +15,14 @@ from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE,
 from data_prep.files import write_bytes
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id
-from data_prep.naming import KEYMAP_COLUMNS, KEYMAP_FILE, private_folder
+from data_prep.naming import (
+    KEYMAP_COLUMNS,
+    KEYMAP_FILE,
+    PRIVATE_FILES,
+    QUARANTINE_FILE,
+    REQUEST_FILE,
+    private_folder,
+)
 from data_prep.plan import Plan
 from data_prep.request import versions
 from data_prep.scan import ScanJob, Scanned
@@ -38,7 +45,7 @@ def complete(
     root: Path,
 ) -> tuple[PrepResult, list[LeftOut]]:
     """Writes all that a corpus has besides its shards; gives all that was left out."""
-    for rest in [*root.rglob(".*"), *private_folder(settings.output).glob(".*")]:
+    for rest in root.rglob(".*"):
         rest.unlink()  # of a start that was killed while it wrote
     labelled, classes, left_out = plan.labelled, plan.classes, list(plan.left_out)
     index_hash = write_index(root / INDEX_FILE, kept, written)
@@ -223,6 +230,9 @@ def publish(
     private = result.private
     private.mkdir(mode=0o700, exist_ok=True)
     private.chmod(0o700)
+    for name in PRIVATE_FILES:
+        for rest in private.glob(f".{name}.*"):
+            rest.unlink()  # of a start that was killed while it wrote
     if settings.keys == "hmac" and settings.salt is None:
         write_bytes(private / "salt", salt + b"\n", mode=0o600)
     keymap = [
@@ -231,9 +241,9 @@ def publish(
     ]
     _write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
     rows = sorted([row.name, row.code, row.detail] for row in left_out)
-    _write_csv(private / "quarantine.csv", ["input", "code", "detail"], rows)
+    _write_csv(private / QUARANTINE_FILE, ["input", "code", "detail"], rows)
     note = canonical_json({"request": request, "index": result.index_hash})
-    write_bytes(private / "request.json", note, mode=0o600)
+    write_bytes(private / REQUEST_FILE, note, mode=0o600)
 
     output, old = settings.output, replaced(settings.output)
     if output.exists():
@@ -278,7 +288,7 @@ def report(
         example = next(row for row in left_out if row.code == code)
         say(f"  left out, {code}: {count}, for example {example.name} ({example.detail})")
     if left_out:
-        say(f"  all of them: {result.private / 'quarantine.csv'}")
+        say(f"  all of them: {result.private / QUARANTINE_FILE}")
     for note in result.notes:
         say(note)
     if result.splits:
