@@ -267,14 +267,13 @@ def test_payloads_are_replaced_and_never_overwritten(folder: Path, tmp_path: Pat
 def test_killed_between_any_two_files_it_goes_on(
     folder: Path, tmp_path: Path, seed: int, overwrite: bool
 ) -> None:
-    """Ends just before or after a file is put in its place, moved or removed, the last ones too."""
+    """Each change of publishing, from the index to the last folder removed, and some before it."""
     quiet = tmp_path / "quiet" / "c"
     prep(settings(folder, quiet, keys="names"), say=lambda _: None)
     context = multiprocessing.get_context("fork")
     moments = count_moments(folder, tmp_path / "count" / "c")
     when = random.Random(seed)
-    # The last ones are those of publishing.
-    chosen = {*range(moments - 14, moments), *when.sample(range(moments - 14), 2)}
+    chosen = {*range(moments - 13, moments), *when.sample(range(moments - 13), 2)}
     for k in sorted(chosen):
         output = tmp_path / f"at{k}" / "c"
         if overwrite:
@@ -290,18 +289,15 @@ def test_killed_between_any_two_files_it_goes_on(
 
 
 def end_at(source: Path, output: Path, moment: int, overwrite: bool) -> None:
-    """Prep in a process that ends at a moment as if killed: before or after a change of files."""
+    """Prep that ends as if killed, before a file is put in its place, moved or removed."""
     count = [0]
 
     def counted(change: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*args: Any, **kwargs: Any) -> Any:
-            for after in (False, True):
-                if count[0] == moment:
-                    os._exit(9)
-                count[0] += 1
-                if not after:
-                    found = change(*args, **kwargs)
-            return found
+            if count[0] == moment:
+                os._exit(9)
+            count[0] += 1
+            return change(*args, **kwargs)
 
         return changed
 
