@@ -194,7 +194,9 @@ def test_what_no_restart_mends_ends_the_chain(
 ) -> None:
     """An element that always fails; cancelled, then launched again without the fault."""
     with pytest.raises(RuntimeError, match=r"sbatch refuses .*partition"):
-        launch_prep([*words(samples / "pretrain.csv", tmp_path / "c")[:-1], "cluster.partition=no"])
+        launch_prep(
+            [*words(samples / "pretrain.csv", tmp_path / "c")[:-1], "cluster.partition=absent"]
+        )
     wrong = 'if [ "${SLURM_ARRAY_TASK_ID:-}" = 2 ]; then srun() { return 9; }; fi'
     run = Launched(
         lab, samples / "pretrain.csv", tmp_path / "c", "cluster.array=3",
