@@ -52,9 +52,9 @@ def _configured(name: str, words: list[str]) -> Any:
 
 def _prep(words: list[str]) -> Any:
     settings = _configured("prep", words)
-    from data_prep.build import prep
+    from data_prep.build import prep, prep_step
 
-    return prep(settings).to_dict()
+    return prep_step(settings) if settings.step else prep(settings).to_dict()
 
 
 def _split(words: list[str]) -> Any:
@@ -270,9 +270,16 @@ def _launch(words: list[str]) -> Any:
     from data_prep.errors import InputError
     from slurm import launch as launcher
 
+    if words[:1] == ["prep"]:
+        from slurm.prep import launch_prep
+
+        return launch_prep([w for w in words[1:] if w != "--dry-run"], dry_run="--dry-run" in words)
     if words[:1] and words[0] in ("status", "logs", "cancel"):
         asked = words[0]
         run = Path(_positional(f"launch {asked}", words[1:], ["RUN"])[0])
+        from slurm.prep import jobs_of_prep
+
+        launcher = jobs_of_prep(run) or launcher
         if asked == "status":
             from finetune.describe import as_text
 
@@ -423,7 +430,19 @@ COMMANDS = {
     "demo": Command(
         "the whole line on the sample scans", "demo [output=DIR] [key=value ...]", _demo
     ),
-    "prep": Command("raw scans to a corpus", "prep input=DIR output=DIR [key=value ...]", _prep),
+    "prep": Command(
+        "raw scans to a corpus",
+        "prep input=DIR output=DIR [key=value ...]\n"
+        "voxelith prep input=DIR output=DIR step=scan|plan|write|publish [part=3/8] [...]",
+        _prep,
+        """
+Killed at any moment, the same command goes on where it was: what is done is kept beside the output
+in .OUTPUT.prep until the corpus is there. The steps divide the work among tasks that share a file
+system: each part of scan, then plan, each part of write, then publish; the corpus is the same to
+the last byte. `voxelith launch prep` makes SLURM arrays of them.
+
+example: voxelith prep input=scans/ output=corpora/abdomen""",
+    ),
     "split": Command(
         "folds for a corpus, drawn or nnU-Net's own",
         "split corpus=DIR [folds=5] [key=value ...]",
@@ -460,7 +479,8 @@ example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small
         "a run as a job of a cluster, which comes back until it is done",
         "launch pretrain|finetune [-m] [key=value ...] [cluster=slurm] [cluster.nodes=2] "
         "[cluster.KEY=VALUE ...] [--dry-run]\n"
-        "voxelith launch status|logs|cancel RUN\n"
+        "voxelith launch prep input=DIR output=DIR [cluster.array=8] [key=value ...] [--dry-run]\n"
+        "voxelith launch status|logs|cancel RUN|OUTPUT\n"
         "voxelith launch init output=DIR [name=mine] [partition=NAME]",
         _launch,
         """
@@ -471,6 +491,9 @@ crashed, it starts again from its newest checkpoint; cancelled, it does not come
 runs the command here. finetune -m is a sweep: an array of its runs, cluster.array_limit=N at a
 time; launched again, it starts what is not finished. init reads partitions, limits, GPUs and what
 becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml.
+
+prep is divided into cluster.array parts, on CPUs: an array that scans, a plan, an array that
+writes, the publishing; scripts and logs are in OUTPUT.launch.
 
 example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -93,6 +94,19 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Writes UTF-8 text atomically."""
     write_bytes(path, text.encode(), mode)
+
+
+def write_once(path: Path, data: bytes, mode: int = 0o600) -> bytes:
+    """Writes a file unless it is there; gives what is there, the same to all who try at once."""
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode)
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
+    return path.read_bytes()
 
 
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:

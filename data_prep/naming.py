@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
+from data_prep.files import write_once
 from data_prep.layouts.case import Case, case_id
 from data_prep.settings import PrepSettings
 
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
 KEYMAP_FILE = "keymap.csv"
+QUARANTINE_FILE = "quarantine.csv"
+REQUEST_FILE = "request.json"
+PRIVATE_FILES = ("salt", KEYMAP_FILE, QUARANTINE_FILE, REQUEST_FILE)
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
 
@@ -76,14 +80,28 @@ def read_salt(path: Path | None) -> bytes | None:
     return salt
 
 
-def choose_salt(settings: PrepSettings, private: Path) -> bytes:
-    """The given salt, the one of an earlier prep of this corpus, or a new one."""
+def choose_salt(settings: PrepSettings, private: Path, begun: Path) -> bytes:
+    """The given salt, the one of an earlier prep of this corpus, or a new one.
+
+    Args:
+        settings: Of the prep.
+        private: Its private folder.
+        begun: Where the salt is kept until the corpus is there, so that all starts and all tasks
+            have the same.
+
+    Raises:
+        InputError: another salt came into the private folder since this prep has begun.
+    """
     if settings.keys == "names":
         return b""
     given = read_salt(settings.salt)
     if given is not None:
         return given
-    kept = private / "salt"
-    if kept.is_file():
-        return read_salt(kept) or b""
-    return secrets.token_hex(32).encode()
+    kept = read_salt(private / "salt") if (private / "salt").is_file() else None
+    salt = write_once(begun, kept or secrets.token_hex(32).encode())
+    if kept is not None and salt != kept:
+        raise InputError(
+            f"{private / 'salt'}: is not the salt that this prep began with; remove "
+            f"{begun.parent} and start again"
+        )
+    return salt

@@ -20,7 +20,7 @@ from data_prep.errors import InputError, near
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Layout, LeftOut, case_id
 from data_prep.layouts.find import find_cases
-from data_prep.naming import private_folder, read_salt
+from data_prep.naming import REQUEST_FILE, private_folder, read_salt
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.shards import canonical_json
 from data_prep.splits import split_from
@@ -112,7 +112,8 @@ def _class_problems(settings: PrepSettings, layout: Layout) -> list[str]:
 
 def _request(settings: PrepSettings, layout: Layout) -> str:
     """Digest of options and input files (name, size, time): is a finished corpus this one?"""
-    options = settings.model_dump(mode="json", exclude={"overwrite", "processes", "output"})
+    how = {"overwrite", "processes", "output", "step", "part"}
+    options = settings.model_dump(mode="json", exclude=how)
     files = []
     for case in layout.cases:
         for path in case.files:
@@ -143,7 +144,7 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
         return None
     private = private_folder(output)
     try:
-        known = json.loads((private / "request.json").read_text())
+        known = json.loads((private / REQUEST_FILE).read_text())
         corpus = Corpus.open(output)
     except (OSError, ValueError, InputError):
         known, corpus = {}, None

@@ -1,24 +1,27 @@
 """One input file at a time: judge it, encode it, measure it. Pure, so any process can do it.
 
-The encoded payloads of a good scan go to a spool folder; what the plan needs to know of them
-comes back as a small record.
+The encoded payloads of a good scan go to the work folder, and what later steps need to know of
+them into a note beside them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.files import atomic, write_bytes
 from data_prep.fingerprint import fingerprint
 from data_prep.intensity import Statistics, encode, ranks, volume_statistics
 from data_prep.layouts.case import Case, LeftOut
 from data_prep.preprocess import as_physical, resample
 from data_prep.settings import MINIMUM_SLICES
-from data_prep.shards import array_suffix, encode_array, table_suffix
+from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
 from data_prep.volume import Reject, Volume, read_channels, read_label
+from data_prep.work import WorkFolder
 
 FORMAT = 1
 # A picture with fewer distinct values is a label map or a mask that goes by another name.
@@ -47,7 +50,7 @@ class ScanJob:
     case: Case
     key: str
     subject: str
-    spool: Path
+    work: WorkFolder
     modality: str | None
     labelled: bool
     values: frozenset[int] | None = None
@@ -59,13 +62,35 @@ class ScanJob:
 
 @dataclass(frozen=True)
 class Scanned:
-    """A scan that can become a sample: its KEY.json so far, and its payloads in the spool."""
+    """A scan that can become a sample: its KEY.json so far, and the sizes of its payloads."""
 
     number: int
     key: str
     meta: dict[str, Any]
     sizes: dict[str, int] = field(default_factory=dict)
     guessed: bool = False
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Of its members, in the order in which they lie in the work folder and in the shard."""
+        return [
+            suffix
+            for payload in PAYLOADS
+            for suffix in (table_suffix(payload), array_suffix(payload))
+            if suffix in self.sizes
+        ]
+
+
+def scan_case(job: ScanJob) -> None:
+    """Scans a case and notes what came of it; with that it is done."""
+    note = canonical_json(asdict(scan(job)))
+    write_bytes(job.work.case_note(job.number), note, mode=0o600)
+
+
+def read_case(work: WorkFolder, number: int) -> Scanned | LeftOut:
+    """What came of a case that is done."""
+    note = json.loads(work.case_note(number).read_bytes())
+    return LeftOut(**note) if "code" in note else Scanned(**note)
 
 
 def scan(job: ScanJob) -> Scanned | LeftOut:
@@ -136,17 +161,12 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             have = {name for name, _ in job.case.organs}
             meta["annotated"] = [value for name, value in job.organs if name in have]
     sizes = {}
-    for name, array in payloads.items():
-        frame, table = encode_array(array)
-        for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
-            spool_path(job.spool, job.number, suffix).write_bytes(data)
-            sizes[suffix] = len(data)
+    with atomic(job.work.payloads(job.number), mode=0o600) as file:
+        for name in (name for name in PAYLOADS if name in payloads):
+            frame, table = encode_array(payloads[name])
+            for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
+                sizes[suffix] = file.write(data)
     return Scanned(job.number, job.key, meta, sizes, guessed=job.modality is None)
-
-
-def spool_path(spool: Path, number: int, suffix: str) -> Path:
-    """Where the encoded payload of a case waits to be written into its shard."""
-    return spool / f"{number:09d}.{suffix}"
 
 
 def foreground_box(volume: Volume, statistics: list[Statistics]) -> list[list[int]]:

@@ -52,6 +52,8 @@ class PrepSettings(BaseModel):
             refused, the structure with the larger label value gets them, or each structure gets
             a bit of its own.
         minimum_slices: Fewest slices along any axis; 1 lets single slices and 2D files in.
+        step: One step alone, for those who divide the work: `scan`, `plan`, `write`, `publish`.
+        part: `3/8` does the third of eight parts of the step; together they are all of it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -73,6 +75,14 @@ class PrepSettings(BaseModel):
     subjects: str | None = None
     overlap: Literal["refuse", "last", "bits"] = "refuse"
     minimum_slices: int = Field(default=MINIMUM_SLICES, ge=1, le=64)
+    step: Literal["scan", "plan", "write", "publish"] | None = None
+    part: str | None = None
+
+    @property
+    def share(self) -> slice:
+        """What `part` takes of a list."""
+        first, _, count = (self.part or "1/1").partition("/")
+        return slice(int(first) - 1, None, int(count))
 
     @property
     def subject_pattern(self) -> re.Pattern[str] | None:
@@ -100,6 +110,25 @@ class PrepSettings(BaseModel):
             return yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError("a mapping such as {1: anterior, 2: posterior} is needed") from error
+
+    @field_validator("part")
+    @classmethod
+    def _is_a_part(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"([1-9]\d{0,4})/([1-9]\d{0,4})", value)
+        if found is None or int(found[1]) > int(found[2]):
+            raise ValueError("a part such as 3/8 is needed, the third of eight")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_are_of_a_step(self) -> PrepSettings:
+        if self.part is not None and self.step not in ("scan", "write"):
+            raise ValueError(
+                f"part={self.part}: step=scan and step=write have parts; say which, or leave part "
+                "out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _labels_stay_native(self) -> PrepSettings:

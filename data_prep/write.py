@@ -1,11 +1,11 @@
-"""Spooled samples into shards, and the columns that say where everything lies."""
+"""Scanned samples into shards, and the columns that say where everything lies."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_prep.files import write_bytes
-from data_prep.scan import Scanned, spool_path
-from data_prep.shards import PAYLOADS, Member, ShardWriter, array_suffix, table_suffix
+from data_prep.files import atomic, write_bytes
+from data_prep.scan import Scanned, read_case
+from data_prep.shards import (
+    PAYLOADS,
+    Member,
+    ShardWriter,
+    array_suffix,
+    canonical_json,
+    table_suffix,
+)
+from data_prep.work import WorkFolder
 
 
 @dataclass(frozen=True)
 class WriteJob:
-    """One shard: its number and its samples in order, (case number, key, KEY.json, suffixes)."""
+    """One shard: its number, its cases in order, and the label values that were looked for."""
 
     number: int
-    folder: Path
-    spool: Path
-    samples: list[tuple[int, str, bytes, list[str]]]
+    work: WorkFolder
+    cases: list[int]
+    known: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,35 @@ def assign_shards(sizes: Sequence[int], target: int) -> list[list[int]]:
     return plan
 
 
-def write_shard(job: WriteJob) -> Written:
-    """Write one shard from the spool, and free what it used there."""
-    path = job.folder / f"{job.number:06d}.tar"
+def sample_json(meta: dict[str, Any], known: list[int] | None) -> bytes:
+    """KEY.json of a sample; with labels it says which of the `known` values were looked for."""
+    if known is not None:
+        meta = {**meta, "annotated": _annotated(meta, known)}
+    return canonical_json(meta)
+
+
+def _annotated(meta: dict[str, Any], known: list[int]) -> list[int]:
+    """Label values that were looked for in a case: all known ones, unless it lacks masks."""
+    looked_for = meta.get("annotated", known)
+    if meta["seg_encoding"] == "values":
+        return sorted(looked_for)
+    planes = sum(looked_for)
+    return [value for value in known if not value & ~planes]
+
+
+def write_shard(job: WriteJob) -> None:
+    """Writes one shard and notes what lies where; then frees what it used of the work folder."""
+    path = job.work.shard(job.number)
     places, hashes = [], []
-    with path.open("wb") as file:
+    with atomic(path) as file:
         writer = ShardWriter(file)
-        for number, key, meta, suffixes in job.samples:
-            members = {"json": meta}
-            for suffix in suffixes:
-                spooled = spool_path(job.spool, number, suffix)
-                members[suffix] = spooled.read_bytes()
-                spooled.unlink()
-            places.append(writer.add(key, members))
+        for number in job.cases:
+            sample = read_case(job.work, number)
+            assert isinstance(sample, Scanned)  # or the plan would have no place for it
+            members = {"json": sample_json(sample.meta, job.known)}
+            with job.work.payloads(number).open("rb") as payloads:
+                members |= {name: payloads.read(sample.sizes[name]) for name in sample.suffixes}
+            places.append(writer.add(sample.key, members))
             hashes.append(
                 {
                     suffix: xxhash.xxh3_64_intdigest(data)
@@ -73,11 +97,19 @@ def write_shard(job: WriteJob) -> Written:
                 }
             )
         writer.close()
-        file.flush()
-        os.fsync(file.fileno())
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Written(job.number, path.stat().st_size, sha256, places, hashes)
+    written = Written(job.number, path.stat().st_size, sha256, places, hashes)
+    write_bytes(job.work.shard_note(job.number), canonical_json(asdict(written)), mode=0o600)
+    for number in job.cases:
+        job.work.payloads(number).unlink(missing_ok=True)
+
+
+def read_shard_note(work: WorkFolder, number: int) -> Written:
+    """What lies where in a shard that is done."""
+    note = json.loads(work.shard_note(number).read_bytes())
+    places = [{name: Member(**m) for name, m in sample.items()} for sample in note["places"]]
+    return Written(**{**note, "places": places})
 
 
 def write_index(path: Path, kept: Sequence[Scanned], written: Sequence[Written]) -> str:

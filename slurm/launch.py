@@ -58,7 +58,7 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
         InputError: something is wrong with the words, all of it.
     """
     if command not in LAUNCHED:
-        raise InputError(f"launch {command}: launches {' or '.join(LAUNCHED)}")
+        raise InputError(f"launch {command}: launches {' or '.join(LAUNCHED)}, and prep")
     problems: list[str] = []
     cluster, rest, machine = _machine(words, problems)
     try:
@@ -117,6 +117,20 @@ def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: 
         cluster: what it gives.
         elements: runs of a sweep.
     """
+    limit = f"%{cluster.array_limit}" if cluster.array_limit else ""
+    return rendered(
+        "job.sbatch.j2",
+        cluster,
+        name=f"voxelith-{run.name}",
+        array=f"0-{elements - 1}{limit}" if elements else "",
+        folder=shlex.quote(str(run / "launch")),
+        run=shlex.quote(str(run)),
+        words=[shlex.quote(word) for word in words],
+    )
+
+
+def rendered(template: str, cluster: ClusterSettings, **facts: Any) -> str:
+    """A batch script: a template with its own facts and those that all of them need."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # In a container it is the image's own.
@@ -129,18 +143,13 @@ def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: 
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
-    limit = f"%{cluster.array_limit}" if cluster.array_limit else ""
-    return environment.get_template("job.sbatch.j2").render(
-        name=f"voxelith-{run.name}",
+    return environment.get_template(template).render(
         cluster=cluster,
-        array=f"0-{elements - 1}{limit}" if elements else "",
-        folder=shlex.quote(str(run / "launch")),
-        run=shlex.quote(str(run)),
         directory=shlex.quote(str(Path.cwd())),
         container=_container(cluster),
         program=shlex.quote(program),
-        words=[shlex.quote(word) for word in words],
         requeue_code=REQUEUE_CODE,
+        **facts,
     )
 
 
@@ -228,8 +237,7 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
 
 
 def _refuse_second(run: Path) -> None:
-    if shutil.which("sbatch") is None:
-        raise InputError("launch: sbatch is not here; start it where jobs are submitted")
+    require_slurm()
     before = read_note(run / "launch" / NOTE).get("job")
     states = set(re.findall(r"JobState=(\S*)", _shown(str(before)))) if before else set()
     if under_way := sorted(states & set(ACTIVE)):
@@ -237,6 +245,12 @@ def _refuse_second(run: Path) -> None:
             f"{run}: its job {before} is {' and '.join(under_way)}; `voxelith launch cancel {run}` "
             "ends it"
         )
+
+
+def require_slurm() -> None:
+    """Raises InputError where no jobs can be submitted."""
+    if shutil.which("sbatch") is None:
+        raise InputError("launch: sbatch is not here; start it where jobs are submitted")
 
 
 def _submit(folder: Path, text: str, words: list[str]) -> str:

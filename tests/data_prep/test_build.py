@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import stat
 from pathlib import Path
@@ -317,22 +316,14 @@ def test_a_crash_leaves_nothing_half_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data_prep.build.write_index", full)
-    with pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("data_prep.publish.write_index", full)
         run(folder, tmp_path / "c")
-    assert {path.name for path in tmp_path.iterdir()} == {"in"}
-
-
-def test_leftovers_of_a_killed_prep_are_removed(folder: Path, tmp_path: Path) -> None:
-    import socket
-
-    dead = tmp_path / f".c.prep-{socket.gethostname()}-999999999"
-    alive = tmp_path / f".c.prep-{socket.gethostname()}-{os.getppid()}"
-    for path in (dead, alive):
-        path.mkdir()
+    # What is done is kept, closed to others, and taken up by the same prep.
+    assert {path.name for path in tmp_path.iterdir()} == {"in", ".c.prep"}
+    assert stat.S_IMODE((tmp_path / ".c.prep").stat().st_mode) == 0o700
     run(folder, tmp_path / "c")
-    assert not dead.exists()
-    assert alive.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "c", "c.private"}
 
 
 def test_excluded_keys_and_fingerprints_stay_out(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,295 @@
+"""Finished shards become a corpus at its place: index, books, splits, names, and one rename."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, shard_name
+from data_prep.files import write_bytes
+from data_prep.folds import splits_of_folds, splits_of_numbers
+from data_prep.layouts.case import Case, Layout, LeftOut, case_id
+from data_prep.naming import (
+    KEYMAP_COLUMNS,
+    KEYMAP_FILE,
+    PRIVATE_FILES,
+    QUARANTINE_FILE,
+    REQUEST_FILE,
+    private_folder,
+)
+from data_prep.plan import Plan
+from data_prep.request import versions
+from data_prep.scan import ScanJob, Scanned
+from data_prep.settings import PrepResult, PrepSettings
+from data_prep.shards import canonical_json
+from data_prep.splits import make_split, split_from, write_split
+from data_prep.work import WorkFolder, replaced
+from data_prep.write import Written, write_fingerprints, write_index
+
+Say = Callable[[str], None]
+
+
+def complete(
+    settings: PrepSettings,
+    layout: Layout,
+    jobs: Sequence[ScanJob],
+    kept: Sequence[Scanned],
+    written: Sequence[Written],
+    plan: Plan,
+    root: Path,
+) -> tuple[PrepResult, list[LeftOut]]:
+    """Writes all that a corpus has besides its shards; gives all that was left out."""
+    for rest in root.rglob(".*"):
+        rest.unlink()  # of a start that was killed while it wrote
+    labelled, classes, left_out = plan.labelled, plan.classes, list(plan.left_out)
+    index_hash = write_index(root / INDEX_FILE, kept, written)
+    prints_hash = write_fingerprints(root / FINGERPRINTS_FILE, kept)
+    splits = _write_splits(root, layout, jobs, kept, labelled)
+    files = _account(layout, jobs, kept, left_out)
+    rejected = dict(sorted(Counter(row.code for row in left_out).items()))
+    metas = [sample.meta for sample in kept]
+    counts = {
+        "samples": len(kept),
+        "subjects": len({meta["subject"] for meta in metas}),
+        "modality": _count(c["modality"] for m in metas for c in m["channels"][:1]),
+        "source": _count(meta["source"] for meta in metas),
+        "licence": _count(meta["licence"] for meta in metas),
+        "rejected": rejected,
+        "files": files,
+    }
+    if labelled:
+        counts |= _label_counts(kept, classes)
+    info = {
+        "format": FORMAT,
+        "name": settings.name or settings.output.name,
+        "kind": "labelled" if labelled else "unlabelled",
+        "layout": _public_layout(layout),
+        "classes": classes,
+        "options": {
+            "keys": settings.keys,
+            "labels": labelled,
+            "modality": settings.modality,
+            "shard_mib": settings.shard_mib,
+            "spacing": list(settings.spacing) if settings.spacing else None,
+        },
+        "versions": versions(),
+        "counts": counts,
+        "shards": [
+            {
+                "name": shard_name(shard.number),
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+                "samples": len(shard.places),
+            }
+            for shard in written
+        ],
+        "index": {"file": INDEX_FILE, "sha256": index_hash},
+        "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": prints_hash},
+        "generations": [{"number": 1, "added": len(kept), "removed": 0}],
+    }
+    write_bytes(root / CORPUS_FILE, json.dumps(info, indent=1, sort_keys=True).encode() + b"\n")
+    result = PrepResult(
+        output=settings.output,
+        private=private_folder(settings.output),
+        kind=str(info["kind"]),
+        layout=layout.description,
+        samples=len(kept),
+        subjects=len({meta["subject"] for meta in metas}),
+        shards=len(written),
+        bytes=sum(shard.bytes for shard in written),
+        files=files,
+        rejected=rejected,
+        modalities=_count(m["channels"][0]["modality"] for m in metas),
+        splits=splits,
+        index_hash=index_hash,
+        notes=_label_notes(counts),
+    )
+    return result, left_out
+
+
+def _label_counts(kept: Sequence[Scanned], classes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cases by class, and those whose label is empty: sound, but worth a look."""
+    found = [{int(value) for value in sample.meta["class_counts"]} for sample in kept]
+    return {
+        "cases_by_class": {
+            row["name"]: sum(row["value"] in values for values in found)
+            for row in classes
+            if row["value"]
+        },
+        "empty_labels": [s.key for s, values in zip(kept, found, strict=True) if not values],
+    }
+
+
+def _label_notes(counts: dict[str, Any]) -> list[str]:
+    notes = []
+    empty = counts.get("empty_labels", [])
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        notes.append(f"{len(empty)} labels are empty: {shown}")
+    absent = [name for name, n in counts.get("cases_by_class", {}).items() if not n]
+    if absent:
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        notes.append(f"no case has a voxel of {shown}")
+    return notes
+
+
+def _write_splits(
+    root: Path, layout: Layout, jobs: Sequence[ScanJob], kept: Sequence[Scanned], labelled: bool
+) -> list[str]:
+    """What the input says, `official` and `fold-N`; else `default` by subject, with labels."""
+    keys = [sample.key for sample in kept]
+    subjects = [sample.meta["subject"] for sample in kept]
+    cases = [jobs[sample.number].case for sample in kept]
+    splits = []
+    if any(case.split for case in cases):
+        splits.append(split_from("official", keys, subjects, [case.split for case in cases]))
+    elif labelled:
+        splits.append(make_split(keys, subjects))
+    if labelled and layout.folds is not None:
+        key_of = {case_id(job.case): job.key for job in jobs}
+        splits += splits_of_folds(layout.folds, key_of, keys, subjects)
+    elif labelled and any(case.fold is not None for case in cases):
+        splits += splits_of_numbers([case.fold for case in cases], keys, subjects)
+    for split in splits:
+        write_split(split, root / "splits")
+    return [str(split["name"]) for split in splits]
+
+
+def _account(
+    layout: Layout, jobs: Sequence[ScanJob], kept: Sequence[Scanned], left_out: list[LeftOut]
+) -> dict[str, int]:
+    """How every file of the input ended; unused labels are added to `left_out`."""
+    stored = [jobs[sample.number].case for sample in kept]
+    used = {path for case in stored for path in case.images}
+    counts = {"images": len(used)}
+    for what, paths in (
+        ("labels", {path for case in stored for path in case.label_files}),
+        ("masks", {case.mask for case in stored if case.mask is not None}),
+    ):
+        counts[what] = len(paths - used)
+        used |= paths
+    ignored = len(layout.ignored)
+    lost: set[Path] = set()
+    for case, job in zip(layout.cases, jobs, strict=True):
+        # The first image of a case that is left out stands in the books already.
+        for path in case.files[1:]:
+            if path in used or path in lost:
+                continue
+            lost.add(path)
+            if path in case.label_files and not job.labelled:
+                ignored += 1
+            else:
+                left_out.append(
+                    LeftOut(_beside(case, path), "image_left_out", f"belongs to {case.name}")
+                )
+    counts["left_out"] = len(left_out)
+    counts["ignored"] = ignored
+    counts["total"] = sum(counts.values())
+    return counts
+
+
+def _beside(case: Case, path: Path) -> str:
+    """A label's name in the terms of the input: relative to the same root as its image's."""
+    root = Path(str(case.images[0])[: -len(case.name)] or ".")
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(value or "unknown" for value in values).items()))
+
+
+def _public_layout(layout: Layout) -> str:
+    """The layout without the name of a list, which is the user's own."""
+    return "list" if layout.description.startswith("list ") else layout.description
+
+
+def publish(
+    settings: PrepSettings,
+    work: WorkFolder,
+    jobs: Sequence[ScanJob],
+    kept: Sequence[Scanned],
+    left_out: Sequence[LeftOut],
+    salt: bytes,
+    request: str,
+    result: PrepResult,
+) -> None:
+    """Writes the private folder, then lets the corpus appear at its place in one rename.
+
+    Killed at any moment, the same prep finds where it was: request and index are noted before the
+    rename, and a corpus that was moved away goes back if no other took its place.
+    """
+    private = result.private
+    private.mkdir(mode=0o700, exist_ok=True)
+    private.chmod(0o700)
+    for name in PRIVATE_FILES:
+        for rest in private.glob(f".{name}.*"):
+            rest.unlink()  # of a start that was killed while it wrote
+    if settings.keys == "hmac" and settings.salt is None:
+        write_bytes(private / "salt", salt + b"\n", mode=0o600)
+    keymap = [
+        [job.key, job.subject, job.case.name, job.case.subject, case_id(job.case)]
+        for job in (jobs[sample.number] for sample in kept)
+    ]
+    _write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
+    rows = sorted([row.name, row.code, row.detail] for row in left_out)
+    _write_csv(private / QUARANTINE_FILE, ["input", "code", "detail"], rows)
+    note = canonical_json({"request": request, "index": result.index_hash})
+    write_bytes(private / REQUEST_FILE, note, mode=0o600)
+
+    output, old = settings.output, replaced(settings.output)
+    if output.exists():
+        output.rename(old)
+    try:
+        work.corpus.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode("utf-8"), mode=0o600)
+
+
+def report(
+    result: PrepResult,
+    layout: Layout,
+    kept: Sequence[Scanned],
+    left_out: Sequence[LeftOut],
+    say: Say,
+) -> None:
+    """Says what became of every file of the input."""
+    modalities = ", ".join(f"{n} {name}" for name, n in result.modalities.items())
+    say(
+        f"{result.output}: {result.samples} {result.kind} volumes of {result.subjects} subjects "
+        f"({modalities}) in {result.shards} shards, {result.bytes / 2**20:.1f} MiB"
+    )
+    guessed = sum(sample.guessed for sample in kept)
+    if guessed:
+        say(f"modality guessed from the intensities for {guessed} volumes (modality= sets it)")
+    files = result.files
+    used = ", ".join(f"{files[n]} {n}" for n in ("images", "labels", "masks") if files[n])
+    say(f"{files['total']} files: {used}, {files['left_out']} left out, {files['ignored']} ignored")
+    for code, count in result.rejected.items():
+        example = next(row for row in left_out if row.code == code)
+        say(f"  left out, {code}: {count}, for example {example.name} ({example.detail})")
+    if left_out:
+        say(f"  all of them: {result.private / QUARANTINE_FILE}")
+    for note in result.notes:
+        say(note)
+    if result.splits:
+        say(f"split: {', '.join(result.splits)} ({result.output / 'splits'})")

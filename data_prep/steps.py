@@ -1,0 +1,179 @@
+"""The steps of a prep, each of which does what of it is not done yet: alone, or a part of it.
+
+What one step needs of another is in the work folder, so they may be run by one process or by many
+tasks one after another. Bytes do not depend on who did what.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.layouts.case import Layout
+from data_prep.plan import Plan, make_plan, read_plan, write_plan
+from data_prep.progress import bar
+from data_prep.publish import Say, complete, publish, report
+from data_prep.scan import ScanJob, Scanned, read_case, scan_case
+from data_prep.settings import PrepResult, PrepSettings
+from data_prep.work import WorkFolder
+from data_prep.write import WriteJob, read_shard_note, write_shard
+
+# Below this many cases starting processes costs more than it saves.
+CASES_PER_PROCESS = 4
+
+Mapper = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Prep:
+    """A request that is under way in its work folder."""
+
+    settings: PrepSettings
+    layout: Layout
+    request: str
+    jobs: list[ScanJob]
+    classes: list[dict[str, Any]] | None
+    salt: bytes
+    work: WorkFolder
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one start did of a step: its own part, how much of that was done before."""
+
+    step: str
+    part: str
+    total: int
+    before: int
+
+
+def scan_cases(prep: Prep, each: Mapper) -> Done:
+    """Scans the cases that are not scanned."""
+    mine = prep.jobs[prep.settings.share]
+    there = prep.work.scanned()
+    todo = [job for job in mine if job.number not in there]
+    _each(each, scan_case, todo, "scan")
+    return Done("scan", prep.settings.part or "1/1", len(mine), len(mine) - len(todo))
+
+
+def plan_shards(prep: Prep) -> Plan:
+    """The plan; made and noted if it is not yet.
+
+    Raises:
+        InputError: cases have not been scanned, or none is of use.
+    """
+    work = prep.work
+    if work.plan.exists():
+        return read_plan(work)
+    there = work.scanned()
+    missing = [job.number for job in prep.jobs if job.number not in there]
+    if missing:
+        raise InputError(_missing("case", missing, len(prep.jobs), "scanned", "scan"))
+    scanned = [read_case(work, job.number) for job in prep.jobs]
+    try:
+        plan = make_plan(prep.settings, prep.layout, prep.jobs, scanned, prep.classes)
+    except InputError:
+        work.remove()  # what is not there cannot be gone on with
+        raise
+    write_plan(work, plan)
+    return plan
+
+
+def write_shards(prep: Prep, each: Mapper) -> Done:
+    """Writes the shards that are not written; InputError without a plan."""
+    work = prep.work
+    if not work.plan.exists():
+        raise InputError("step=write: there is no plan yet; start step=plan first")
+    plan = read_plan(work)
+    mine = list(enumerate(plan.shards))[prep.settings.share]
+    there = work.written()
+    todo = [WriteJob(n, work, cases, plan.known) for n, cases in mine if n not in there]
+    _each(each, write_shard, todo, "write")
+    return Done("write", prep.settings.part or "1/1", len(mine), len(mine) - len(todo))
+
+
+def publish_corpus(prep: Prep, say: Say) -> PrepResult:
+    """Lets the corpus appear at its place; InputError if shards are missing."""
+    work = prep.work
+    if not work.plan.exists():
+        raise InputError("step=publish: there is no plan yet; start step=plan first")
+    plan = read_plan(work)
+    there = work.written()
+    missing = [number for number in range(len(plan.shards)) if number not in there]
+    if missing:
+        raise InputError(_missing("shard", missing, len(plan.shards), "written", "write"))
+    kept = [
+        s for cases in plan.shards for n in cases if isinstance(s := read_case(work, n), Scanned)
+    ]
+    written = [read_shard_note(work, number) for number in range(len(plan.shards))]
+    result, left_out = complete(
+        prep.settings, prep.layout, prep.jobs, kept, written, plan, work.corpus
+    )
+    publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
+    report(result, prep.layout, kept, left_out, say)
+    return result
+
+
+def _missing(what: str, numbers: Sequence[int], total: int, done: str, step: str) -> str:
+    shown = ", ".join(str(number + 1) for number in numbers[:5])
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    are, plural = ("has", "") if len(numbers) == 1 else ("have", "s")
+    return (
+        f"{what}{plural} {shown}{more} of {total} {are} not been {done}: start step={step} again, "
+        "with the same words"
+    )
+
+
+def _each(each: Mapper, work: Callable[[Any], None], jobs: Sequence[Any], what: str) -> None:
+    if jobs:
+        for _ in bar(iterable=each(work, jobs), desc=what, total=len(jobs)):
+            pass
+
+
+@contextmanager
+def workers(settings: PrepSettings, cases: int) -> Iterator[Mapper]:
+    """A `map` over worker processes, in order; over this process if there is to be only one."""
+    processes = _processes(settings, cases)
+    if processes == 1:
+        yield map
+        return
+    # Spawned, not forked: whatever threads the parent runs cannot hang a child.
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process died, most likely for want of memory; try fewer "
+                f"(processes={processes // 2})"
+            ) from error
+
+
+def _processes(settings: PrepSettings, cases: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = settings.processes or cores or 1
+    if settings.processes == 0:
+        wanted = min(wanted, cases // CASES_PER_PROCESS)
+    return max(1, min(wanted, cases))
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is killed; it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
