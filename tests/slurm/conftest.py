@@ -1,0 +1,31 @@
+"""The SLURM of this machine, for all tests that submit jobs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import Lab, missing
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if absent := missing():
+        reason = f"no SLURM: {', '.join(absent)} missing (apt-get install slurm-wlm munge)"
+        if os.environ.get("VOXELITH_NEEDS_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    import tempfile
+
+    # A socket's path must be short.
+    with tempfile.TemporaryDirectory(prefix="lab", ignore_cleanup_errors=True) as folder:
+        made = Lab(Path(folder) / "l")
+        # Jobs run the command of this environment, whether or not it is activated.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        try:
+            yield made.start()
+        finally:
+            made.stop()
