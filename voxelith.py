@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from data_prep.errors import InputError
     from pretrain.encoder import Encoder
 
 __all__ = ["load_encoder", "main"]
@@ -278,6 +279,14 @@ def _launch(words: list[str]) -> Any:
         return {"run": str(run)}
     if words[:1] == ["init"]:
         return _launch_init(words[1:])
+    if words[:1] == ["doctor"]:
+        from slurm.doctor import doctor
+
+        return doctor([w for w in words[1:] if w != "--dry-run"], dry_run="--dry-run" in words)
+    if words[:1] == ["examine"]:  # what the job of doctor does
+        from slurm.examine import examine
+
+        return examine(words[1:])
     if not words:
         raise InputError(f"launch: says nothing; usage: voxelith {COMMANDS['launch'].usage}")
     rest = [word for word in words[1:] if word not in ("--dry-run", "-m")]
@@ -450,7 +459,9 @@ example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small
         "launch pretrain|finetune [-m] [key=value ...] [cluster=slurm] [cluster.nodes=2] "
         "[cluster.KEY=VALUE ...] [--dry-run]\n"
         "voxelith launch status|logs|cancel RUN\n"
-        "voxelith launch init output=DIR [name=mine] [partition=NAME]",
+        "voxelith launch init output=DIR [name=mine] [partition=NAME]\n"
+        "voxelith launch doctor [corpus=DIR] [crop_size=[96,96,96]] [output=runs/doctor] "
+        "[cluster=slurm] [cluster.KEY=VALUE ...] [--dry-run]",
         _launch,
         """
 The words of the command with those of the cluster: of conf/cluster, or of DIR/cluster/NAME.yaml
@@ -459,7 +470,9 @@ prints it. Near its time limit or preempted the job saves what it has and goes o
 crashed, it starts again from its newest checkpoint; cancelled, it does not come back. cluster=local
 runs the command here. finetune -m is a sweep: an array of its runs, cluster.array_limit=N at a
 time; launched again, it starts what is not finished. init reads partitions, limits, GPUs and what
-becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml.
+becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml. doctor submits a job of about
+two minutes to that cluster, waits for it and says what works there and what does not: versions,
+GPUs, the folder, the corpus, all-reduce, signals, requeueing.
 
 example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
     ),
@@ -641,6 +654,23 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _say_wrong(error: InputError, as_json: bool) -> None:
+    from data_prep.errors import CorruptionError, LeftOutError
+    from pretrain.references import without_secrets
+
+    if as_json and isinstance(error, LeftOutError):
+        print(json.dumps(error.result))
+    problems = [without_secrets(problem) for problem in error.problems]
+    if len(problems) == 1:
+        print(f"error: {problems[0]}", file=sys.stderr)
+        return
+    # Damage and what is left out are found on the way; all other wrong input before it.
+    late = isinstance(error, CorruptionError | LeftOutError)
+    end = "" if late else ", nothing was started"
+    lines = [f"error: {len(problems)} problems{end}", *problems]
+    print("\n  ".join(lines), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0 (done), 1 (failed while running) or 2 (wrong input)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -655,13 +685,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voxelith {version('voxelith')}")
         return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import (
-        CorruptionError,
-        InputError,
-        LeftOutError,
-        UnreachableError,
-        near,
-    )
+    from data_prep.errors import FailedError, InputError, UnreachableError, near
     from pretrain.preemption import Preempted, end_of_job
 
     if name not in COMMANDS:
@@ -687,21 +711,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as preempted:
         return end_of_job(preempted)
     except InputError as error:
-        if as_json and isinstance(error, LeftOutError):
-            print(json.dumps(error.result))
-        from pretrain.references import without_secrets
-
-        problems = [without_secrets(problem) for problem in error.problems]
-        count = len(problems)
-        if count == 1:
-            print(f"error: {problems[0]}", file=sys.stderr)
-        else:
-            # Damage and what is left out are found on the way; all other wrong input before it.
-            late = isinstance(error, CorruptionError | LeftOutError)
-            end = "" if late else ", nothing was started"
-            lines = [f"error: {count} problems{end}", *problems]
-            print("\n  ".join(lines), file=sys.stderr)
+        _say_wrong(error, as_json)
         return 2
+    except FailedError as error:
+        if as_json:
+            print(json.dumps(error.result))
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except UnreachableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

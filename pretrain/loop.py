@@ -494,8 +494,10 @@ class _Watch(L.Callback):
     def _save(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         assert isinstance(objective, Objective)
         state = self.loop.state(objective, trainer.optimizers[0])
+        began = time.perf_counter()
         self.loop.run.checkpoints.save(self.loop.step, state)
         self.saved = time.perf_counter()
+        self.loop.run.note_save(self.saved - began)
 
     def _log(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         loop, now = self.loop, time.perf_counter()

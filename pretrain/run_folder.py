@@ -9,6 +9,7 @@ checkpoints/step-00000100.pt
 previews/              pictures
 init.json              where its first weights come from, unless they are random
 load_report.json       which of its tensors those are
+save.json              how long the last save took, in seconds
 failures/              steps whose loss or gradient was not finite
 health.csv             one row per look at the features
 """
@@ -38,6 +39,7 @@ from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic, make_folder, read_note, write_json, write_text
 from pretrain.references import without_secrets
 
+SAVE_NOTE = "save.json"
 HEARTBEAT_SECONDS = 30
 STALE_SECONDS = 300
 """A lease whose heart has not beaten for this long belongs to a dead job."""
@@ -171,6 +173,10 @@ class RunFolder:
             thread.join()
             if _owner(file).get("token") == mine["token"]:
                 file.unlink(missing_ok=True)
+
+    def note_save(self, seconds: float) -> None:
+        """Remembers how long a save took, which a cluster's grace must leave time for."""
+        write_json(self.path / SAVE_NOTE, {"seconds": round(seconds, 3)})
 
     def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
         """Writes what was asked for and with what it runs."""

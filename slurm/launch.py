@@ -23,6 +23,7 @@ from conf.compose import settings_for
 from data_prep.errors import InputError
 from data_prep.files import make_folder, read_note, write_json, write_text
 from pretrain.preemption import REQUEUE_CODE
+from slurm.plan import Save, plan
 from slurm.settings import ClusterSettings, cluster_of
 
 LAUNCHED = ("pretrain", "finetune")
@@ -39,11 +40,13 @@ class Job:
         run: folder of the run.
         words: of the command.
         script: text of the batch script; empty without a scheduler.
+        checkpoint: bytes of one; of a pretraining alone.
     """
 
     run: Path
     words: tuple[str, ...]
     script: str
+    checkpoint: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -69,12 +72,11 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
         problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
-    if command == "pretrain":
-        _check_fit(settings)
+    size = _check_fit(settings) if command == "pretrain" else None
     run = (settings.runs / str(settings.run)).resolve()
     said = (command, *rest, *machine)
     script = render(run, said, cluster) if cluster.kind == "slurm" else ""
-    return Job(run, said, script), cluster, settings
+    return Job(run, said, script, size), cluster, settings
 
 
 def _machine(
@@ -99,13 +101,22 @@ def _machine(
     return cluster, rest, machine
 
 
-def _check_fit(settings: Any) -> None:
-    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later."""
+def _check_fit(settings: Any) -> int:
+    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later.
+
+    Returns:
+        Bytes of a checkpoint.
+    """
+    import torch
+
     from data_prep.corpus import open_corpus
+    from pretrain.estimate import checkpoint_bytes
     from pretrain.train import corpus_channels, plan_objective
 
     corpus = open_corpus(settings.corpus, "corpus")
-    plan_objective(settings, corpus_channels(corpus))
+    make = plan_objective(settings, corpus_channels(corpus))
+    with torch.device("meta"):
+        return checkpoint_bytes(make(), settings.optimizer)
 
 
 def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: int = 0) -> str:
@@ -167,16 +178,26 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
     """
     job, cluster, settings = plan_job(command, words)
     print(summary(job, cluster, settings))
+    if job.checkpoint is not None:
+        save = Save.of(job.checkpoint, job.run)
+        print(
+            "\n".join(
+                [
+                    *([plan(settings, cluster, save)] if dry_run else []),
+                    *(save.warnings(cluster) if cluster.kind == "slurm" else []),
+                ]
+            )
+        )
     if dry_run:
         print(job.script, end="")
         return {"run": str(job.run), "script": job.script, "job": None}
     if cluster.kind == "local":
         return _here(job)
-    _refuse_second(job.run)
+    refuse_second(job.run)
     make_folder(job.folder, "runs")
     for old in ("crashes", "crashed-after"):
         (job.folder / old).unlink(missing_ok=True)
-    number = _submit(job.folder, job.script, list(job.words))
+    number = submit(job.folder, job.script, list(job.words))
     print(f"job {number}; voxelith launch status {job.run}")
     return {"run": str(job.run), "script": job.script, "job": number}
 
@@ -212,7 +233,7 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
         print(script, end="")
     if dry_run or not waiting:
         return {"runs": str(runs), "script": script, "job": None, "to_start": len(waiting)}
-    _refuse_second(runs)
+    refuse_second(runs)
     folder = runs / "launch" / "jobs"
     make_folder(folder, "runs")
     for number, job in enumerate(waiting):
@@ -222,12 +243,13 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
         write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
         for old in ("crashes", "crashed-after"):
             (job.folder.path / "launch" / old).unlink(missing_ok=True)
-    array = _submit(runs / "launch", script, ["finetune", *words])
+    array = submit(runs / "launch", script, ["finetune", *words])
     print(f"job {array}, {len(waiting)} elements; logs are in {runs / 'launch'}")
     return {"runs": str(runs), "script": script, "job": array, "to_start": len(waiting)}
 
 
-def _refuse_second(run: Path) -> None:
+def refuse_second(run: Path) -> None:
+    """Raises InputError where a job of the folder is under way, or SLURM is not here."""
     if shutil.which("sbatch") is None:
         raise InputError("launch: sbatch is not here; start it where jobs are submitted")
     before = read_note(run / "launch" / NOTE).get("job")
@@ -239,7 +261,12 @@ def _refuse_second(run: Path) -> None:
         )
 
 
-def _submit(folder: Path, text: str, words: list[str]) -> str:
+def submit(folder: Path, text: str, words: list[str]) -> str:
+    """Writes a batch script into the folder and submits it; returns the job's number.
+
+    Raises:
+        RuntimeError: SLURM refuses it.
+    """
     script = folder / "job.sbatch"
     write_text(script, text)
     done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
@@ -289,7 +316,7 @@ def status(run: Path) -> dict[str, Any]:
     note = _note(run)
     if (run / "launch" / "jobs").is_dir():
         return _status_of_sweep(run, str(note["job"]))
-    facts = _facts(str(note["job"]))
+    facts = facts_of(str(note["job"]))
     steps = sorted((run / "checkpoints").glob("step-*.pt"))
     config = read_note(run / "config.json")
     return {
@@ -303,7 +330,7 @@ def status(run: Path) -> dict[str, Any]:
         "crashes": int((run / "launch" / "crashes").read_text())
         if (run / "launch" / "crashes").exists()
         else 0,
-        "log": str(_log(run, str(note["job"]))),
+        "log": str(log_of(run, str(note["job"]))),
     }
 
 
@@ -322,7 +349,7 @@ def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
 
 def logs(run: Path, lines: int = 40) -> str:
     """The end of what the job has said."""
-    file = _log(run, str(_note(run)["job"]))
+    file = log_of(run, str(_note(run)["job"]))
     if not file.exists():
         raise InputError(f"{file}: is not there yet; the job has not started")
     return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
@@ -344,11 +371,13 @@ def _note(run: Path) -> dict[str, Any]:
     return note
 
 
-def _log(run: Path, job: str) -> Path:
+def log_of(run: Path, job: str) -> Path:
+    """Where the job of a folder says what it does."""
     return run / "launch" / f"job-{job}.log"
 
 
-def _facts(job: str) -> dict[str, str]:
+def facts_of(job: str) -> dict[str, str]:
+    """What scontrol knows of a job; nothing, if it was long ago."""
     return dict(re.findall(r"(\w+)=(\S*)", _shown(job)))
 
 
