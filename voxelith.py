@@ -262,37 +262,59 @@ def _launch(words: list[str]) -> Any:
     from data_prep.errors import InputError
     from slurm import launch as launcher
 
-    if words[:1] and words[0] in ("status", "logs", "cancel"):
-        asked = words[0]
-        run = Path(_positional(f"launch {asked}", words[1:], ["RUN"])[0])
-        if asked == "status":
-            from finetune.describe import as_text
-
-            facts = launcher.status(run)
-            _show(as_text(facts))
-            return facts
-        if asked == "logs":
-            text = launcher.logs(run)
-            _show(text)
-            return {"run": str(run), "log": text}
-        print(f"job {launcher.cancel(run)} is cancelled")
-        return {"run": str(run)}
-    if words[:1] == ["init"]:
-        return _launch_init(words[1:])
-    if words[:1] == ["doctor"]:
-        from slurm.doctor import doctor
-
-        return doctor([w for w in words[1:] if w != "--dry-run"], dry_run="--dry-run" in words)
-    if words[:1] == ["examine"]:  # what the job of doctor does
-        from slurm.examine import examine
-
-        return examine(words[1:])
     if not words:
         raise InputError(f"launch: says nothing; usage: voxelith {COMMANDS['launch'].usage}")
-    rest = [word for word in words[1:] if word not in ("--dry-run", "-m")]
-    if words[0] == "finetune" and "-m" in words:
-        return launcher.launch_sweep(rest, dry_run="--dry-run" in words)
-    return launcher.launch(words[0], rest, dry_run="--dry-run" in words)
+    asked, dry_run = words[0], "--dry-run" in words
+    rest = [word for word in words[1:] if word != "--dry-run"]
+    if asked in ("status", "logs", "cancel"):
+        return _launched(asked, Path(_positional(f"launch {asked}", rest, ["RUN"])[0]))
+    if asked == "init":
+        return _launch_init(rest)
+    if asked == "doctor":
+        from slurm.doctor import doctor
+
+        return doctor(rest, dry_run=dry_run)
+    if asked == "chain":
+        return _launch_chain(rest, dry_run)
+    if asked == "examine":  # what the job of doctor does
+        from slurm.examine import examine
+
+        return examine(rest)
+    if asked == "element":  # what an element of a chain's sweep does
+        from slurm.chain import element
+
+        return element(int(rest[0]), rest[1:])
+    if asked == "finetune" and "-m" in rest:
+        return launcher.launch_sweep([word for word in rest if word != "-m"], dry_run=dry_run)
+    return launcher.launch(asked, rest, dry_run=dry_run)
+
+
+def _launched(asked: str, run: Path) -> Any:
+    from slurm import chain
+    from slurm import launch as launcher
+
+    if asked == "status":
+        from finetune.describe import as_text
+
+        facts = chain.status(run) if chain.is_chain(run) else launcher.status(run)
+        _show(as_text(facts))
+        return facts
+    if asked == "logs":
+        text = launcher.logs(run)
+        _show(text)
+        return {"run": str(run), "log": text}
+    jobs = chain.cancel(run) if chain.is_chain(run) else [launcher.cancel(run)]
+    print(f"job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: cancelled")
+    return {"run": str(run)}
+
+
+def _launch_chain(words: list[str], dry_run: bool) -> Any:
+    from slurm.chain import chain
+
+    outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
+    rest = [word for word in words if not word.startswith("output=")]
+    (file,) = _positional("launch", rest, ["chain FILE.yaml"])
+    return chain(Path(file), Path(outputs[-1]) if outputs else None, dry_run=dry_run)
 
 
 def _launch_init(words: list[str]) -> Any:
@@ -458,7 +480,8 @@ example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small
         "a run as a job of a cluster, which comes back until it is done",
         "launch pretrain|finetune [-m] [key=value ...] [cluster=slurm] [cluster.nodes=2] "
         "[cluster.KEY=VALUE ...] [--dry-run]\n"
-        "voxelith launch status|logs|cancel RUN\n"
+        "voxelith launch chain FILE.yaml [output=DIR] [--dry-run]\n"
+        "voxelith launch status|logs|cancel RUN|CHAIN\n"
         "voxelith launch init output=DIR [name=mine] [partition=NAME]\n"
         "voxelith launch doctor [corpus=DIR] [crop_size=[96,96,96]] [output=runs/doctor] "
         "[cluster=slurm] [cluster.KEY=VALUE ...] [--dry-run]",
@@ -472,7 +495,15 @@ runs the command here. finetune -m is a sweep: an array of its runs, cluster.arr
 time; launched again, it starts what is not finished. init reads partitions, limits, GPUs and what
 becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml. doctor submits a job of about
 two minutes to that cluster, waits for it and says what works there and what does not: versions,
-GPUs, the folder, the corpus, all-reduce, signals, requeueing.
+GPUs, the folder, the corpus, all-reduce, signals, requeueing. chain submits the commands of a file,
+each to start when the one before has ended well:
+
+  cluster: cluster.partition=gpu
+  stages:
+    - pretrain corpus=/data/corpus run=a experiment=mae
+    - export runs/a releases/a
+    - finetune -m task=NAME corpus=/data/labelled ckpt=releases/a labels=4,16 runs=sweep
+    - table sweep output=table
 
 example: voxelith launch pretrain corpus=/data/corpus run=first experiment=mae cluster.nodes=2""",
     ),

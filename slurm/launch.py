@@ -195,11 +195,80 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
         return _here(job)
     refuse_second(job.run)
     make_folder(job.folder, "runs")
-    for old in ("crashes", "crashed-after"):
-        (job.folder / old).unlink(missing_ok=True)
     number = submit(job.folder, job.script, list(job.words))
     print(f"job {number}; voxelith launch status {job.run}")
     return {"run": str(job.run), "script": job.script, "job": number}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is not finished of a sweep, before it is submitted.
+
+    Attributes:
+        runs: folder of all runs.
+        script: text of the batch script; empty if there is nothing to start.
+        elements: of the array: the folder of each run, and the words that start it.
+        size: all runs, finished ones too.
+    """
+
+    runs: Path
+    script: str
+    elements: list[list[str]]
+    size: int
+
+
+def plan_sweep(words: Sequence[str]) -> Sweep:
+    """What would be submitted of a sweep; the settings of all its runs are checked.
+
+    Raises:
+        InputError: wrong words of any run.
+    """
+    from finetune.experiments import expanded
+    from finetune.sweep import is_finished, plan_jobs
+
+    cluster, said = machine_words(words)
+    found = plan_jobs(expanded(said))
+    runs = found[0].plan.settings.runs.resolve()
+    elements = [
+        [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
+        for job in found
+        if not is_finished(job.folder, job.plan)
+    ]
+    script = render(runs, (), cluster, len(elements)) if elements else ""
+    return Sweep(runs, script, elements, len(found))
+
+
+def machine_words(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
+    """The cluster that a sweep or a chain names, and the words of its command for that.
+
+    Raises:
+        InputError: wrong words of the cluster, or none of SLURM.
+    """
+    problems: list[str] = []
+    cluster, rest, machine = _machine(words, problems)
+    if problems or cluster is None:
+        raise InputError(problems)
+    if cluster.kind == "local":
+        raise InputError("cluster=local: has no jobs; leave out `launch`, and it runs here")
+    return cluster, [*rest, *machine]
+
+
+def submit_sweep(sweep: Sweep, words: list[str], *options: str) -> str:
+    """Submits a sweep as an array, each run an element; returns the job's number.
+
+    Raises:
+        InputError: a word cannot be written into a file of lines.
+        RuntimeError: SLURM refuses it.
+    """
+    folder = sweep.runs / "launch" / "jobs"
+    for lines in sweep.elements:
+        if any("\n" in line for line in lines):
+            raise InputError(f"{lines[0]}: a word has a line's end in it; leave it out")
+    make_folder(folder, "runs")
+    for number, lines in enumerate(sweep.elements):
+        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
+        _forget(Path(lines[0]) / "launch")
+    return submit(sweep.runs / "launch", sweep.script, words, *options)
 
 
 def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
@@ -212,40 +281,26 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
         InputError: wrong words of any run, or a job of this sweep is under way.
         RuntimeError: SLURM refuses it.
     """
-    from finetune.experiments import expanded
-    from finetune.sweep import is_finished, plan_jobs
-
-    problems: list[str] = []
-    cluster, rest, machine = _machine(words, problems)
-    if problems or cluster is None:
-        raise InputError(problems)
-    if cluster.kind == "local":
-        raise InputError("launch finetune -m: cluster=local is `voxelith finetune -m`; give that")
-    found = plan_jobs([*expanded(rest), *machine])
-    runs = found[0].plan.settings.runs.resolve()
-    waiting = [job for job in found if not is_finished(job.folder, job.plan)]
+    sweep = plan_sweep(words)
+    runs, waiting = sweep.runs, len(sweep.elements)
     print(
-        f"sweep: {len(found)} runs in {runs}, {len(found) - len(waiting)} are finished, "
-        f"{len(waiting)} to start, {cluster.array_limit or 'any number'} at a time"
+        f"sweep: {sweep.size} runs in {runs}, {sweep.size - waiting} are finished, "
+        f"{waiting} to start"
     )
-    script = render(runs, (), cluster, len(waiting)) if waiting else ""
     if dry_run:
-        print(script, end="")
+        print(sweep.script, end="")
     if dry_run or not waiting:
-        return {"runs": str(runs), "script": script, "job": None, "to_start": len(waiting)}
+        return {"runs": str(runs), "script": sweep.script, "job": None, "to_start": waiting}
     refuse_second(runs)
-    folder = runs / "launch" / "jobs"
-    make_folder(folder, "runs")
-    for number, job in enumerate(waiting):
-        lines = [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
-        if any("\n" in line for line in lines):
-            raise InputError(f"{job.name}: a word has a line's end in it; leave it out")
-        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
-        for old in ("crashes", "crashed-after"):
-            (job.folder.path / "launch" / old).unlink(missing_ok=True)
-    array = submit(runs / "launch", script, ["finetune", *words])
-    print(f"job {array}, {len(waiting)} elements; logs are in {runs / 'launch'}")
-    return {"runs": str(runs), "script": script, "job": array, "to_start": len(waiting)}
+    array = submit_sweep(sweep, ["finetune", *words])
+    print(f"job {array}, {waiting} elements; logs are in {runs / 'launch'}")
+    return {"runs": str(runs), "script": sweep.script, "job": array, "to_start": waiting}
+
+
+def _forget(folder: Path) -> None:
+    """Removes what earlier jobs have noted in a launch folder: this one begins anew."""
+    for old in ("crashes", "crashed-after", "done"):
+        (folder / old).unlink(missing_ok=True)
 
 
 def refuse_second(run: Path) -> None:
@@ -253,23 +308,32 @@ def refuse_second(run: Path) -> None:
     if shutil.which("sbatch") is None:
         raise InputError("launch: sbatch is not here; start it where jobs are submitted")
     before = read_note(run / "launch" / NOTE).get("job")
-    states = set(re.findall(r"JobState=(\S*)", _shown(str(before)))) if before else set()
-    if under_way := sorted(states & set(ACTIVE)):
+    states = states_of(str(before)) if before else []
+    if under_way := sorted(set(states) & set(ACTIVE)):
         raise InputError(
             f"{run}: its job {before} is {' and '.join(under_way)}; `voxelith launch cancel {run}` "
             "ends it"
         )
 
 
-def submit(folder: Path, text: str, words: list[str]) -> str:
+def submit(folder: Path, text: str, words: list[str], *options: str) -> str:
     """Writes a batch script into the folder and submits it; returns the job's number.
+
+    Args:
+        folder: `launch/` of a run.
+        text: the script.
+        words: that it was made of, for whoever asks.
+        options: of sbatch beside those in the script, for this submission alone.
 
     Raises:
         RuntimeError: SLURM refuses it.
     """
     script = folder / "job.sbatch"
     write_text(script, text)
-    done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
+    _forget(folder)
+    done = subprocess.run(
+        ["sbatch", "--parsable", *options, script], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
     number = done.stdout.strip().partition(";")[0]
@@ -335,7 +399,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
-    states = Counter(re.findall(r"JobState=(\S*)", _shown(job)))
+    states = Counter(states_of(job))
     folders = [path.parent for path in runs.glob("*/config.json")]
     return {
         "runs": str(runs),
@@ -358,10 +422,15 @@ def logs(run: Path, lines: int = 40) -> str:
 def cancel(run: Path) -> str:
     """Ends a run's job for good; its state is saved first, where SLURM leaves time for it."""
     number = str(_note(run)["job"])
+    cancel_job(number)
+    return number
+
+
+def cancel_job(number: str) -> None:
+    """Raises RuntimeError where SLURM does not let it."""
     done = subprocess.run(["scancel", number], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"scancel {number}: {done.stderr.strip()}")
-    return number
 
 
 def _note(run: Path) -> dict[str, Any]:
@@ -374,6 +443,11 @@ def _note(run: Path) -> dict[str, Any]:
 def log_of(run: Path, job: str) -> Path:
     """Where the job of a folder says what it does."""
     return run / "launch" / f"job-{job}.log"
+
+
+def states_of(job: str) -> list[str]:
+    """The state of a job, or of each element of an array; none, if it was long ago."""
+    return re.findall(r"JobState=(\S*)", _shown(job))
 
 
 def facts_of(job: str) -> dict[str, str]:
