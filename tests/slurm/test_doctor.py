@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import Lab
+from lab import Lab, call
 
 import voxelith
 from data_prep.errors import FailedError, InputError
@@ -129,6 +132,30 @@ def test_a_malicious_upload_is_not_imported(lab: Lab, tmp_path: Path) -> None:
     )
     assert found["gpus"] == ("fail", "tasks 0, 1 said nothing")
     assert not traces.exists()
+
+
+@pytest.mark.slurm
+def test_an_interrupt_cancels_the_job(lab: Lab, tmp_path: Path) -> None:
+    words = [*CLUSTER, f"output={tmp_path / 'doctor'}"]
+    call("scontrol", "update", "PartitionName=main", "State=DOWN")
+    try:
+        waiting = subprocess.Popen(
+            [BIN / "voxelith", "launch", "doctor", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        assert waiting.stdout is not None
+        job = re.search(r"job (\d+): about", waiting.stdout.readline())
+        assert job is not None
+        while "PENDING (Partition" not in waiting.stdout.readline():
+            assert waiting.poll() is None
+        waiting.send_signal(signal.SIGINT)
+        rest, _ = waiting.communicate(timeout=60)
+        assert f"job {job[1]} is cancelled" in rest and waiting.returncode == 1
+        assert lab.state(job[1]) == "CANCELLED"
+    finally:
+        call("scontrol", "update", "PartitionName=main", "State=UP")
 
 
 def test_clean_versions_are_no_upload() -> None:
