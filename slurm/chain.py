@@ -404,10 +404,10 @@ def _state(stage: dict[str, Any]) -> str:
     if not states:
         done = (Path(stage["folder"]) / "launch" / "done").exists()
         said = "COMPLETED" if done else "unknown: SLURM does not know it any more"
-    elif len(states) == 1:
+    elif len(set(states)) == 1:
         said = states[0]
     else:
-        said = ", ".join(f"{number} {state}" for state, number in Counter(states).items())
+        said = " and ".join(f"{number} {state}" for state, number in Counter(states).items())
     return f"{said}, job {stage['job']}, {stage['folder']}"
 
 
