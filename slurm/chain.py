@@ -47,11 +47,14 @@ CHAIN = "chain.json"
 STEPS = ("export", "check", "table", "report", "evaluate", "predict", "features")
 """Commands without a run that goes on: done, or to be done again."""
 
+MODEST = ("cluster.cpus_per_task=4", "cluster.memory=16G")
+"""What they take where neither their words nor those of all stages say more."""
+
 SMALL = (
     "cluster.nodes=1", "cluster.gpus_per_node=0", "cluster.gres=null", "cluster.tasks_per_node=1",
     "cluster.time=01:00:00",
 )  # fmt: skip
-"""What they take."""
+"""And where their own words do not."""
 
 AFTER = "--kill-on-invalid-dep=yes"
 """A stage that can no longer start ends, visibly, instead of waiting for ever."""
@@ -197,7 +200,7 @@ def _plan(
         return (_plan_sweep if is_sweep else _plan_run)(name, command, all_words, before)
     if command not in STEPS:
         raise InputError(f"no such stage; {near(command, (*LAUNCHED, *STEPS))}")
-    cluster, rest = cluster_of([*common, *SMALL, *words])
+    cluster, rest = cluster_of([*MODEST, *common, *SMALL, *words])
     _local_is_none(cluster)
     own = {word for word in rest if word.startswith("--config-dir")}
     rest = [word for word in rest if word not in own or word in words]
@@ -255,14 +258,13 @@ def _plan_sweep(name: str, command: str, words: list[str], before: list[Stage]) 
     except InputError as error:
         later = _later(error, before)
         sweep = unknown_sweep(words)
-    ready = all(stage.finished for stage in before)
     return Stage(
         name,
         [command, "-m", *words],
         sweep.runs,
         sweep=sweep,
         makes=[sweep.runs],
-        finished=ready and not sweep.elements,
+        finished=not sweep.elements,  # runs know of which checkpoint they are
         later=later,
     )
 

@@ -142,6 +142,13 @@ def test_a_plan_says_what_waits_for_what(
     assert f"checked when it starts: ckpt={tmp_path}/release" in said
     assert said.count("#SBATCH --time=01:00:00") == 2 and "#SBATCH --array=0-1" in said
     assert "gpus-per-node" not in said and not (tmp_path / "work").exists()
+    # With GPUs for all, and those of a node: none of it is for an export.
+    gpus = file.read_text().replace(CPUS, "cluster.gpus_per_node=1 cluster.gres=gpu:1")
+    file.write_text(gpus)
+    assert voxelith.main(["launch", "chain", str(file), "--dry-run"]) == 0
+    scripts = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    assert [script.count("gpu") for script in scripts] == [1, 0, 1, 0]
+    assert scripts[1].count("--mem=16G") == scripts[1].count("--cpus-per-task=4") == 1
     file.write_text(f"cluster: {CPUS}\nstage: []\n")
     assert voxelith.main(["launch", "chain", str(file)]) == 2
     assert "expected `stages:`" in capsys.readouterr().err
