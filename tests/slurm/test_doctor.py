@@ -144,6 +144,8 @@ def test_an_interrupt_cancels_the_job(lab: Lab, tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            # Where the tests run in the background, interrupts are ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert waiting.stdout is not None
         job = re.search(r"job (\d+): about", waiting.stdout.readline())
