@@ -31,6 +31,7 @@ from slurm.launch import (
     NOTE,
     Sweep,
     cancel_job,
+    facts_of,
     machine_words,
     plan_job,
     plan_sweep,
@@ -408,6 +409,8 @@ def _state(stage: dict[str, Any]) -> str:
         said = "COMPLETED" if done else "unknown: SLURM does not know it any more"
     elif len(set(states)) == 1:
         said = states[0]
+        if said == "PENDING":
+            said += f" ({facts_of(stage['job']).get('Reason', '')})"
     else:
         said = " and ".join(f"{number} {state}" for state, number in Counter(states).items())
     return f"{said}, job {stage['job']}, {stage['folder']}"
