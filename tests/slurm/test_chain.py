@@ -44,12 +44,12 @@ def ended(lab: Lab, folder: Path) -> dict[str, str]:
         return {name: text.partition(",")[0] for name, text in found.items()}
 
     over = {"COMPLETED", "FAILED", "CANCELLED", "finished before"}
-    lab.until(lambda: set(said().values()) <= over, 300, f"the chain: {said()}")
+    lab.until(lambda: set(said().values()) <= over, 700, f"the chain: {said()}")
     return said()
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_from_a_corpus_to_a_table(
     lab: Lab, pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +79,7 @@ def test_from_a_corpus_to_a_table(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_stage_that_fails_ends_the_chain_and_is_where_it_goes_on(
     lab: Lab, pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path
 ) -> None:

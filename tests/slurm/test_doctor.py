@@ -32,7 +32,7 @@ def checks(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_all_is_well_also_where_jobs_must_ask_to_be_requeued(
     lab: Lab, pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +76,7 @@ def failed(tmp_path: Path, environment: list[str], *words: str) -> dict[str, tup
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_each_fault_of_a_task_has_its_line(lab: Lab, tmp_path: Path) -> None:
     """The second task has another version, no corpus and no ear; the job may not be requeued."""
     other = tmp_path / "path" / "numpy-1.0.0.dist-info"
@@ -96,7 +96,7 @@ def test_each_fault_of_a_task_has_its_line(lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 @pytest.mark.parametrize("options", ["rw", "ro"])
 def test_a_folder_that_is_another_one_for_a_task(lab: Lab, tmp_path: Path, options: str) -> None:
@@ -117,7 +117,7 @@ def test_a_folder_that_is_another_one_for_a_task(lab: Lab, tmp_path: Path, optio
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_malicious_upload_is_not_imported(lab: Lab, tmp_path: Path) -> None:
     planted = tmp_path / "path" / "lightning-2.6.3.dist-info"
     planted.mkdir(parents=True)
