@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from data_prep.errors import InputError
     from pretrain.encoder import Encoder
 
 __all__ = ["load_encoder", "main"]
@@ -270,36 +271,65 @@ def _launch(words: list[str]) -> Any:
     from data_prep.errors import InputError
     from slurm import launch as launcher
 
-    if words[:1] == ["prep"]:
-        from slurm.prep import launch_prep
-
-        return launch_prep([w for w in words[1:] if w != "--dry-run"], dry_run="--dry-run" in words)
-    if words[:1] and words[0] in ("status", "logs", "cancel"):
-        asked = words[0]
-        run = Path(_positional(f"launch {asked}", words[1:], ["RUN"])[0])
-        from slurm.prep import jobs_of_prep
-
-        launcher = jobs_of_prep(run) or launcher
-        if asked == "status":
-            from finetune.describe import as_text
-
-            facts = launcher.status(run)
-            _show(as_text(facts))
-            return facts
-        if asked == "logs":
-            text = launcher.logs(run)
-            _show(text)
-            return {"run": str(run), "log": text}
-        print(f"job {launcher.cancel(run)} is cancelled")
-        return {"run": str(run)}
-    if words[:1] == ["init"]:
-        return _launch_init(words[1:])
     if not words:
         raise InputError(f"launch: says nothing; usage: voxelith {COMMANDS['launch'].usage}")
-    rest = [word for word in words[1:] if word not in ("--dry-run", "-m")]
-    if words[0] == "finetune" and "-m" in words:
-        return launcher.launch_sweep(rest, dry_run="--dry-run" in words)
-    return launcher.launch(words[0], rest, dry_run="--dry-run" in words)
+    asked, dry_run = words[0], "--dry-run" in words
+    rest = [word for word in words[1:] if word != "--dry-run"]
+    if asked in ("status", "logs", "cancel"):
+        return _launched(asked, Path(_positional(f"launch {asked}", rest, ["RUN"])[0]))
+    if asked == "init":
+        return _launch_init(rest)
+    if asked == "doctor":
+        from slurm.doctor import doctor
+
+        return doctor(rest, dry_run=dry_run)
+    if asked == "chain":
+        return _launch_chain(rest, dry_run)
+    if asked == "prep":
+        from slurm.prep import launch_prep
+
+        return launch_prep(rest, dry_run=dry_run)
+    if asked == "examine":  # what the job of doctor does
+        from slurm.examine import examine
+
+        return examine(rest)
+    if asked == "element":  # what an element of a chain's sweep does
+        from slurm.chain import element
+
+        return element(int(rest[0]), rest[1:])
+    if asked == "finetune" and "-m" in rest:
+        return launcher.launch_sweep([word for word in rest if word != "-m"], dry_run=dry_run)
+    return launcher.launch(asked, rest, dry_run=dry_run)
+
+
+def _launched(asked: str, run: Path) -> Any:
+    from slurm import chain
+    from slurm import launch as launcher
+    from slurm.prep import jobs_of_prep
+
+    launcher = jobs_of_prep(run) or launcher
+    if asked == "status":
+        from finetune.describe import as_text
+
+        facts = chain.status(run) if chain.is_chain(run) else launcher.status(run)
+        _show(as_text(facts))
+        return facts
+    if asked == "logs":
+        text = launcher.logs(run)
+        _show(text)
+        return {"run": str(run), "log": text}
+    jobs = chain.cancel(run) if chain.is_chain(run) else [launcher.cancel(run)]
+    print(f"job{'s' if len(jobs) > 1 else ''} {', '.join(jobs)}: cancelled")
+    return {"run": str(run)}
+
+
+def _launch_chain(words: list[str], dry_run: bool) -> Any:
+    from slurm.chain import chain
+
+    outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
+    rest = [word for word in words if not word.startswith("output=")]
+    (file,) = _positional("launch", rest, ["chain FILE.yaml"])
+    return chain(Path(file), Path(outputs[-1]) if outputs else None, dry_run=dry_run)
 
 
 def _launch_init(words: list[str]) -> Any:
@@ -480,8 +510,11 @@ example: voxelith pretrain corpus=corpora/abdomen run=first experiment=mae_small
         "launch pretrain|finetune [-m] [key=value ...] [cluster=slurm] [cluster.nodes=2] "
         "[cluster.KEY=VALUE ...] [--dry-run]\n"
         "voxelith launch prep input=DIR output=DIR [cluster.array=8] [key=value ...] [--dry-run]\n"
-        "voxelith launch status|logs|cancel RUN|OUTPUT\n"
-        "voxelith launch init output=DIR [name=mine] [partition=NAME]",
+        "voxelith launch chain FILE.yaml [output=DIR] [--dry-run]\n"
+        "voxelith launch status|logs|cancel RUN|OUTPUT|CHAIN\n"
+        "voxelith launch init output=DIR [name=mine] [partition=NAME]\n"
+        "voxelith launch doctor [corpus=DIR] [crop_size=[96,96,96]] [output=runs/doctor] "
+        "[cluster=slurm] [cluster.KEY=VALUE ...] [--dry-run]",
         _launch,
         """
 The words of the command with those of the cluster: of conf/cluster, or of DIR/cluster/NAME.yaml
@@ -490,7 +523,17 @@ prints it. Near its time limit or preempted the job saves what it has and goes o
 crashed, it starts again from its newest checkpoint; cancelled, it does not come back. cluster=local
 runs the command here. finetune -m is a sweep: an array of its runs, cluster.array_limit=N at a
 time; launched again, it starts what is not finished. init reads partitions, limits, GPUs and what
-becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml.
+becomes of preempted jobs from SLURM and writes DIR/cluster/NAME.yaml. doctor submits a job of about
+two minutes to that cluster, waits for it and says what works there and what does not: versions,
+GPUs, the folder, the corpus, all-reduce, signals, requeueing. chain submits the commands of a file,
+each to start when the one before has ended well:
+
+  cluster: cluster.partition=gpu
+  stages:
+    - pretrain corpus=/data/corpus run=a experiment=mae
+    - export runs/a releases/a
+    - finetune -m task=NAME corpus=/data/labelled ckpt=releases/a labels=4,16 runs=sweep
+    - table sweep output=table
 
 prep is divided into cluster.array parts, on CPUs: an array that scans, a plan, an array that
 writes, the publishing; scripts and logs are in OUTPUT.launch.
@@ -689,6 +732,23 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _say_wrong(error: InputError, as_json: bool) -> None:
+    from data_prep.errors import CorruptionError, LeftOutError
+    from pretrain.references import without_secrets
+
+    if as_json and isinstance(error, LeftOutError):
+        print(json.dumps(error.result))
+    problems = [without_secrets(problem) for problem in error.problems]
+    if len(problems) == 1:
+        print(f"error: {problems[0]}", file=sys.stderr)
+        return
+    # Damage and what is left out are found on the way; all other wrong input before it.
+    late = isinstance(error, CorruptionError | LeftOutError)
+    end = "" if late else ", nothing was started"
+    lines = [f"error: {len(problems)} problems{end}", *problems]
+    print("\n  ".join(lines), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0 (done), 1 (failed while running) or 2 (wrong input)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -703,13 +763,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voxelith {version('voxelith')}")
         return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import (
-        CorruptionError,
-        InputError,
-        LeftOutError,
-        UnreachableError,
-        near,
-    )
+    from data_prep.errors import FailedError, InputError, UnreachableError, near
     from pretrain.preemption import Preempted, end_of_job
 
     if name not in COMMANDS:
@@ -735,21 +789,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as preempted:
         return end_of_job(preempted)
     except InputError as error:
-        if as_json and isinstance(error, LeftOutError):
-            print(json.dumps(error.result))
-        from pretrain.references import without_secrets
-
-        problems = [without_secrets(problem) for problem in error.problems]
-        count = len(problems)
-        if count == 1:
-            print(f"error: {problems[0]}", file=sys.stderr)
-        else:
-            # Damage and what is left out are found on the way; all other wrong input before it.
-            late = isinstance(error, CorruptionError | LeftOutError)
-            end = "" if late else ", nothing was started"
-            lines = [f"error: {count} problems{end}", *problems]
-            print("\n  ".join(lines), file=sys.stderr)
+        _say_wrong(error, as_json)
         return 2
+    except FailedError as error:
+        if as_json:
+            print(json.dumps(error.result))
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except UnreachableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

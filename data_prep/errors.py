@@ -47,6 +47,17 @@ class UnreachableError(Exception):
     """
 
 
+class FailedError(Exception):
+    """The work is done and what it found is bad; `result` is that.
+
+    The command line prints it without a traceback and exits with 1.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """A hint at what was probably meant; a dotted key is also found by its last part.
 

@@ -124,8 +124,9 @@ def estimate(
     channels: int = 1,
     device: Device = "cuda",
     precisions: tuple[Precision, ...] = ("float32", "bf16"),
+    checkpointings: tuple[bool, ...] = (False, True),
 ) -> Estimate:
-    """Costs of a pretraining on `device`, which need not be there.
+    """Costs of a pretraining on `device`, which need not be there, in each of the ways asked for.
 
     Raises:
         InputError: backbone, objective and crop do not fit together.
@@ -138,7 +139,7 @@ def estimate(
         flops = _flops(settings, objective, channels, samples) // samples
         memory = []
         for precision in precisions:
-            for checkpointing in (False, True):
+            for checkpointing in checkpointings:
                 objective.encoder.set_grad_checkpointing(checkpointing)
                 memory.append(_memory(settings, objective, channels, device, precision))
     encoder = parameters(objective.encoder)
@@ -161,6 +162,19 @@ def estimate(
 def parameters(module: torch.nn.Module) -> int:
     """Number of weights."""
     return sum(p.numel() for p in module.parameters())
+
+
+def checkpoint_bytes(objective: torch.nn.Module, optimizer: str) -> int:
+    """Size of a training state: weights and buffers, and the optimiser's moments.
+
+    Args:
+        objective: which may be on the meta device.
+        optimizer: one of `LoopSettings.optimizer`.
+    """
+    moments = 1 if optimizer == "sgd" else 2
+    trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+    weights = sum(t.numel() * t.element_size() for t in objective.state_dict().values())
+    return weights + moments * trained
 
 
 def micro_batch(settings: LoopSettings) -> int:

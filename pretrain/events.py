@@ -94,6 +94,11 @@ class Events:
         """The last step that an event names."""
         return max((int(event["step"]) for event in self.read()), default=0)
 
+    def last_save(self) -> float | None:
+        """Seconds that the last checkpoint took to write; None before the first."""
+        saves = [float(event["seconds"]) for event in self.read() if event["event"] == "saved"]
+        return saves[-1] if saves else None
+
     def starts(self) -> list[Start]:
         """All starts, the first one first."""
         found: list[Start] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -291,7 +292,9 @@ class Loop:
         chosen = self.settings
         machine = chosen.trainer
         # Lightning's own requeue saves inside the signal handler and is not safe; launch owns it.
-        slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
+        # Processes that torchrun started, also within a job, are not SLURM's tasks.
+        by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        slurm = [SLURMEnvironment(auto_requeue=False)] if by_slurm else None
         return L.Trainer(
             accelerator=machine.accelerator,
             devices=machine.devices,
@@ -327,19 +330,32 @@ def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[
 
 
 def check_machine(machine: TrainerSettings) -> None:
-    """Refuses GPUs that are not there, before anything is started.
+    """Refuses GPUs and processes that are not there, before anything is started.
 
     Raises:
-        InputError: fewer GPUs than a process of this node is to use.
+        InputError: fewer GPUs than a process of this node is to use, or torchrun started another
+            number of processes than the settings say.
     """
+    problems = []
     if machine.accelerator in ("gpu", "cuda"):
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if there < machine.devices:
-            raise InputError(
+            problems.append(
                 f"trainer.accelerator={machine.accelerator}, trainer.devices={machine.devices}: "
                 f"this machine has {there} GPUs; choose another trainer=, such as trainer=cpu or "
                 "trainer=auto, and for a recipe on two cores its twin experiment=NAME_small"
             )
+    if TorchElasticEnvironment.detect():
+        ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        if (machine.devices, machine.devices * machine.nodes) != (here, ranks):
+            problems.append(
+                f"trainer.devices={machine.devices}, trainer.nodes={machine.nodes}: torchrun "
+                f"started {here} processes on this node, {ranks} in all; give "
+                f"trainer.devices={here} trainer.nodes={max(1, ranks // here)}, or another "
+                "--nproc-per-node or --nnodes"
+            )
+    if problems:
+        raise InputError(problems)
 
 
 def compile_parts(objective: Objective) -> None:

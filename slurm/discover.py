@@ -149,13 +149,19 @@ def _gpus(gres: str) -> tuple[int, str]:
     return total, kinds.pop() if len(kinds) == 1 else ""
 
 
-def warnings(cluster: Cluster, chosen: Partition) -> list[str]:
-    """What stands in the way of a job that is to come back."""
+def warnings(cluster: Cluster, chosen: Partition, *, tried: bool = False) -> list[str]:
+    """What stands in the way of a job that is to come back.
+
+    Args:
+        cluster: what SLURM says of itself.
+        chosen: partition of the job.
+        tried: whether one was requeued there already, or not.
+    """
     found = []
-    if not cluster.requeues:
+    if not cluster.requeues and not tried:
         found.append(
-            "JobRequeue=0: SLURM requeues no job by itself, and may not let one be requeued; ask "
-            "its administrators, or submit again by hand"
+            "JobRequeue=0: a job must ask to be requeued, which launched ones do (--requeue); "
+            "`voxelith launch doctor` tries whether that is enough here"
         )
     if chosen.preempt == "CANCEL":
         found.append(
@@ -168,6 +174,17 @@ def warnings(cluster: Cluster, chosen: Partition) -> list[str]:
             "to end its step and save; save_minutes bounds what is lost if that is too little"
         )
     return found
+
+
+def partition_of(cluster: Cluster, name: str | None) -> Partition | None:
+    """The partition of that name, or the default one."""
+    found = [one for one in cluster.partitions if one.name == name or (not name and one.default)]
+    return found[0] if found else None
+
+
+def grace(cluster: Cluster, chosen: Partition) -> int:
+    """Seconds that a preempted job has from SLURM's first signal to its kill."""
+    return chosen.grace + cluster.kill_wait
 
 
 def init(output: Path, name: str = "mine", partition: str | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from conf.compose import settings_for
 from data_prep.errors import InputError
 from data_prep.files import make_folder, read_note, write_json, write_text
 from pretrain.preemption import REQUEUE_CODE
+from slurm.plan import Save, plan
 from slurm.settings import ClusterSettings, cluster_of
 
 LAUNCHED = ("pretrain", "finetune")
@@ -39,11 +40,13 @@ class Job:
         run: folder of the run.
         words: of the command.
         script: text of the batch script; empty without a scheduler.
+        checkpoint: bytes of one; of a pretraining alone.
     """
 
     run: Path
     words: tuple[str, ...]
     script: str
+    checkpoint: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -69,12 +72,11 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
         problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
-    if command == "pretrain":
-        _check_fit(settings)
+    size = _check_fit(settings) if command == "pretrain" else None
     run = (settings.runs / str(settings.run)).resolve()
     said = (command, *rest, *machine)
     script = render(run, said, cluster) if cluster.kind == "slurm" else ""
-    return Job(run, said, script), cluster, settings
+    return Job(run, said, script, size), cluster, settings
 
 
 def _machine(
@@ -99,13 +101,22 @@ def _machine(
     return cluster, rest, machine
 
 
-def _check_fit(settings: Any) -> None:
-    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later."""
+def _check_fit(settings: Any) -> int:
+    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later.
+
+    Returns:
+        Bytes of a checkpoint.
+    """
+    import torch
+
     from data_prep.corpus import open_corpus
+    from pretrain.estimate import checkpoint_bytes
     from pretrain.train import corpus_channels, plan_objective
 
     corpus = open_corpus(settings.corpus, "corpus")
-    plan_objective(settings, corpus_channels(corpus))
+    make = plan_objective(settings, corpus_channels(corpus))
+    with torch.device("meta"):
+        return checkpoint_bytes(make(), settings.optimizer)
 
 
 def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: int = 0) -> str:
@@ -176,18 +187,97 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
     """
     job, cluster, settings = plan_job(command, words)
     print(summary(job, cluster, settings))
+    if job.checkpoint is not None:
+        save = Save.of(job.checkpoint, job.run)
+        print(
+            "\n".join(
+                [
+                    *([plan(settings, cluster, save)] if dry_run else []),
+                    *(save.warnings(cluster) if cluster.kind == "slurm" else []),
+                ]
+            )
+        )
     if dry_run:
         print(job.script, end="")
         return {"run": str(job.run), "script": job.script, "job": None}
     if cluster.kind == "local":
         return _here(job)
-    _refuse_second(job.run)
+    refuse_second(job.run)
     make_folder(job.folder, "runs")
-    for old in ("crashes", "crashed-after"):
-        (job.folder / old).unlink(missing_ok=True)
-    number = _submit(job.folder, job.script, list(job.words))
+    number = submit(job.folder, job.script, list(job.words))
     print(f"job {number}; voxelith launch status {job.run}")
     return {"run": str(job.run), "script": job.script, "job": number}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is not finished of a sweep, before it is submitted.
+
+    Attributes:
+        runs: folder of all runs.
+        script: text of the batch script; empty if there is nothing to start.
+        elements: of the array: the folder of each run, and the words that start it.
+        size: all runs, finished ones too.
+    """
+
+    runs: Path
+    script: str
+    elements: list[list[str]]
+    size: int
+
+
+def plan_sweep(words: Sequence[str]) -> Sweep:
+    """What would be submitted of a sweep; the settings of all its runs are checked.
+
+    Raises:
+        InputError: wrong words of any run.
+    """
+    from finetune.experiments import expanded
+    from finetune.sweep import is_finished, plan_jobs
+
+    cluster, said = machine_words(words)
+    found = plan_jobs(expanded(said))
+    runs = found[0].plan.settings.runs.resolve()
+    elements = [
+        [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
+        for job in found
+        if not is_finished(job.folder, job.plan)
+    ]
+    script = render(runs, (), cluster, len(elements)) if elements else ""
+    return Sweep(runs, script, elements, len(found))
+
+
+def machine_words(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
+    """The cluster that a sweep or a chain names, and the words of its command for that.
+
+    Raises:
+        InputError: wrong words of the cluster, or none of SLURM.
+    """
+    problems: list[str] = []
+    cluster, rest, machine = _machine(words, problems)
+    if problems or cluster is None:
+        raise InputError(problems)
+    if cluster.kind == "local":
+        raise InputError("cluster=local: has no jobs; leave out `launch`, and it runs here")
+    return cluster, [*rest, *machine]
+
+
+def submit_sweep(sweep: Sweep, words: list[str], *options: str) -> str:
+    """Submits a sweep as an array, each run an element; returns the job's number.
+
+    Raises:
+        InputError: a word cannot be written into a file of lines.
+        RuntimeError: SLURM refuses it.
+    """
+    folder = sweep.runs / "launch" / "jobs"
+    for lines in sweep.elements:
+        if any("\n" in line for line in lines):
+            raise InputError(f"{lines[0]}: a word has a line's end in it; leave it out")
+    make_folder(folder, "runs")
+    for number, lines in enumerate(sweep.elements):
+        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
+        _forget(Path(lines[0]) / "launch")
+    return submit(sweep.runs / "launch", sweep.script, words, *options)
 
 
 def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
@@ -200,47 +290,34 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
         InputError: wrong words of any run, or a job of this sweep is under way.
         RuntimeError: SLURM refuses it.
     """
-    from finetune.experiments import expanded
-    from finetune.sweep import is_finished, plan_jobs
-
-    problems: list[str] = []
-    cluster, rest, machine = _machine(words, problems)
-    if problems or cluster is None:
-        raise InputError(problems)
-    if cluster.kind == "local":
-        raise InputError("launch finetune -m: cluster=local is `voxelith finetune -m`; give that")
-    found = plan_jobs([*expanded(rest), *machine])
-    runs = found[0].plan.settings.runs.resolve()
-    waiting = [job for job in found if not is_finished(job.folder, job.plan)]
+    sweep = plan_sweep(words)
+    runs, waiting = sweep.runs, len(sweep.elements)
     print(
-        f"sweep: {len(found)} runs in {runs}, {len(found) - len(waiting)} are finished, "
-        f"{len(waiting)} to start, {cluster.array_limit or 'any number'} at a time"
+        f"sweep: {sweep.size} runs in {runs}, {sweep.size - waiting} are finished, "
+        f"{waiting} to start"
     )
-    script = render(runs, (), cluster, len(waiting)) if waiting else ""
     if dry_run:
-        print(script, end="")
+        print(sweep.script, end="")
     if dry_run or not waiting:
-        return {"runs": str(runs), "script": script, "job": None, "to_start": len(waiting)}
-    _refuse_second(runs)
-    folder = runs / "launch" / "jobs"
-    make_folder(folder, "runs")
-    for number, job in enumerate(waiting):
-        lines = [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
-        if any("\n" in line for line in lines):
-            raise InputError(f"{job.name}: a word has a line's end in it; leave it out")
-        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
-        for old in ("crashes", "crashed-after"):
-            (job.folder.path / "launch" / old).unlink(missing_ok=True)
-    array = _submit(runs / "launch", script, ["finetune", *words])
-    print(f"job {array}, {len(waiting)} elements; logs are in {runs / 'launch'}")
-    return {"runs": str(runs), "script": script, "job": array, "to_start": len(waiting)}
+        return {"runs": str(runs), "script": sweep.script, "job": None, "to_start": waiting}
+    refuse_second(runs)
+    array = submit_sweep(sweep, ["finetune", *words])
+    print(f"job {array}, {waiting} elements; logs are in {runs / 'launch'}")
+    return {"runs": str(runs), "script": sweep.script, "job": array, "to_start": waiting}
 
 
-def _refuse_second(run: Path) -> None:
+def _forget(folder: Path) -> None:
+    """Removes what earlier jobs have noted in a launch folder: this one begins anew."""
+    for old in ("crashes", "crashed-after", "done"):
+        (folder / old).unlink(missing_ok=True)
+
+
+def refuse_second(run: Path) -> None:
+    """Raises InputError where a job of the folder is under way, or SLURM is not here."""
     require_slurm()
     before = read_note(run / "launch" / NOTE).get("job")
-    states = set(re.findall(r"JobState=(\S*)", _shown(str(before)))) if before else set()
-    if under_way := sorted(states & set(ACTIVE)):
+    states = states_of(str(before)) if before else []
+    if under_way := sorted(set(states) & set(ACTIVE)):
         raise InputError(
             f"{run}: its job {before} is {' and '.join(under_way)}; `voxelith launch cancel {run}` "
             "ends it"
@@ -253,10 +330,24 @@ def require_slurm() -> None:
         raise InputError("launch: sbatch is not here; start it where jobs are submitted")
 
 
-def _submit(folder: Path, text: str, words: list[str]) -> str:
+def submit(folder: Path, text: str, words: list[str], *options: str) -> str:
+    """Writes a batch script into the folder and submits it; returns the job's number.
+
+    Args:
+        folder: `launch/` of a run.
+        text: the script.
+        words: that it was made of, for whoever asks.
+        options: of sbatch beside those in the script, for this submission alone.
+
+    Raises:
+        RuntimeError: SLURM refuses it.
+    """
     script = folder / "job.sbatch"
     write_text(script, text)
-    done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
+    _forget(folder)
+    done = subprocess.run(
+        ["sbatch", "--parsable", *options, script], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
     number = done.stdout.strip().partition(";")[0]
@@ -303,7 +394,7 @@ def status(run: Path) -> dict[str, Any]:
     note = _note(run)
     if (run / "launch" / "jobs").is_dir():
         return _status_of_sweep(run, str(note["job"]))
-    facts = _facts(str(note["job"]))
+    facts = facts_of(str(note["job"]))
     steps = sorted((run / "checkpoints").glob("step-*.pt"))
     config = read_note(run / "config.json")
     return {
@@ -317,12 +408,12 @@ def status(run: Path) -> dict[str, Any]:
         "crashes": int((run / "launch" / "crashes").read_text())
         if (run / "launch" / "crashes").exists()
         else 0,
-        "log": str(_log(run, str(note["job"]))),
+        "log": str(log_of(run, str(note["job"]))),
     }
 
 
 def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
-    states = Counter(re.findall(r"JobState=(\S*)", _shown(job)))
+    states = Counter(states_of(job))
     folders = [path.parent for path in runs.glob("*/config.json")]
     return {
         "runs": str(runs),
@@ -336,7 +427,7 @@ def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
 
 def logs(run: Path, lines: int = 40) -> str:
     """The end of what the job has said."""
-    file = _log(run, str(_note(run)["job"]))
+    file = log_of(run, str(_note(run)["job"]))
     if not file.exists():
         raise InputError(f"{file}: is not there yet; the job has not started")
     return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
@@ -345,10 +436,15 @@ def logs(run: Path, lines: int = 40) -> str:
 def cancel(run: Path) -> str:
     """Ends a run's job for good; its state is saved first, where SLURM leaves time for it."""
     number = str(_note(run)["job"])
+    cancel_job(number)
+    return number
+
+
+def cancel_job(number: str) -> None:
+    """Raises RuntimeError where SLURM does not let it."""
     done = subprocess.run(["scancel", number], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"scancel {number}: {done.stderr.strip()}")
-    return number
 
 
 def _note(run: Path) -> dict[str, Any]:
@@ -358,11 +454,18 @@ def _note(run: Path) -> dict[str, Any]:
     return note
 
 
-def _log(run: Path, job: str) -> Path:
+def log_of(run: Path, job: str) -> Path:
+    """Where the job of a folder says what it does."""
     return run / "launch" / f"job-{job}.log"
 
 
-def _facts(job: str) -> dict[str, str]:
+def states_of(job: str) -> list[str]:
+    """The state of a job, or of each element of an array; none, if it was long ago."""
+    return re.findall(r"JobState=(\S*)", _shown(job))
+
+
+def facts_of(job: str) -> dict[str, str]:
+    """What scontrol knows of a job; nothing, if it was long ago."""
     return dict(re.findall(r"(\w+)=(\S*)", _shown(job)))
 
 

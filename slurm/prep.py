@@ -22,7 +22,7 @@ from conf.compose import settings_for
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder, read_note, write_json, write_text
 from data_prep.work import work_root
-from slurm.launch import ACTIVE, NOTE, _shown, rendered, require_slurm
+from slurm.launch import ACTIVE, NOTE, rendered, require_slurm, states_of
 from slurm.settings import ClusterSettings, cluster_of
 
 STEPS = {"scan": "scanned", "plan": "", "write": "written", "publish": ""}
@@ -176,7 +176,7 @@ def status(output: Path) -> dict[str, Any]:
         "cases": note.get("cases"),
         **numbers,
         "jobs": {
-            step: {"job": job, **(dict(Counter(_all_states(job))) or {"state": "unknown"})}
+            step: {"job": job, **(dict(Counter(states_of(job))) or {"state": "unknown"})}
             for step, job in _jobs(folder).items()
         },
         "crashes": sum(int(file.read_text()) for file in folder.glob("*.crashes")),
@@ -209,11 +209,7 @@ def _jobs(folder: Path) -> dict[str, str]:
 
 
 def _states(job: str) -> set[str]:
-    return set(_all_states(job))
-
-
-def _all_states(job: str) -> list[str]:
-    return re.findall(r"JobState=(\S*)", _shown(job))
+    return set(states_of(job))
 
 
 def _changed(path: Path) -> int:

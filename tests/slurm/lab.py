@@ -97,6 +97,13 @@ class Lab:
     def conf(self) -> Path:
         return self.path / "slurm.conf"
 
+    def change(self, old: str, new: str) -> None:
+        """Changes a line of slurm.conf while the daemons run."""
+        text = self.conf.read_text()
+        assert f"\n{old}\n" in text
+        self.conf.write_text(text.replace(f"\n{old}\n", f"\n{new}\n"))
+        call("scontrol", "reconfigure")
+
     def stop(self) -> None:
         subprocess.run(["scancel", "--user", getpass.getuser()], capture_output=True)
         time.sleep(1)

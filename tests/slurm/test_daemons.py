@@ -6,15 +6,12 @@ Two tasks train together by DDP on a CPU; weights are compared to the last bit.
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from lab import Lab, call, missing
+from lab import Lab, call
 
 from data_prep.errors import InputError
 from slurm.discover import init
@@ -27,26 +24,6 @@ TINY = {
     "backbone.features": "[4,6]", "backbone.strides": "[1,2]", "backbone.blocks": "[1,1]",
     "objective.block": 4,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if absent := missing():
-        reason = f"no SLURM: {', '.join(absent)} missing (apt-get install slurm-wlm munge)"
-        if os.environ.get("VOXELITH_NEEDS_SLURM"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    import tempfile
-
-    # A socket's path must be short.
-    with tempfile.TemporaryDirectory(prefix="lab", ignore_cleanup_errors=True) as folder:
-        made = Lab(Path(folder) / "l")
-        # Jobs run the command of this environment, whether or not it is activated.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        try:
-            yield made.start()
-        finally:
-            made.stop()
 
 
 class Run:

@@ -1,0 +1,112 @@
+"""What a pretraining is going to take, said before it waits in a queue."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import read_note
+from slurm import discover
+from slurm.settings import ClusterSettings
+
+SPEED = 100e12
+"""FLOP/s of a GPU that hours are told for: a third of what an A100 can do in bf16."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """What is known of a save of the planned run.
+
+    Attributes:
+        bytes: of a checkpoint.
+        seconds: that the last save of this run took; None before the first.
+        mb_per_s: that `voxelith launch doctor` measured where runs are kept; None if it did not.
+    """
+
+    bytes: int
+    seconds: float | None
+    mb_per_s: float | None
+
+    @classmethod
+    def of(cls, size: int, run: Path) -> Save:
+        """From the notes in the run's folder and beside it."""
+        from pretrain.events import Events
+
+        measured = Events(run).last_save()
+        return cls(size, measured, read_note(run.parent / "doctor" / "doctor.json").get("mb_per_s"))
+
+    @property
+    def expected(self) -> float | None:
+        """Seconds that it takes, measured or reckoned; None if nothing was measured."""
+        if self.seconds is not None:
+            return self.seconds
+        return self.bytes / 1e6 / self.mb_per_s if self.mb_per_s else None
+
+    def __str__(self) -> str:
+        said = f"{self.bytes / 1e9:.3g} GB"
+        if self.seconds is not None:
+            return f"{said}, the last save took {self.seconds:.3g} s"
+        if self.mb_per_s:
+            return f"{said} / {self.mb_per_s:g} MB/s (launch doctor) = {self.expected:.3g} s"
+        return f"{said}; launch doctor measures how long a save takes"
+
+    def warnings(self, cluster: ClusterSettings) -> list[str]:
+        """Where the cluster leaves less time than it takes."""
+        if self.expected is None:
+            return []
+        found = []
+        name, _, seconds = cluster.signal.partition("@")
+        if self.expected > int(seconds):
+            found.append(
+                f"warning: a save ({self}) takes longer than the {seconds} s of cluster.signal "
+                f"before a time limit; give cluster.signal={name}@{2 * int(self.expected) + 60}"
+            )
+        slurm = discover.discover() if shutil.which("scontrol") and shutil.which("sinfo") else None
+        chosen = discover.partition_of(slurm, cluster.partition) if slurm else None
+        if slurm and chosen and chosen.preempt in ("REQUEUE", "CANCEL"):
+            grace = discover.grace(slurm, chosen)
+            if self.expected > grace:
+                found.append(
+                    f"warning: a save ({self}) takes longer than the {grace} s (GraceTime + "
+                    f"KillWait) that partition {chosen.name} leaves a preempted job: what was "
+                    "trained since the last save is lost then; lower save_minutes"
+                )
+        return found
+
+
+def plan(settings: Any, cluster: ClusterSettings, save: Save) -> str:
+    """Data, steps, operations, memory and disk of a pretraining, in lines; takes some seconds."""
+    from data_prep.corpus import open_corpus
+    from pretrain.estimate import GIB, estimate
+    from pretrain.run_folder import Checkpoints
+    from pretrain.train import corpus_channels
+
+    corpus = open_corpus(settings.corpus, "corpus")
+    shards = corpus.info["shards"]
+    size = sum(int(shard["bytes"]) for shard in shards)
+    seen = settings.steps * settings.batch_size
+    on_gpus = cluster.gpus_per_node > 0 or settings.trainer.accelerator != "cpu"
+    precision = settings.trainer.precision
+    told = estimate(
+        settings,
+        corpus_channels(corpus),
+        "cuda" if on_gpus else "cpu",
+        ("float32" if precision == "32-true" or not on_gpus else "bf16",),
+        (settings.trainer.checkpointing,),
+    )
+    operations = float(told.flops_per_step) * settings.steps
+    keep = Checkpoints(Path()).keep
+    (memory,) = told.memory
+    where = f"a {'GPU' if on_gpus else 'task'} ({memory.precision}, estimated; libraries add to it)"
+    return "\n".join(
+        (
+            f"  corpus   {len(corpus):,} volumes in {len(shards):,} shards, {size / 1e9:.3g} GB",
+            f"  training {seen:,} samples, {seen / len(corpus):,.3g} epochs",
+            f"  compute  {operations / 1e18:.3g} EFLOP, "
+            + f"{operations / SPEED / 3600:,.3g} GPU-hours at {SPEED / 1e12:.0f} TFLOP/s a GPU",
+            f"  memory   {memory.peak / GIB:.3g} GiB of {where}",
+            f"  disk     {keep} checkpoints, {keep + 1} while one is written, each {save}",
+        )
+    )
