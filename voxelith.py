@@ -659,6 +659,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         CorruptionError,
         InputError,
         LeftOutError,
+        NeighbourError,
         UnreachableError,
         near,
     )
@@ -702,7 +703,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [f"error: {count} problems{end}", *problems]
             print("\n  ".join(lines), file=sys.stderr)
         return 2
-    except UnreachableError as error:
+    except (UnreachableError, NeighbourError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

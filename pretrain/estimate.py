@@ -134,7 +134,7 @@ def estimate(
         objective = build_objective(settings, channels)
     with FakeTensorMode():
         objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
-        samples = micro_batch(settings)
+        samples = settings.micro_batch
         flops = _flops(settings, objective, channels, samples) // samples
         memory = []
         for precision in precisions:
@@ -161,12 +161,6 @@ def estimate(
 def parameters(module: torch.nn.Module) -> int:
     """Number of weights."""
     return sum(p.numel() for p in module.parameters())
-
-
-def micro_batch(settings: LoopSettings) -> int:
-    """Samples that one device takes at once."""
-    machine = settings.trainer
-    return settings.batch_size // (machine.devices * machine.nodes * settings.accumulate)
 
 
 def bare_loop(settings: LoopSettings, objective: Objective) -> Loop:
@@ -231,10 +225,10 @@ def _memory(
         optimizer.zero_grad()
         kept = storages.live - weights
 
-        if settings.accumulate > 1:
+        if settings.micro_steps > 1:
             _make_gradients(trained)  # of the micro-batches before the last
         storages.peak = before = storages.live
-        raw = raw_batch(settings, channels, micro_batch(settings), objective.crops)
+        raw = raw_batch(settings, channels, settings.micro_batch, objective.crops)
         batch = loop.to_batch(raw)
         del raw
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

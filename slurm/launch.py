@@ -70,7 +70,7 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
     if problems or cluster is None:
         raise InputError(problems)
     if command == "pretrain":
-        _check_fit(settings)
+        settings = _fitting(settings)
     run = (settings.runs / str(settings.run)).resolve()
     said = (command, *rest, *machine)
     script = render(run, said, cluster) if cluster.kind == "slurm" else ""
@@ -99,13 +99,18 @@ def _machine(
     return cluster, rest, machine
 
 
-def _check_fit(settings: Any) -> None:
-    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later."""
-    from data_prep.corpus import open_corpus
-    from pretrain.train import corpus_channels, plan_objective
+def _fitting(settings: Any) -> Any:
+    """Settings of this start, if corpus, backbone and objective fit.
 
+    Said here, not in a queue's log hours later.
+    """
+    from data_prep.corpus import open_corpus
+    from pretrain.train import corpus_channels, on_these_ranks, plan_objective
+
+    settings = on_these_ranks(settings)
     corpus = open_corpus(settings.corpus, "corpus")
     plan_objective(settings, corpus_channels(corpus))
+    return settings
 
 
 def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: int = 0) -> str:
@@ -270,10 +275,10 @@ def summary(job: Job, cluster: ClusterSettings, settings: Any) -> str:
             f"  {devices}, {ranks} {kind}; {cluster.time} a start, at most "
             f"{ranks * cluster.hours:.3g} {'GPU' if cluster.gpus_per_node else 'task'}-hours each"
         )
-    micro = settings.batch_size // (ranks * settings.accumulate)
+    micro = settings.batch_size // (ranks * settings.micro_steps)
     lines.append(
         f"  {settings.steps:,} steps of {settings.batch_size} samples: {micro} for each task, "
-        f"{settings.accumulate} times a step; saved every {settings.save_every} steps, "
+        f"{settings.micro_steps} times a step; saved every {settings.save_every} steps, "
         f"{settings.save_minutes:g} minutes at most"
     )
     return "\n".join(lines)
