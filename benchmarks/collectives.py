@@ -26,12 +26,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from conf.compose import recipes, stages_for
 from data_prep.files import write_json, write_text
+from pretrain.arguments import build
 from pretrain.bench import machine
 from pretrain.loop import Loop
 from pretrain.run_folder import versions
 from pretrain.settings import PretrainSettings
 from pretrain.stages import pretrain_stages
-from pretrain.train import build_objective
 
 RANKS, MICRO, STEPS = 2, 2, 8
 PLAIN = range(3, 6)
@@ -125,7 +125,8 @@ def train(name: str, corpus: str, work: Path) -> None:
 def trained(settings: PretrainSettings) -> int:
     """Parameters that have a gradient."""
     with torch.device("meta"):
-        objective = build_objective(settings, 1)
+        encoder = build({**settings.backbone, "in_channels": 1}, "backbone")
+        objective = build(settings.objective, "objective", encoder=encoder)
     return sum(p.numel() for p in objective.parameters() if p.requires_grad)
 
 
@@ -218,26 +219,26 @@ def main() -> None:
     if chosen.rank:
         train(chosen.names[0], chosen.rank[0], Path(chosen.rank[1]))
         return
-    rows = []
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {
+        "machine": machine(torch.device("cpu")), "versions": versions(), "ranks": RANKS,
+        "micro_batches": MICRO, "full": full(), "small": [],
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         corpus = work / "corpus"
-        prep_words = [f"input={ROOT / 'samples' / 'pretrain.csv'}", "shard_mib=1"]
-        voxelith("prep", *prep_words, f"output={corpus}", "keys=names")
+        samples = ROOT / "samples" / "pretrain.csv"
+        voxelith("prep", f"input={samples}", f"output={corpus}", "shard_mib=1", "keys=names")
         for name in chosen.names:
             command = [sys.executable, "-W", "ignore", __file__, name, "--rank", corpus, work]
             subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
             for settings in stages_for("pretrain", words(name)).values():
                 found = json.loads((work / f"{settings.run}.json").read_text())
-                rows.append(row(settings.run, settings, found))
-                print(json.dumps({k: v for k, v in rows[-1].items() if k != "raw"}), flush=True)
-    facts = {
-        "machine": machine(torch.device("cpu")), "versions": versions(), "ranks": RANKS,
-        "micro_batches": MICRO, "small": rows, "full": full(),
-    }  # fmt: skip
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.output / "collectives.json", facts)
-    write_text(chosen.output / "collectives.md", as_text(facts))
+                facts["small"].append(row(settings.run, settings, found))
+                told = {k: v for k, v in facts["small"][-1].items() if k != "raw"}
+                print(json.dumps(told), flush=True)
+            write_json(chosen.output / "collectives.json", facts)
+            write_text(chosen.output / "collectives.md", as_text(facts))
 
 
 if __name__ == "__main__":

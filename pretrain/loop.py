@@ -287,7 +287,7 @@ class Loop:
         machine = chosen.trainer
         # Lightning's own requeue saves inside the signal handler and is not safe; launch owns it.
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=machine.accelerator,
             devices=machine.devices,
             num_nodes=machine.nodes,
@@ -304,6 +304,14 @@ class Loop:
             enable_model_summary=False,
             default_root_dir=self.run.path,
         )
+        # It would ask rank 0 for a signal before each micro-batch, and have the host wait for the
+        # device to hear the answer. Ours are agreed on once a step, beside the device.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+        return trainer
+
+
+def _nothing() -> None:
+    """Asks no rank for anything."""
 
 
 def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixed"]:

@@ -50,8 +50,10 @@ class Ranks(DDPStrategy):
     """DDP whose processes are watched by `Neighbours`."""
 
     def __init__(self, neighbours: Neighbours, **kwargs: Any) -> None:
-        # Longer than the watch, which says more of what hangs.
-        super().__init__(timeout=timedelta(minutes=neighbours.wait_minutes, seconds=60), **kwargs)
+        # Longer than the watch, which says more of what hangs. Gradients lie in DDP's buckets: a
+        # second copy of them would cost as much as the weights.
+        wait = timedelta(minutes=neighbours.wait_minutes, seconds=60)
+        super().__init__(timeout=wait, gradient_as_bucket_view=True, **kwargs)
         self.neighbours = neighbours
 
     def _configure_launcher(self) -> None:

@@ -9,7 +9,7 @@ checkpoints/step-00000100.pt
 previews/              pictures
 init.json              where its first weights come from, unless they are random
 load_report.json       which of its tensors those are
-failures/              steps whose loss or gradient was not finite
+failures/              steps whose loss or gradient was not finite, and what ended which rank
 health.csv             one row per look at the features
 """
 
