@@ -243,7 +243,8 @@ def _memory(
         objective.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in trained)
     ranks = settings.trainer.devices * settings.trainer.nodes
-    # DDP copies gradients into buckets of its own before they are reduced.
+    # Gradients lie in DDP's buckets once they are reduced; while micro-batches are accumulated they
+    # lie beside them, so that without accumulation this is more than is needed.
     buckets = gradients if ranks > 1 else 0
     return Memory(
         precision=precision,
