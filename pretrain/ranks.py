@@ -152,7 +152,9 @@ class Neighbours:
 
     def note(self, error: BaseException) -> None:
         """Leaves what happened for the others, unless it is they who made it happen."""
-        if self.ranks > 1 and isinstance(error, Exception) and not is_of_another_rank(error):
+        if not isinstance(error, Exception):
+            self._over.set()  # preempted: all end, each in its time and with a code of its own
+        elif self.ranks > 1 and not is_of_another_rank(error):
             problems = None
             if isinstance(error, InputError):
                 problems = [last_error(problem) for problem in error.problems]
@@ -229,7 +231,7 @@ class Neighbours:
                 if found is not None:
                     self._leave(found)
             if self._parent is not None and os.getppid() != self._parent:
-                self._leave(NeighbourError("rank 0, which has started this process, is gone"))
+                self._leave(NeighbourError("the process that has started this one is gone"))
             waited = time.monotonic() - self._began if self._began is not None else 0.0
             if waited > 60 * self.wait_minutes:
                 self._stuck()
