@@ -107,6 +107,7 @@ def test_no_rank_outlives_the_first(pretrain_corpus: Path, tmp_path: Path) -> No
     assert "the process that has started" in said or "lost the connection" in said, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "launcher"),
     [
@@ -118,9 +119,9 @@ def test_no_rank_outlives_the_first(pretrain_corpus: Path, tmp_path: Path) -> No
 def test_a_rank_that_hangs_ends_all_in_time(
     pretrain_corpus: Path, tmp_path: Path, fault: str, launcher: str
 ) -> None:
-    code, said = broken(pretrain_corpus, tmp_path, fault, launcher=launcher, wait_minutes=0.3)
+    code, said = broken(pretrain_corpus, tmp_path, fault, launcher=launcher, wait_minutes=0.5)
     assert code == 1
-    assert "no step for 0.3 minutes (trainer.wait_minutes) after step 3" in said, said
+    assert "no step for 0.5 minutes (trainer.wait_minutes) after step" in said, said
     if "sleep" in fault:  # it says itself where it is
         (line,) = [line for line in said.splitlines() if line.startswith("rank 1 is at ")]
         assert line.endswith(" broken"), said
@@ -137,10 +138,11 @@ def test_what_an_earlier_start_left_is_not_believed(pretrain_corpus: Path, tmp_p
     assert not old.exists()
 
 
+@pytest.mark.slow
 def test_a_loader_that_never_returns_is_named(pretrain_corpus: Path, tmp_path: Path) -> None:
     chosen = settings(
         pretrain_corpus, tmp_path, "run", steps=2000, log_every=1,
-        trainer=machine(2, workers=1, wait_minutes=0.5),
+        trainer=machine(2, workers=1, wait_minutes=1),
     )  # fmt: skip
     worker = tmp_path / "worker"
     slow = (
@@ -157,4 +159,4 @@ def test_a_loader_that_never_returns_is_named(pretrain_corpus: Path, tmp_path: P
     _, said = process.communicate(timeout=200)
     assert process.returncode == 1
     assert not alive(int(worker.read_text()))
-    assert "error: rank 1 on " in said and "DataLoader timed out after 15.0 seconds" in said, said
+    assert "error: rank 1 on " in said and "DataLoader timed out after 30.0 seconds" in said, said
