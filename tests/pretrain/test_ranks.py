@@ -44,7 +44,7 @@ def broken(
     )  # fmt: skip
     changes = FAULT.format(folder=str(folder), rank=rank, fault=fault)
     process = begin([*LAUNCHERS[launcher], script(chosen, folder, changes)])
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=500)
     until = time.monotonic() + 60
     pids = [int((folder / f"pid-{number}").read_text()) for number in range(devices)]
     while any(map(alive, pids)) and time.monotonic() < until:
@@ -133,7 +133,7 @@ def test_what_an_earlier_start_left_is_not_believed(pretrain_corpus: Path, tmp_p
     old.write_text('{"rank": 1, "host": "x", "step": 1, "error": "old", "problems": null}')
     chosen = settings(pretrain_corpus, tmp_path, "run", steps=3, trainer=machine(2))
     command = [sys.executable, *LAUNCHERS["torchrun"], str(script(chosen, tmp_path))]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert not old.exists()
 
@@ -156,7 +156,7 @@ def test_a_loader_that_never_returns_is_named(pretrain_corpus: Path, tmp_path: P
         "CropDataset.__getitem__ = hanging\n"
     )
     process = begin([script(chosen, tmp_path, slow)])
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == 1
     assert not alive(int(worker.read_text()))
     assert "error: rank 1 on " in said and "DataLoader timed out after 30.0 seconds" in said, said
