@@ -763,7 +763,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voxelith {version('voxelith')}")
         return 0
     name, words = words[0], words[1:]
-    from data_prep.errors import FailedError, InputError, UnreachableError, near
+    from data_prep.errors import (
+        FailedError,
+        InputError,
+        NeighbourError,
+        UnreachableError,
+        near,
+    )
     from pretrain.preemption import Preempted, end_of_job
 
     if name not in COMMANDS:
@@ -796,7 +802,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(error.result))
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except UnreachableError as error:
+    except (UnreachableError, NeighbourError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

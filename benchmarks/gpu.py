@@ -26,7 +26,7 @@ import torch
 from conf.compose import recipes, settings_for
 from data_prep.files import write_json, write_text
 from pretrain.bench import machine
-from pretrain.estimate import Precision, estimate, micro_batch
+from pretrain.estimate import Precision, estimate
 from pretrain.run_folder import versions
 from pretrain.settings import PretrainSettings
 
@@ -85,20 +85,20 @@ def _on_one_device(settings: PretrainSettings, samples: int) -> PretrainSettings
 
 def fitting_batch(settings: PretrainSettings, budget: float) -> int:
     """The largest even micro-batch up to the recipe's that the estimate puts within `budget`."""
-    whole = _on_one_device(settings, micro_batch(settings))
+    whole = _on_one_device(settings, settings.micro_batch)
     told = estimate(whole, precisions=("float32",))
     if told.memory[settings.trainer.checkpointing].peak <= budget:
-        return micro_batch(settings)
+        return settings.micro_batch
     fixed, slope = memory_line(settings, settings.trainer.checkpointing, "float32")
     room = int((budget - fixed) / slope) // 2 * 2
-    return max(2, min(room, micro_batch(settings)))
+    return max(2, min(room, settings.micro_batch))
 
 
 def _sizes(names: list[str], device: torch.device, words: list[str]) -> dict[str, int]:
     """Samples at once for each recipe; the estimates take CPUs alone, so all at the same time."""
     settings = {name: settings_for("bench", [f"experiment={name}", *words]) for name in names}
     if device.type != "cuda":
-        return {name: micro_batch(one) for name, one in settings.items()}
+        return {name: one.micro_batch for name, one in settings.items()}
     budget = SHARE * torch.cuda.get_device_properties(device).total_memory
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         fitting = pool.map(fitting_batch, settings.values(), [budget] * len(names))

@@ -47,6 +47,18 @@ class UnreachableError(Exception):
     """
 
 
+def last_error(text: str) -> str:
+    """The problem in what a process of the loader raised, which has its traceback before it."""
+    return re.split(rf"{InputError.__module__}\.\w+Error: ", text)[-1].strip()
+
+
+class NeighbourError(Exception):
+    """Another process of the same training ended first; the message has its cause.
+
+    The command line prints it without a traceback and exits with 1.
+    """
+
+
 class FailedError(Exception):
     """The work is done and what it found is bad; `result` is that.
 

@@ -25,7 +25,7 @@ from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
 from pretrain.costs import resident
-from pretrain.estimate import Estimate, bare_loop, estimate, micro_batch, raw_batch
+from pretrain.estimate import Estimate, bare_loop, estimate, raw_batch
 from pretrain.loop import compile_parts
 from pretrain.run_folder import versions
 from pretrain.settings import BenchSettings, Variant
@@ -142,7 +142,7 @@ def _measure(
     objective.encoder.set_grad_checkpointing(settings.trainer.checkpointing)
     loop = bare_loop(settings, objective)
     optimizer = loop.make_optimizer(objective)
-    samples = micro_batch(settings)
+    samples = settings.micro_batch
     raw = raw_batch(settings, channels, samples, objective.crops, device)
     if compiled:
         torch.compiler.reset()

@@ -7,6 +7,7 @@ in the same order, so it belongs into `forward`, never into a preview, which ran
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def is_of_another_rank(error: BaseException) -> bool:
+    """Whether an error is what a rank sees of another one's end: a connection that broke."""
+    if isinstance(error, dist.DistError):
+        return True
+    said = ("gloo", "NCCL", "Connection closed by peer", "Timed out waiting")
+    return type(error) is RuntimeError and any(words in str(error) for words in said)
+
+
 class Agreement:
     """What the ranks want, known to all of them one question later, so that none waits for it.
 
@@ -31,8 +40,10 @@ class Agreement:
     it travels between processors, beside what devices say to each other.
     """
 
-    def __init__(self) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+    def __init__(self, wait_minutes: float = 30) -> None:
+        wait = timedelta(minutes=wait_minutes, seconds=60)
+        several = world_size() > 1
+        self._group: Any = dist.new_group(backend="gloo", timeout=wait) if several else None
         self._wishes = torch.zeros(1, dtype=torch.int64)
         self._under_way: Any = None
 

@@ -135,7 +135,7 @@ def estimate(
         objective = build_objective(settings, channels)
     with FakeTensorMode():
         objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
-        samples = micro_batch(settings)
+        samples = settings.micro_batch
         flops = _flops(settings, objective, channels, samples) // samples
         memory = []
         for precision in precisions:
@@ -175,12 +175,6 @@ def checkpoint_bytes(objective: torch.nn.Module, optimizer: str) -> int:
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in objective.state_dict().values())
     return weights + moments * trained
-
-
-def micro_batch(settings: LoopSettings) -> int:
-    """Samples that one device takes at once."""
-    machine = settings.trainer
-    return settings.batch_size // (machine.devices * machine.nodes * settings.accumulate)
 
 
 def bare_loop(settings: LoopSettings, objective: Objective) -> Loop:
@@ -245,10 +239,10 @@ def _memory(
         optimizer.zero_grad()
         kept = storages.live - weights
 
-        if settings.accumulate > 1:
+        if settings.micro_steps > 1:
             _make_gradients(trained)  # of the micro-batches before the last
         storages.peak = before = storages.live
-        raw = raw_batch(settings, channels, micro_batch(settings), objective.crops)
+        raw = raw_batch(settings, channels, settings.micro_batch, objective.crops)
         batch = loop.to_batch(raw)
         del raw
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -263,7 +257,8 @@ def _memory(
         objective.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in trained)
     ranks = settings.trainer.devices * settings.trainer.nodes
-    # DDP copies gradients into buckets of its own before they are reduced.
+    # Gradients lie in DDP's buckets once they are reduced; while micro-batches are accumulated they
+    # lie beside them, so that without accumulation this is more than is needed.
     buckets = gradients if ranks > 1 else 0
     return Memory(
         precision=precision,

@@ -10,7 +10,9 @@ where they lie, is what `crops` and `places` say.
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -272,6 +274,7 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     nodes: int = 1,
+    timeout: float = 0,
     start_method: Literal["fork", "spawn", "forkserver"] | None = None,
 ) -> DataLoader[dict[str, Any]]:
     """Batches of one rank for the optimiser steps [first_step, last_step).
@@ -280,7 +283,8 @@ def make_loader(
     sample, and a sample's key once for each of its crops.
 
     With `accumulate` micro-batches a step, a step's samples are those of that many consecutive
-    global micro-batches of `batch_size / accumulate`.
+    global micro-batches of `batch_size / accumulate`. A batch that workers do not deliver within
+    `timeout` seconds is an error; 0: they have all the time.
     """
     micro = batch_size // accumulate
     batches = dataset.schedule.batches(
@@ -294,17 +298,24 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals if workers else None,
+        timeout=timeout if workers else 0,
+        worker_init_fn=_begin_worker if workers else None,
     )
 
 
-def _leave_signals(worker: int) -> None:
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def _begin_worker(worker: int) -> None:
     """Workers live until the trainer ends them: a scheduler's signal to the whole group is its own.
 
-    A worker that dies of it would end the trainer before it has saved.
+    A worker that dies of it would end the trainer before it has saved. With the trainer it dies,
+    also where it waits for a file system that does not answer.
     """
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def to_device(raw: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -27,10 +26,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from data_prep.errors import InputError, differences
+from data_prep.errors import InputError, differences, last_error
 from data_prep.progress import bar
 from pretrain.augment import Augment
-from pretrain.collectives import Agreement
+from pretrain.checksums import check_equal, halves, tensor_sums
+from pretrain.collectives import Agreement, world_size
 from pretrain.costs import held_gib
 from pretrain.events import Events
 from pretrain.failures import Fault, Faults, Shape, write_failure
@@ -39,10 +39,11 @@ from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_devi
 from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.optim import Moments, make_optimizer, rate, with_moments
 from pretrain.preemption import Ask, Preempted, Preemption
+from pretrain.ranks import Neighbours, Ranks
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import generator
 from pretrain.settings import LoopSettings, TrainerSettings
-from pretrain.teacher import check_equal, check_restored, checksums, halves
+from pretrain.teacher import check_restored, checksums
 from pretrain.tracking import Journal
 
 CHECKPOINT_FORMAT = 1
@@ -84,8 +85,9 @@ class Loop:
         self.step = 0
         self.preemption = Preemption()
         self.start_number = 0
+        self.neighbours: Neighbours
         self.norm: Tensor | None = None
-        self.faults = Faults(settings.accumulate)
+        self.faults = Faults(settings.micro_steps)
         self._micro = 0
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -125,7 +127,7 @@ class Loop:
 
     def reseed(self, batch_idx: int, rank: int | None = None) -> None:
         """What still draws from torch's generator (drop path, dropout) follows the step alone."""
-        self._micro = batch_idx % self.settings.accumulate
+        self._micro = batch_idx % self.settings.micro_steps
         rank = (rank_zero_only.rank or 0) if rank is None else rank
         key = ("step", self.settings.seed, self.step, self._micro, rank)
         torch.manual_seed(int(generator(*key).integers(2**62)))
@@ -152,7 +154,7 @@ class Loop:
         parts = objective.clip_parts()
         norms = [torch.nn.utils.clip_grad_norm_(part, limit) for part in parts]
         self.norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-        self.faults.see("gradient", self.norm, self.step, self.settings.accumulate - 1)
+        self.faults.see("gradient", self.norm, self.step, self.settings.micro_steps - 1)
 
     def observe(self, losses: Losses) -> None:
         """Sums the losses on the device; they are fetched only when a row is logged."""
@@ -166,12 +168,12 @@ class Loop:
     ) -> tuple[dict[str, float], Fault | None]:
         """Mean losses since the last call, over all ranks, and the last gradient's `grad_norm`.
 
-        The one place where the host waits for the device, once; the first fault and the checksums
-        of teachers come along.
+        The one place where the host waits for the device, once; the first fault and the sums of
+        what ranks share come along.
 
         Args:
             gather: puts a tensor of all ranks side by side.
-            objective: whose teachers must be the same on all ranks.
+            objective: whose weights must be the same on all ranks.
 
         Raises:
             RuntimeError: they are not.
@@ -181,7 +183,7 @@ class Loop:
         means = torch.stack([total.float() for total in self._sums.values()]) / self._count
         means = means if means.device.type == "mps" else means.double()
         norm = means.new_full((), math.nan) if self.norm is None else self.norm.to(means)
-        sums = checksums(objective)
+        sums = tensor_sums(objective) if world_size() > 1 else {}
         own = torch.cat([means, norm[None], halves(sums, means), self.faults.positions(means)])
         table: list[list[float]] = gather(own).reshape(-1, len(own)).tolist()
         values = [sum(column) / len(table) for column in zip(*table, strict=True)]
@@ -191,6 +193,17 @@ class Loop:
             check_equal(list(sums), [row[len(found) : -2] for row in table], self.step)
         self._sums, self._count = {}, 0
         return found, fault
+
+    def check_ranks(self, gather: Callable[[Tensor], Tensor], objective: Objective) -> None:
+        """Looks whether a training begins with the same weights on all ranks; waits for them.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        if world_size() > 1:
+            sums = tensor_sums(objective)
+            own = halves(sums, torch.zeros((), dtype=torch.float64, device=objective.device))
+            check_equal(list(sums), gather(own).reshape(-1, len(own)).tolist(), self.step)
 
     def repeated(self) -> int:
         """Samples of the last step whose volume came before in its batch, over all ranks."""
@@ -231,9 +244,10 @@ class Loop:
             compile_parts(objective)
         main = rank_zero_only.rank in (None, 0)
         self.start_number = len(self.events.starts()) + 1
-        ranks = machine.devices * machine.nodes
         try:
-            with self.preemption, self.events.start(self.step, ranks) if main else nullcontext():
+            told = self.events.start(self.step, self.settings.ranks) if main else nullcontext()
+            together = Neighbours(self.run.path, self.settings.ranks, machine.wait_minutes)
+            with self.preemption, told, together as self.neighbours:
                 while self.step < self.settings.steps:
                     self.begin(objective)
                     # One of its own: DDP learns once, at its start, which weights have gradients.
@@ -244,7 +258,7 @@ class Loop:
         except InputError as error:
             # A worker's error arrives with the worker's traceback as its text; its last line says
             # what the user needs.
-            raise type(error)([_last_error(problem) for problem in error.problems]) from error
+            raise type(error)([last_error(problem) for problem in error.problems]) from error
 
     def restore(self) -> dict[str, Any] | None:
         """The newest checkpoint, or None; nothing is written.
@@ -295,14 +309,14 @@ class Loop:
         # Processes that torchrun started, also within a job, are not SLURM's tasks.
         by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
         slurm = [SLURMEnvironment(auto_requeue=False)] if by_slurm else None
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=machine.accelerator,
             devices=machine.devices,
             num_nodes=machine.nodes,
-            strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
+            strategy=Ranks(self.neighbours) if chosen.ranks > 1 else "auto",
             precision=machine_precision(machine),
             max_epochs=1,
-            accumulate_grad_batches=chosen.accumulate,
+            accumulate_grad_batches=chosen.micro_steps,
             callbacks=[_Watch(self, optimizer_state)],
             plugins=slurm,
             use_distributed_sampler=False,
@@ -312,6 +326,14 @@ class Loop:
             enable_model_summary=False,
             default_root_dir=self.run.path,
         )
+        # It would ask rank 0 for a signal before each micro-batch, and have the host wait for the
+        # device to hear the answer. Ours are agreed on once a step, beside the device.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+        return trainer
+
+
+def _nothing() -> None:
+    """Asks no rank for anything."""
 
 
 def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixed"]:
@@ -380,11 +402,6 @@ def compile_parts(objective: Objective) -> None:
         part.compile(dynamic=False)
 
 
-def _last_error(text: str) -> str:
-    name = rf"{InputError.__module__}\.\w+Error: "
-    return re.split(name, text)[-1].strip()
-
-
 class _Steps(L.LightningDataModule):
     """The steps that remain, as a loader for this rank."""
 
@@ -400,11 +417,13 @@ class _Steps(L.LightningDataModule):
             batch_size=chosen.batch_size,
             first_step=self.loop.step,
             last_step=self.loop.stretch().steps.stop,
-            accumulate=chosen.accumulate,
+            accumulate=chosen.micro_steps,
             workers=chosen.trainer.workers,
             rank=trainer.global_rank,
             world=trainer.world_size,
             nodes=trainer.num_nodes,
+            # Before the other ranks give up on this one, which knows better why.
+            timeout=30 * chosen.trainer.wait_minutes,
         )
 
 
@@ -427,9 +446,11 @@ class _Watch(L.Callback):
         if self.optimizer_state is not None:
             trainer.optimizers[0].load_state_dict(self.optimizer_state)
             self.optimizer_state = None
+        assert isinstance(pl_module, Objective)
+        self.loop.check_ranks(trainer.strategy.all_gather, pl_module)
         self.main = trainer.is_global_zero
         self.loop.preemption.install()  # Lightning has put its own handler there
-        self.agreement = Agreement()
+        self.agreement = Agreement(self.loop.settings.trainer.wait_minutes)
         self.began = self.rowed = self.ended = self.saved = time.perf_counter()
         self.logged = self.loop.step
         if self.main:
@@ -449,6 +470,7 @@ class _Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.waited += time.perf_counter() - self.ended
+        self.loop.neighbours.beat(self.loop.step)
 
     def on_train_batch_end(
         self,
@@ -459,7 +481,7 @@ class _Watch(L.Callback):
         batch_idx: int,
     ) -> None:
         chosen, step = self.loop.settings, self.loop.step
-        if (batch_idx + 1) % chosen.accumulate == 0:
+        if (batch_idx + 1) % chosen.micro_steps == 0:
             last = step == chosen.steps
             ask = Ask.NOTHING if last else Ask(self.agreement.ask(self._wish()))
             logging_due = step % chosen.log_every == 0 or last or step == 1
@@ -605,7 +627,7 @@ class _Watch(L.Callback):
             fault,
             dataset=self.loop.dataset,
             shape=Shape(
-                chosen.batch_size, chosen.accumulate, trainer.world_size, trainer.num_nodes
+                chosen.batch_size, chosen.micro_steps, trainer.world_size, trainer.num_nodes
             ),
             checkpoints=self.loop.run.checkpoints,
             objective=objective,

@@ -135,7 +135,7 @@ def _short(settings: PlanSettings, folder: Path) -> PretrainSettings:
     launched = {"SLURM_PROCID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     if not launched:
         devices, nodes = min(devices, _there(settings)), 1
-    share = devices * nodes / (machine.devices * machine.nodes)
+    share = devices * nodes / settings.ranks
     changed = {
         **settings.model_dump(),
         "runs": folder,
@@ -177,7 +177,7 @@ def _measure(prepared: Prepared, wanted: PretrainSettings) -> Measured:
     imports = time.time() - _process_began() - (time.perf_counter() - began)
     return Measured(
         steps=STEPS,
-        ranks=settings.trainer.devices * settings.trainer.nodes,
+        ranks=settings.ranks,
         per_step=per_step,
         data_wait=sum(row["data_wait"] for row in late) / len(late),
         start=imports + spent - apart - STEPS * per_step,
@@ -206,13 +206,13 @@ def _loader_alone(prepared: Prepared) -> float:
     """Crops a second of one rank's loader, without training."""
     settings = prepared.settings
     crops = plan_objective(settings, prepared.channels)().crops
-    ranks = settings.trainer.devices * settings.trainer.nodes
+    ranks = settings.ranks
     loader = make_loader(
         make_dataset(settings, prepared.corpus, crops),
         batch_size=settings.batch_size,
         first_step=0,
         last_step=STEPS,
-        accumulate=settings.accumulate,
+        accumulate=settings.micro_steps,
         workers=settings.trainer.workers,
         world=ranks,
         nodes=settings.trainer.nodes,
@@ -243,7 +243,7 @@ def added_up(settings: PretrainSettings, one: Measured) -> Plan:
         "saving": saves * one.save,
         "looks and pictures": looks * one.look + pictures * one.picture,
     }
-    ranks = settings.trainer.devices * settings.trainer.nodes
+    ranks = settings.ranks
     seconds = sum(parts.values())
     return Plan(
         seconds=seconds,
@@ -258,7 +258,7 @@ def added_up(settings: PretrainSettings, one: Measured) -> Plan:
 def as_text(name: str, settings: PretrainSettings, found: Plan) -> str:
     """The plan in lines."""
     one, machine = found.measured, settings.trainer
-    ranks = machine.devices * machine.nodes
+    ranks = settings.ranks
     shares = ", ".join(
         f"{part} {seconds / found.seconds:.1%}" for part, seconds in found.parts.items()
     )

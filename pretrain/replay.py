@@ -338,7 +338,7 @@ def replay(path: Path, step: int | None = None) -> dict[str, Any]:
     if not 1 <= number <= chosen.steps:
         raise InputError(f"step={number}: the run has steps 1 to {chosen.steps}")
     devices = chosen.trainer.devices * chosen.trainer.nodes
-    now = Shape(chosen.batch_size, chosen.accumulate, devices, chosen.trainer.nodes)
+    now = Shape(chosen.batch_size, chosen.micro_steps, devices, chosen.trainer.nodes)
     shape = now._replace(**{name: failure[name] for name in Shape._fields if name in failure})
     precision = str(failure.get("precision") or machine_precision(chosen.trainer))
     report = made.to(number, shape, precision)

@@ -11,7 +11,7 @@ init.json              where its first weights come from, unless they are random
 load_report.json       which of its tensors those are
 events.jsonl           starts, saves with their seconds, ends
 metrics.jsonl          all that trackers are told, validation and looks at features too
-failures/              steps whose loss or gradient was not finite
+failures/              steps whose loss or gradient was not finite, and what ended which rank
 health.csv             one row per look at the features
 """
 

@@ -36,6 +36,7 @@ class TrainerSettings(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None = None
     compile: bool = False
     checkpointing: bool = False
+    wait_minutes: Annotated[float, Field(gt=0)] = 30.0
 
 
 Chance = Annotated[float, Field(ge=0, le=1)]
@@ -82,7 +83,7 @@ class LoopSettings(BaseModel):
     crop_size: tuple[Side, Side, Side]
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
-    accumulate: Annotated[int, Field(ge=1)] = 1
+    accumulate: Annotated[int, Field(ge=1)] | None = 1
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0, lt=10)]
     weight_decay: Annotated[float, Field(ge=0, lt=10)] = 0.05
@@ -126,17 +127,41 @@ class LoopSettings(BaseModel):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        parts = self.trainer.devices * self.trainer.nodes * self.accumulate
+        parts = self.ranks * self.micro_steps
         if self.batch_size % parts:
+            fit = ranks_that_fit(self.batch_size, self.micro_steps)
             raise ValueError(
                 f"batch_size={self.batch_size} is the global batch of one optimiser step and must "
-                f"be a multiple of devices x nodes x accumulate = {parts}"
+                f"be a multiple of devices x nodes x accumulate = {parts}; with "
+                f"accumulate={self.micro_steps} it divides among "
+                f"{', '.join(map(str, fit)) or 'no number of'} ranks (devices x nodes)"
             )
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self.trainer.devices * self.trainer.nodes
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches of a step on each rank."""
+        return self.accumulate or 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that a rank takes at once: what its memory depends on."""
+        return self.batch_size // (self.ranks * self.micro_steps)
 
     def decay(self, step: int) -> float:
         """The weight decay at a step."""
         return self.weight_decay
+
+
+def ranks_that_fit(batch_size: int, micro_steps: int) -> list[int]:
+    """Numbers of ranks among which a batch divides."""
+    share, rest = divmod(batch_size, micro_steps)
+    return [] if rest else [n for n in range(1, share + 1) if share % n == 0]
 
 
 def with_augment(config: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +234,7 @@ class PretrainSettings(LoopSettings):
     corpus: Annotated[Path, MUST_EXIST]
     run: RunName
     runs: Path = Path("runs")
+    accumulate: Annotated[int, Field(ge=1)] | None = None
     resume: Literal["auto", "never"] = "auto"
     init: Annotated[Path | None, MUST_EXIST, REFERENCE] = None
     adapt_channels: Literal["repeat", "first"] = "repeat"
@@ -236,6 +262,23 @@ class PretrainSettings(LoopSettings):
         if self.weight_decay_end is None:
             return self.weight_decay
         return cosine(step / self.steps, self.weight_decay, self.weight_decay_end)
+
+    def resumed(self, before: dict[str, Any]) -> Self:
+        """These settings for a run that goes on, perhaps on another number of ranks.
+
+        Where `accumulate` is not given, it becomes the least that leaves a rank no more samples at
+        once than it had before. Asked again of what comes of it, that stays as it is.
+
+        Args:
+            before: the resolved configuration that the run was last started with.
+        """
+        if self.accumulate is not None:
+            return self
+        machine, share = before["trainer"], self.batch_size // self.ranks
+        ranks = machine["devices"] * machine["nodes"]
+        had = before["batch_size"] // (ranks * (before.get("accumulate") or 1))
+        fitting = (n for n in range(1, share + 1) if share % n == 0 and share // n <= had)
+        return self.model_copy(update={"accumulate": next(fitting)})
 
     def changed(self, before: dict[str, Any]) -> list[str]:
         """Settings that a resumed run must not change, and did: `key: old -> new`.

@@ -79,38 +79,6 @@ def checksums(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def halves(sums: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """Checksums as numbers that float64 holds exactly: two for each, of 32 bits.
-
-    They so travel with the means of a logged row, in one message and with one wait.
-    """
-    parts = [half for total in sums.values() for half in (total >> 32, total & 0xFFFFFFFF)]
-    return torch.stack(parts).to(like) if parts else like.new_empty(0)
-
-
-def check_equal(names: list[str], table: list[list[float]], step: int) -> None:
-    """Looks whether all ranks have the same teachers.
-
-    Args:
-        names: of the teachers.
-        table: `halves` of each rank.
-        step: that is done, for the message.
-
-    Raises:
-        RuntimeError: they have not.
-    """
-    for number, name in enumerate(names):
-        found = [row[2 * number : 2 * number + 2] for row in table]
-        different = [rank for rank, half in enumerate(found) if half != found[0]]
-        if different:
-            raise RuntimeError(
-                f"step {step}: the teacher {name} of rank {', '.join(map(str, different))} is not "
-                "that of rank 0, so ranks train towards different targets: a weight, a buffer or "
-                "after_step differs between ranks (memory, library versions); go on from the last "
-                "checkpoint that is older"
-            )
-
-
 def check_restored(module: nn.Module, saved: Mapping[str, int], where: str) -> None:
     """Looks whether teachers are, bit for bit, those that a checkpoint was made of.
 

@@ -33,7 +33,7 @@ from pretrain.probe import Probe
 from pretrain.release import TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
-from pretrain.settings import PretrainSettings, check_same
+from pretrain.settings import PretrainSettings, check_same, ranks_that_fit
 from pretrain.start import (
     Start,
     begin_from,
@@ -179,11 +179,15 @@ def prepare(
     problems: list[str] = []
     attempt(problems, check_machine, settings.trainer)
     attempt(problems, check_loggers, settings)
+    given = settings
+    settings = attempt(problems, on_these_ranks, settings) or settings
     if main:
         attempt(problems, _check_run, run, settings)
     corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     channels = None if corpus is None else attempt(problems, corpus_channels, corpus)
     make = attempt(problems, plan_objective, settings, channels or 1)
+    if main and make is not None:
+        attempt(problems, _check_micro_steps, make, settings)
     preprocess = _preprocess(settings, corpus)
     probe = None
     if settings.health.probe is not None:
@@ -201,6 +205,11 @@ def prepare(
         attempt(problems, _check_moments, settings)
     if problems or corpus is None or channels is None or make is None:
         raise InputError(problems)
+    if main and given.accumulate is None and settings.micro_steps > 1:
+        print(
+            f"accumulate={settings.micro_steps}: each of {settings.ranks} ranks takes "
+            f"{settings.micro_batch} samples at once, no more than before"
+        )
     return Prepared(settings, run, corpus, channels, make, probe, start)
 
 
@@ -258,6 +267,41 @@ def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
         if run.checkpoints.paths():  # else nothing has been trained that could differ
             check_same(settings, run.config(), run.path)
             check_same_start(settings.init, run)
+
+
+def on_these_ranks(settings: PretrainSettings) -> PretrainSettings:
+    """Settings with the `accumulate` that this start has; of a run that goes on, see `resumed`.
+
+    Every rank finds the same, also where the first one has written its settings already.
+    """
+    run = RunFolder(settings.runs / settings.run)
+    if run.config_path.exists():
+        settings = settings.resumed(run.config())
+    return settings.model_copy(update={"accumulate": settings.micro_steps})
+
+
+def _check_micro_steps(make: Callable[[], Objective], settings: PretrainSettings) -> None:
+    """Refuses another `accumulate` where it would change the loss of a run that goes on."""
+    run = RunFolder(settings.runs / settings.run)
+    if not run.checkpoints.paths():
+        return
+    before = PretrainSettings.model_validate(run.config())
+    with torch.device("meta"):
+        objective = make()
+    among = objective.compares or objective.batch_multiple > 1
+    if not among or settings.micro_steps == before.micro_steps:
+        return
+    kept = settings.model_copy(update={"accumulate": before.micro_steps})
+    fit = ranks_that_fit(settings.batch_size, before.micro_steps)
+    raise InputError(
+        f"accumulate={settings.micro_steps}: the run has accumulate={before.micro_steps}, on "
+        f"{before.ranks} ranks with {before.micro_batch} samples at once each, and "
+        f"{type(objective).__name__} compares or mixes the samples of a micro-batch, so another "
+        f"one is another loss; go on on {before.ranks} ranks or more ({', '.join(map(str, fit))} "
+        f"divide batch_size={settings.batch_size}), or give accumulate={before.micro_steps}: "
+        f"{kept.batch_size / (kept.ranks * kept.micro_steps):g} samples at once on each of "
+        f"{settings.ranks}"
+    )
 
 
 def _warn(settings: PretrainSettings, corpus: Corpus) -> None:
@@ -382,7 +426,7 @@ def _try_step(objective: Objective, channels: int, settings: PretrainSettings) -
 
 
 def _check_batch(objective: Objective, settings: PretrainSettings) -> None:
-    parts = settings.trainer.devices * settings.trainer.nodes * settings.accumulate
+    parts = settings.trainer.devices * settings.trainer.nodes * settings.micro_steps
     micro, multiple = settings.batch_size // parts, objective.batch_multiple
     if micro % multiple:
         raise InputError(

@@ -72,7 +72,9 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
         problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
-    size = _check_fit(settings) if command == "pretrain" else None
+    size = None
+    if command == "pretrain":
+        settings, size = _fitting(settings)
     run = (settings.runs / str(settings.run)).resolve()
     said = (command, *rest, *machine)
     script = render(run, said, cluster) if cluster.kind == "slurm" else ""
@@ -101,22 +103,22 @@ def _machine(
     return cluster, rest, machine
 
 
-def _check_fit(settings: Any) -> int:
-    """Whether corpus, backbone and objective fit: said here, not in a queue's log hours later.
+def _fitting(settings: Any) -> tuple[Any, int]:
+    """Settings of this start and bytes of a checkpoint, if corpus, backbone and objective fit.
 
-    Returns:
-        Bytes of a checkpoint.
+    Said here, not in a queue's log hours later.
     """
     import torch
 
     from data_prep.corpus import open_corpus
     from pretrain.estimate import checkpoint_bytes
-    from pretrain.train import corpus_channels, plan_objective
+    from pretrain.train import corpus_channels, on_these_ranks, plan_objective
 
+    settings = on_these_ranks(settings)
     corpus = open_corpus(settings.corpus, "corpus")
     make = plan_objective(settings, corpus_channels(corpus))
     with torch.device("meta"):
-        return checkpoint_bytes(make(), settings.optimizer)
+        return settings, checkpoint_bytes(make(), settings.optimizer)
 
 
 def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: int = 0) -> str:
@@ -375,10 +377,10 @@ def summary(job: Job, cluster: ClusterSettings, settings: Any) -> str:
             f"  {devices}, {ranks} {kind}; {cluster.time} a start, at most "
             f"{ranks * cluster.hours:.3g} {'GPU' if cluster.gpus_per_node else 'task'}-hours each"
         )
-    micro = settings.batch_size // (ranks * settings.accumulate)
+    micro = settings.batch_size // (ranks * settings.micro_steps)
     lines.append(
         f"  {settings.steps:,} steps of {settings.batch_size} samples: {micro} for each task, "
-        f"{settings.accumulate} times a step; saved every {settings.save_every} steps, "
+        f"{settings.micro_steps} times a step; saved every {settings.save_every} steps, "
         f"{settings.save_minutes:g} minutes at most"
     )
     return "\n".join(lines)

@@ -59,6 +59,7 @@ class GlobalContrast(Objective):
     """
 
     encoder: Backbone
+    compares = True
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class LocalContrast(Objective):
             parameter.requires_grad_(name in trained)
         self.crops = Slabs(count=slabs, aligned=True)
         self.region = region
-        self.across = across
+        self.compares = self.across = across
         self.temperature = temperature
         width = encoder.channels[-1 - blocks]
         self.projector = nn.Sequential(

@@ -77,7 +77,7 @@ class SimCLR(Objective):
         self.crops = Pairs(count=places, overlap=overlap)
         self.form = form
         self.temperature = temperature
-        joint = form == "nt_xent"
+        self.compares = joint = form == "nt_xent"
         self.pool = Pool(encoder, every=joint)
         self.projector = Projector(self.pool.width, hidden_dim, out_dim, norm=joint)
 
