@@ -405,8 +405,8 @@ def _report(words: list[str]) -> Any:
 
     output = Path(options["output"])
     before = [Path(options["pretrain"])] if options["pretrain"] else []
-    trainings, finished = sort_runs([*before, *runs])
     make_folder(output.parent, "output")
+    trainings, finished = sort_runs([*before, *runs])
     path = make_report(trainings, finished, read_table(finished) if finished else None, output)
     print(f"Open {path}")
     return {"report": str(path)}

@@ -47,7 +47,8 @@ def sort_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         if path.is_file() or (path / "rows.csv").is_file():
             finished.append(path)
             continue
-        inside = sorted(p.parent for p in path.glob("*/config.json")) if path.is_dir() else []
+        known = ("config.json", "rows.csv")
+        inside = sorted({file.parent for name in known for file in path.glob(f"*/{name}")})
         found = [path] if (path / "config.json").is_file() else inside
         if not found:
             why = (

@@ -35,7 +35,8 @@ def killed(pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in ("MLFLOW_TRACKING_URI", "WANDB_SERVICE"):  # the latter: of tests before
+            patch.delenv(name, raising=False)
         for beyond in (13, 23):
             process = start(chosen, runs)
             while process.poll() is None and not (
