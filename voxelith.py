@@ -84,6 +84,9 @@ def _check(words: list[str]) -> Any:
 
 
 def _pretrain(words: list[str]) -> Any:
+    from pretrain.preemption import listen
+
+    listen()
     from conf.compose import stages_for
 
     stages = stages_for("pretrain", words)
@@ -225,6 +228,9 @@ def _told(words: list[str]) -> dict[str, Any]:
 def _finetune(words: list[str]) -> Any:
     if "-m" in words:
         return _sweep([word for word in words if word != "-m"])
+    from pretrain.preemption import listen
+
+    listen()
     settings = _configured("finetune", words)
     from finetune.train import finetune
 

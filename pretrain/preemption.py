@@ -48,6 +48,34 @@ SIGNALS = {
 }
 
 
+_early: dict[int, Any] = {}
+_asked_early = Ask.NOTHING
+
+
+def listen() -> None:
+    """Hears signals from a task's first moment on, before there is a training that could stop.
+
+    Imports and checks take longer than some jobs have: a signal that arrived meanwhile would end
+    the process, which is a crash and not what was asked for. The training heeds it at its first
+    step; `Preemption` takes over from here. Outside of a job's task nothing changes.
+    """
+    for number in SIGNALS if in_slurm() else ():
+        _early[number] = signal.signal(number, _hear_early)
+
+
+def _hear_early(number: int, frame: FrameType | None) -> None:
+    global _asked_early
+    _asked_early = max(_asked_early, SIGNALS[signal.Signals(number)])
+
+
+def no_longer() -> None:
+    """Signals do again what they did before `listen`; for what comes without a training."""
+    for number, handler in _early.items():
+        if signal.getsignal(number) is _hear_early:
+            signal.signal(number, handler)
+    _early.clear()
+
+
 class Preempted(SystemExit):
     """The state is saved, and the run ends before its last step.
 
@@ -72,7 +100,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self.asked = Ask.NOTHING
+        self.asked = _asked_early
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -94,7 +122,7 @@ class Preemption:
             # nohup and the like: who started us does not want us to hear it.
             if current == signal.SIG_IGN and number not in self._before:
                 continue
-            self._before.setdefault(number, current)
+            self._before.setdefault(number, _early.pop(number, current))
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -62,6 +62,33 @@ def test_a_forked_child_does_not_hear() -> None:
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+def test_a_signal_that_comes_before_the_training_is_heeded_at_its_first_step(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "early"
+    words = [
+        f"corpus={pretrain_corpus}", "run=early", f"runs={tmp_path / 'runs'}", "objective=cnn_mae",
+        "backbone=resenc_small", "backbone.features=[4,6]", "backbone.strides=[1,2]",
+        "backbone.blocks=[1,1]", "objective.block=4", "crop_size=[8,12,8]", "batch_size=2",
+        "steps=40", "warmup=2", "trainer=cpu", "trainer.workers=0",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "voxelith", "pretrain", *words], env=os.environ | TASK
+    )
+    status = Path(f"/proc/{process.pid}/status")
+
+    def hears() -> bool:
+        caught = next(line for line in status.read_text().splitlines() if "SigCgt" in line)
+        return bool(int(caught.split()[1], 16) & 1 << (signal.SIGUSR2 - 1))
+
+    while not hears():
+        time.sleep(0.001)
+    assert not run.exists()
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait() == REQUEUE_CODE
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_saves_and_the_run_ends_the_same(
     pretrain_corpus: Path, tmp_path: Path, name: str

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, missing
+from launched import STEPS, Run
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             yield made.start()
         finally:
             made.stop()
+
+
+@pytest.fixture(scope="session")
+def whole(lab: Lab, pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing ends before its time."""
+    run = Run(lab, pretrain_corpus, tmp_path_factory.mktemp("whole"), "whole")
+    run.until_state("COMPLETED")
+    assert run.restarts == 0 and run.rows == list(range(1, STEPS + 1))
+    return run

@@ -89,13 +89,21 @@ class Lab:
              f"--pid-file={run}/munged.pid", f"--log-file={self.path}/log/munged.log",
              f"--seed-file={run}/munged.seed")  # fmt: skip
         call("slurmctld")
-        call("slurmd")
+        self.start_slurmd()
         self.until(lambda: call("sinfo", "-h", "-o", "%T").split()[:1] == ["idle"], 30)
         return self
 
     @property
     def conf(self) -> Path:
         return self.path / "slurm.conf"
+
+    def kill_slurmd(self) -> None:
+        """The daemon of the node, without a word; jobs have processes of their own."""
+        os.kill(int((self.path / "run" / "slurmd.pid").read_text()), 9)
+
+    def start_slurmd(self) -> None:
+        """Starts it, at the beginning or again."""
+        call("slurmd")
 
     def change(self, old: str, new: str) -> None:
         """Changes a line of slurm.conf while the daemons run."""

@@ -5,88 +5,19 @@ Two tasks train together by DDP on a CPU; weights are compared to the last bit.
 
 from __future__ import annotations
 
-import csv
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from lab import Lab, call
+from launched import STEPS, Run, environment, same
 
 from data_prep.errors import InputError
 from slurm.discover import init
-from slurm.launch import cancel, launch, launch_sweep, logs, status
+from slurm.launch import cancel, launch_sweep, logs, status
 from slurm.settings import cluster_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
-STEPS = 200
-TINY = {
-    "backbone.features": "[4,6]", "backbone.strides": "[1,2]", "backbone.blocks": "[1,1]",
-    "objective.block": 4,
-}  # fmt: skip
-
-
-class Run:
-    """A launched pretraining of two tasks."""
-
-    def __init__(self, lab: Lab, corpus: Path, runs: Path, name: str, **changes: object) -> None:
-        self.lab, self.path = lab, runs / name
-        settings = {
-            "corpus": corpus, "run": name, "runs": runs, "backbone": "resenc_small",
-            "objective": "cnn_mae", "crop_size": "[8,12,8]", **TINY, "steps": STEPS,
-            "batch_size": 4,
-            "warmup": 5, "log_every": 1, "save_every": 100000, "cluster.gpus_per_node": 0,
-            "cluster.tasks_per_node": 2, "cluster.cpus_per_task": 1, "cluster.memory": 3000,
-            "cluster.partition": "main", "cluster.time": "00:10:00", "health.every": 0,
-            "trainer.threads": 1,
-        } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
-        found = launch("pretrain", [f"{key}={value}" for key, value in settings.items()])
-        self.job = str(found["job"])
-
-    @property
-    def rows(self) -> list[int]:
-        file = self.path / "metrics.csv"
-        if not file.exists():
-            return []
-        with file.open(newline="") as opened:
-            return [int(row["step"]) for row in csv.DictReader(opened) if row.get("step")]
-
-    @property
-    def restarts(self) -> int:
-        return int(self.lab.job(self.job)["Restarts"])
-
-    def until_step(self, step: int) -> None:
-        self.lab.until(lambda: self.rows[-1:] >= [step], 120, f"step {step} of {self.path.name}")
-
-    def until_state(self, state: str, seconds: float = 200) -> None:
-        try:
-            ends = {state, "FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"}
-            self.lab.until(lambda: self.lab.state(self.job) in ends, seconds, state)
-            assert self.lab.state(self.job) == state
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{logs(self.path)}\n{status(self.path)}") from None
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        (path,) = sorted((self.path / "checkpoints").glob(f"step-{STEPS:08d}.pt"))
-        return dict(torch.load(path, weights_only=True)["objective"])
-
-
-@pytest.fixture(scope="session")
-def whole(lab: Lab, pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing ends before its time."""
-    run = Run(lab, pretrain_corpus, tmp_path_factory.mktemp("whole"), "whole")
-    run.until_state("COMPLETED")
-    assert run.restarts == 0 and run.rows == list(range(1, STEPS + 1))
-    return run
-
-
-def same(run: Run, whole: Run, restarts: int = 1) -> None:
-    run.until_state("COMPLETED")
-    assert run.restarts == restarts
-    assert run.rows == list(range(1, STEPS + 1))  # none twice, none missing
-    one, other = whole.weights(), run.weights()
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_cluster_is_read_from_slurm_itself(lab: Lab, tmp_path: Path) -> None:
@@ -133,10 +64,6 @@ def test_a_task_that_is_killed_is_a_crash_and_comes_back(
     call("kill", "-9", tasks[0])
     same(run, whole)
     assert status(run.path)["crashes"] == 1
-
-
-def environment(pid: str) -> bytes:
-    return Path(f"/proc/{pid}/environ").read_bytes()
 
 
 def test_a_cancelled_job_does_not_come_back(

@@ -1,0 +1,75 @@
+"""A pretraining as a job of the lab, and what must be true of it whatever ended its starts."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from lab import Lab
+
+from slurm.launch import launch, logs, status
+
+STEPS = 200
+TINY = {
+    "backbone.features": "[4,6]", "backbone.strides": "[1,2]", "backbone.blocks": "[1,1]",
+    "objective.block": 4,
+}  # fmt: skip
+
+
+class Run:
+    """A launched pretraining of two tasks."""
+
+    def __init__(self, lab: Lab, corpus: Path, runs: Path, name: str, **changes: object) -> None:
+        self.lab, self.path = lab, runs / name
+        settings = {
+            "corpus": corpus, "run": name, "runs": runs, "backbone": "resenc_small",
+            "objective": "cnn_mae", "crop_size": "[8,12,8]", **TINY, "steps": STEPS,
+            "batch_size": 4,
+            "warmup": 5, "log_every": 1, "save_every": 100000, "cluster.gpus_per_node": 0,
+            "cluster.tasks_per_node": 2, "cluster.cpus_per_task": 1, "cluster.memory": 3000,
+            "cluster.partition": "main", "cluster.time": "00:10:00", "health.every": 0,
+            "trainer.threads": 1,
+        } | {key.replace("__", "."): value for key, value in changes.items()}  # fmt: skip
+        found = launch("pretrain", [f"{key}={value}" for key, value in settings.items()])
+        self.job = str(found["job"])
+
+    @property
+    def rows(self) -> list[int]:
+        file = self.path / "metrics.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="") as opened:
+            return [int(row["step"]) for row in csv.DictReader(opened) if row.get("step")]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.lab.job(self.job)["Restarts"])
+
+    def until_step(self, step: int) -> None:
+        self.lab.until(lambda: self.rows[-1:] >= [step], 120, f"step {step} of {self.path.name}")
+
+    def until_state(self, state: str, seconds: float = 200) -> None:
+        try:
+            ends = {state, "FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"}
+            self.lab.until(lambda: self.lab.state(self.job) in ends, seconds, state)
+            assert self.lab.state(self.job) == state
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{logs(self.path)}\n{status(self.path)}") from None
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        (path,) = sorted((self.path / "checkpoints").glob(f"step-{STEPS:08d}.pt"))
+        return dict(torch.load(path, weights_only=True)["objective"])
+
+
+def same(run: Run, whole: Run, restarts: int = 1) -> None:
+    run.until_state("COMPLETED")
+    assert run.restarts == restarts
+    assert run.rows == list(range(1, STEPS + 1))  # none twice, none missing
+    one, other = whole.weights(), run.weights()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def environment(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()

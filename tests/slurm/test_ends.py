@@ -1,0 +1,100 @@
+"""More that ends a start on a real cluster, and signals that come while another is heeded."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from lab import Lab, call
+from launched import STEPS, Run, environment, same
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+
+def tasks(run: Run) -> list[int]:
+    """The two processes that train, without their loader's workers."""
+    found = call("pgrep", "-f", f"voxelith pretrain .*run={run.path.name} .*{run.path.parent}")
+    return [int(pid) for pid in found.split() if b"SLURM_PROCID=" in environment(pid)]
+
+
+def test_a_real_time_limit_is_near(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """SLURM sends the signal; the tasks stand still until it has, since they would be done."""
+    run = Run(lab, pretrain_corpus, tmp_path, "timed", **{
+        "cluster.time": "00:02:00", "cluster.signal": "USR2@60",
+    })  # fmt: skip
+    run.until_step(20)
+    pids = tasks(run)
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+    def pending(pid: int) -> bool:
+        text = Path(f"/proc/{pid}/status").read_text()
+        (waiting,) = (line.split()[1] for line in text.splitlines() if line.startswith("ShdPnd"))
+        return bool(int(waiting, 16) & 1 << (signal.SIGUSR2 - 1))
+
+    lab.until(lambda: all(map(pending, pids)), 100, "USR2 of SLURM")
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    lab.until(lambda: run.restarts == 1, 60, "requeued")
+    same(run, whole)
+
+
+def test_a_requeue_from_outside(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(lab, pretrain_corpus, tmp_path, "outside")
+    run.until_step(20)
+    call("scontrol", "requeue", run.job)
+    lab.until(lambda: run.restarts == 1, 60, "requeued")
+    assert len(list((run.path / "checkpoints").glob("step-*.pt"))) == 1  # SIGTERM was heeded
+    same(run, whole)
+
+
+def test_signals_that_come_while_another_is_heeded(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """A time limit that is near, and preempted while the state is saved, several times."""
+    run = Run(lab, pretrain_corpus, tmp_path, "burst")
+    run.until_step(20)
+    pids, end = tasks(run), time.monotonic() + 2
+    while time.monotonic() < end:
+        for name in (signal.SIGUSR2, signal.SIGTERM):
+            for pid in pids:
+                os.kill(pid, name)
+        time.sleep(0.003)
+    lab.until(lambda: run.restarts == 1, 60, "requeued")
+    same(run, whole)
+
+
+def test_a_slurmd_that_is_killed_and_comes_back_ends_nothing(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(lab, pretrain_corpus, tmp_path, "slurmd")
+    run.until_step(20)
+    lab.kill_slurmd()
+    time.sleep(2)
+    lab.start_slurmd()
+    same(run, whole, restarts=0)
+
+
+def test_a_node_that_fails_is_a_start_that_ended(
+    lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """slurmd, its steps and the tasks are gone at once, as with a node that loses its power."""
+    run = Run(lab, pretrain_corpus, tmp_path, "node", save_every=10)
+    run.until_step(25)
+    pids = tasks(run)
+    lab.kill_slurmd()
+    steps = call("pgrep", "-f", rf"slurmstepd: \[{run.job}\.").split()
+    for pid in [*map(int, steps), *pids]:
+        os.kill(pid, signal.SIGKILL)
+    assert run.rows[-1] < STEPS
+    lab.start_slurmd()
+    lab.until(lambda: run.restarts == 1, 120, "requeued")
+    same(run, whole)
