@@ -32,6 +32,7 @@ def checks(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_all_is_well_also_where_jobs_must_ask_to_be_requeued(
     lab: Lab, pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -76,6 +77,7 @@ def failed(tmp_path: Path, environment: list[str], *words: str) -> dict[str, tup
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_each_fault_of_a_task_has_its_line(lab: Lab, tmp_path: Path) -> None:
     """The second task has another version, no corpus and no ear; the job may not be requeued."""
@@ -96,6 +98,7 @@ def test_each_fault_of_a_task_has_its_line(lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 @pytest.mark.parametrize("options", ["rw", "ro"])
@@ -117,6 +120,7 @@ def test_a_folder_that_is_another_one_for_a_task(lab: Lab, tmp_path: Path, optio
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_malicious_upload_is_not_imported(lab: Lab, tmp_path: Path) -> None:
     planted = tmp_path / "path" / "lightning-2.6.3.dist-info"
@@ -135,6 +139,7 @@ def test_a_malicious_upload_is_not_imported(lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_an_interrupt_cancels_the_job(lab: Lab, tmp_path: Path) -> None:
     words = [*CLUSTER, f"output={tmp_path / 'doctor'}"]
     call("scontrol", "update", "PartitionName=main", "State=DOWN")

@@ -166,6 +166,7 @@ def preempt(run: Launched) -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("end", "crashes"), [(crash, 1), (near_limit, 0), (preempt, 0)])
 def test_an_element_that_ends_comes_back(
@@ -188,6 +189,7 @@ def test_an_element_that_ends_comes_back(
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_what_no_restart_mends_ends_the_chain(
     lab: Lab, samples: Path, tmp_path: Path, quiet: dict[str, bytes]
