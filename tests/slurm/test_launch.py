@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,22 @@ def test_rendering_quotes_what_a_shell_would_read(tmp_path: Path) -> None:
     file.write_text(script)
     subprocess.run(["bash", "-n", file], check=True)
     assert "'run=$(touch x)'" in script and "'a=`b`'" in script
+
+
+def test_lines_of_an_environment_may_read_what_nobody_has_set(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """As `module load` and `conda activate` do; all else in the script must not."""
+    lines = f'["export PYTHONPATH=/site:$PYTHONPATH", "echo $PYTHONPATH > {tmp_path}/seen"]'
+    cluster, _ = cluster_of([f"cluster.environment={lines}"])
+    script = render(tmp_path / "run", ("pretrain",), cluster)
+    head = script[: script.index("mkdir -p")]  # what comes then needs SLURM
+    done = subprocess.run(
+        ["bash", "-c", head + "\nset -o | grep nounset"],
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (tmp_path / "seen").read_text() == "/site:\n"
+    assert "on" in done.stdout.split()
