@@ -70,6 +70,8 @@ class Lab:
     """The daemons, and what a test asks of them."""
 
     path: Path
+    text: str = CONF
+    pids: tuple[str, ...] = ("slurmd", "slurmctld", "munged")
 
     def start(self) -> Lab:
         for name in ("state", "spool", "log", "run"):
@@ -81,7 +83,7 @@ class Lab:
         key.chmod(0o600)
         ports = free_ports(2)
         facts = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser()}
-        self.conf.write_text(CONF.format(lab=self.path, ports=ports, **facts))
+        self.conf.write_text(self.text.format(lab=self.path, ports=ports, **facts))
         os.environ["SLURM_CONF"] = str(self.conf)
         os.environ["PATH"] += ":/usr/sbin"
         run = self.path / "run"
@@ -115,7 +117,7 @@ class Lab:
     def stop(self) -> None:
         subprocess.run(["scancel", "--user", getpass.getuser()], capture_output=True)
         time.sleep(1)
-        for name in ("slurmd", "slurmctld", "munged"):
+        for name in self.pids:
             try:
                 pid = int((self.path / "run" / f"{name}.pid").read_text())
                 os.kill(pid, 15)
