@@ -1,0 +1,118 @@
+"""Two ranks beside one, a thread each: how many more steps of the same global batch they make.
+
+    python benchmarks/scaling.py --work DIR
+
+MAE on a ViT, on the sample scans, by the real command; runs of one and of two ranks take turns, and
+the steps after the first ten count. Gradients are summed by gloo. What all-reduce and loader need
+on 64 GPUs follows on paper from parameters, and from the GPU's step in docs/results/gpu. Writes
+docs/results/scaling/. The machine must be quiet, and have two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from line import ROOT
+
+OUT = ROOT / "docs" / "results" / "scaling"
+WORDS = ["experiment=mae_small", "trainer=cpu", "trainer.threads=1", "trainer.workers=0",
+         "warmup=5", "steps=60", "log_every=5", "preview_every=0", "health.every=0",
+         "save_every=1000"]  # fmt: skip
+SETTLED = 10
+LINKS = {"100 Gbit/s Ethernet": 12.5e9, "400 Gbit/s InfiniBand": 50e9}
+
+
+def call(*words: str) -> None:
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "voxelith", *words],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def seconds(work: Path, ranks: int, batch: int) -> list[float]:
+    """Seconds of a step, for each logged row."""
+    name = f"ranks-{ranks}-{time.time_ns()}"
+    call("pretrain", f"corpus={work / 'corpus'}", f"run={name}", f"runs={work / 'runs'}", *WORDS,
+         f"batch_size={batch}", f"trainer.devices={ranks}")  # fmt: skip
+    with (work / "runs" / name / "metrics.csv").open(newline="") as file:
+        rows = [(int(r["step"]), float(r["seconds_per_step"])) for r in csv.DictReader(file)]
+    return [spent for step, spent in rows if step > SETTLED]
+
+
+def measured(work: Path, repeats: int, batch: int) -> dict[str, Any]:
+    if not (work / "corpus" / "corpus.json").exists():
+        call("prep", "input=samples/pretrain.csv", f"output={work / 'corpus'}", "keys=names")
+    found: dict[str, list[list[float]]] = {"1": [], "2": []}
+    for _ in range(repeats):
+        for ranks in (1, 2):
+            found[str(ranks)].append(seconds(work, ranks, batch))
+    ratios = [
+        statistics.median(one) / statistics.median(two)
+        for one, two in zip(found["1"], found["2"], strict=True)
+    ]
+    return {"batch_size": batch, "seconds_per_step": found, "ratios": ratios}
+
+
+def parameters() -> int:
+    from conf.compose import settings_for
+    from pretrain.train import build_objective
+
+    said = ["corpus=.", "run=x", "experiment=mae_small"]
+    return sum(p.numel() for p in build_objective(settings_for("pretrain", said), 1).parameters())
+
+
+def on_paper() -> list[dict[str, Any]]:
+    """What 64 ranks need: bytes into a node, and crops out of the loader, in the time of a step."""
+    gpu = json.loads((ROOT / "docs/results/collectives/collectives.json").read_text())
+    return [
+        {
+            "recipe": row["recipe"],
+            "gradient_bytes": row["bytes"],
+            **{link: 2 * 63 / 64 * row["bytes"] / speed for link, speed in LINKS.items()},
+        }
+        for row in gpu["full"]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    chosen = parser.parse_args()
+    work = chosen.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    found = measured(work, chosen.repeats, chosen.batch)
+
+    import torch
+
+    from pretrain.bench import machine
+    from pretrain.run_folder import versions
+
+    weights = parameters()
+    facts = {
+        **found, "parameters": weights, "gradient_bytes": 4 * weights, "load_before": load,
+        "words": WORDS, "machine": machine(torch.device("cpu")), "versions": versions(),
+        "on_paper": on_paper(),
+    }  # fmt: skip
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "scaling.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps({k: facts[k] for k in ("ratios", "parameters", "gradient_bytes")}))
+
+
+if __name__ == "__main__":
+    main()
