@@ -16,6 +16,7 @@ from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.decoders import UNetDecoder
 from pretrain.foreign import open_foreign
 from pretrain.foreign.stored import read_stored
+from pretrain.release import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def test_sparse_features_of_a_mask_that_hides_nothing(
     image = numbers["input.x"]
     hidden = torch.zeros(len(image), 1, *encoder.grids(image.shape)[-1], dtype=torch.bool)
     for stage, found in enumerate(encoder(image, hidden)):
-        assert torch.allclose(found, numbers[f"expected.stage{stage}"], rtol=1e-5, atol=1e-5)
+        # Of the largest value: rounding at values near zero depends on the processor.
+        assert relative_error(found, numbers[f"expected.stage{stage}"]) < 1e-5
 
 
 def test_the_decoder_has_the_reference_names(file: Path, encoder: ResEncUNetEncoder) -> None:
