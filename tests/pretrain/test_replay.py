@@ -74,7 +74,7 @@ def first(chosen: PretrainSettings, world: int = 1) -> tuple[int, int, int]:
     for position in range(AFTER * chosen.batch_size, chosen.steps * chosen.batch_size):
         if corpus.keys[dataset.schedule.sample(position)[2]] == KEY:
             step, within = divmod(position, chosen.batch_size)
-            micro, place = divmod(within, chosen.batch_size // chosen.accumulate)
+            micro, place = divmod(within, chosen.batch_size // chosen.micro_steps)
             return step + 1, micro, place % world
     raise AssertionError("the volume never comes")
 
