@@ -161,7 +161,8 @@ def duration(seconds: float) -> str:
 
 
 def _figures(config: dict[str, Any], log: Log, starts: Sequence[Start]) -> list[tuple[str, str]]:
-    trained = float(np.nansum(log["seconds_per_step"] * np.diff(log["step"], prepend=0)))
+    spans = log["seconds_per_step"] * np.diff(log["step"], prepend=0)
+    trained = float(np.nansum(spans))
     found = [
         ("Steps", f"{_last(log):,} of {int(config['steps']):,}"),
         ("Loss", f"{log['loss'][0]:.3f} to {log['loss'][-1]:.3f}"),
@@ -169,8 +170,7 @@ def _figures(config: dict[str, Any], log: Log, starts: Sequence[Start]) -> list[
     ]
     if "samples_per_second" in log:
         found.append(("Samples a second", f"{np.nanmedian(log['samples_per_second']):.3g}"))
-    weights = np.diff(log["step"], prepend=0) * log["seconds_per_step"]
-    waits = float(np.nansum(log["data_wait"] * weights) / max(np.nansum(weights), 1e-9))
+    waits = float(np.nansum(log["data_wait"] * spans)) / max(trained, 1e-9)
     found.append(("Waiting for data", f"{waits:.0%}"))
     if "memory_gib" in log:
         found.append(("Memory", f"{np.nanmax(log['memory_gib']):.2f} GiB"))

@@ -347,14 +347,19 @@ def submit(folder: Path, text: str, words: list[str], *options: str) -> str:
     script = folder / "job.sbatch"
     write_text(script, text)
     _forget(folder)
+    number = sbatch(script, *options)
+    write_json(folder / NOTE, {"job": number, "words": words})
+    return number
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submits a script that is written; returns the job's number, or raises RuntimeError."""
     done = subprocess.run(
         ["sbatch", "--parsable", *options, script], capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
-    number = done.stdout.strip().partition(";")[0]
-    write_json(folder / NOTE, {"job": number, "words": words})
-    return number
+    return done.stdout.strip().partition(";")[0]
 
 
 def _here(job: Job) -> dict[str, Any]:
@@ -442,11 +447,11 @@ def cancel(run: Path) -> str:
     return number
 
 
-def cancel_job(number: str) -> None:
-    """Raises RuntimeError where SLURM does not let it."""
-    done = subprocess.run(["scancel", number], capture_output=True, text=True)
+def cancel_job(*numbers: str) -> None:
+    """Cancels jobs; raises RuntimeError where SLURM does not let it."""
+    done = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"scancel {number}: {done.stderr.strip()}")
+        raise RuntimeError(f"scancel {' '.join(numbers)}: {done.stderr.strip()}")
 
 
 def _note(run: Path) -> dict[str, Any]:

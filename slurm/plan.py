@@ -97,7 +97,7 @@ def plan(settings: Any, cluster: ClusterSettings, save: Save) -> str:
         (settings.trainer.checkpointing,),
     )
     operations = float(told.flops_per_step) * settings.steps
-    keep = Checkpoints(Path()).keep
+    keep = Checkpoints.KEEP
     (memory,) = told.memory
     where = f"a {'GPU' if on_gpus else 'task'} ({memory.precision}, estimated; libraries add to it)"
     return "\n".join(

@@ -22,7 +22,7 @@ from conf.compose import settings_for
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder, read_note, write_json, write_text
 from data_prep.work import work_root
-from slurm.launch import ACTIVE, NOTE, rendered, require_slurm, states_of
+from slurm.launch import ACTIVE, NOTE, cancel_job, rendered, require_slurm, sbatch, states_of
 from slurm.settings import ClusterSettings, cluster_of
 
 STEPS = {"scan": "scanned", "plan": "", "write": "written", "publish": ""}
@@ -69,7 +69,7 @@ def launch_prep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any
         print("\n".join(scripts.values()), end="")
         return {"output": str(settings.output), "jobs": {}, "scripts": scripts}
     require_slurm()
-    if under_way := [job for job in _jobs(folder).values() if _states(job) & set(ACTIVE)]:
+    if under_way := [job for job in _jobs(folder).values() if set(states_of(job)) & set(ACTIVE)]:
         raise InputError(
             f"{settings.output}: its jobs {', '.join(under_way)} are under way; "
             f"`voxelith launch cancel {settings.output}` ends them"
@@ -131,14 +131,12 @@ def _submit(folder: Path, scripts: dict[str, str]) -> dict[str, str]:
         write_text(script, text)
         after = [f"--dependency=afterok:{job}" for job in list(jobs.values())[-1:]]
         options = [*after, "--kill-on-invalid-dep=yes"] if after else []
-        done = subprocess.run(
-            ["sbatch", "--parsable", *options, script], capture_output=True, text=True
-        )
-        if done.returncode:
+        try:
+            jobs[step] = sbatch(script, *options)
+        except RuntimeError:
             if jobs:
                 subprocess.run(["scancel", *jobs.values()], capture_output=True)
-            raise RuntimeError(f"sbatch refuses {script}: {done.stderr.strip()}")
-        jobs[step] = done.stdout.strip().partition(";")[0]
+            raise
     return jobs
 
 
@@ -197,19 +195,13 @@ def logs(output: Path, lines: int = 40) -> str:
 def cancel(output: Path) -> str:
     """Ends all jobs of an output; what is done is kept, and a launch goes on from there."""
     jobs = list(_jobs(launch_folder(output)).values())
-    done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
+    cancel_job(*jobs)
     return ", ".join(jobs)
 
 
 def _jobs(folder: Path) -> dict[str, str]:
     found = read_note(folder / NOTE).get("jobs")
     return {str(step): str(job) for step, job in found.items()} if isinstance(found, dict) else {}
-
-
-def _states(job: str) -> set[str]:
-    return set(states_of(job))
 
 
 def _changed(path: Path) -> int:
