@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from line import ROOT
+from line import ROOT, quietly, sample_corpus
 
 OUT = ROOT / "docs" / "results" / "plan"
 RUNS = {
@@ -27,24 +25,8 @@ RUNS = {
 }
 
 
-def call(*words: str) -> tuple[float, str]:
-    """Seconds and standard output of a command."""
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "voxelith", *words],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    return time.perf_counter() - began, done.stdout
-
-
 def measure(work: Path, repeats: int) -> list[dict[str, Any]]:
-    corpus = work / "corpus"
-    if not (corpus / "corpus.json").exists():
-        call("prep", "input=samples/pretrain.csv", f"output={corpus}", "keys=names")
+    corpus = sample_corpus(work)
     rows = []
     for number in range(repeats):
         for recipe, words in RUNS.items():
@@ -53,9 +35,9 @@ def measure(work: Path, repeats: int) -> list[dict[str, Any]]:
                 "warmup=10", f"runs={work / 'runs'}", *words,
             ]  # fmt: skip
             load = os.getloadavg()[0]
-            spent, text = call("plan", "--json", *said)
+            spent, text = quietly("plan", "--json", *said)
             planned = json.loads(text.splitlines()[-1])
-            taken, _ = call("pretrain", f"run={recipe}-{number}-{time.time_ns()}", *said)
+            taken, _ = quietly("pretrain", f"run={recipe}-{number}-{time.time_ns()}", *said)
             rows.append(
                 {
                     "recipe": recipe, "words": words, "planned_seconds": planned["seconds"],
@@ -82,8 +64,6 @@ def main() -> None:
     from pretrain.run_folder import versions
 
     OUT.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        row["words"] = list(row["words"])
     facts = {"machine": machine(torch.device("cpu")), "versions": versions(), "runs": rows}
     (OUT / "plan.json").write_text(json.dumps(facts, indent=2) + "\n")
     lines = [

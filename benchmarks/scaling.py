@@ -15,13 +15,11 @@ import csv
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from line import ROOT
+from line import ROOT, quietly, sample_corpus
 
 OUT = ROOT / "docs" / "results" / "scaling"
 WORDS = ["experiment=mae_small", "trainer=cpu", "trainer.threads=1", "trainer.workers=0",
@@ -31,21 +29,10 @@ SETTLED = 10
 LINKS = {"100 Gbit/s Ethernet": 12.5e9, "400 Gbit/s InfiniBand": 50e9}
 
 
-def call(*words: str) -> None:
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "voxelith", *words],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 def seconds(work: Path, ranks: int, batch: int) -> list[float]:
     """Seconds of a step, for each logged row."""
     name = f"ranks-{ranks}-{time.time_ns()}"
-    call("pretrain", f"corpus={work / 'corpus'}", f"run={name}", f"runs={work / 'runs'}", *WORDS,
+    quietly("pretrain", f"corpus={work / 'corpus'}", f"run={name}", f"runs={work / 'runs'}", *WORDS,
          f"batch_size={batch}", f"trainer.devices={ranks}")  # fmt: skip
     with (work / "runs" / name / "metrics.csv").open(newline="") as file:
         rows = [(int(r["step"]), float(r["seconds_per_step"])) for r in csv.DictReader(file)]
@@ -53,8 +40,7 @@ def seconds(work: Path, ranks: int, batch: int) -> list[float]:
 
 
 def measured(work: Path, repeats: int, batch: int) -> dict[str, Any]:
-    if not (work / "corpus" / "corpus.json").exists():
-        call("prep", "input=samples/pretrain.csv", f"output={work / 'corpus'}", "keys=names")
+    sample_corpus(work)
     found: dict[str, list[list[float]]] = {"1": [], "2": []}
     for _ in range(repeats):
         for ranks in (1, 2):
@@ -76,14 +62,14 @@ def parameters() -> int:
 
 def on_paper() -> list[dict[str, Any]]:
     """What 64 ranks need: bytes into a node, and crops out of the loader, in the time of a step."""
-    gpu = json.loads((ROOT / "docs/results/collectives/collectives.json").read_text())
+    counted = json.loads((ROOT / "docs/results/collectives/collectives.json").read_text())
     return [
         {
             "recipe": row["recipe"],
             "gradient_bytes": row["bytes"],
             **{link: 2 * 63 / 64 * row["bytes"] / speed for link, speed in LINKS.items()},
         }
-        for row in gpu["full"]
+        for row in counted["full"]
     ]
 
 
