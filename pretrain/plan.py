@@ -28,6 +28,7 @@ from pretrain.health import interval
 from pretrain.loader import make_loader
 from pretrain.run_folder import Checkpoints, MetricsLog
 from pretrain.settings import PlanSettings, PretrainSettings
+from pretrain.stages import follows
 from pretrain.train import Prepared, make_dataset, plan_objective, prepare
 
 STEPS = 30
@@ -101,17 +102,17 @@ def plan(stages: Mapping[str, PlanSettings]) -> dict[str, Any]:
     Raises:
         InputError: wrong settings or corpus; what `prepare` finds.
     """
-    folder = Path(next(iter(stages.values())).runs) / f".plan-{next(iter(stages.values())).run}"
+    one = next(iter(stages.values()))
+    folder, first = one.runs / f".plan-{one.run}", one.init
     plans: dict[str, Plan] = {}
     before: Path | None = None
-    first = next(iter(stages.values())).init
     main = rank_zero_only.rank == 0
     if main:
         make_folder(folder.parent, "runs")
         shutil.rmtree(folder, ignore_errors=True)
     try:
         for name, settings in stages.items():
-            if before is not None and settings.init in (None, first):
+            if follows(settings, first, before):
                 settings = settings.model_copy(update={"init": before})
             prepared = prepare(_short(settings, folder))
             found = _measure(prepared, settings)
@@ -122,10 +123,10 @@ def plan(stages: Mapping[str, PlanSettings]) -> dict[str, Any]:
     finally:
         if main:
             shutil.rmtree(folder, ignore_errors=True)
-    total = sum(one.seconds for one in plans.values())
+    total = sum(found.seconds for found in plans.values())
     if main and len(plans) > 1:
         print(f"all {len(plans)} stages: {total / 3600:.3g} hours")
-    return {"seconds": total, "stages": {name: asdict(one) for name, one in plans.items()}}
+    return {"seconds": total, "stages": {name: asdict(found) for name, found in plans.items()}}
 
 
 def _short(settings: PlanSettings, folder: Path) -> PretrainSettings:
@@ -164,7 +165,7 @@ def _measure(prepared: Prepared, wanted: PretrainSettings) -> Measured:
     spent = time.perf_counter() - began
     if rank_zero_only.rank != 0:
         sys.exit(0)  # rank 0 tells the rest
-    rows = [row for row in MetricsLog(run.path / "metrics.csv", STEPS).rows()]
+    rows = MetricsLog(run.path / "metrics.csv", STEPS).rows()
     late = [row for row in rows if row["step"] > SETTLED]
     per_step = sum(row["seconds_per_step"] for row in late) / len(late)
     looks = MetricsLog(run.path / "health.csv", STEPS).rows()

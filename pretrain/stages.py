@@ -35,13 +35,12 @@ def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
     path: Path | None = None
     first = next(iter(stages.values())).init
     for name, settings in stages.items():
-        # What is typed for all stages is meant for the first.
-        follows = path is not None and settings.init in (None, first)
-        if follows:
+        goes_on = follows(settings, first, path)
+        if goes_on:
             settings = settings.model_copy(update={"init": path})
-        state = before.shapes() if follows and before is not None else None
+        state = before.shapes() if goes_on and before is not None else None
         try:
-            before = prepare(settings, follows=follows, before=state)
+            before = prepare(settings, follows=goes_on, before=state)
             prepared.append(before)
         except InputError as error:
             before = None
@@ -61,3 +60,14 @@ def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
     if main:
         print(f"Next: voxelith export {prepared[-1].run.path} release/")
     return [one.run.path for one in prepared]
+
+
+def follows(settings: PretrainSettings, first: Path | None, before: Path | None) -> bool:
+    """Whether a stage begins from the one before it.
+
+    Args:
+        settings: of the stage.
+        first: where the first stage begins; what is typed for all stages is meant for that one.
+        before: run of the stage before; None for the first stage.
+    """
+    return before is not None and settings.init in (None, first)
