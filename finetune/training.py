@@ -20,7 +20,7 @@ from pretrain.run_folder import RunFolder
 
 ENDS = {
     "finished": "finished",
-    "requeue": "near its time limit: saved and requeued",
+    "requeue": "time limit near: saved, to be queued again",
     "preempted": "SIGTERM: saved",
     "interrupted": "interrupted",
 }

@@ -244,11 +244,11 @@ def _by_text(errors: Mapping[int, str]) -> str:
     by: dict[str, list[int]] = {}
     for number, text in errors.items():
         by.setdefault(text, []).append(number)
-    return "; ".join(f"{_tasks(sorted(numbers))}: {text}" for text, numbers in by.items())
+    return "; ".join(f"{_tasks(numbers)}: {text}" for text, numbers in by.items())
 
 
 def _tasks(numbers: Iterable[int]) -> str:
-    listed = [str(n) for n in numbers]
+    listed = [str(n) for n in sorted(numbers)]  # they come as they were heard
     return f"task{'s' if len(listed) > 1 else ''} {', '.join(listed)}"
 
 
