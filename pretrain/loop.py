@@ -436,6 +436,7 @@ class _Watch(L.Callback):
         self.optimizer_state = optimizer_state
         self.waited = 0.0
         self.repeats = False
+        self.bar: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         first = trainer.strategy.broadcast(self.loop.step)
@@ -510,6 +511,12 @@ class _Watch(L.Callback):
         waited = (time.perf_counter() - self.saved) / 60
         due = self.main and waited >= self.loop.settings.save_minutes
         return max(self.loop.preemption.asked, Ask.SAVE if due else Ask.NOTHING)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if self.bar is not None:  # or it prints its last state after the error's own words
+            self.bar.close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.main:

@@ -298,7 +298,10 @@ def test_accumulated_steps_equal_whole_ones(pretrain_corpus: Path, tmp_path: Pat
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(
-    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretrain_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The loss may still be fine in the very step whose gradient ruins the weights."""
     from pretrain.objectives.cnn_mae import CnnMAE
@@ -316,6 +319,8 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
         pretrain(settings(pretrain_corpus, tmp_path, "nan", steps=4, save_every=1, log_every=1))
     (only,) = (tmp_path / "nan" / "checkpoints").glob("*")
     assert only.name == "step-00000001.pt"
+    # The bar ends with the run, and not when its last reader lets go of it.
+    assert "pretrain:  25%" in capsys.readouterr().err
 
 
 def test_sigterm_saves_and_does_not_look_like_success(
