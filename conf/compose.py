@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from conf.signatures import class_arguments
 from data_prep.errors import InputError, attempt, by_stage, config_text, near, plain_message
-from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE
+from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE, several
 
 HERE = Path(__file__).parent
 
@@ -479,11 +479,12 @@ def _absent(model: type[BaseModel], line: Line) -> list[str]:
     """Inputs that are not there: said here along with other problems, else by who opens them."""
     wanted = [key for key, setting in _fields(model) if MUST_EXIST in setting.metadata]
     remote = [key for key, setting in _fields(model) if _may_be_remote(setting)]
-    given = {key: line.values[key] for key in wanted if key in line.values}
+    given = {key: several(line.values[key]) for key in wanted if key in line.values}
     return [
-        f"{k}={v}: is not there"
+        f"{k}={one}: is not there"
         for k, v in given.items()
-        if not (k in remote and _is_remote(v)) and not Path(v).exists()
+        for one in (v if isinstance(v, list) else [v])
+        if not (k in remote and _is_remote(one)) and not Path(one).exists()
     ]
 
 

@@ -173,8 +173,7 @@ def _side_problems(corpus: Corpus) -> list[str]:
     """Fingerprints and splits."""
     problems = []
     try:
-        if list(corpus.fingerprints()) != corpus.keys:
-            problems.append(f"{corpus.path}: the fingerprints are of other samples")
+        corpus.fingerprints()
     except InputError as error:
         problems += error.problems
     known = set(corpus.keys)

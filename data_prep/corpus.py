@@ -11,8 +11,10 @@ import hashlib
 import json
 import mmap
 import os
-from collections import OrderedDict
-from collections.abc import Callable
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_prep.errors import CorruptionError, InputError, named
+from data_prep.errors import CorruptionError, InputError, attempt, named
 from data_prep.fingerprint import as_text
 from data_prep.shards import PAYLOADS, canonical_json, read_table, touched_chunks
 from data_prep.volume import NativeGrid, Volume
@@ -36,6 +38,8 @@ FINGERPRINTS_FILE = "fingerprints.parquet"
 # Open shards per process; an mmap holds a file descriptor, and limits start at 1024.
 OPEN_SHARDS = 64
 
+_SHARD = re.compile(r"shards/\d{6,}\.tar")
+
 Triple = tuple[int, int, int]
 
 
@@ -44,59 +48,73 @@ def shard_name(number: int) -> str:
     return f"shards/{number:06d}.tar"
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Where a shard lies and how large it must be."""
+
+    path: Path
+    bytes: int
+
+
 class Corpus:
-    """A finished corpus on a local disk; make one with `Corpus.open`.
+    """A finished corpus on a local disk, or several as one; make one with `Corpus.open`.
 
     Safe to use after a fork (each process maps the shards anew) and to send to spawned workers
     (the path travels, not the data). Samples are numbered in the order of the index, which is the
-    order of their keys and of their bytes.
+    order of their keys and of their bytes; those of several corpora follow one another, and have
+    the corpus's number before their key: 1/KEY, 2/KEY.
+
+    Attributes:
+        paths: of the corpora.
+        info: corpus.json; of several what they have together.
     """
 
-    def __init__(self, path: Path, info: dict[str, Any], table: pa.Table) -> None:
-        self.path = path
-        self.info = info
-        self._table = table
+    def __init__(
+        self, paths: Sequence[Path], infos: Sequence[dict[str, Any]], tables: Sequence[pa.Table]
+    ) -> None:
+        self.paths = tuple(paths)
+        self._infos = list(infos)
+        self.info = infos[0] if len(infos) == 1 else _together(paths, infos)
+        self._table = tables[0] if len(tables) == 1 else _joined(infos, tables)
+        self._shards = [
+            Shard(path / shard["name"], int(shard["bytes"]))
+            for path, info in zip(paths, infos, strict=True)
+            for shard in info["shards"]
+        ]
         self._columns: dict[str, np.ndarray] = {}
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._pid = os.getpid()
 
     @classmethod
-    def open(cls, path: str | Path) -> Corpus:
-        """Open the corpus directory at `path`.
+    def open(cls, path: str | Path, *more: str | Path) -> Corpus:
+        """Open the corpus directory at `path`; `more` of them are opened as one with it.
 
         Raises:
-            InputError: nothing is there, it is no corpus, or of a format this program cannot read.
+            InputError: nothing is there, it is no corpus, or of a format this program cannot read;
+                or several differ in kind or spacing.
             CorruptionError: the index is not the one that corpus.json describes.
         """
-        root = Path(path)
-        info = _read_info(root)
-        index_path = root / info["index"]["file"]
-        if not index_path.is_file():
-            raise InputError(
-                f"{root}: the index {info['index']['file']} is missing; copy the corpus again, "
-                "or write it again with `voxelith prep`"
-            )
-        data = index_path.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        if found != info["index"]["sha256"]:
-            raise CorruptionError(
-                f"{index_path}: sha256 is {found[:12]}..., corpus.json says "
-                f"{info['index']['sha256'][:12]}...; the index is damaged or of another corpus"
-            )
-        try:
-            table = _read_parquet(data)
-        except pa.ArrowException as error:
-            raise CorruptionError(f"{index_path}: not a Parquet file ({error})") from error
-        return cls(root, info, table)
+        paths = [Path(one) for one in (path, *more)]
+        infos = [_read_info(one) for one in paths]
+        tables = [_read_index(one, info) for one, info in zip(paths, infos, strict=True)]
+        return cls(paths, infos, tables)
 
-    def __reduce__(self) -> tuple[Callable[[str | Path], Corpus], tuple[Path]]:
-        return Corpus.open, (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Path, ...]]:
+        return Corpus.open, self.paths
+
+    @property
+    def path(self) -> Path:
+        """Of the corpus, the first one of several."""
+        return self.paths[0]
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.paths))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
     def __repr__(self) -> str:
-        return f"Corpus({str(self.path)!r}, {len(self)} {self.info['kind']} volumes)"
+        return f"Corpus({str(self)!r}, {len(self)} {self.info['kind']} volumes)"
 
     @property
     def index_hash(self) -> str:
@@ -116,7 +134,17 @@ class Corpus:
     @cached_property
     def keys(self) -> list[str]:
         """The key of every sample, in order."""
-        return list(self._table.column("key").to_pylist())
+        keys = self._table.column("key").to_pylist()
+        if len(self.paths) > 1:
+            return [f"{n}/{key}" for n, key in zip(self.corpora + 1, keys, strict=True)]
+        return list(keys)
+
+    @cached_property
+    def corpora(self) -> np.ndarray:
+        """Int64 `[n]`: which of several corpora each sample is of, from 0."""
+        if len(self.paths) == 1:
+            return np.zeros(len(self), dtype=np.int64)
+        return self.column("corpus").astype(np.int64)
 
     @cached_property
     def subjects(self) -> list[str]:
@@ -127,6 +155,12 @@ class Corpus:
     def modalities(self) -> list[str]:
         """CT or MR for every sample, in order."""
         return list(self._table.column("modality").to_pylist())
+
+    def groups(self, by: str) -> list[str]:
+        """What each sample belongs to: a column of text, or the number of its corpus from 1."""
+        if by == "corpus":
+            return [str(n + 1) for n in self.corpora]
+        return list(self._table.column(by).to_pylist())
 
     @cached_property
     def shapes(self) -> np.ndarray:
@@ -160,13 +194,12 @@ class Corpus:
             CorruptionError: naming each shard that is not.
         """
         problems = []
-        for shard in self.info["shards"]:
-            path = self.path / shard["name"]
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard["bytes"]:
+        for shard in self._shards:
+            found = shard.path.stat().st_size if shard.path.is_file() else None
+            if found != shard.bytes:
                 what = "is missing" if found is None else f"has {found} bytes"
                 problems.append(
-                    f"{path}: {what}, corpus.json says {shard['bytes']} bytes; copy it again"
+                    f"{shard.path}: {what}, corpus.json says {shard.bytes} bytes; copy it again"
                 )
         if problems:
             raise CorruptionError(problems)
@@ -284,15 +317,13 @@ class Corpus:
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint per key, as comparable text `algorithm-version:hex`."""
-        path = self.path / FINGERPRINTS_FILE
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: {FINGERPRINTS_FILE} is missing") from None
-        if hashlib.sha256(data).hexdigest() != self.info["fingerprints"]["sha256"]:
-            raise CorruptionError(f"{path}: its sha256 is not the one in corpus.json")
-        table = _read_parquet(data)
-        return {row["key"]: as_text(row) for row in table.to_pylist()}
+        rows: list[dict[str, Any]] = []
+        for path, info in zip(self.paths, self._infos, strict=True):
+            rows += _read_prints(path, info["fingerprints"])
+        stated = [row["key"] for row in rows]
+        if stated != self._table.column("key").to_pylist():
+            raise CorruptionError(f"{self}: the fingerprints are of other samples")
+        return {key: as_text(row) for key, row in zip(self.keys, rows, strict=True)}
 
     def scan_prints(self) -> dict[str, set[str]]:
         """Per key all fingerprints under which its scans may be known elsewhere.
@@ -313,19 +344,18 @@ class Corpus:
         if shard in self._maps:
             self._maps.move_to_end(shard)
             return self._maps[shard]
-        name = shard_name(shard)
-        expected = int(self.info["shards"][shard]["bytes"])
+        path, expected = self._shards[shard].path, self._shards[shard].bytes
         try:
-            with (self.path / name).open("rb") as file:
+            with path.open("rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != expected:
                     raise CorruptionError(
-                        f"{self.path}/{name} has {found} bytes, corpus.json says {expected}; "
-                        "copy the shard again"
+                        f"{path} has {found} bytes, corpus.json says {expected}; copy the shard "
+                        "again"
                     )
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise CorruptionError(f"{self.path}/{name} is missing; copy the shard again") from None
+            raise CorruptionError(f"{path} is missing; copy the shard again") from None
         self._maps[shard] = mapped
         if len(self._maps) > OPEN_SHARDS:
             # Not closed: another thread may be reading; it unmaps when the last reader lets go.
@@ -361,7 +391,7 @@ class Corpus:
     def _open_frame(self, i: int, payload: str, offset: int) -> Any:
         try:
             return blosc2.open(
-                str(self.path / shard_name(int(self.shards[i]))),
+                str(self._shards[int(self.shards[i])].path),
                 mode="r",
                 offset=offset,
                 mmap_mode="r",
@@ -372,13 +402,13 @@ class Corpus:
 
     def _damaged(self, i: int, payload: str, what: str) -> CorruptionError:
         return CorruptionError(
-            f"{self.path}/{shard_name(int(self.shards[i]))}: sample {self.keys[i]}, payload "
+            f"{self._shards[int(self.shards[i])].path}: sample {self.keys[i]}, payload "
             f"{payload} {what}; copy the shard again (`voxelith check` lists all damage)"
         )
 
 
-def open_corpus(path: Path, key: str) -> Corpus:
-    """Opens the corpus that a setting names and looks for its shards.
+def open_corpus(path: Path | Sequence[Path], key: str) -> Corpus:
+    """Opens the corpus, or corpora, that a setting names and looks for the shards.
 
     Raises:
         InputError: it is not there, no corpus or not whole; each problem begins with `key=path`.
@@ -389,7 +419,14 @@ def open_corpus(path: Path, key: str) -> Corpus:
         corpus.require_shards()
         return corpus
 
-    return named(key, path, work)
+    if isinstance(path, Path):
+        return named(key, path, work)
+    problems: list[str] = []
+    for one in path:
+        attempt(problems, named, key, one, work)
+    if problems:
+        raise InputError(problems)
+    return Corpus.open(*path)
 
 
 def split_hash(data: dict[str, Any]) -> str:
@@ -406,6 +443,80 @@ def _read_parquet(data: bytes) -> pa.Table:
     """
     with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
         return file.read(use_threads=False)
+
+
+def _read_index(root: Path, info: Mapping[str, Any]) -> pa.Table:
+    path = root / info["index"]["file"]
+    if not path.is_file():
+        raise InputError(
+            f"{root}: the index {path.name} is missing; copy the corpus again, or write it again "
+            "with `voxelith prep`"
+        )
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != info["index"]["sha256"]:
+        raise CorruptionError(
+            f"{path}: sha256 is {found[:12]}..., corpus.json says "
+            f"{info['index']['sha256'][:12]}...; the index is damaged or of another corpus"
+        )
+    try:
+        return _read_parquet(data)
+    except pa.ArrowException as error:
+        raise CorruptionError(f"{path}: not a Parquet file ({error})") from error
+
+
+def _read_prints(root: Path, stated: Mapping[str, str]) -> list[dict[str, Any]]:
+    path = root / stated["file"]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{root}: {path.name} is missing") from None
+    if hashlib.sha256(data).hexdigest() != stated["sha256"]:
+        raise CorruptionError(f"{path}: its sha256 is not the one in corpus.json")
+    return list(_read_parquet(data).to_pylist())
+
+
+def _together(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several corpora have together.
+
+    Raises:
+        InputError: they differ in what all volumes of a corpus have in common.
+    """
+    problems = []
+    for name, values in (
+        ("kind", [info["kind"] for info in infos]),
+        ("spacing", [info["options"].get("spacing") for info in infos]),
+    ):
+        if any(value != values[0] for value in values):
+            said = ", ".join(f"{path}: {value}" for path, value in zip(paths, values, strict=True))
+            problems.append(f"several corpora as one need the same {name}, found {said}")
+    if problems:
+        raise InputError(problems)
+    counts: dict[str, Counter[str]] = {"modality": Counter(), "source": Counter()}
+    counts["licence"] = Counter()
+    for info in infos:
+        for name, found in counts.items():
+            found.update(info["counts"][name])
+    hashes = "".join(info["index"]["sha256"] for info in infos)
+    return {
+        "kind": infos[0]["kind"],
+        "classes": [],
+        "options": {"spacing": infos[0]["options"].get("spacing")},
+        "counts": {name: dict(sorted(found.items())) for name, found in counts.items()},
+        "shards": [shard for info in infos for shard in info["shards"]],
+        "index": {"sha256": hashlib.sha256(hashes.encode()).hexdigest()},
+    }
+
+
+def _joined(infos: Sequence[Mapping[str, Any]], tables: Sequence[pa.Table]) -> pa.Table:
+    """Rows of several corpora; shards are counted on, and a column says which corpus it is."""
+    made, first = [], 0
+    for number, (info, table) in enumerate(zip(infos, tables, strict=True)):
+        shard = pa.array(table.column("shard").to_numpy() + np.int32(first), type=pa.int32())
+        table = table.set_column(table.column_names.index("shard"), "shard", shard)
+        made.append(table.append_column("corpus", pa.array([number] * len(table), pa.int32())))
+        first += len(info["shards"])
+    return pa.concat_tables(made)
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -431,4 +542,7 @@ def _read_info(root: Path) -> dict[str, Any]:
     ]
     if missing:
         raise CorruptionError(f"{path}: lacks {', '.join(missing)}")
+    strange = [s["name"] for s in info["shards"] if not _SHARD.fullmatch(str(s["name"]))]
+    if strange:
+        raise CorruptionError(f"{path}: no name of a shard: {', '.join(map(repr, strange[:3]))}")
     return info

@@ -26,6 +26,13 @@ RELEASE = "release"
 """Marks such a one that must be a release: what is known of others is made one."""
 
 
+def several(value: Any) -> Any:
+    """A list of paths in the words of the command line, `[/data/a,/data/b]`; else the value."""
+    if isinstance(value, str) and re.fullmatch(r"\[.+\]", value):
+        return [one.strip().strip("'\"") for one in value[1:-1].split(",")]
+    return value
+
+
 class PrepSettings(BaseModel):
     """Settings of one prep; `conf/prep.yaml` holds the same defaults.
 

@@ -178,7 +178,7 @@ class Health:
         """What watching cost."""
         return (
             f"health: {self.looks} look{'s' * (self.looks != 1)}, {self.seconds:.1f} s, "
-            f"{self.share:.1%} of the time; {self.run / 'health.csv'}"
+            f"{self.share:.1%} of the time; health.csv"
         )
 
     def look(

@@ -115,7 +115,7 @@ class Replay:
         corpus = open_corpus(self.settings.corpus, "corpus")
         if corpus.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
-                f"{self.settings.corpus}: is not the corpus that {run.path} was trained on "
+                f"{corpus}: is not the corpus that {run.path} was trained on "
                 f"(index {corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
                 "put that one back"
             )

@@ -8,7 +8,8 @@ owns whole lanes reads only their shards, so N nodes each fetch about 1/N of the
 Global batch t is positions [t G, (t + 1) G) of the concatenated epochs. It does not depend on
 ranks, workers or their start method, so the state of the loader is two numbers, the same on every
 rank, and another world size continues with exactly the next sample. An epoch has every sample
-once; a batch may hold the end of one epoch and the beginning of the next, so nothing is dropped.
+once, or as often as its weight says; a batch may hold the end of one epoch and the beginning of
+the next, so nothing is dropped.
 """
 
 from __future__ import annotations
@@ -35,6 +36,25 @@ def generator(use: str, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
+def _counts(times: NDArray[np.float64], total: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """How often each sample comes in an epoch: its `times`, rounded down or up, `total` in all.
+
+    What is left of `times` is laid end to end in random order, and a comb with a tooth at each
+    whole number falls on it (systematic sampling): each is hit with its own probability, none
+    twice, and the share of any group strays far less than if samples were drawn one by one.
+    """
+    counts = np.floor(times + 1e-9).astype(np.int64)
+    rest = np.maximum(times - counts, 0.0)
+    mixed = rng.permutation(len(times))
+    teeth = np.arange(total - counts.sum()) + rng.random()
+    ends = np.cumsum(rest[mixed])
+    hit = np.searchsorted(ends, teeth, side="right")
+    # Where rounding leaves the last tooth beyond the end, it falls on the last that has a rest.
+    hit = np.minimum(hit, np.flatnonzero(rest[mixed] > 0).max(initial=0))
+    counts[mixed[hit]] += 1
+    return counts
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The order in which samples of a corpus are used.
@@ -43,24 +63,35 @@ class Schedule:
         shards: shard number of each sample [n]; the sample's position in this array is its id.
         seed: of the order and of every draw that a sample makes.
         lanes: number of lanes P, fixed for a run and recorded with it.
+        times: how often each sample comes in an epoch, on average [n]; None: once. A sample of
+            2.3 comes twice or three times in each; their sum is the epoch's length, and whole.
     """
 
     shards: NDArray[np.int64]
     seed: int
     lanes: int = 8
+    times: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if len(self.shards) == 0:
             raise ValueError("a schedule needs at least one sample")
+        length = len(self.shards)
+        if self.times is not None:
+            length = round(float(self.times.sum()))
+            if len(self.times) != len(self.shards) or self.times.min() < 0 or length < 1:
+                raise ValueError("times: expected a number for each sample, and none below zero")
+            if abs(length - self.times.sum()) > 1e-6 * length:
+                raise ValueError(f"times: add up to {self.times.sum()}, expected a whole number")
+        object.__setattr__(self, "_length", length)
         # Dataclasses hash by value; the order of an epoch is cached per schedule object instead.
         object.__setattr__(self, "_order", lru_cache(maxsize=2)(self._make_order))
 
     def __len__(self) -> int:
         """Samples in an epoch."""
-        return len(self.shards)
+        return self._length  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"shards": self.shards, "seed": self.seed, "lanes": self.lanes}
+        return {name: getattr(self, name) for name in ("shards", "seed", "lanes", "times")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         for name, value in state.items():
@@ -68,20 +99,26 @@ class Schedule:
         self.__post_init__()
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """Sample ids of one epoch, each once, in the order of their use [n]."""
+        """Sample ids of one epoch in the order of their use [len(self)]."""
         return self._order(epoch)  # type: ignore[attr-defined]
 
     def _make_order(self, epoch: int) -> NDArray[np.int64]:
         rng = generator("order", self.seed, epoch)
-        lanes = [self._shuffle_lane(rng, lane) for lane in self._deal_shards(rng)]
+        ids = np.arange(len(self.shards))
+        if self.times is not None:
+            drawn = generator("times", self.seed, epoch)
+            ids = np.repeat(ids, _counts(self.times, len(self), drawn))
+        lanes = [self._shuffle_lane(rng, lane) for lane in self._deal_shards(rng, ids)]
         # Lanes take turns; when the shortest is used up, the others go on taking turns.
         turn = np.concatenate([np.arange(len(lane)) for lane in lanes])
         number = np.concatenate([np.full(len(lane), i) for i, lane in enumerate(lanes)])
         return np.concatenate(lanes)[np.lexsort((number, turn))]
 
-    def _deal_shards(self, rng: np.random.Generator) -> list[list[NDArray[np.int64]]]:
+    def _deal_shards(
+        self, rng: np.random.Generator, ids: NDArray[np.int64]
+    ) -> list[list[NDArray[np.int64]]]:
         """Deals whole shards to lanes in random order, each to the lane with the fewest samples."""
-        by_shard = np.argsort(self.shards, kind="stable")
+        by_shard = ids[np.argsort(self.shards[ids], kind="stable")]
         cuts = np.flatnonzero(np.diff(self.shards[by_shard])) + 1
         shards = np.split(by_shard, cuts)
         lanes: list[list[NDArray[np.int64]]] = [[] for _ in range(min(self.lanes, len(shards)))]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     field_validator,
@@ -17,7 +18,7 @@ from pydantic import (
 
 from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
-from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE
+from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE, several
 from pretrain.ramps import cosine
 
 Side = Annotated[int, Field(ge=1, le=2048)]
@@ -216,6 +217,41 @@ def _run_name(name: str) -> str:
 RunName = Annotated[str, AfterValidator(_run_name)]
 
 
+class SamplingSettings(BaseModel):
+    """How often volumes come in an epoch.
+
+    By default each once. With `by`, groups of volumes get the shares of an epoch that `weights`
+    say, 2 twice as much as 1, whatever their sizes: within a group all volumes come equally often,
+    and an epoch stays as long as the corpus is.
+
+    Attributes:
+        by: what makes a group: a column of the index, or which of several corpora, from 1.
+        weights: of each group; one of 0 is left out.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: Literal["source", "modality", "sequence", "corpus"] | None = None
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _names_are_text(cls, weights: Any) -> Any:
+        return {str(k): v for k, v in weights.items()} if isinstance(weights, dict) else weights
+
+    @model_validator(mode="after")
+    def _weights_have_groups(self) -> Self:
+        if (self.by is None) != (not self.weights):
+            raise ValueError(
+                "by and weights: give both, such as by=modality weights={CT: 1, MR: 2}"
+            )
+        return self
+
+
+Corpora = Path | tuple[Path, ...]
+SEVERAL = BeforeValidator(several)
+
+
 FREE = frozenset(
     {
         "corpus", "runs", "resume", "trainer", "log_every", "save_every", "save_minutes",
@@ -231,7 +267,7 @@ The weights that it began from are a part, but not where they lie: see `pretrain
 class PretrainSettings(LoopSettings):
     """The keys of conf/pretrain.yaml."""
 
-    corpus: Annotated[Path, MUST_EXIST]
+    corpus: Annotated[Corpora, SEVERAL, MUST_EXIST]
     run: RunName
     runs: Path = Path("runs")
     accumulate: Annotated[int, Field(ge=1)] | None = None
@@ -244,6 +280,7 @@ class PretrainSettings(LoopSettings):
     objective: dict[str, Any]
     intensity: IntensitySettings = IntensitySettings()
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
+    sampling: SamplingSettings = SamplingSettings()
     weight_decay_end: Annotated[float, Field(gt=0, lt=10)] | None = None
     flip: tuple[bool, bool, bool] = (True, True, True)
     health: HealthSettings = HealthSettings()
@@ -310,7 +347,7 @@ Variant = Literal["float32", "bf16", "float32-compiled", "bf16-compiled"]
 class BenchSettings(PretrainSettings):
     """The keys of conf/bench.yaml: a pretraining, and how its step is measured."""
 
-    corpus: Annotated[Path | None, MUST_EXIST] = None  # type: ignore[assignment]
+    corpus: Annotated[Corpora | None, SEVERAL, MUST_EXIST] = None  # type: ignore[assignment]
     channels: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] | None = None

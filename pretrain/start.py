@@ -258,10 +258,11 @@ def corpus_of(run: RunFolder, index_hash: str) -> Corpus:
     Raises:
         InputError: it is gone, or another one lies in its place.
     """
-    corpus = Corpus.open(Path(run.config()["corpus"]))
+    paths = run.config()["corpus"]
+    corpus = Corpus.open(*([paths] if isinstance(paths, str) else paths))
     if corpus.index_hash != index_hash:
         raise InputError(
-            f"{corpus.path}: is not the corpus that {run.path} was trained on (index hash "
+            f"{corpus}: is not the corpus that {run.path} was trained on (index hash "
             f"{corpus.index_hash[:12]}, its checkpoint says {index_hash[:12]}); "
             "its fingerprints are needed: restore it"
         )

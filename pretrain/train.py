@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.corpus import Corpus, open_corpus
@@ -33,7 +34,7 @@ from pretrain.probe import Probe
 from pretrain.release import TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
-from pretrain.settings import PretrainSettings, check_same, ranks_that_fit
+from pretrain.settings import PretrainSettings, SamplingSettings, check_same, ranks_that_fit
 from pretrain.start import (
     Start,
     begin_from,
@@ -185,6 +186,8 @@ def prepare(
         attempt(problems, _check_run, run, settings)
     corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     channels = None if corpus is None else attempt(problems, corpus_channels, corpus)
+    if corpus is not None:
+        attempt(problems, times_of, settings.sampling, corpus)
     make = attempt(problems, plan_objective, settings, channels or 1)
     if main and make is not None:
         attempt(problems, _check_micro_steps, make, settings)
@@ -329,15 +332,38 @@ def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
 
 def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: Crops = ONE) -> CropDataset:
     """All volumes of the corpus in the run's order."""
+    times = times_of(settings.sampling, corpus)
     return CropDataset(
         corpus,
         np.arange(len(corpus)),
-        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes),
+        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes, times),
         _preprocess(settings, corpus),
         settings.crop_size,
         crops=crops,
         augment=settings.augment,
     )
+
+
+def times_of(sampling: SamplingSettings, corpus: Corpus) -> NDArray[np.float64] | None:
+    """How often each volume comes in an epoch, on average; None: once.
+
+    Raises:
+        InputError: groups without a weight, weights without a group, or all of them zero.
+    """
+    if sampling.by is None:
+        return None
+    groups = np.array(list(map(str, corpus.groups(sampling.by))))
+    names, number, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    there = ", ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True))
+    missing, strange = set(names) - sampling.weights.keys(), sampling.weights.keys() - set(names)
+    if missing or strange or not any(sampling.weights.values()):
+        raise InputError(
+            f"sampling.weights={sampling.weights}: expected a weight for each {sampling.by} of the "
+            f"corpus, one above 0 at least; volumes there are: {there}"
+        )
+    weights = np.array([sampling.weights[name] for name in names])
+    times = len(corpus) * weights / weights.sum() / sizes
+    return np.asarray(times[number])
 
 
 def _preprocess(settings: PretrainSettings, corpus: Corpus | None) -> Preprocess:
@@ -442,7 +468,7 @@ def corpus_channels(corpus: Corpus) -> int:
     counts = np.unique(corpus.shapes[:, 0])
     if len(counts) != 1:
         raise InputError(
-            f"{corpus.path}: volumes have {' and '.join(map(str, counts))} channels; "
+            f"{corpus}: volumes have {' and '.join(map(str, counts))} channels; "
             "an encoder needs one number, so make a corpus of each"
         )
     return int(counts[0])

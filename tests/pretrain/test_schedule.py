@@ -97,3 +97,55 @@ def test_a_million_samples_plan_quickly_enough_to_start() -> None:
     schedule = Schedule(np.repeat(np.arange(10_000), 100), seed=0, lanes=64)
     order = schedule.order(0)
     assert np.bincount(order, minlength=len(schedule)).max() == 1
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_times_are_kept_in_every_epoch(case: int, seed: int) -> None:
+    """Each sample its times rounded down or up; over epochs its times on average; all in all L."""
+    rng = np.random.default_rng((seed, case))
+    shards = shards_of(rng, int(rng.integers(1, 20)))
+    times = rng.exponential(size=len(shards)) * (rng.random(len(shards)) < 0.8) + 1e-3
+    length = int(rng.integers(1, 4 * len(shards)))
+    times *= length / times.sum()
+    schedule = Schedule(shards, seed=case, lanes=3, times=times)
+    epochs = 400
+    counts = np.stack(
+        [np.bincount(schedule.order(e), minlength=len(shards)) for e in range(epochs)]
+    )
+    assert len(schedule) == length and (counts.sum(1) == length).all()
+    assert ((counts == np.floor(times + 1e-9)) | (counts == np.ceil(times - 1e-9))).all()
+    # A rest of r comes with chance r: five standard deviations of the mean of Bernoulli draws.
+    rest = times - np.floor(times)
+    bound = 5 * np.sqrt(rest * (1 - rest) / epochs) + 1e-6
+    assert (np.abs(counts.mean(0) - times) <= bound + 1 / epochs).all()
+
+
+def test_whole_times_are_exact_and_none_leaves_a_sample_out(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shards = shards_of(rng, 9)
+    times = rng.integers(0, 4, len(shards)).astype(float)
+    times[0] = 1
+    schedule = Schedule(shards, seed=1, lanes=4, times=times)
+    for epoch in range(3):
+        assert (np.bincount(schedule.order(epoch), minlength=len(shards)) == times).all()
+    once = Schedule(shards, seed=1, lanes=4, times=np.ones(len(shards)))
+    assert (once.order(5) == Schedule(shards, seed=1, lanes=4).order(5)).all()
+
+
+def test_a_group_has_its_share_of_each_epoch(seed: int) -> None:
+    """Half of the samples from 3 % of the volumes: within one draw for the group as a whole.
+
+    Drawn one by one the share of an epoch would stray by sqrt(n / 4) = 16 samples.
+    """
+    group = np.arange(1000) < 30
+    times = np.where(group, 500 / 30, 500 / 970)
+    schedule = Schedule(np.arange(1000) // 10, seed=seed, times=times)
+    shares = np.array([group[schedule.order(epoch)].sum() for epoch in range(50)])
+    assert np.abs(shares - 500).max() <= 6 and abs(shares.mean() - 500) < 2
+
+
+def test_times_that_cannot_be_kept_are_refused() -> None:
+    shards = np.zeros(3, dtype=np.int64)
+    for times in ([0.5, 0.2, 0.2], [0.0, 0.0, 0.0], [-1.0, 1.0, 1.0], [1.0, 1.0]):
+        with pytest.raises(ValueError, match="times"):
+            Schedule(shards, seed=0, times=np.array(times))

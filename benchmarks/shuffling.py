@@ -1,0 +1,110 @@
+"""How well the order of samples is mixed: pairs in a batch that belong together, beside chance.
+
+    python benchmarks/shuffling.py
+
+Volumes lie in shards in the order of their keys. With names as keys the scans of a subject are
+neighbours; with hashes (the default of `voxelith prep`) they lie anywhere. Counted over whole
+epochs is how often two samples of a global batch are of one shard or one subject; ideal is a
+uniform permutation, in closed form. Beside it what shuffling costs: shards that are in use at
+once, which is what a cache must hold. Writes docs/results/shuffling/; seconds, no data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from line import ROOT
+from numpy.typing import NDArray
+
+from pretrain.schedule import WINDOW, Schedule, generator
+
+OUT = ROOT / "docs" / "results" / "shuffling"
+SCANS = 3
+"""Of a subject, one after the other."""
+EPOCHS = 5
+CASES = [
+    # volumes, in a shard, batch, lanes
+    (1_000, 20, 32, 8),
+    (36_000, 20, 64, 8),
+    (36_000, 20, 64, 64),
+    (36_000, 20, 512, 64),
+    (115_000, 40, 512, 64),
+]
+
+
+def paired(order: NDArray[np.int64], group: NDArray[np.int64], batch: int) -> float:
+    """The chance that two samples of a batch are of one group."""
+    whole = order[: len(order) // batch * batch].reshape(-1, batch)
+    rows = np.sort(group[whole], axis=1)
+    pairs = 0
+    for row in rows:
+        counts = np.unique(row, return_counts=True)[1]
+        pairs += int((counts * (counts - 1)).sum())
+    return pairs / (len(rows) * batch * (batch - 1))
+
+
+def ideal(group: NDArray[np.int64]) -> float:
+    """The same for a uniform permutation."""
+    counts = np.unique(group, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (len(group) * (len(group) - 1)))
+
+
+def measured(volumes: int, per_shard: int, batch: int, lanes: int, seed: int) -> dict[str, Any]:
+    shard = np.arange(volumes) // per_shard
+    neighbours = np.arange(volumes) // SCANS
+    anywhere = generator("subjects", seed).permutation(neighbours)
+    schedule = Schedule(shard, seed, lanes)
+    orders = [schedule.order(epoch) for epoch in range(EPOCHS)]
+    found: dict[str, Any] = {
+        "volumes": volumes, "per_shard": per_shard, "batch": batch, "lanes": lanes, "seed": seed,
+        "shards_at_once": min(lanes * WINDOW, volumes // per_shard), "shards": int(shard.max()) + 1,
+    }  # fmt: skip
+    for name, group in (
+        ("shard", shard),
+        ("subject, keys=names", neighbours),
+        ("subject, keys=hmac", anywhere),
+    ):
+        each = [paired(order, group, batch) for order in orders]
+        found[name] = {"each": each, "mean": float(np.mean(each)), "ideal": ideal(group)}
+    return found
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    rows = [measured(*case, seed=0) for case in CASES]
+    OUT.mkdir(parents=True, exist_ok=True)
+    facts = {"numpy": np.__version__, "python": sys.version.split()[0], "epochs": EPOCHS}
+    (OUT / "shuffling.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    names = ("shard", "subject, keys=names", "subject, keys=hmac")
+    lines = [
+        "# How well the order is mixed",
+        "",
+        f"`python benchmarks/shuffling.py`: the chance that two samples of a global batch are of "
+        f"one shard or subject ({SCANS} scans each), mean of {EPOCHS} epochs, and in brackets that "
+        "of a uniform permutation of all volumes. No volume comes twice in an epoch, so two of "
+        "one volume meet only where a batch spans two epochs.",
+        "",
+        f"| volumes | in a shard | batch | lanes | shards at once | {' | '.join(names)} |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [f"{row[name]['mean']:.2%} ({row[name]['ideal']:.3%})" for name in names]
+        lines.append(
+            f"| {row['volumes']:,} | {row['per_shard']} | {row['batch']} | {row['lanes']} | "
+            f"{row['shards_at_once']} of {row['shards']:,} | {' | '.join(cells)} |"
+        )
+    lines += [
+        "",
+        f"{WINDOW} shards of each lane are mixed. More lanes mix better and need a larger cache "
+        "where shards come from elsewhere; on a local disk they cost nothing.",
+    ]
+    (OUT / "shuffling.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
