@@ -740,7 +740,7 @@ def _show(text: str) -> None:
 
 def _say_wrong(error: InputError, as_json: bool) -> None:
     from data_prep.errors import CorruptionError, LeftOutError
-    from pretrain.references import without_secrets
+    from data_prep.references import without_secrets
 
     if as_json and isinstance(error, LeftOutError):
         print(json.dumps(error.result))

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from conf.signatures import class_arguments
 from data_prep.errors import InputError, attempt, by_stage, config_text, near, plain_message
-from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE, several
+from data_prep.settings import ADDRESS, MUST_EXIST, REFERENCE, RELEASE, several
 
 HERE = Path(__file__).parent
 
@@ -478,7 +478,11 @@ def _text_keys(model: type[BaseModel]) -> set[str]:
 def _absent(model: type[BaseModel], line: Line) -> list[str]:
     """Inputs that are not there: said here along with other problems, else by who opens them."""
     wanted = [key for key, setting in _fields(model) if MUST_EXIST in setting.metadata]
-    remote = [key for key, setting in _fields(model) if _may_be_remote(setting)]
+    remote = [
+        key
+        for key, setting in _fields(model)
+        if _may_be_remote(setting) or ADDRESS in setting.metadata
+    ]
     given = {key: several(line.values[key]) for key in wanted if key in line.values}
     return [
         f"{k}={one}: is not there"
@@ -518,7 +522,7 @@ def _may_be_remote(setting: FieldInfo) -> bool:
 
 
 def _is_remote(value: str) -> bool:
-    from pretrain.references import is_reference
+    from data_prep.references import is_reference
     from pretrain.registry import KNOWN
 
     return is_reference(value) or value in KNOWN

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,10 @@ import xxhash
 
 from data_prep.errors import CorruptionError, InputError, attempt, named
 from data_prep.fingerprint import as_text
+from data_prep.references import is_reference
+from data_prep.remote import Remote, Shelf
 from data_prep.shards import PAYLOADS, canonical_json, read_table, touched_chunks
+from data_prep.storage import Frame, Shard, Storage
 from data_prep.volume import NativeGrid, Volume
 
 FORMAT = 1
@@ -35,12 +35,10 @@ CORPUS_FILE = "corpus.json"
 INDEX_FILE = "index.parquet"
 FINGERPRINTS_FILE = "fingerprints.parquet"
 
-# Open shards per process; an mmap holds a file descriptor, and limits start at 1024.
-OPEN_SHARDS = 64
-
 _SHARD = re.compile(r"shards/\d{6,}\.tar")
 
 Triple = tuple[int, int, int]
+Root = Path | Remote
 
 
 def shard_name(number: int) -> str:
@@ -48,16 +46,8 @@ def shard_name(number: int) -> str:
     return f"shards/{number:06d}.tar"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Where a shard lies and how large it must be."""
-
-    path: Path
-    bytes: int
-
-
 class Corpus:
-    """A finished corpus on a local disk, or several as one; make one with `Corpus.open`.
+    """A finished corpus, here or elsewhere, or several as one; make one with `Corpus.open`.
 
     Safe to use after a fork (each process maps the shards anew) and to send to spawned workers
     (the path travels, not the data). Samples are numbered in the order of the index, which is the
@@ -65,50 +55,61 @@ class Corpus:
     the corpus's number before their key: 1/KEY, 2/KEY.
 
     Attributes:
-        paths: of the corpora.
         info: corpus.json; of several what they have together.
     """
 
     def __init__(
-        self, paths: Sequence[Path], infos: Sequence[dict[str, Any]], tables: Sequence[pa.Table]
+        self,
+        roots: Sequence[Root],
+        infos: Sequence[dict[str, Any]],
+        tables: Sequence[pa.Table],
+        shelf: Shelf | None = None,
     ) -> None:
-        self.paths = tuple(paths)
+        self._roots = list(roots)
         self._infos = list(infos)
-        self.info = infos[0] if len(infos) == 1 else _together(paths, infos)
+        self.info = infos[0] if len(infos) == 1 else _together(roots, infos)
         self._table = tables[0] if len(tables) == 1 else _joined(infos, tables)
-        self._shards = [
-            Shard(path / shard["name"], int(shard["bytes"]))
-            for path, info in zip(paths, infos, strict=True)
-            for shard in info["shards"]
-        ]
+        self._storage = Storage(
+            [
+                Shard(root, shard["name"], int(shard["bytes"]), str(shard["sha256"]))
+                for root, info in zip(roots, infos, strict=True)
+                for shard in info["shards"]
+            ],
+            shelf,
+        )
         self._columns: dict[str, np.ndarray] = {}
-        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self._pid = os.getpid()
 
     @classmethod
-    def open(cls, path: str | Path, *more: str | Path) -> Corpus:
-        """Open the corpus directory at `path`; `more` of them are opened as one with it.
+    def open(cls, path: str | Path, *more: str | Path, shelf: Shelf | None = None) -> Corpus:
+        """Open the corpus at `path`; `more` of them are opened as one with it.
+
+        Args:
+            path: a directory, or an address, `https://...` or `s3://...`.
+            more: of these.
+            shelf: where shards from elsewhere are kept; None: only the bytes that are read come.
 
         Raises:
             InputError: nothing is there, it is no corpus, or of a format this program cannot read;
                 or several differ in kind or spacing.
             CorruptionError: the index is not the one that corpus.json describes.
+            UnreachableError: a server does not answer.
         """
-        paths = [Path(one) for one in (path, *more)]
-        infos = [_read_info(one) for one in paths]
-        tables = [_read_index(one, info) for one, info in zip(paths, infos, strict=True)]
-        return cls(paths, infos, tables)
+        roots = [_root(one) for one in (path, *more)]
+        infos = [_read_info(one) for one in roots]
+        tables = [_read_index(one, info) for one, info in zip(roots, infos, strict=True)]
+        return cls(roots, infos, tables, shelf)
 
-    def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Path, ...]]:
-        return Corpus.open, self.paths
+    def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Any, ...]]:
+        addresses = [r if isinstance(r, Path) else r.address for r in self._roots]
+        return partial(Corpus.open, shelf=self._storage.shelf), tuple(addresses)
 
     @property
     def path(self) -> Path:
         """Of the corpus, the first one of several."""
-        return self.paths[0]
+        return Path(str(self._roots[0]))
 
     def __str__(self) -> str:
-        return " and ".join(map(str, self.paths))
+        return " and ".join(map(str, self._roots))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -135,14 +136,14 @@ class Corpus:
     def keys(self) -> list[str]:
         """The key of every sample, in order."""
         keys = self._table.column("key").to_pylist()
-        if len(self.paths) > 1:
+        if len(self._roots) > 1:
             return [f"{n}/{key}" for n, key in zip(self.corpora + 1, keys, strict=True)]
         return list(keys)
 
     @cached_property
     def corpora(self) -> np.ndarray:
         """Int64 `[n]`: which of several corpora each sample is of, from 0."""
-        if len(self.paths) == 1:
+        if len(self._roots) == 1:
             return np.zeros(len(self), dtype=np.int64)
         return self.column("corpus").astype(np.int64)
 
@@ -192,17 +193,23 @@ class Corpus:
 
         Raises:
             CorruptionError: naming each shard that is not.
+            InputError, UnreachableError: a remote one does not come.
         """
-        problems = []
-        for shard in self._shards:
-            found = shard.path.stat().st_size if shard.path.is_file() else None
-            if found != shard.bytes:
-                what = "is missing" if found is None else f"has {found} bytes"
-                problems.append(
-                    f"{shard.path}: {what}, corpus.json says {shard.bytes} bytes; copy it again"
-                )
-        if problems:
-            raise CorruptionError(problems)
+        self._storage.require()
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Where shards from elsewhere are kept, if any are."""
+        remote = any(isinstance(root, Remote) for root in self._roots)
+        return self._storage.shelf if remote else None
+
+    def bring(self, shard: int) -> bool:
+        """Has a shard from elsewhere come to the shelf before it is read; whether it had to.
+
+        Raises:
+            InputError, CorruptionError, UnreachableError: it does not come; who reads it is told.
+        """
+        return self._storage.bring(shard)
 
     def position(self, key: str) -> int:
         """The number of the sample with this key; InputError if there is none."""
@@ -221,7 +228,10 @@ class Corpus:
 
     def meta(self, i: int) -> dict[str, Any]:
         """KEY.json of sample `i`, verified."""
-        data = self._bytes(i, "json", self.column("json_offset")[i], self.column("json_size")[i])
+        shard = int(self.shards[i])
+        if self._storage.is_ranged(shard):
+            self._frame(i, "image")  # which comes next, and brings this along
+        (data,) = self._storage.pieces(shard, [self._span(i, "json")])
         if xxhash.xxh3_64_intdigest(data) != int(self.column("json_xxh3")[i]):
             raise self._damaged(i, "json", "is not what the index says")
         result: dict[str, Any] = json.loads(data)
@@ -257,24 +267,27 @@ class Corpus:
             last = tuple(full)
         if any(a < 0 or a >= b or b > n for a, b, n in zip(first, last, full, strict=True)):
             raise ValueError(f"box {first} to {last} does not lie inside {tuple(full)}")
-        offset = int(self.column(f"{payload}_offset")[i])
-        table = self._table_of(i, payload)
-        view = memoryview(self._map(int(self.shards[i])))
+        frame, table = self._frame(i, payload)
+        ends = (0, len(table) - 1)
+        frame.need(ends)
+        view = memoryview(frame.view)
         try:
-            for row, what in ((0, "header"), (len(table) - 1, "index")):
-                self._verify(i, payload, what, view, offset, table[row])
-            frame = self._open_frame(i, payload, offset)
+            for row, what in zip(ends, ("header", "index"), strict=True):
+                self._verify(i, payload, what, view, frame.base, table[row])
+            array = self._open_frame(i, payload, frame)
             shape = (*lead, *full)
-            if tuple(frame.shape) != shape:
-                raise self._damaged(i, payload, f"has shape {frame.shape}, the index says {shape}")
+            if tuple(array.shape) != shape:
+                raise self._damaged(i, payload, f"has shape {array.shape}, the index says {shape}")
             low, high = (0,) * len(lead) + first, lead + last
-            for chunk in touched_chunks(shape, tuple(frame.chunks), low, high):
-                self._verify(i, payload, f"chunk {chunk}", view, offset, table[chunk + 1])
+            chunks = touched_chunks(shape, tuple(array.chunks), low, high)
+            frame.need(chunks + 1)
+            for chunk in chunks:
+                self._verify(i, payload, f"chunk {chunk}", view, frame.base, table[chunk + 1])
         finally:
             view.release()
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         try:
-            return np.asarray(frame[box])
+            return np.asarray(array[box])
         except RuntimeError as error:
             raise self._damaged(i, payload, f"does not decompress ({error})") from error
 
@@ -318,8 +331,8 @@ class Corpus:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint per key, as comparable text `algorithm-version:hex`."""
         rows: list[dict[str, Any]] = []
-        for path, info in zip(self.paths, self._infos, strict=True):
-            rows += _read_prints(path, info["fingerprints"])
+        for root, info in zip(self._roots, self._infos, strict=True):
+            rows += _read_prints(root, info["fingerprints"]["sha256"])
         stated = [row["key"] for row in rows]
         if stated != self._table.column("key").to_pylist():
             raise CorruptionError(f"{self}: the fingerprints are of other samples")
@@ -337,48 +350,26 @@ class Corpus:
             found[self.keys[i]] |= {as_text(c["fingerprint"]) for c in channels}
         return found
 
-    def _map(self, shard: int) -> mmap.mmap:
-        if os.getpid() != self._pid:
-            # After a fork the maps are the parent's; leave them to it and start afresh.
-            self._maps, self._pid = OrderedDict(), os.getpid()
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
-        path, expected = self._shards[shard].path, self._shards[shard].bytes
-        try:
-            with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != expected:
-                    raise CorruptionError(
-                        f"{path} has {found} bytes, corpus.json says {expected}; copy the shard "
-                        "again"
-                    )
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise CorruptionError(f"{path} is missing; copy the shard again") from None
-        self._maps[shard] = mapped
-        if len(self._maps) > OPEN_SHARDS:
-            # Not closed: another thread may be reading; it unmaps when the last reader lets go.
-            self._maps.popitem(last=False)
-        return mapped
+    def _frame(self, i: int, payload: str) -> tuple[Frame, np.ndarray]:
+        def read(data: bytes) -> np.ndarray:
+            if xxhash.xxh3_64_intdigest(data) != int(self.column(f"{payload}_chunks_xxh3")[i]):
+                raise self._damaged(i, payload, "has a damaged chunk table")
+            try:
+                return read_table(data, int(self.column(f"{payload}_size")[i]))
+            except CorruptionError as error:
+                raise self._damaged(i, payload, f"is unreadable: {error}") from error
 
-    def _bytes(self, i: int, payload: str, offset: int, size: int) -> bytes:
-        data = self._map(int(self.shards[i]))[int(offset) : int(offset) + int(size)]
-        if len(data) != int(size):
-            raise self._damaged(i, payload, "lies outside its shard")
-        return data
-
-    def _table_of(self, i: int, payload: str) -> np.ndarray:
-        prefix = f"{payload}_chunks"
-        data = self._bytes(
-            i, prefix, self.column(f"{prefix}_offset")[i], self.column(f"{prefix}_size")[i]
+        return self._storage.frame(
+            int(self.shards[i]),
+            self._span(i, payload),
+            self._span(i, f"{payload}_chunks"),
+            read,
+            self._span(i, "json"),
         )
-        if xxhash.xxh3_64_intdigest(data) != int(self.column(f"{prefix}_xxh3")[i]):
-            raise self._damaged(i, payload, "has a damaged chunk table")
-        try:
-            return read_table(data, int(self.column(f"{payload}_size")[i]))
-        except CorruptionError as error:
-            raise self._damaged(i, payload, f"is unreadable: {error}") from error
+
+    def _span(self, i: int, member: str) -> tuple[int, int]:
+        start = int(self.column(f"{member}_offset")[i])
+        return start, start + int(self.column(f"{member}_size")[i])
 
     def _verify(
         self, i: int, payload: str, what: str, view: memoryview, offset: int, row: np.void
@@ -388,12 +379,12 @@ class Corpus:
         if xxhash.xxh3_64_intdigest(region) != int(row["xxh3"]):
             raise self._damaged(i, payload, f"is damaged in its {what}")
 
-    def _open_frame(self, i: int, payload: str, offset: int) -> Any:
+    def _open_frame(self, i: int, payload: str, frame: Frame) -> Any:
         try:
             return blosc2.open(
-                str(self._shards[int(self.shards[i])].path),
+                frame.path,
                 mode="r",
-                offset=offset,
+                offset=frame.offset,
                 mmap_mode="r",
                 dparams=blosc2.DParams(nthreads=1),
             )
@@ -402,20 +393,21 @@ class Corpus:
 
     def _damaged(self, i: int, payload: str, what: str) -> CorruptionError:
         return CorruptionError(
-            f"{self._shards[int(self.shards[i])].path}: sample {self.keys[i]}, payload "
+            f"{self._storage.shards[int(self.shards[i])]}: sample {self.keys[i]}, payload "
             f"{payload} {what}; copy the shard again (`voxelith check` lists all damage)"
         )
 
 
-def open_corpus(path: Path | Sequence[Path], key: str) -> Corpus:
+def open_corpus(path: Path | Sequence[Path], key: str, shelf: Shelf | None = None) -> Corpus:
     """Opens the corpus, or corpora, that a setting names and looks for the shards.
 
     Raises:
         InputError: it is not there, no corpus or not whole; each problem begins with `key=path`.
+        UnreachableError: a server does not answer.
     """
 
     def work(path: Path) -> Corpus:
-        corpus = Corpus.open(path)
+        corpus = Corpus.open(path, shelf=shelf)
         corpus.require_shards()
         return corpus
 
@@ -426,7 +418,7 @@ def open_corpus(path: Path | Sequence[Path], key: str) -> Corpus:
         attempt(problems, named, key, one, work)
     if problems:
         raise InputError(problems)
-    return Corpus.open(*path)
+    return Corpus.open(*path, shelf=shelf)
 
 
 def split_hash(data: dict[str, Any]) -> str:
@@ -445,38 +437,55 @@ def _read_parquet(data: bytes) -> pa.Table:
         return file.read(use_threads=False)
 
 
-def _read_index(root: Path, info: Mapping[str, Any]) -> pa.Table:
-    path = root / info["index"]["file"]
-    if not path.is_file():
+def _root(path: str | Path) -> Root:
+    return Remote(str(path)) if is_reference(str(path)) else Path(path)
+
+
+def _shown(root: Root, name: str) -> str:
+    return str(root / name) if isinstance(root, Path) else root.shown(name)
+
+
+def _read_file(root: Root, name: str) -> bytes | None:
+    """A file of a corpus beside its shards; None where a directory has none."""
+    if isinstance(root, Remote):
+        return root.whole(name)
+    try:
+        return (root / name).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
+    data, shown = _read_file(root, INDEX_FILE), _shown(root, INDEX_FILE)
+    if data is None:
         raise InputError(
-            f"{root}: the index {path.name} is missing; copy the corpus again, or write it again "
+            f"{root}: the index {INDEX_FILE} is missing; copy the corpus again, or write it again "
             "with `voxelith prep`"
         )
-    data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != info["index"]["sha256"]:
         raise CorruptionError(
-            f"{path}: sha256 is {found[:12]}..., corpus.json says "
+            f"{shown}: sha256 is {found[:12]}..., corpus.json says "
             f"{info['index']['sha256'][:12]}...; the index is damaged or of another corpus"
         )
     try:
         return _read_parquet(data)
     except pa.ArrowException as error:
-        raise CorruptionError(f"{path}: not a Parquet file ({error})") from error
+        raise CorruptionError(f"{shown}: not a Parquet file ({error})") from error
 
 
-def _read_prints(root: Path, stated: Mapping[str, str]) -> list[dict[str, Any]]:
-    path = root / stated["file"]
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{root}: {path.name} is missing") from None
-    if hashlib.sha256(data).hexdigest() != stated["sha256"]:
-        raise CorruptionError(f"{path}: its sha256 is not the one in corpus.json")
+def _read_prints(root: Root, sha256: str) -> list[dict[str, Any]]:
+    data = _read_file(root, FINGERPRINTS_FILE)
+    if data is None:
+        raise InputError(f"{root}: {FINGERPRINTS_FILE} is missing")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptionError(
+            f"{_shown(root, FINGERPRINTS_FILE)}: its sha256 is not the one in corpus.json"
+        )
     return list(_read_parquet(data).to_pylist())
 
 
-def _together(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _together(roots: Sequence[Root], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What several corpora have together.
 
     Raises:
@@ -488,7 +497,7 @@ def _together(paths: Sequence[Path], infos: Sequence[Mapping[str, Any]]) -> dict
         ("spacing", [info["options"].get("spacing") for info in infos]),
     ):
         if any(value != values[0] for value in values):
-            said = ", ".join(f"{path}: {value}" for path, value in zip(paths, values, strict=True))
+            said = ", ".join(f"{root}: {value}" for root, value in zip(roots, values, strict=True))
             problems.append(f"several corpora as one need the same {name}, found {said}")
     if problems:
         raise InputError(problems)
@@ -519,19 +528,17 @@ def _joined(infos: Sequence[Mapping[str, Any]], tables: Sequence[pa.Table]) -> p
     return pa.concat_tables(made)
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    if "://" in str(root) or str(root).startswith(("http:/", "https:/", "s3:/")):
-        raise InputError(f"{root}: only local corpora can be opened; copy it to a disk first")
-    if not root.is_dir():
+def _read_info(root: Root) -> dict[str, Any]:
+    if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{root}: no such directory; `voxelith prep` writes a corpus")
-    path = root / CORPUS_FILE
-    if not path.is_file():
+    path, data = _shown(root, CORPUS_FILE), _read_file(root, CORPUS_FILE)
+    if data is None:
         raise InputError(
             f"{root}: not a corpus, it has no {CORPUS_FILE}; `voxelith prep input={root} "
             "output=...` makes one from scans"
         )
     try:
-        info = json.loads(path.read_bytes())
+        info = json.loads(data)
     except ValueError as error:
         raise CorruptionError(f"{path}: not JSON ({error})") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:

@@ -22,6 +22,9 @@ MUST_EXIST = "must exist"
 REFERENCE = "reference"
 """Marks one whose path may also be a reference or the name of a known checkpoint, to be fetched."""
 
+ADDRESS = "address"
+"""Marks one that may also be the address of a corpus, which is read where it lies."""
+
 RELEASE = "release"
 """Marks such a one that must be a release: what is known of others is made one."""
 

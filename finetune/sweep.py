@@ -39,12 +39,12 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_text
 from data_prep.progress import bar
+from data_prep.references import is_reference
 from finetune.experiments import expanded, with_family
 from finetune.forecast import forecast
 from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
 from finetune.train import is_finished, make_plan
-from pretrain.references import is_reference
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
 

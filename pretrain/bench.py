@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
@@ -29,7 +28,7 @@ from pretrain.estimate import Estimate, bare_loop, estimate, raw_batch
 from pretrain.loop import compile_parts
 from pretrain.run_folder import versions
 from pretrain.settings import BenchSettings, Variant
-from pretrain.train import build_objective, corpus_channels
+from pretrain.train import build_objective, corpus_channels, corpus_for
 
 PHASES = ("forward", "backward", "optimiser")
 
@@ -362,7 +361,7 @@ def _processor() -> str:
 def _channels(settings: BenchSettings) -> int:
     if settings.channels is not None:
         return settings.channels
-    return corpus_channels(open_corpus(settings.corpus, "corpus")) if settings.corpus else 1
+    return corpus_channels(corpus_for(settings)) if settings.corpus else 1
 
 
 def _setting(settings: BenchSettings) -> dict[str, Any]:

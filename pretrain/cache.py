@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import write_json
+from data_prep.references import Reference, is_safe
 from pretrain.manifest import file_digest, read_manifest
-from pretrain.references import Reference, is_safe
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.download import (
+    DENIED,
+    LIMIT,
+    Bucket,
+    Source,
+    Web,
+    download,
+    folder_source,
+    retried,
+)
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import make_folder
+from data_prep.references import WEIGHTS, Reference, is_reference, is_safe, parse
 from pretrain.cache import Cache, Fetched, cache_folder
-from pretrain.download import LIMIT, Bucket, Source, Web, download, retried
 from pretrain.manifest import MAX_TEXT, file_digest, listed_files, read_manifest, stored_shapes
-from pretrain.references import WEIGHTS, Reference, is_reference, is_safe, parse
 from pretrain.registry import KNOWN, reference_of
 
 SUMS = "SHA256SUMS"
@@ -185,24 +194,12 @@ def _take_release(wanted: Reference, cache: Cache, origin: Origin, limit: int) -
 def _origin(wanted: Reference) -> Origin:
     if wanted.kind == "hub":
         return _on_the_hub(wanted)
-    url, query = wanted.url, ""
-    if wanted.kind == "web":
-        url, question, rest = wanted.url.partition("?")
-        query = question + rest
-    folder = url.rsplit("/", 1)[0] if wanted.is_file else url
-
-    def shown(name: str) -> str:
-        return wanted.shown if wanted.is_file else f"{wanted.shown.rstrip('/')}/{name}"
-
+    if not wanted.is_file:
+        return Origin(folder_source(wanted), lambda name: f"{wanted.shown.rstrip('/')}/{name}")
     if wanted.kind == "bucket":
-        return Origin(Bucket(folder), shown)
-    source = Web(
-        lambda name: wanted.url if wanted.is_file else f"{folder}/{name}{query}",
-        shown,
-        wanted.headers,
-        denied="a signed address may have run out; a password goes before the host, USER:PASSWORD@",
-    )
-    return Origin(source, shown)
+        return Origin(Bucket(wanted.url.rsplit("/", 1)[0]), lambda name: wanted.shown)
+    source = Web(lambda name: wanted.url, lambda name: wanted.shown, wanted.headers, denied=DENIED)
+    return Origin(source, lambda name: wanted.shown)
 
 
 def _on_the_hub(wanted: Reference) -> Origin:

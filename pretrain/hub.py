@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.download import PassingError
 from data_prep.errors import InputError, UnreachableError
-from pretrain.download import PassingError
+from data_prep.references import Reference, parse
 from pretrain.manifest import FILES, OPTIONAL, read_manifest
-from pretrain.references import Reference, parse
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError, differences, last_error
 from data_prep.progress import bar
+from pretrain.ahead import Ahead
 from pretrain.augment import Augment
 from pretrain.checksums import check_equal, halves, tensor_sums
 from pretrain.collectives import Agreement, world_size
@@ -116,6 +117,10 @@ class Loop:
     def progress(self) -> float:
         """Share of the optimiser steps that are done."""
         return self.step / self.settings.steps
+
+    def micro_step(self) -> int:
+        """Micro-steps since the start of the run, of which the next is under way."""
+        return self.step * self.settings.micro_steps + self._micro
 
     def make_optimizer(self, objective: Objective) -> torch.optim.Optimizer:
         """The settings' optimiser over the objective's parameter groups."""
@@ -437,6 +442,7 @@ class _Watch(L.Callback):
         self.waited = 0.0
         self.repeats = False
         self.bar: Any = None
+        self.ahead: Ahead | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         first = trainer.strategy.broadcast(self.loop.step)
@@ -472,6 +478,8 @@ class _Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.waited += time.perf_counter() - self.ended
+        if self.ahead is None and trainer.local_rank == 0:
+            self.ahead = self._begin_ahead(trainer)  # now that workers are there: no fork follows
         self.loop.neighbours.beat(self.loop.step)
 
     def on_train_batch_end(
@@ -506,6 +514,18 @@ class _Watch(L.Callback):
                 raise Preempted(ask, step)
         self.ended = time.perf_counter()
 
+    def _begin_ahead(self, trainer: L.Trainer) -> Ahead:
+        loop, chosen = self.loop, self.loop.settings
+        return Ahead(
+            loop.dataset,
+            loop.micro_step,
+            last=loop.stretch().steps.stop * chosen.micro_steps,
+            batch_size=chosen.batch_size // chosen.micro_steps,
+            node=trainer.node_rank,
+            nodes=trainer.num_nodes,
+            local=trainer.world_size // trainer.num_nodes,
+        )
+
     def _wish(self) -> Ask:
         """What this rank wants done: rank 0 has the clock, and each hears signals."""
         waited = (time.perf_counter() - self.saved) / 60
@@ -515,10 +535,14 @@ class _Watch(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        if self.ahead is not None:
+            self.ahead.end()
         if self.bar is not None:  # or it prints its last state after the error's own words
             self.bar.close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.ahead is not None:
+            self.ahead.end()
         if self.main:
             self.bar.close()
             if self.loop.health is not None and self.loop.health.looks:

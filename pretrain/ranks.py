@@ -35,8 +35,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from data_prep.errors import CorruptionError, InputError, NeighbourError, last_error
 from data_prep.files import read_note, write_json
+from data_prep.references import without_secrets
 from pretrain.collectives import is_of_another_rank
-from pretrain.references import without_secrets
 
 LOOK_SECONDS = 1.0
 GRACE_SECONDS = 5.0

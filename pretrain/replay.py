@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
@@ -40,7 +39,7 @@ from pretrain.objective import Batch
 from pretrain.previews import PLANES, aspects, planes
 from pretrain.run_folder import RunFolder, load_checkpoint
 from pretrain.settings import PretrainSettings
-from pretrain.train import build_objective, make_dataset
+from pretrain.train import build_objective, corpus_for, make_dataset
 
 
 @dataclass
@@ -112,7 +111,7 @@ class Replay:
         self.run = run
         self.settings = PretrainSettings.model_validate(config)
         facts = json.loads((run.path / "run.json").read_text())
-        corpus = open_corpus(self.settings.corpus, "corpus")
+        corpus = corpus_for(self.settings)
         if corpus.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
                 f"{corpus}: is not the corpus that {run.path} was trained on "

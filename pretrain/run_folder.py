@@ -38,7 +38,7 @@ import torch
 
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic, make_folder, read_note, write_json, write_text
-from pretrain.references import without_secrets
+from data_prep.references import without_secrets
 
 HEARTBEAT_SECONDS = 30
 STALE_SECONDS = 300
@@ -182,9 +182,18 @@ class RunFolder:
 
     def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
         """Writes what was asked for and with what it runs."""
-        write_json(self.config_path, config)
+        write_json(self.config_path, _shown(config))
         said = [without_secrets(word) for word in command]
         write_json(self.path / "run.json", {"command": said, "versions": versions(), **facts})
+
+
+def _shown(config: Any) -> Any:
+    """Settings without what is secret in addresses."""
+    if isinstance(config, dict):
+        return {name: _shown(value) for name, value in config.items()}
+    if isinstance(config, list):
+        return [_shown(value) for value in config]
+    return without_secrets(config) if isinstance(config, str) else config
 
 
 def _owner(file: Path) -> dict[str, Any]:

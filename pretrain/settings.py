@@ -18,7 +18,7 @@ from pydantic import (
 
 from data_prep.errors import InputError, differences
 from data_prep.preprocess import Rule
-from data_prep.settings import MUST_EXIST, REFERENCE, RELEASE, several
+from data_prep.settings import ADDRESS, MUST_EXIST, REFERENCE, RELEASE, several
 from pretrain.ramps import cosine
 
 Side = Annotated[int, Field(ge=1, le=2048)]
@@ -248,6 +248,21 @@ class SamplingSettings(BaseModel):
         return self
 
 
+class RemoteSettings(BaseModel):
+    """What of a corpus behind https:// or s3:// is kept on each node.
+
+    Attributes:
+        cache_gb: of shards, each fetched once; 0: only the bytes that crops touch are fetched, and
+            nothing is kept.
+        folder: where shards are kept, on a disk of the node.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    cache_gb: Annotated[float, Field(ge=0)] = 0.0
+    folder: Path | None = None
+
+
 Corpora = Path | tuple[Path, ...]
 SEVERAL = BeforeValidator(several)
 
@@ -255,7 +270,7 @@ SEVERAL = BeforeValidator(several)
 FREE = frozenset(
     {
         "corpus", "runs", "resume", "trainer", "log_every", "save_every", "save_minutes",
-        "preview_every", "loggers", "accumulate", "health", "init",
+        "preview_every", "loggers", "accumulate", "health", "init", "remote",
     }
 )  # fmt: skip
 """What is no part of what a run is: where it runs, how often it logs, where folders lie.
@@ -267,7 +282,7 @@ The weights that it began from are a part, but not where they lie: see `pretrain
 class PretrainSettings(LoopSettings):
     """The keys of conf/pretrain.yaml."""
 
-    corpus: Annotated[Corpora, SEVERAL, MUST_EXIST]
+    corpus: Annotated[Corpora, SEVERAL, MUST_EXIST, ADDRESS]
     run: RunName
     runs: Path = Path("runs")
     accumulate: Annotated[int, Field(ge=1)] | None = None
@@ -281,6 +296,7 @@ class PretrainSettings(LoopSettings):
     intensity: IntensitySettings = IntensitySettings()
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
     sampling: SamplingSettings = SamplingSettings()
+    remote: RemoteSettings = RemoteSettings()
     weight_decay_end: Annotated[float, Field(gt=0, lt=10)] | None = None
     flip: tuple[bool, bool, bool] = (True, True, True)
     health: HealthSettings = HealthSettings()
@@ -347,7 +363,7 @@ Variant = Literal["float32", "bf16", "float32-compiled", "bf16-compiled"]
 class BenchSettings(PretrainSettings):
     """The keys of conf/bench.yaml: a pretraining, and how its step is measured."""
 
-    corpus: Annotated[Corpora | None, SEVERAL, MUST_EXIST] = None  # type: ignore[assignment]
+    corpus: Annotated[Corpora | None, SEVERAL, MUST_EXIST, ADDRESS] = None  # type: ignore[assignment]
     channels: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] | None = None

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from data_prep.errors import InputError, config_text
 from data_prep.files import write_text
-from pretrain.references import without_secrets
+from data_prep.references import without_secrets
 from pretrain.release import LoadReport
 from pretrain.run_folder import MetricsLog, RunFolder
 from pretrain.settings import LoopSettings

@@ -19,8 +19,10 @@ from torch import Tensor
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, named
 from data_prep.preprocess import Preprocess
+from data_prep.remote import Shelf
 from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.augment import Augment
+from pretrain.cache import cache_folder
 from pretrain.crops import ONE, Crops
 from pretrain.health import Health
 from pretrain.loader import CropDataset, to_batch
@@ -184,7 +186,7 @@ def prepare(
     settings = attempt(problems, on_these_ranks, settings) or settings
     if main:
         attempt(problems, _check_run, run, settings)
-    corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
+    corpus = attempt(problems, corpus_for, settings)
     channels = None if corpus is None else attempt(problems, corpus_channels, corpus)
     if corpus is not None:
         attempt(problems, times_of, settings.sampling, corpus)
@@ -328,6 +330,20 @@ def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
     """What the objective shows of a batch, and what its features look like since the start."""
     draw_previews(objective, batch, path)
     add_to_strip(objective, batch, path.parent, int(path.stem.removeprefix("step-")))
+
+
+def corpus_for(settings: PretrainSettings) -> Corpus:
+    """The corpus, or corpora, of the settings, with a shelf for what lies elsewhere if wanted.
+
+    Raises:
+        InputError: see `open_corpus`.
+    """
+    assert settings.corpus is not None
+    shelf = None
+    if settings.remote.cache_gb:
+        folder = settings.remote.folder or cache_folder() / "shards"
+        shelf = Shelf(folder.absolute(), int(settings.remote.cache_gb * 1e9))
+    return open_corpus(settings.corpus, "corpus", shelf)
 
 
 def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: Crops = ONE) -> CropDataset:

@@ -356,7 +356,7 @@ def _later(error: InputError, before: Sequence[Stage]) -> list[str]:
 def _check_step(command: str, words: Sequence[str], before: Sequence[Stage]) -> None:
     """What can be said of a step's words: of the paths it takes, and of its settings."""
     from conf.compose import SETTINGS, settings_for
-    from pretrain.references import is_reference
+    from data_prep.references import is_reference
 
     if command in SETTINGS:
         try:

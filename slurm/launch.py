@@ -110,12 +110,11 @@ def _fitting(settings: Any) -> tuple[Any, int]:
     """
     import torch
 
-    from data_prep.corpus import open_corpus
     from pretrain.estimate import checkpoint_bytes
-    from pretrain.train import corpus_channels, on_these_ranks, plan_objective
+    from pretrain.train import corpus_channels, corpus_for, on_these_ranks, plan_objective
 
     settings = on_these_ranks(settings)
-    corpus = open_corpus(settings.corpus, "corpus")
+    corpus = corpus_for(settings)
     make = plan_objective(settings, corpus_channels(corpus))
     with torch.device("meta"):
         return settings, checkpoint_bytes(make(), settings.optimizer)

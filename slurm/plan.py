@@ -78,12 +78,11 @@ class Save:
 
 def plan(settings: Any, cluster: ClusterSettings, save: Save) -> str:
     """Data, steps, operations, memory and disk of a pretraining, in lines; takes some seconds."""
-    from data_prep.corpus import open_corpus
     from pretrain.estimate import GIB, estimate
     from pretrain.run_folder import Checkpoints
-    from pretrain.train import corpus_channels
+    from pretrain.train import corpus_channels, corpus_for
 
-    corpus = open_corpus(settings.corpus, "corpus")
+    corpus = corpus_for(settings)
     shards = corpus.info["shards"]
     size = sum(int(shard["bytes"]) for shard in shards)
     seen = settings.steps * settings.batch_size

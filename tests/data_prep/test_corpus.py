@@ -206,8 +206,6 @@ def test_what_is_no_corpus_is_refused(wide: Path, tmp_path: Path) -> None:
         Corpus.open(tmp_path / "nothing")
     with pytest.raises(InputError, match="not a corpus"):
         Corpus.open(tmp_path)
-    with pytest.raises(InputError, match="only local"):
-        Corpus.open("https://example.org/c")
     shutil.copytree(wide, tmp_path / "c")
     (tmp_path / "c" / "index.parquet").unlink()
     with pytest.raises(InputError, match="index"):

@@ -22,14 +22,14 @@ from fake_hub import Fake, Repo
 from safetensors.numpy import save
 
 import voxelith
+from data_prep import download
 from data_prep.errors import CorruptionError, InputError, UnreachableError
 from data_prep.preprocess import Preprocess
-from pretrain import download
+from data_prep.references import parse
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.cache import cached
 from pretrain.fetch import fetch, resolve
 from pretrain.foreign.nnssl_file import adaptation_plan
-from pretrain.references import parse
 from pretrain.release import write_release
 
 COMMIT = "5" * 40

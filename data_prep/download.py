@@ -10,7 +10,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,15 @@ from urllib.parse import urlsplit
 from data_prep.errors import InputError, UnreachableError
 from data_prep.files import read_note
 from data_prep.progress import bar
+from data_prep.references import Reference
 
 LIMIT = 32 * 2**30
 """Bytes that a file, or all of a release, may have."""
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries; after the last one no other is made, unless bytes have come."""
+
+DENIED = "a signed address may have run out; a password goes before the host, USER:PASSWORD@"
 
 TIMEOUT = 30.0
 _BLOCK = 2**20
@@ -112,7 +115,7 @@ class Web:
                     f"{self.shown(name)}: its certificate is not trusted; where a proxy has one of "
                     "its own, SSL_CERT_FILE names it"
                 ) from None
-            raise PassingError(_reason(error)) from None
+            raise PassingError(reason(error)) from None
         resumed = answer.status == 206 and _starts(answer.headers, start)
         length = answer.headers.get("Content-Length")
         # Without either, the end of the file and a lost connection look the same.
@@ -167,7 +170,7 @@ class Bucket:
         except PermissionError:
             raise InputError(f"s3://{path}: access is denied; check your credentials") from None
         except Exception as error:  # of botocore and aiohttp, which are not ours to import
-            raise PassingError(_reason(error)) from None
+            raise PassingError(reason(error)) from None
         return Part(stream, begins, int(facts["size"]), now)
 
 
@@ -217,30 +220,50 @@ def download(
     note.unlink()
 
 
-def retried(work: Callable[[], T], shown: str, progress: Callable[[], int] = lambda: 0) -> T:
+def folder_source(wanted: Reference) -> Source:
+    """Files of the folder that a reference names, on a web server or in a bucket."""
+    if wanted.kind == "bucket":
+        return Bucket(wanted.url)
+    url, question, query = wanted.url.partition("?")
+    return Web(
+        lambda name: f"{url}/{name}{question}{query}",
+        lambda name: f"{wanted.shown.rstrip('/')}/{name}",
+        wanted.headers,
+        denied=DENIED,
+    )
+
+
+def retried(
+    work: Callable[[], T],
+    shown: str,
+    progress: Callable[[], int] = lambda: 0,
+    pauses: Sequence[float] = (),
+) -> T:
     """What `work` returns, tried again while it is `PassingError`.
 
     Args:
         work: what is tried.
         shown: what it is about, for messages.
         progress: what has come so far; where that grew, the count of tries begins anew.
+        pauses: seconds between tries; by default `PAUSES`.
 
     Raises:
         UnreachableError: the last try came to nothing either.
     """
-    pauses, before = iter(PAUSES), progress()
+    pauses = pauses or PAUSES
+    left, before = iter(pauses), progress()
     while True:
         try:
             return work()
         except PassingError as error:
             now = progress()
             if now > before:
-                pauses, before = iter(PAUSES), now
-            pause = next(pauses, None)
+                left, before = iter(pauses), now
+            pause = next(left, None)
             if pause is None:
                 kept = f"; {now:,} bytes are kept and the next try goes on there" if now else ""
                 raise UnreachableError(
-                    f"{shown}: {error}, {len(PAUSES) + 1} tries in a row{kept}; check the network "
+                    f"{shown}: {error}, {len(pauses) + 1} tries in a row{kept}; check the network "
                     "and start again"
                 ) from None
             time.sleep(pause)
@@ -284,7 +307,7 @@ def _read(stream: IO[bytes]) -> bytes:
     try:
         return stream.read(_BLOCK)
     except Exception as error:  # of any library that a stream may be of
-        raise PassingError(_reason(error)) from None
+        raise PassingError(reason(error)) from None
 
 
 def _check_room(got: Part, folder: Path, shown: str, limit: int) -> None:
@@ -311,10 +334,10 @@ def _strong(tag: str | None) -> str | None:
     return tag if tag and not tag.startswith("W/") else None
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong, without the address, which may be signed."""
-    reason = getattr(error, "reason", None)
-    inner = reason if isinstance(reason, BaseException) else error
+    within = getattr(error, "reason", None)
+    inner = within if isinstance(within, BaseException) else error
     said = getattr(inner, "strerror", None) if isinstance(inner, OSError) else None
     return f"no answer ({said or type(inner).__name__})"
 

@@ -1,0 +1,359 @@
+"""A corpus that lies elsewhere: behind https:// or in an s3:// bucket.
+
+Either shards come whole, each once for all processes of a machine, into a cache of bounded size
+(`Shelf`); or only the bytes of the chunks that a crop touches come, and nothing is kept, which
+suits a corpus larger than the disk. What arrives is verified in both ways: a shard by its sha256,
+chunks by their tables, as on a local disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import mmap
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_prep.download import PassingError, Source, download, folder_source, reason, retried
+from data_prep.errors import CorruptionError, InputError
+from data_prep.references import Reference, parse
+
+T = TypeVar("T")
+
+SMALL = 4 * 2**30
+"""Bytes that corpus.json, the index or fingerprints may have."""
+
+PAUSES = (0.05, 0.25, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between tries of a range: the first ones short, for a server that is merely busy."""
+
+GAP = 2**16
+"""Ranges with fewer bytes between them are asked for as one."""
+
+WAIT_SECONDS = 0.2
+TOUCH_SECONDS = 30.0
+
+
+class Remote:
+    """Files of a corpus below an address. Safe after a fork; sent to other processes by address.
+
+    Args:
+        address: `https://...` or `s3://...`, which may hold a password or a signature.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        wanted = parse(address)
+        if wanted.kind == "hub":
+            raise InputError(f"{wanted.shown}: a corpus is read from https:// or s3://")
+        self._wanted = wanted
+        self._files: tuple[int, Any] | None = None
+
+    def __reduce__(self) -> tuple[type[Remote], tuple[str]]:
+        return Remote, (self.address,)
+
+    def __str__(self) -> str:
+        return self._wanted.shown
+
+    def shown(self, name: str) -> str:
+        """The address of a file, without what is secret."""
+        return f"{self._wanted.shown.rstrip('/')}/{name}"
+
+    @cached_property
+    def source(self) -> Source:
+        """For whole files."""
+        return folder_source(self._wanted)
+
+    def whole(self, name: str, limit: int = SMALL) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            InputError: it is not there, not for us, or too large.
+            UnreachableError: tries came to nothing.
+        """
+
+        def attempt() -> bytes:
+            got = self.source.open(name, 0, None)
+            with closing(got.stream):
+                try:
+                    data = got.stream.read(limit + 1)
+                except Exception as error:
+                    raise PassingError(reason(error)) from None
+            if len(data) > limit:
+                raise InputError(f"{self.shown(name)}: has more than {limit:,} bytes")
+            if got.total is not None and len(data) < got.total:
+                raise PassingError(f"the connection ended after {len(data):,} bytes")
+            return data
+
+        return retried(attempt, self.shown(name))
+
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes [start, stop) of a file, for each span, asked for together.
+
+        Raises:
+            InputError: the file is not there, or not for us, or the server gives no ranges.
+            UnreachableError: tries came to nothing.
+        """
+        merged = _merged(spans)
+        came: dict[tuple[int, int], bytes] = {}
+
+        def attempt() -> None:
+            missing = [span for span in merged if span not in came]
+            problem: PassingError | None = None
+            for span, answer in zip(missing, self._asked(name, missing), strict=True):
+                try:
+                    came[span] = self._checked(name, span, answer)
+                except PassingError as error:
+                    problem = error
+            if problem is not None:
+                raise problem
+
+        retried(attempt, self.shown(name), lambda: len(came), PAUSES)
+        out = []
+        for start, stop in spans:
+            low, data = next((a, came[a, b]) for a, b in merged if a <= start and stop <= b)
+            out.append(data[start - low : stop - low])
+        return out
+
+    def _asked(self, name: str, spans: Sequence[tuple[int, int]]) -> list[Any]:
+        files, path = self._filesystem(name)
+        starts, stops = [a for a, _ in spans], [b for _, b in spans]
+        answers: list[Any] = files.cat_ranges([path] * len(spans), starts, stops, on_error="return")
+        return answers
+
+    def _checked(self, name: str, span: tuple[int, int], answer: Any) -> bytes:
+        shown, wanted = self.shown(name), span[1] - span[0]
+        if isinstance(answer, FileNotFoundError):
+            raise InputError(f"{shown}: is not there; copy the corpus again")
+        code = getattr(answer, "status", None)
+        if isinstance(answer, PermissionError) or code in (401, 403):
+            raise InputError(f"{shown}: access is denied; a signed address may have run out")
+        if isinstance(answer, BaseException):
+            if not isinstance(answer, Exception):
+                raise answer
+            raise PassingError(f"the server answers {code}" if code else reason(answer))
+        if len(answer) > wanted:
+            raise InputError(
+                f"{shown}: the server answers a request for {wanted:,} bytes with {len(answer):,}, "
+                "so it gives no ranges; give shards room on this machine: remote.cache_gb=N"
+            )
+        if len(answer) < wanted:
+            raise PassingError(f"{len(answer):,} of {wanted:,} bytes came")
+        return bytes(answer)
+
+    def _filesystem(self, name: str) -> tuple[Any, str]:
+        """fsspec's, one for each process: its connections do not survive a fork."""
+        if self._files is None or self._files[0] != os.getpid():
+            self._files = (os.getpid(), _open_filesystem(self._wanted))
+        url, question, query = self._wanted.url.partition("?")
+        return self._files[1], f"{url.rstrip('/')}/{name}{question}{query}"
+
+
+def _open_filesystem(wanted: Reference) -> Any:
+    import fsspec
+
+    if wanted.kind == "bucket":
+        try:
+            return fsspec.filesystem("s3", skip_instance_cache=True)
+        except ImportError as error:
+            raise InputError(
+                f"{wanted.shown}: s3:// needs s3fs; pip install 'voxelith[s3]'"
+            ) from error
+    import aiohttp
+
+    return fsspec.filesystem(
+        "http",
+        skip_instance_cache=True,
+        encoded=True,
+        headers=wanted.headers,
+        client_kwargs={
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30),
+            "trust_env": True,
+        },
+    )
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Fewer spans that cover these, over short gaps."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1] + GAP:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+class Sparse:
+    """A frame of which some regions have come: memory for these alone, and a path to open it by.
+
+    Args:
+        size: bytes of the frame.
+    """
+
+    def __init__(self, size: int) -> None:
+        if sys.platform == "linux":
+            self._file = os.memfd_create("frame")
+            self.path = f"/proc/self/fd/{self._file}"
+        else:
+            self._file, self.path = tempfile.mkstemp(prefix="voxelith-frame-")
+        os.ftruncate(self._file, size)
+        self.view = mmap.mmap(self._file, size)
+        self.there: set[int] = set()
+
+    def put(self, region: int, offset: int, data: bytes) -> None:
+        """A region that has come."""
+        self.view[offset : offset + len(data)] = data
+        self.there.add(region)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+        if not self.path.startswith("/proc/"):
+            Path(self.path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Shards of remote corpora on this machine, by their sha256, the least recently used go first.
+
+    However many processes ask, a shard comes once. Files are whole or not there. In use, what was
+    evicted can be read until it is closed.
+
+    Attributes:
+        folder: where they lie.
+        limit: bytes that all of them may have, those under way included.
+    """
+
+    folder: Path
+    limit: int
+
+    def get(self, remote: Remote, name: str, size: int, sha256: str) -> Path:
+        """The local path of a file of a corpus.
+
+        Raises:
+            InputError: it is not there, or there is no room for it.
+            CorruptionError: its bytes are not those that corpus.json says, twice in a row.
+            UnreachableError: tries came to nothing.
+        """
+        path = self.folder / f"{sha256}.tar"
+        if path.exists():
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        coming = path.with_suffix(".coming")
+        with self._alone(sha256):
+            if path.exists():  # another process was faster
+                return path
+            self._make_room(coming, size)
+            try:
+                self._fetch(remote, name, path, size, sha256)
+            finally:
+                coming.unlink(missing_ok=True)
+        return path
+
+    def has(self, sha256: str) -> bool:
+        """Whether a file is there."""
+        return (self.folder / f"{sha256}.tar").exists()
+
+    def touch(self, sha256: str) -> None:
+        """Says that a file is in use."""
+        path = self.folder / f"{sha256}.tar"
+        try:
+            if time.time() - path.stat().st_mtime > TOUCH_SECONDS:
+                os.utime(path)
+        except OSError:
+            pass  # evicted, or of a cache that others may write
+
+    def _fetch(self, remote: Remote, name: str, path: Path, size: int, sha256: str) -> None:
+        shown = remote.shown(name)
+        arrived = path.with_suffix(".arrived")
+        for last in (False, True):
+            download(remote.source, name, arrived, shown=shown, limit=size, quiet=True)
+            with arrived.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == sha256 and arrived.stat().st_size == size:
+                arrived.replace(path)
+                return
+            arrived.unlink()
+            if last:
+                raise CorruptionError(
+                    f"{shown}: came twice with other bytes than corpus.json says (sha256 "
+                    f"{found[:12]}..., expected {sha256[:12]}...); it is damaged where it lies"
+                )
+
+    def check(self, largest: int) -> None:
+        """Looks whether a corpus's largest shard fits.
+
+        Raises:
+            InputError: it does not.
+        """
+        if largest > self.limit:
+            raise InputError(
+                f"remote.cache_gb={self.limit / 1e9:g}: a shard has {largest / 1e9:.3g} GB; raise "
+                "it, or give 0 to fetch only what crops touch"
+            )
+
+    def _make_room(self, coming: Path, size: int) -> None:
+        """Removes what was used longest ago, until there is room; waits for what others fetch."""
+        self.check(size)
+        while True:
+            with self._alone("room"):
+                others = [path for path in self.folder.glob("*.coming") if path != coming]
+                under_way = sum(map(self._under_way, others))
+                # Afterwards: one that was done in between counts twice rather than not at all.
+                kept = sorted(_facts(self.folder.glob("*.tar")))
+                taken = under_way + sum(bytes_ for _, bytes_, _ in kept)
+                while kept and taken + size > self.limit:
+                    _, freed, oldest = kept.pop(0)
+                    oldest.unlink(missing_ok=True)
+                    taken -= freed
+                if taken + size <= self.limit:
+                    coming.write_text(str(size))
+                    return
+            time.sleep(WAIT_SECONDS)
+
+    def _under_way(self, coming: Path) -> int:
+        """Bytes that a process fetches; none where it was killed, and what it left is removed."""
+        with self._locks(coming.stem) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(FileNotFoundError, ValueError):  # or it is done just now
+                    return int(coming.read_text())
+                return 0
+            for left in self.folder.glob(f"{coming.stem}.*"):
+                if left.suffix != ".tar":
+                    left.unlink(missing_ok=True)
+            return 0
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        with self._locks(name) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _locks(self, name: str) -> Iterator[int]:
+        folder = self.folder / "locks"
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield lock
+        finally:
+            os.close(lock)
+
+
+def _facts(paths: Iterator[Path]) -> Iterator[tuple[float, int, Path]]:
+    for path in paths:
+        try:
+            facts = path.stat()
+        except FileNotFoundError:
+            continue
+        yield facts.st_mtime, facts.st_size, path

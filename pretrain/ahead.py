@@ -1,0 +1,96 @@
+"""Shards from elsewhere come before workers need them: a thread of each node's first rank.
+
+Workers wait for a shard that is not on the node's shelf, or fetch it themselves, so nothing depends
+on this thread but the time that they wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from data_prep.errors import InputError, UnreachableError
+from pretrain.loader import CropDataset
+
+SHARDS = 4
+"""That are on the shelf before the step that needs them."""
+
+LOOK_SECONDS = 0.2
+
+
+class Ahead:
+    """Fetches the shards that a node will need, in the order of need, until its end.
+
+    Args:
+        dataset: whose corpus has a shelf; of any other nothing is fetched.
+        now: gives the micro-step under way, where it begins.
+        last: micro-step to end before.
+        batch_size: samples of a global micro-batch.
+        node: number of this node.
+        nodes: how many there are.
+        local: ranks of a node.
+    """
+
+    def __init__(
+        self,
+        dataset: CropDataset,
+        now: Callable[[], int],
+        *,
+        last: int,
+        batch_size: int,
+        node: int = 0,
+        nodes: int = 1,
+        local: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.now = now
+        self.steps = range(now(), last)
+        self.batch_size = batch_size
+        self.node, self.nodes, self.local = node, nodes, local
+        self._over = threading.Event()
+        if dataset.corpus.shelf is not None:
+            threading.Thread(target=self._run, name="ahead", daemon=True).start()
+
+    def end(self) -> None:
+        """Fetches no more."""
+        self._over.set()
+
+    def needed(self) -> Iterator[tuple[int, int]]:
+        """Micro-steps and the shards that the node's ranks read in them, in order."""
+        dataset = self.dataset
+        shards = np.asarray(dataset.corpus.shards)[dataset.samples]
+        world = self.nodes * self.local
+        ranks = range(self.node * self.local, (self.node + 1) * self.local)
+        for step in self.steps:
+            found: dict[int, None] = {}
+            for rank in ranks:
+                (batch,) = dataset.schedule.batches(
+                    step, step + 1, self.batch_size, rank, world, self.nodes
+                )
+                for position in batch:
+                    found[int(shards[dataset.schedule.sample(position)[2]])] = None
+            for shard in found:
+                yield step, shard
+
+    def _run(self) -> None:
+        early: deque[int] = deque()
+        for step, shard in self.needed():
+            while True:
+                now = self.now()
+                while early and early[0] <= now:
+                    early.popleft()
+                if len(early) < SHARDS:
+                    break
+                if self._over.wait(LOOK_SECONDS):
+                    return
+            if self._over.is_set():
+                return
+            try:
+                came = step >= now and self.dataset.corpus.bring(shard)
+            except (InputError, UnreachableError, OSError):
+                return  # whoever reads it says what is wrong
+            if came:
+                early.append(step)

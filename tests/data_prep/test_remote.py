@@ -1,0 +1,264 @@
+"""A corpus behind a web server: the same bytes as here, whatever the server does."""
+
+from __future__ import annotations
+
+import base64
+import multiprocessing
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault_server import FaultServer
+
+from data_prep import download
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import CorruptionError, InputError, UnreachableError
+from data_prep.remote import Remote, Shelf
+from data_prep.shards import read_table
+
+SHARDS = "shards/000000.tar"
+
+
+@pytest.fixture
+def server(pretrain_corpus: Path, seed: int) -> Iterator[FaultServer]:
+    with FaultServer(pretrain_corpus, seed) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PAUSES", (0.01,) * 8)
+    monkeypatch.setattr("data_prep.remote.PAUSES", (0.01,) * 8)
+
+
+def boxes(corpus: Corpus, seed: int, count: int) -> Iterator[tuple[int, tuple, tuple]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        i = int(rng.integers(len(corpus)))
+        shape = corpus.shapes[i][1:]
+        size = tuple(int(rng.integers(1, n + 1)) for n in shape)
+        start = tuple(int(rng.integers(0, n - s + 1)) for n, s in zip(shape, size, strict=True))
+        yield i, start, size
+
+
+def same(one: Corpus, other: Corpus, seed: int, count: int) -> None:
+    for i, start, size in boxes(one, seed, count):
+        assert one.meta(i) == other.meta(i)
+        np.testing.assert_array_equal(
+            one.read(i, "image", start, size), other.read(i, "image", start, size)
+        )
+
+
+def test_ranges_bring_the_same_voxels_and_no_whole_shard(
+    pretrain_corpus: Path, server: FaultServer, seed: int
+) -> None:
+    here, there = Corpus.open(pretrain_corpus), open_corpus(Path(server.url), "corpus")
+    assert there.index_hash == here.index_hash and there.keys == here.keys
+    assert there.fingerprints() == here.fingerprints()
+    same(here, there, seed, 40)
+
+
+def test_a_range_read_brings_the_touched_chunks_alone(
+    pretrain_corpus: Path, server: FaultServer
+) -> None:
+    """And, of the largest volume, header, table and index: nothing twice."""
+    there = Corpus.open(server.url)
+    i = int(there.shapes.prod(1).argmax())
+    shard = f"shards/{int(there.shards[i]):06d}.tar"
+    there.meta(i)
+    about = server.sent[shard]
+    assert about < 20_000 and server.asked[shard] <= 2
+    offset, size = (int(there.column(f"image_chunks_{c}")[i]) for c in ("offset", "size"))
+    stored = (pretrain_corpus / shard).read_bytes()[offset : offset + size]
+    table = read_table(stored, int(there.column("image_size")[i]))
+    there.read(i, "image", (0, 0, 0), (10, 10, 10))
+    assert server.sent[shard] - about == table[1]["bytes"]  # the first chunk
+    asked = server.asked[shard]
+    there.read(i, "image", (5, 5, 5), (20, 20, 20))
+    assert server.asked[shard] == asked  # of the same chunk
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
+def test_faults_change_nothing(
+    pretrain_corpus: Path,
+    server: FaultServer,
+    seed: int,
+    tmp_path: Path,
+    impatient: None,
+    cached: bool,
+) -> None:
+    """Far more of them than a server in use has."""
+    server.busy, server.cut, server.slow, server.pause = 0.2, 0.2, 0.1, 0.02
+    for number in range(4):
+        shelf = Shelf(tmp_path / str(number), 10**9) if cached else None
+        there = Corpus.open(server.url, shelf=shelf)
+        same(Corpus.open(pretrain_corpus), there, seed + number, 20)
+    assert server.faults["busy"] and server.faults["cut"]
+
+
+def test_a_shard_comes_once_for_all_processes(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, seed: int
+) -> None:
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path / "shelf", 10**9))
+    copy = pickle.loads(pickle.dumps(there))
+    assert copy._storage.shelf == there._storage.shelf
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        sums = pool.map(_sum_of_all, [there] * 4)
+    here = _sum_of_all(Corpus.open(pretrain_corpus))
+    assert sums == [here] * 4
+    shards = [shard["name"] for shard in there.info["shards"]]
+    assert {server.asked[name] for name in shards} == {1}
+    same(Corpus.open(pretrain_corpus), copy, seed, 5)
+    assert {server.asked[name] for name in shards} == {1}
+    left = sorted(p.suffix for p in (tmp_path / "shelf").glob("*.*"))
+    assert left == [".tar"] * len(shards)
+
+
+def _sum_of_all(corpus: Corpus) -> int:
+    return sum(int(corpus.read(i).astype(np.int64).sum()) for i in range(len(corpus)))
+
+
+def test_a_shelf_keeps_its_bound_and_lets_the_oldest_go(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, seed: int
+) -> None:
+    here = Corpus.open(pretrain_corpus)
+    sizes = [shard["bytes"] for shard in here.info["shards"]]
+    limit = max(sizes) + min(sizes)
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, limit))
+    for i, start, size in boxes(here, seed, 40):
+        np.testing.assert_array_equal(
+            there.read(i, "image", start, size), here.read(i, "image", start, size)
+        )
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= limit
+    assert sum(server.asked.values()) > len(sizes)  # some came again
+    assert sum(opened.is_kept() for opened in there._storage._opened.values()) <= len(sizes)
+
+
+def test_processes_share_a_shelf_that_is_too_small_for_all(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path
+) -> None:
+    """Each reads all of it, in an order of its own, and none waits for ever."""
+    largest = max(shard["bytes"] for shard in Corpus.open(pretrain_corpus).info["shards"])
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, 2 * largest))
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.starmap(_sum_in_order, [(there, number) for number in range(3)])
+    assert len(set(found)) == 1
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= 2 * largest
+
+
+def _sum_in_order(corpus: Corpus, seed: int) -> int:
+    order = np.random.default_rng(seed).permutation(len(corpus))
+    return sum(int(corpus.read(int(i)).astype(np.int64).sum()) for i in order)
+
+
+def test_what_a_killed_process_left_is_cleared_away(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path
+) -> None:
+    sizes = {s["sha256"]: s["bytes"] for s in Corpus.open(pretrain_corpus).info["shards"]}
+    (first, _), *_, (last, _) = sizes.items()
+    limit = max(sizes.values())
+    (tmp_path / f"{last}.coming").write_text(str(limit))
+    (tmp_path / f"{last}.arrived.part").write_bytes(b"x" * 100)
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, limit))
+    there.read(0)  # would wait for ever for the room that the dead one has taken
+    assert [path.stem for path in tmp_path.glob("*.tar")] == [first]
+    assert not list(tmp_path.glob(f"{last}.*"))
+
+
+def test_one_shelf_for_two_corpora_whose_shards_have_the_same_names(
+    pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pretrain_corpus, tmp_path / "www" / "a")
+    shutil.copytree(labelled_corpus, tmp_path / "www" / "b")
+    with FaultServer(tmp_path / "www") as server:
+        for name, path in (("a", pretrain_corpus), ("b", labelled_corpus)):
+            there = Corpus.open(f"{server.url}/{name}", shelf=Shelf(tmp_path / "shelf", 10**9))
+            here = Corpus.open(path)
+            assert there.keys == here.keys
+            np.testing.assert_array_equal(there.read(0), here.read(0))
+
+
+def test_damage_there_is_named_and_never_kept(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, impatient: None
+) -> None:
+    data = bytearray((pretrain_corpus / SHARDS).read_bytes())
+    there = Corpus.open(server.url)
+    start, stop = there._span(0, "image")
+    data[(start + stop) // 2] ^= 1
+    server.changed[SHARDS] = bytes(data)
+    with pytest.raises(CorruptionError, match=rf"{server.url}/{SHARDS}: sample .* is damaged in"):
+        there.read(0)
+    kept = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+    with pytest.raises(CorruptionError, match="came twice with other bytes"):
+        kept.read(0)
+    assert server.asked[SHARDS] >= 2 and not list(tmp_path.glob("*.*"))
+    server.changed[SHARDS] = bytes(data[:-1024])
+    with pytest.raises(CorruptionError, match="came twice with other bytes"):
+        kept.read(0)
+    server.changed["index.parquet"] = b"PAR1"
+    with pytest.raises(CorruptionError, match=r"index\.parquet: sha256 is"):
+        Corpus.open(server.url)
+
+
+def test_what_is_not_there_or_not_for_us_is_told_without_secrets(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, impatient: None
+) -> None:
+    server.password = "Basic " + base64.b64encode(b"me:hush").decode()
+    address = f"http://me:hush@127.0.0.1:{server.port}"
+    there = Corpus.open(f"{address}?sig=secret")
+    assert "hush" not in f"{there} {there!r} {there.path}" and "secret" not in str(there)
+    np.testing.assert_array_equal(there.read(0), Corpus.open(pretrain_corpus).read(0))
+    server.password = "Basic other"
+    for shelf in (None, Shelf(tmp_path, 10**9)):
+        there._storage.shelf = shelf
+        with pytest.raises(InputError, match="access is denied") as found:
+            there.read(20)
+        assert "hush" not in str(found.value) and "secret" not in str(found.value)
+    with pytest.raises(InputError, match="access is denied"):
+        Corpus.open(address)
+    server.password = ""
+    with pytest.raises(InputError, match=r"corpus\.json: is not there"):
+        Corpus.open(f"{address}/elsewhere")
+
+
+def test_a_server_without_ranges_is_told_apart(server: FaultServer, tmp_path: Path) -> None:
+    server.ranges = False
+    with pytest.raises(InputError, match="gives no ranges"):
+        open_corpus(Path(server.url), "corpus")
+    with pytest.raises(InputError, match="raise it, or give 0"):
+        open_corpus(Path(server.url), "corpus", Shelf(tmp_path, 1000))
+    there = open_corpus(Path(server.url), "corpus", Shelf(tmp_path, 10**9))
+    assert there.read(0).size
+
+
+def test_a_server_that_is_gone_is_given_up(server: FaultServer, impatient: None) -> None:
+    there = Corpus.open(server.url)
+    server.busy = 1.0
+    with pytest.raises(UnreachableError, match=r"9 tries in a row"):
+        there.read(0)
+
+
+def test_threads_may_read_at_once(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path
+) -> None:
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+    here = Corpus.open(pretrain_corpus)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: there.read(i % len(there)).sum(), range(40)))
+    assert found == [here.read(i % len(here)).sum() for i in range(40)]
+
+
+def test_a_remote_is_sent_to_another_process_by_its_address(server: FaultServer) -> None:
+    remote = Remote(server.url)
+    remote.ranges("corpus.json", [(0, 1)])
+    copy = pickle.loads(pickle.dumps(remote))
+    assert copy.ranges("corpus.json", [(0, 1), (3, 9)])[0] == b"{"
+    child = os.fork()
+    if child == 0:  # connections of the parent must not be used
+        os._exit(0 if remote.ranges("corpus.json", [(0, 1)]) == [b"{"] else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,122 @@
+"""A web server on this machine for a folder, with ranges, and with faults drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class FaultServer:
+    """Serves a folder; a context.
+
+    Attributes:
+        folder: what it serves.
+        seed: of the faults.
+        busy: share of requests that are answered with 503.
+        cut: share whose body ends early.
+        slow: share that wait for `pause` seconds.
+        pause: of these, in seconds.
+        ranges: whether it knows them.
+        password: header Authorization that it needs.
+        changed: bytes to send instead of files, by name.
+        sent: bytes of bodies, by name.
+        asked: requests, by name.
+        faults: how often each fault came.
+    """
+
+    folder: Path
+    seed: int = 0
+    busy: float = 0.0
+    cut: float = 0.0
+    slow: float = 0.0
+    pause: float = 0.2
+    ranges: bool = True
+    password: str = ""
+    changed: dict[str, bytes] = field(default_factory=dict)
+    sent: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def __enter__(self) -> FaultServer:
+        self._rng, self._lock = random.Random(self.seed), threading.Lock()
+        handler = type("Handler", (_Handler,), {"server_of": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def draw(self) -> str:
+        """Which fault the next answer has, if any."""
+        with self._lock:
+            chance = self._rng.random()
+            for name in ("busy", "cut", "slow"):
+                chance -= getattr(self, name)
+                if chance < 0:
+                    self.faults[name] += 1
+                    return name
+        return ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_of: FaultServer
+
+    def do_GET(self) -> None:
+        mine, name = self.server_of, self.path.split("?")[0].lstrip("/")
+        with mine._lock:
+            mine.asked[name] += 1
+        if mine.password and self.headers.get("Authorization") != mine.password:
+            return self._refuse(401)
+        fault = mine.draw()
+        if fault == "busy":
+            return self._refuse(503)
+        if fault == "slow":
+            time.sleep(mine.pause)
+        file = mine.folder / name
+        if name not in mine.changed and not file.is_file():
+            return self._refuse(404)
+        data = mine.changed.get(name) or file.read_bytes()
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span and mine.ranges:
+            first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[first : last + 1]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "cut":
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        with mine._lock:  # before the client can know of them
+            mine.sent[name] += len(data)
+        self.wfile.write(data)
+        return None
+
+    def _refuse(self, code: int) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""

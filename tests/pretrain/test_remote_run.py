@@ -1,0 +1,101 @@
+"""A pretraining on a corpus behind a web server: the rows of one on the same corpus here."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault_server import FaultServer
+from test_loop import settings
+
+from data_prep.corpus import Corpus
+from data_prep.remote import Shelf
+from pretrain.ahead import SHARDS, Ahead
+from pretrain.train import make_dataset
+from voxelith import main
+
+WORDS = [
+    "experiment=cnn_mae_small", "trainer=cpu", "crop_size=[32,32,32]", "batch_size=4", "steps=12",
+    "warmup=1", "log_every=1", "save_every=100", "preview_every=0", "health.every=0",
+]  # fmt: skip
+
+
+def losses(run: Path) -> list[str]:
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    return [row[rows[0].index("loss")] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
+def test_a_run_from_elsewhere_is_the_run_from_here(
+    pretrain_corpus: Path, tmp_path: Path, seed: int, cached: bool
+) -> None:
+    local = [f"corpus={pretrain_corpus}", "run=here", f"runs={tmp_path}", *WORDS]
+    assert main(["pretrain", *local, "trainer.workers=0"]) == 0
+    with FaultServer(pretrain_corpus, seed, busy=0.05, cut=0.01, slow=0.05) as server:
+        address = f"http://me:hush@127.0.0.1:{server.port}?sig=secret"
+        words = [
+            f"corpus={address}", "run=there", f"runs={tmp_path}", *WORDS, "trainer.workers=2",
+            f"remote.cache_gb={int(cached)}", f"remote.folder={tmp_path}/shelf",
+        ]  # fmt: skip
+        assert main(["pretrain", *words]) == 0
+        assert losses(tmp_path / "there") == losses(tmp_path / "here")
+        shards = {shard["name"]: shard["bytes"] for shard in Corpus.open(server.url).info["shards"]}
+        if cached:
+            assert all(server.sent[name] < 2 * size for name, size in shards.items())
+        else:
+            assert not (tmp_path / "shelf").exists()
+        # What the run keeps names the server, and no more.
+        kept = b"".join(f.read_bytes() for f in (tmp_path / "there").rglob("*") if f.is_file())
+        assert b"hush" not in kept and b"secret" not in kept and b"127.0.0.1" in kept
+
+
+def test_shards_come_before_their_step_and_not_long_before(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    with FaultServer(pretrain_corpus) as server:
+        corpus = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+        chosen = settings(pretrain_corpus, tmp_path, "x").model_copy(update={"lanes": 1})
+        dataset = make_dataset(chosen, corpus)
+        now = 0
+        ahead = Ahead(dataset, lambda: now, last=9, batch_size=4)
+        try:
+            order = list(dict.fromkeys(shard for _, shard in ahead.needed()))
+            names = [f"shards/{shard:06d}.tar" for shard in order]
+            first = {shard: step for step, shard in reversed(list(ahead.needed()))}
+            for now in range(9):
+                must = [n for n, shard in zip(names, order, strict=True) if first[shard] <= now]
+                until = time.monotonic() + 30
+                while not all(server.asked[name] for name in must):
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+                time.sleep(0.3)
+                early = [
+                    n
+                    for n, shard in zip(names, order, strict=True)
+                    if server.asked[n] and first[shard] > now
+                ]
+                assert len(early) <= SHARDS
+        finally:
+            ahead.end()
+
+
+def test_nodes_fetch_their_own_lanes(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """In an epoch two nodes need about half of the shards each, and together all of them."""
+    with FaultServer(pretrain_corpus) as server:
+        corpus = Corpus.open(server.url)  # without a shelf nothing is fetched ahead
+        chosen = settings(pretrain_corpus, tmp_path, "x").model_copy(update={"lanes": 2})
+        dataset = make_dataset(chosen, corpus)
+        needed = [
+            {
+                shard
+                for _, shard in Ahead(
+                    dataset, lambda: 0, last=9, batch_size=4, node=node, nodes=2, local=2
+                ).needed()
+            }
+            for node in (0, 1)
+        ]
+    shards = set(map(int, np.unique(corpus.shards)))
+    assert needed[0] | needed[1] == shards
+    assert max(map(len, needed)) < 0.8 * len(shards)
