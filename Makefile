@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all slurm recipes estimates gpu lock setup lint types fmt check wheel clean
+.PHONY: demo test test-all slurm slurm-all recipes estimates gpu lock setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
@@ -16,8 +16,12 @@ test: setup
 test-all: setup
 	$(BIN)/pytest -m "not gpu and not slurm"
 
-# Jobs of a real SLURM on this machine: apt-get install slurm-wlm munge; seven minutes.
+# Jobs of a real SLURM on this machine: apt-get install slurm-wlm munge; twelve minutes.
 slurm: setup
+	VOXELITH_NEEDS_SLURM=1 $(BIN)/pytest -p no:xdist -m "slurm and not slow" tests/slurm
+
+# And two nodes, the doctor, a prep as an array: half an hour.
+slurm-all: setup
 	VOXELITH_NEEDS_SLURM=1 $(BIN)/pytest -p no:xdist -m slurm tests/slurm
 
 # The small recipes on the sample scans, their logs and pictures: about half an hour.

@@ -3,9 +3,8 @@
     python benchmarks/scaling.py --work DIR
 
 MAE on a ViT, on the sample scans, by the real command; runs of one and of two ranks take turns, and
-the steps after the first ten count. Gradients are summed by gloo. What all-reduce and loader need
-on 64 GPUs follows on paper from parameters, and from the GPU's step in docs/results/gpu. Writes
-docs/results/scaling/. The machine must be quiet, and have two cores.
+the steps after the first ten count. Gradients are summed by gloo. Writes docs/results/scaling/. The
+machine must be quiet, and have two cores.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from line import ROOT, quietly, sample_corpus
 
 OUT = ROOT / "docs" / "results" / "scaling"
 WORDS = ["experiment=mae_small", "trainer=cpu", "trainer.threads=1", "trainer.workers=0",
-         "warmup=5", "steps=60", "log_every=5", "preview_every=0", "health.every=0",
+         "warmup=5", "steps=40", "log_every=5", "preview_every=0", "health.every=0",
          "save_every=1000"]  # fmt: skip
 SETTLED = 10
-LINKS = {"100 Gbit/s Ethernet": 12.5e9, "400 Gbit/s InfiniBand": 50e9}
 
 
 def seconds(work: Path, ranks: int, batch: int) -> list[float]:
@@ -60,24 +58,33 @@ def parameters() -> int:
     return sum(p.numel() for p in build_objective(settings_for("pretrain", said), 1).parameters())
 
 
-def on_paper() -> list[dict[str, Any]]:
-    """What 64 ranks need: bytes into a node, and crops out of the loader, in the time of a step."""
-    counted = json.loads((ROOT / "docs/results/collectives/collectives.json").read_text())
-    return [
-        {
-            "recipe": row["recipe"],
-            "gradient_bytes": row["bytes"],
-            **{link: 2 * 63 / 64 * row["bytes"] / speed for link, speed in LINKS.items()},
-        }
-        for row in counted["full"]
-    ]
+def page(facts: dict[str, Any]) -> str:
+    one, two = (
+        statistics.median(map(statistics.median, facts["seconds_per_step"][n])) for n in "12"
+    )
+    ratios, machine = facts["ratios"], facts["machine"]
+    return f"""# Two ranks beside one
+
+`python benchmarks/scaling.py --work DIR`: `{" ".join(facts["words"])}`, global batch
+{facts["batch_size"]}, {facts["parameters"]:,} parameters, {facts["gradient_bytes"] / 1e6:.1f} MB of
+gradients a step over gloo; {machine["processor"]}, {machine["cores"]} cores, one thread a
+rank; torch
+{facts["versions"]["torch"]}; load before {facts["load_before"]:.2f}.
+
+Steps/s of two ranks over those of one: {statistics.median(ratios):.2f} (median of
+{len(ratios)} pairs
+in turns, {min(ratios):.2f} to {max(ratios):.2f}). A step takes {one:.3f} s on one and
+{two:.3f} s on two.
+
+What 64 GPUs need: [on paper](at_64_gpus.md).
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=64)
     chosen = parser.parse_args()
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -93,10 +100,10 @@ def main() -> None:
     facts = {
         **found, "parameters": weights, "gradient_bytes": 4 * weights, "load_before": load,
         "words": WORDS, "machine": machine(torch.device("cpu")), "versions": versions(),
-        "on_paper": on_paper(),
     }  # fmt: skip
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "scaling.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (OUT / "scaling.md").write_text(page(facts))
     print(json.dumps({k: facts[k] for k in ("ratios", "parameters", "gradient_bytes")}))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_prep.corpus import Corpus
+from data_prep.errors import CorruptionError
 from data_prep.preprocess import Preprocess
 from pretrain.augment import Augment, gained, mirrored, varied
 from pretrain.crops import ONE, Crops
@@ -33,6 +34,9 @@ from pretrain.places import Frame, Size, Voxel, inside
 from pretrain.reading import Draw, Scan, read_crop
 from pretrain.schedule import Schedule, generator
 from pretrain.settings import AugmentSettings
+
+TRIES = 16
+"""Volumes that are tried for one sample; so many damaged ones in a row are no accident."""
 
 
 class CropDataset(Dataset[dict[str, Any]]):
@@ -54,6 +58,8 @@ class CropDataset(Dataset[dict[str, Any]]):
             is a class of its own.
         crops: crops of a sample, as its objective declares.
         augment: how crops are rotated and scaled; the rest of it is left to the device.
+        skip: let another volume, drawn from the same key, take the place of one that is damaged;
+            otherwise reading it is an error.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         classes: Collection[Collection[int]] | None = None,
         crops: Crops = ONE,
         augment: AugmentSettings | None = None,
+        skip: bool = False,
     ) -> None:
         self.corpus = corpus
         self.samples = np.asarray(samples, dtype=np.int64)
@@ -81,17 +88,50 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.classes = classes and sorted([str(v) for v in values] for values in classes)
         self.crops = crops
         self.augment = augment or AugmentSettings()
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.schedule) * self.crops.total
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return read_crop(self.corpus, self.draw(index), self.preprocess, label=self.label)
+        return self._read(self.draw(index))
+
+    def _read(self, draw: Draw) -> dict[str, Any]:
+        return read_crop(self.corpus, draw, self.preprocess, label=self.label)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if not self.skip:
+            return [self[index] for index in indices]
+        of_sample: dict[int, list[int]] = {}
+        for index in indices:
+            position, number = divmod(index, self.crops.total)
+            of_sample.setdefault(position, []).append(number)
+        return [crop for item in of_sample.items() for crop in self._undamaged(*item)]
+
+    def _undamaged(self, position: int, numbers: list[int]) -> list[dict[str, Any]]:
+        """Crops of a sample, all of one volume: the scheduled one, or the first that is whole."""
+        epoch, within, sample = self.schedule.sample(position)
+        damage: list[str] = []
+        for attempt in range(TRIES):
+            try:
+                crops = [self._read(self._drawn(epoch, within, sample, n)) for n in numbers]
+            except CorruptionError as error:
+                damage += error.problems
+                again = generator("instead", self.schedule.seed, epoch, within, attempt)
+                order = self.schedule.order(epoch)
+                sample = int(order[again.integers(len(order))])
+            else:
+                if damage:
+                    crops[0]["damage"] = damage
+                return crops
+        raise CorruptionError(damage)
 
     def draw(self, index: int) -> Draw:
         """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
         position, number = divmod(index, self.crops.total)
-        epoch, within, sample = self.schedule.sample(position)
+        return self._drawn(*self.schedule.sample(position), number)
+
+    def _drawn(self, epoch: int, within: int, sample: int, number: int) -> Draw:
         scan, key = self._scan(int(self.samples[sample])), (self.schedule.seed, epoch, within)
         return self._draw(
             scan,
@@ -260,6 +300,9 @@ def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
         batch["changed"] = items[0]["changed"]
     batch["seeds"] = [item["seed"] for item in items]
     batch["key"] = [item["key"] for item in items]
+    damage = [problem for item in items for problem in item.get("damage", ())]
+    if damage:
+        batch["damage"] = damage
     return batch
 
 

@@ -8,13 +8,14 @@ derives from (seed, step), so there is nothing else to restore.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from data_prep.errors import InputError, differences, last_error
+from data_prep.errors import CorruptionError, InputError, differences, last_error
 from data_prep.progress import bar
 from pretrain.ahead import Ahead
 from pretrain.augment import Augment
@@ -60,6 +61,10 @@ class Stretch(NamedTuple):
     settings: LoopSettings
 
 
+MOST_DAMAGED = 0.01
+"""Of the volumes, for each rank, may others replace; more of them is another corpus."""
+
+
 class Loop:
     """Trains one objective on one dataset within one run folder."""
 
@@ -90,6 +95,8 @@ class Loop:
         self.norm: Tensor | None = None
         self.faults = Faults(settings.micro_steps)
         self._micro = 0
+        self._damage: list[str] = []
+        self._replaced = 0.0
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -128,7 +135,25 @@ class Loop:
 
     def to_batch(self, raw: dict[str, Any]) -> Batch:
         """Raw crops on the device to a normalised, augmented batch."""
+        if "damage" in raw:
+            self._note_damage(raw["damage"], len(raw["key"]))
         return to_batch(raw, self.augment)
+
+    def _note_damage(self, found: Sequence[str], crops: int) -> None:
+        """Names damaged volumes whose place others took, once each, and counts them."""
+        self._replaced += len(found) * self.dataset.crops.total / crops
+        new = [problem for problem in dict.fromkeys(found) if problem not in self._damage]
+        self._damage += new
+        rank = rank_zero_only.rank or 0
+        for problem in new:
+            print(f"WARNING: {problem}; another volume takes its place", file=sys.stderr)
+            line = json.dumps({"step": self.step, "rank": rank, "damage": problem}) + "\n"
+            with (self.run.path / "damaged.jsonl").open("a") as file:
+                file.write(line)
+        if len(self._damage) > max(1.0, MOST_DAMAGED * len(self.dataset.samples)):
+            raise CorruptionError(
+                [*self._damage[:20], f"{len(self._damage)} in all, more than damaged=skip bears"]
+            )
 
     def reseed(self, batch_idx: int, rank: int | None = None) -> None:
         """What still draws from torch's generator (drop path, dropout) follows the step alone."""
@@ -166,6 +191,9 @@ class Loop:
         self.faults.see("loss", losses.loss, self.step, self._micro)
         for name, value in {"loss": losses.loss, **losses.parts}.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+        if self.dataset.skip:
+            share = self._replaced + self._sums.get("replaced", torch.zeros_like(losses.loss))
+            self._sums["replaced"], self._replaced = share.detach(), 0.0
         self._count += 1
 
     def observed(

@@ -271,6 +271,7 @@ FREE = frozenset(
     {
         "corpus", "runs", "resume", "trainer", "log_every", "save_every", "save_minutes",
         "preview_every", "loggers", "accumulate", "health", "init", "remote",
+        "damaged",
     }
 )  # fmt: skip
 """What is no part of what a run is: where it runs, how often it logs, where folders lie.
@@ -297,6 +298,7 @@ class PretrainSettings(LoopSettings):
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
     sampling: SamplingSettings = SamplingSettings()
     remote: RemoteSettings = RemoteSettings()
+    damaged: Literal["stop", "skip"] = "stop"
     weight_decay_end: Annotated[float, Field(gt=0, lt=10)] | None = None
     flip: tuple[bool, bool, bool] = (True, True, True)
     health: HealthSettings = HealthSettings()

@@ -357,6 +357,7 @@ def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: Crops = ONE)
         settings.crop_size,
         crops=crops,
         augment=settings.augment,
+        skip=settings.damaged == "skip",
     )
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["hi_end_mae_small", "mae_2d_small"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_small_recipes_train_and_keep_their_logs(tmp_path: Path) -> None:
     done = subprocess.run(

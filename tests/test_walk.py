@@ -41,7 +41,14 @@ def tiny(samples: Path, name: str, counts: dict[str, int], folder: Path) -> Path
     return path
 
 
-@pytest.mark.parametrize("network", [CNN, VIT, FUSION], ids=["cnn_mae", "mae", "volume_fusion"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(CNN, id="cnn_mae"),
+        pytest.param(VIT, id="mae", marks=pytest.mark.slow),
+        pytest.param(FUSION, id="volume_fusion", marks=pytest.mark.slow),
+    ],
+)
 def test_from_scan_to_dice_table(network: list[str], samples: Path, tmp_path: Path) -> None:
     corpora, runs, release = tmp_path / "corpora", tmp_path / "runs", tmp_path / "release"
     few = {

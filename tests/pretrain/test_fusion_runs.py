@@ -80,7 +80,7 @@ def losses(run: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("form", ["boxes", "grid"])
+@pytest.mark.parametrize("form", ["boxes", pytest.param("grid", marks=pytest.mark.slow)])
 def test_two_ranks_fuse_the_pairs_of_one(pretrain_corpus: Path, tmp_path: Path, form: str) -> None:
     objective = {"_target_": "pretrain.objectives.volume_fusion.VolumeFusion", "form": form}
     two = start(settings(pretrain_corpus, tmp_path, "two", 2, objective=objective), tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_pairs import build, one_each
+from tiny_pairs import build, kinds, one_each
 from torch import Tensor
 
 from pretrain.collectives import global_mean
@@ -125,7 +125,7 @@ def test_a_run_trains(pretrain_corpus: Path, tmp_path: Path, devices: int) -> No
     """The whole loop: pinned memory, workers, bf16, compiled parts; two ranks over NCCL."""
     if torch.cuda.device_count() < devices:
         pytest.skip(f"needs {devices} devices")
-    chosen, _ = build(*one_each()[0])
+    chosen, _ = build(*next(iter(kinds())))
     told = chosen.model_dump() | {
         "corpus": pretrain_corpus,
         "run": "gpu",

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+from _pytest.mark.structures import ParameterSet
 
 import conf
 from conf.compose import settings_for
@@ -163,20 +167,40 @@ def pairs() -> list[tuple[str, str]]:
     return list(found.values())
 
 
-def one_each() -> list[tuple[str, str]]:
+@functools.cache
+def kinds() -> dict[tuple[str, str], Any]:
     """Each objective with one backbone of each kind that fits it: class, position, dimension."""
-    chosen = []
+    chosen: dict[tuple[str, str], Any] = {}
     for objective in names("objective"):
-        kinds: dict[tuple[Any, ...], str] = {}
+        seen = set()
         for backbone in names("backbone"):
             config = preset("backbone", backbone).backbone
             slices = str(config.get("patch_size"))[:3] == "[1,"
             kind = config["_target_"], config.get("rope"), slices
             # Asked last: whether a pair fits is found by making it.
-            if kind not in kinds and not refused(objective, backbone):
-                kinds[kind] = backbone
-        chosen += [(objective, backbone) for backbone in kinds.values()]
+            if kind not in seen and not refused(objective, backbone):
+                seen.add(kind)
+                chosen[objective, backbone] = kind
     return chosen
+
+
+def one_each() -> list[ParameterSet]:
+    """These pairs as parameters of a test: all but a few that cover both sides are slow.
+
+    The few: each objective with the kind that was taken least so far, then each kind that was not.
+    """
+    taken: Counter[Any] = Counter()
+    few: set[tuple[str, str]] = set()
+    for objective in names("objective"):
+        mine = {pair: kind for pair, kind in kinds().items() if pair[0] == objective}
+        pair = min(mine, key=lambda pair: taken[mine[pair]])
+        few.add(pair)
+        taken[mine[pair]] += 1
+    for pair, kind in kinds().items():
+        if not taken[kind]:
+            few.add(pair)
+            taken[kind] += 1
+    return [pytest.param(*p, marks=() if p in few else pytest.mark.slow) for p in kinds()]
 
 
 def refused(objective: str, backbone: str) -> bool:

@@ -1,0 +1,82 @@
+"""A corpus in a bucket of a real S3 server (moto), by the credentials that any client finds."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.corpus import Corpus, open_corpus
+from data_prep.errors import InputError
+from data_prep.remote import Shelf
+
+pytest.importorskip("s3fs", reason="the extra is not installed: pip install 'voxelith[s3]'")
+pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[server]'")
+
+
+@pytest.fixture(scope="module")
+def bucket(pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with pytest.MonkeyPatch.context() as patch, log.open("w") as out:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=out,
+            stderr=out,
+        )
+        try:
+            import boto3
+
+            client = boto3.client("s3")
+            for attempt in range(100):
+                try:
+                    client.create_bucket(Bucket="scans")
+                    break
+                except Exception:
+                    if server.poll() is not None or attempt == 99:
+                        raise
+                    time.sleep(0.1)
+            for file in pretrain_corpus.rglob("*"):
+                if file.is_file():
+                    name = f"lab/ct/{file.relative_to(pretrain_corpus)}"
+                    client.upload_file(str(file), "scans", name)
+            yield "s3://scans/lab/ct"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
+def test_a_bucket_holds_the_same_corpus(
+    pretrain_corpus: Path, bucket: str, tmp_path: Path, cached: bool, seed: int
+) -> None:
+    shelf = Shelf(tmp_path, 10**9) if cached else None
+    # A path has lost a slash, as that of a setting has.
+    here, there = Corpus.open(pretrain_corpus), open_corpus(Path(bucket), "corpus", shelf)
+    assert there.index_hash == here.index_hash
+    rng = np.random.default_rng(seed)
+    for i in rng.integers(len(here), size=12):
+        assert there.meta(int(i)) == here.meta(int(i))
+        size = tuple(int(n) for n in here.shapes[i][1:] // 2)
+        start = tuple(int(rng.integers(0, n + 1)) for n in size)
+        np.testing.assert_array_equal(
+            there.read(int(i), "image", start, size), here.read(int(i), "image", start, size)
+        )
+
+
+def test_a_bucket_without_it_says_so(bucket: str) -> None:
+    with pytest.raises(InputError, match=r"s3://scans/lab/mr/corpus\.json: is not there"):
+        open_corpus(Path("s3://scans/lab/mr"), "corpus")
