@@ -95,6 +95,7 @@ class Loop:
         self.norm: Tensor | None = None
         self.faults = Faults(settings.micro_steps)
         self._micro = 0
+        self._skips = dataset is not None and dataset.skip  # a loop without data is measured
         self._damage: list[str] = []
         self._replaced = 0.0
         self._sums: dict[str, Tensor] = {}
@@ -191,7 +192,7 @@ class Loop:
         self.faults.see("loss", losses.loss, self.step, self._micro)
         for name, value in {"loss": losses.loss, **losses.parts}.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
-        if self.dataset.skip:
+        if self._skips:
             share = self._replaced + self._sums.get("replaced", torch.zeros_like(losses.loss))
             self._sums["replaced"], self._replaced = share.detach(), 0.0
         self._count += 1

@@ -654,7 +654,10 @@ def test_buckets_are_read_through_fsspec(cache: Path, files: dict[str, bytes]) -
 def test_a_bucket_without_s3fs_names_the_extra(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fsspec.registry import _registry
+
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
     with pytest.raises(InputError, match=r"voxelith\[s3\]"):
         fetch("s3://bucket/tiny")
 
