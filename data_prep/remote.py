@@ -246,7 +246,8 @@ class Shelf:
         path = self.folder / f"{sha256}.tar"
         if path.exists():
             return path
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # It holds images: others of the machine see them only where someone has made it so.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         coming = path.with_suffix(".coming")
         with self._alone(sha256):
             if path.exists():  # another process was faster

@@ -197,11 +197,16 @@ def without_paths(settings: BaseModel) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            kept = {k: v for k, v in value.items() if not isinstance(v, Path)}
+            kept = {k: v for k, v in value.items() if not _is_path(v)}
             return {k: plain(v) for k, v in kept.items()}
         return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
     return dict(plain(settings.model_dump(mode="python")))
+
+
+def _is_path(value: Any) -> bool:
+    several = isinstance(value, list | tuple) and any(map(_is_path, value))
+    return isinstance(value, Path) or several
 
 
 def _tensorboard(run: RunFolder, step: int) -> Logger:

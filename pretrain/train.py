@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from pretrain.previews import draw_previews
 from pretrain.probe import Probe
 from pretrain.release import TrainingState, load_release
 from pretrain.run_folder import RunFolder
-from pretrain.schedule import Schedule
+from pretrain.schedule import WINDOW, Schedule
 from pretrain.settings import PretrainSettings, SamplingSettings, check_same, ranks_that_fit
 from pretrain.start import (
     Start,
@@ -316,6 +317,16 @@ def _warn(settings: PretrainSettings, corpus: Corpus) -> None:
             f"warmup={settings.warmup}: not shorter than steps={settings.steps}, so that the rate "
             "never gets to lr"
         )
+    if corpus.shelf is not None:
+        sizes = [int(shard["bytes"]) for shard in corpus.info["shards"]]
+        used = min(len(sizes), WINDOW * math.ceil(settings.lanes / settings.trainer.nodes))
+        needed = used * sum(sizes) / len(sizes)
+        if corpus.shelf.limit < needed:
+            print(
+                f"remote.cache_gb={settings.remote.cache_gb:g}: about {used} shards of "
+                f"{needed / 1e9:.3g} GB are in use on a node at once, so they come more than "
+                "once; raise it, lower lanes, or give 0 to fetch only what crops touch"
+            )
     largest = [int(n) for n in corpus.shapes[:, 1:].max(axis=0)]
     sides = zip("DHW", settings.crop_size, largest, strict=True)
     wide = [f"{axis} ({side} of at most {n} voxels)" for axis, side, n in sides if side > n]

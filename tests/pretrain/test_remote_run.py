@@ -51,6 +51,22 @@ def test_a_run_from_elsewhere_is_the_run_from_here(
         assert b"hush" not in kept and b"secret" not in kept and b"127.0.0.1" in kept
 
 
+def test_a_shelf_that_is_too_small_for_the_order_is_told_and_serves_all_the_same(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FaultServer(pretrain_corpus) as server:
+        words = [
+            f"corpus={server.url}", "run=there", f"runs={tmp_path}", *WORDS, "trainer.workers=2",
+            "remote.cache_gb=0.003", f"remote.folder={tmp_path}/shelf",
+        ]  # fmt: skip
+        assert main(["pretrain", *words]) == 0
+    said = capsys.readouterr().out
+    assert "remote.cache_gb=0.003: about 9 shards of 0.00" in said and "more than once" in said
+    assert (tmp_path / "shelf").stat().st_mode & 0o77 == 0
+    kept = sum(file.stat().st_size for file in (tmp_path / "shelf").glob("*.tar"))
+    assert 0 < kept <= 0.003e9
+
+
 def test_shards_come_before_their_step_and_not_long_before(
     pretrain_corpus: Path, tmp_path: Path
 ) -> None:

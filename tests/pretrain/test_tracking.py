@@ -144,6 +144,8 @@ def test_what_trackers_are_told_of_settings_has_no_path(
     said = without_paths(chosen)
     assert str(tmp_path) not in str(said) and str(pretrain_corpus) not in str(said)
     assert said["lr"] == chosen.lr and said["objective"] == chosen.objective
+    several = chosen.model_copy(update={"corpus": (pretrain_corpus, tmp_path / "other")})
+    assert str(pretrain_corpus) not in str(without_paths(several))
     assert make_loggers(chosen, RunFolder(tmp_path / "run")) == []
 
 
