@@ -91,7 +91,8 @@ def test_the_first_rank_may_fail_as_well(pretrain_corpus: Path, tmp_path: Path) 
 def test_wrong_input_of_one_rank_is_wrong_input(pretrain_corpus: Path, tmp_path: Path) -> None:
     code, said = broken(pretrain_corpus, tmp_path, "wrong_input(batch)", devices=3)
     assert code == 2
-    assert said.count("shard-7: damaged") == 3 and "Traceback" not in said, said
+    # By each rank; twice by one whose watch ends it while it ends by itself.
+    assert said.count("shard-7: damaged") >= 3 and "Traceback" not in said, said
 
 
 def test_a_killed_rank_is_said_to_be_killed(pretrain_corpus: Path, tmp_path: Path) -> None:
