@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Storage:
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
         self._frames: OrderedDict[tuple[int, int], tuple[Sparse, np.ndarray]] = OrderedDict()
         self._beside: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()  # for threads that read at once; of this process, as all here
         self._pid = os.getpid()
 
     def require(self) -> None:
@@ -182,12 +184,13 @@ class Storage:
             table = read_table(opened.view[slice(*table_at)])
             return Frame(opened.view, place[0], opened.path, place[0], opened), table
         key = (number, place[0])
-        if key not in self._frames:
-            self._frames[key] = self._begin(number, place, table_at, read_table, beside)
-            if len(self._frames) > OPEN_FRAMES:
-                self._frames.popitem(last=False)
-        self._frames.move_to_end(key)
-        sparse, table = self._frames[key]
+        with self._lock:
+            if key not in self._frames:
+                self._frames[key] = self._begin(number, place, table_at, read_table, beside)
+                if len(self._frames) > OPEN_FRAMES:
+                    self._frames.popitem(last=False)
+            self._frames.move_to_end(key)
+            sparse, table = self._frames[key]
         need = partial(self._fetch, number, place[0], sparse, table)
         return Frame(sparse.view, 0, sparse.path, 0, sparse, need), table
 
@@ -234,6 +237,10 @@ class Storage:
         shard = self.shards[number]
         if isinstance(shard.root, Remote) and self.shelf is None:
             return None
+        with self._lock:
+            return self._opened_of(number, shard)
+
+    def _opened_of(self, number: int, shard: Shard) -> _Opened:
         if number in self._opened:
             self._opened.move_to_end(number)
             if self.shelf is not None and isinstance(shard.root, Remote):
