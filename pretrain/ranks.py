@@ -117,6 +117,7 @@ class Neighbours:
         self.rank = rank_zero_only.rank or 0
         self.step = 0
         self._began: float | None = None
+        self._ending = False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -138,6 +139,8 @@ class Neighbours:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        if self._ending and self._thread is not None:
+            self._thread.join()  # it has said why, and ends this process: once is enough
         try:
             if self._thread is not None and isinstance(error, Exception):
                 self.note(error)
@@ -250,6 +253,7 @@ class Neighbours:
             self._end(cause)
 
     def _end(self, cause: Exception) -> NoReturn:
+        self._ending = True
         lines = cause.problems if isinstance(cause, InputError) else [str(cause)]
         said = "\n  ".join(lines)
         print(f"rank {self.rank} is at {_where()}\nerror: {said}", file=sys.stderr, flush=True)
