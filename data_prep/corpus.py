@@ -27,7 +27,7 @@ from data_prep.fingerprint import as_text
 from data_prep.references import is_reference
 from data_prep.remote import Remote, Shelf
 from data_prep.shards import PAYLOADS, canonical_json, read_table, touched_chunks
-from data_prep.storage import Frame, Shard, Storage
+from data_prep.storage import Frame, Place, Root, Shard, Storage, shown
 from data_prep.volume import NativeGrid, Volume
 
 FORMAT = 1
@@ -38,7 +38,6 @@ FINGERPRINTS_FILE = "fingerprints.parquet"
 _SHARD = re.compile(r"shards/\d{6,}\.tar")
 
 Triple = tuple[int, int, int]
-Root = Path | Remote
 
 
 def shard_name(number: int) -> str:
@@ -98,6 +97,20 @@ class Corpus:
         infos = [_read_info(one) for one in roots]
         tables = [_read_index(one, info) for one, info in zip(roots, infos, strict=True)]
         return cls(roots, infos, tables, shelf)
+
+    @classmethod
+    def together(cls, parts: Sequence[Corpus]) -> Corpus:
+        """Opened corpora as one, with the shelf of the first.
+
+        Raises:
+            InputError: they differ in kind or spacing.
+        """
+        return cls(
+            [root for part in parts for root in part._roots],
+            [info for part in parts for info in part._infos],
+            [part._table for part in parts],
+            parts[0]._storage.shelf,
+        )
 
     def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Any, ...]]:
         addresses = [r if isinstance(r, Path) else r.address for r in self._roots]
@@ -359,13 +372,9 @@ class Corpus:
             except CorruptionError as error:
                 raise self._damaged(i, payload, f"is unreadable: {error}") from error
 
-        return self._storage.frame(
-            int(self.shards[i]),
-            self._span(i, payload),
-            self._span(i, f"{payload}_chunks"),
-            read,
-            self._span(i, "json"),
-        )
+        members = (payload, f"{payload}_chunks", "json")
+        place = Place(int(self.shards[i]), *(self._span(i, member) for member in members))
+        return self._storage.frame(place, read)
 
     def _span(self, i: int, member: str) -> tuple[int, int]:
         start = int(self.column(f"{member}_offset")[i])
@@ -414,11 +423,10 @@ def open_corpus(path: Path | Sequence[Path], key: str, shelf: Shelf | None = Non
     if isinstance(path, Path):
         return named(key, path, work)
     problems: list[str] = []
-    for one in path:
-        attempt(problems, named, key, one, work)
+    parts = [attempt(problems, named, key, one, work) for one in path]
     if problems:
         raise InputError(problems)
-    return Corpus.open(*path, shelf=shelf)
+    return Corpus.together([part for part in parts if part is not None])
 
 
 def split_hash(data: dict[str, Any]) -> str:
@@ -441,10 +449,6 @@ def _root(path: str | Path) -> Root:
     return Remote(str(path)) if is_reference(str(path)) else Path(path)
 
 
-def _shown(root: Root, name: str) -> str:
-    return str(root / name) if isinstance(root, Path) else root.shown(name)
-
-
 def _read_file(root: Root, name: str) -> bytes | None:
     """A file of a corpus beside its shards; None where a directory has none."""
     if isinstance(root, Remote):
@@ -456,7 +460,7 @@ def _read_file(root: Root, name: str) -> bytes | None:
 
 
 def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
-    data, shown = _read_file(root, INDEX_FILE), _shown(root, INDEX_FILE)
+    data, path = _read_file(root, INDEX_FILE), shown(root, INDEX_FILE)
     if data is None:
         raise InputError(
             f"{root}: the index {INDEX_FILE} is missing; copy the corpus again, or write it again "
@@ -465,13 +469,13 @@ def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
     found = hashlib.sha256(data).hexdigest()
     if found != info["index"]["sha256"]:
         raise CorruptionError(
-            f"{shown}: sha256 is {found[:12]}..., corpus.json says "
+            f"{path}: sha256 is {found[:12]}..., corpus.json says "
             f"{info['index']['sha256'][:12]}...; the index is damaged or of another corpus"
         )
     try:
         return _read_parquet(data)
     except pa.ArrowException as error:
-        raise CorruptionError(f"{shown}: not a Parquet file ({error})") from error
+        raise CorruptionError(f"{path}: not a Parquet file ({error})") from error
 
 
 def _read_prints(root: Root, sha256: str) -> list[dict[str, Any]]:
@@ -480,7 +484,7 @@ def _read_prints(root: Root, sha256: str) -> list[dict[str, Any]]:
         raise InputError(f"{root}: {FINGERPRINTS_FILE} is missing")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise CorruptionError(
-            f"{_shown(root, FINGERPRINTS_FILE)}: its sha256 is not the one in corpus.json"
+            f"{shown(root, FINGERPRINTS_FILE)}: its sha256 is not the one in corpus.json"
         )
     return list(_read_parquet(data).to_pylist())
 
@@ -531,7 +535,7 @@ def _joined(infos: Sequence[Mapping[str, Any]], tables: Sequence[pa.Table]) -> p
 def _read_info(root: Root) -> dict[str, Any]:
     if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{root}: no such directory; `voxelith prep` writes a corpus")
-    path, data = _shown(root, CORPUS_FILE), _read_file(root, CORPUS_FILE)
+    path, data = shown(root, CORPUS_FILE), _read_file(root, CORPUS_FILE)
     if data is None:
         raise InputError(
             f"{root}: not a corpus, it has no {CORPUS_FILE}; `voxelith prep input={root} "

@@ -147,23 +147,36 @@ class Bucket:
     """
 
     def __init__(self, url: str) -> None:
+        self.url = url
+        self._process = 0
+        self._open_files()
+
+    def _open_files(self) -> None:
         try:
             import fsspec
 
-            self._files, self._folder = fsspec.core.url_to_fs(url)
+            opened = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
         except ImportError as error:
             raise InputError(
-                f"{url}: s3:// needs s3fs; pip install 'voxelith[s3]' or pip install s3fs"
+                f"{self.url}: s3:// needs s3fs; pip install 'voxelith[s3]' or pip install s3fs"
             ) from error
+        (self._files, self._folder), self._process = opened, os.getpid()
+
+    @property
+    def files(self) -> Any:
+        """fsspec's, one for each process: it refuses to work in a fork of the one that made it."""
+        if self._process != os.getpid():
+            self._open_files()
+        return self._files
 
     def open(self, name: str, start: int, tag: str | None) -> Part:
         """See `Source`."""
         path = f"{self._folder}/{name}"
         try:
-            facts: dict[str, Any] = self._files.info(path)
+            facts: dict[str, Any] = self.files.info(path)
             now = facts.get("ETag") or facts.get("etag")
             begins = start if tag and now == tag else 0
-            stream = self._files.open(path, "rb")
+            stream = self.files.open(path, "rb")
             stream.seek(begins)
         except FileNotFoundError:
             raise InputError(f"s3://{path}: is not there; check the address") from None
@@ -224,13 +237,7 @@ def folder_source(wanted: Reference) -> Source:
     """Files of the folder that a reference names, on a web server or in a bucket."""
     if wanted.kind == "bucket":
         return Bucket(wanted.url)
-    url, question, query = wanted.url.partition("?")
-    return Web(
-        lambda name: f"{url}/{name}{question}{query}",
-        lambda name: f"{wanted.shown.rstrip('/')}/{name}",
-        wanted.headers,
-        denied=DENIED,
-    )
+    return Web(wanted.url_of, wanted.shown_of, wanted.headers, denied=DENIED)
 
 
 def retried(

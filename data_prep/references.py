@@ -68,6 +68,15 @@ class Reference:
         """Whether it names a single file of weights, not a release."""
         return self.path.lower().endswith(WEIGHTS)
 
+    def url_of(self, name: str) -> str:
+        """The URL of a file in the folder, with what signs that; it may hold a password."""
+        folder, question, query = self.url.partition("?")
+        return f"{folder}/{name}{question}{query}"
+
+    def shown_of(self, name: str) -> str:
+        """The address of a file in the folder, without what is secret."""
+        return f"{self.shown.rstrip('/')}/{name}"
+
     @property
     def name(self) -> str:
         """Of the file, safe as a file's name here."""

@@ -16,16 +16,24 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.download import PassingError, Source, download, folder_source, reason, retried
+from data_prep.download import (
+    Bucket,
+    PassingError,
+    Source,
+    download,
+    folder_source,
+    reason,
+    retried,
+)
 from data_prep.errors import CorruptionError, InputError
-from data_prep.references import Reference, parse
+from data_prep.references import parse
 
 T = TypeVar("T")
 
@@ -65,7 +73,7 @@ class Remote:
 
     def shown(self, name: str) -> str:
         """The address of a file, without what is secret."""
-        return f"{self._wanted.shown.rstrip('/')}/{name}"
+        return self._wanted.shown_of(name)
 
     @cached_property
     def source(self) -> Source:
@@ -124,9 +132,9 @@ class Remote:
         return out
 
     def _asked(self, name: str, spans: Sequence[tuple[int, int]]) -> list[Any]:
-        files, path = self._filesystem(name)
+        paths = [self._wanted.url_of(name)] * len(spans)
         starts, stops = [a for a, _ in spans], [b for _, b in spans]
-        answers: list[Any] = files.cat_ranges([path] * len(spans), starts, stops, on_error="return")
+        answers: list[Any] = self._filesystem().cat_ranges(paths, starts, stops, on_error="return")
         return answers
 
     def _checked(self, name: str, span: tuple[int, int], answer: Any) -> bytes:
@@ -149,31 +157,24 @@ class Remote:
             raise PassingError(f"{len(answer):,} of {wanted:,} bytes came")
         return bytes(answer)
 
-    def _filesystem(self, name: str) -> tuple[Any, str]:
+    def _filesystem(self) -> Any:
         """fsspec's, one for each process: its connections do not survive a fork."""
+        if isinstance(self.source, Bucket):
+            return self.source.files
         if self._files is None or self._files[0] != os.getpid():
-            self._files = (os.getpid(), _open_filesystem(self._wanted))
-        url, question, query = self._wanted.url.partition("?")
-        return self._files[1], f"{url.rstrip('/')}/{name}{question}{query}"
+            self._files = (os.getpid(), _http(self._wanted.headers))
+        return self._files[1]
 
 
-def _open_filesystem(wanted: Reference) -> Any:
-    import fsspec
-
-    if wanted.kind == "bucket":
-        try:
-            return fsspec.filesystem("s3", skip_instance_cache=True)
-        except ImportError as error:
-            raise InputError(
-                f"{wanted.shown}: s3:// needs s3fs; pip install 'voxelith[s3]'"
-            ) from error
+def _http(headers: Mapping[str, str]) -> Any:
     import aiohttp
+    import fsspec
 
     return fsspec.filesystem(
         "http",
         skip_instance_cache=True,
         encoded=True,
-        headers=wanted.headers,
+        headers=headers,
         client_kwargs={
             "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30),
             "trust_env": True,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -35,21 +35,42 @@ Span = tuple[int, int]
 """Bytes [start, stop) of a file."""
 
 
+Root = Path | Remote
+"""Of a corpus: its directory or its address."""
+
+
+def shown(root: Root, name: str) -> str:
+    """What to call a file of a corpus in messages."""
+    return root.shown(name) if isinstance(root, Remote) else str(root / name)
+
+
 @dataclass(frozen=True)
 class Shard:
     """Where a shard lies, and what it must be."""
 
-    root: Path | Remote
+    root: Root
     name: str
     bytes: int
     sha256: str
 
     def __str__(self) -> str:
-        return (
-            str(self.root / self.name)
-            if isinstance(self.root, Path)
-            else self.root.shown(self.name)
-        )
+        return shown(self.root, self.name)
+
+
+class Place(NamedTuple):
+    """Where a payload lies: the shard's number, and bytes in it.
+
+    Attributes:
+        shard: its number.
+        frame: of the payload's frame.
+        table: of its chunk table.
+        beside: of what will be asked for as well, and comes along where each request counts.
+    """
+
+    shard: int
+    frame: Span
+    table: Span
+    beside: Span
 
 
 @dataclass
@@ -163,50 +184,34 @@ class Storage:
         return self.shelf is None and isinstance(self.shards[number].root, Remote)
 
     def frame(
-        self,
-        number: int,
-        place: Span,
-        table_at: Span,
-        read_table: Callable[[bytes], np.ndarray],
-        beside: Span,
+        self, place: Place, read_table: Callable[[bytes], np.ndarray]
     ) -> tuple[Frame, np.ndarray]:
-        """A frame and its chunk table.
-
-        Args:
-            number: of the shard.
-            place: bytes [start, stop) of the frame.
-            table_at: of its chunk table.
-            read_table: verifies the table's bytes and reads them.
-            beside: of what will be asked for as well, and comes along where each request counts.
-        """
-        opened = self._open(number)
+        """A frame and its chunk table, whose bytes `read_table` verifies and reads."""
+        start = place.frame[0]
+        opened = self._open(place.shard)
         if opened is not None:
-            table = read_table(opened.view[slice(*table_at)])
-            return Frame(opened.view, place[0], opened.path, place[0], opened), table
-        key = (number, place[0])
+            table = read_table(opened.view[slice(*place.table)])
+            return Frame(opened.view, start, opened.path, start, opened), table
+        key = (place.shard, start)
         with self._lock:
             if key not in self._frames:
-                self._frames[key] = self._begin(number, place, table_at, read_table, beside)
+                self._frames[key] = self._begin(place, read_table)
                 if len(self._frames) > OPEN_FRAMES:
                     self._frames.popitem(last=False)
             self._frames.move_to_end(key)
             sparse, table = self._frames[key]
-        need = partial(self._fetch, number, place[0], sparse, table)
+        need = partial(self._fetch, place.shard, start, sparse, table)
         return Frame(sparse.view, 0, sparse.path, 0, sparse, need), table
 
     def _begin(
-        self,
-        number: int,
-        place: Span,
-        table_at: Span,
-        read_table: Callable[[bytes], np.ndarray],
-        beside: Span,
+        self, place: Place, read_table: Callable[[bytes], np.ndarray]
     ) -> tuple[Sparse, np.ndarray]:
         """Table, both ends of a frame and what is beside it, by one request or two at once."""
-        start, stop = place
+        start, stop = place.frame
         ends = (start, min(start + HEAD, stop)), (max(stop - TAIL, start), stop)
-        stored, head, tail, near = self._ranges(number, [table_at, *ends, beside])
-        self._beside[number, *beside] = near
+        spans = [place.table, *ends, place.beside]
+        stored, head, tail, near = self._ranges(place.shard, spans)
+        self._beside[place.shard, *place.beside] = near
         if len(self._beside) > 4 * OPEN_FRAMES:
             self._beside.popitem(last=False)
         sparse, table = Sparse(stop - start), read_table(stored)
@@ -249,9 +254,7 @@ class Storage:
         opened = _map(shard, self._file(shard))
         if isinstance(shard.root, Remote):
             # What was evicted meanwhile takes room for as long as it is open.
-            for old in [
-                n for n, o in self._opened.items() if not os.fstat(o.file.fileno()).st_nlink
-            ]:
+            for old in [n for n, one in self._opened.items() if not one.is_kept()]:
                 del self._opened[old]
         self._opened[number] = opened
         if len(self._opened) > OPEN_SHARDS:

@@ -195,7 +195,7 @@ def _origin(wanted: Reference) -> Origin:
     if wanted.kind == "hub":
         return _on_the_hub(wanted)
     if not wanted.is_file:
-        return Origin(folder_source(wanted), lambda name: f"{wanted.shown.rstrip('/')}/{name}")
+        return Origin(folder_source(wanted), wanted.shown_of)
     if wanted.kind == "bucket":
         return Origin(Bucket(wanted.url.rsplit("/", 1)[0]), lambda name: wanted.shown)
     source = Web(lambda name: wanted.url, lambda name: wanted.shown, wanted.headers, denied=DENIED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def test_a_bucket_holds_the_same_corpus(
         np.testing.assert_array_equal(
             there.read(int(i), "image", start, size), here.read(int(i), "image", start, size)
         )
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
+def test_workers_read_a_bucket_that_their_parent_has_read(
+    pretrain_corpus: Path, bucket: str, tmp_path: Path, cached: bool
+) -> None:
+    there = Corpus.open(bucket, shelf=Shelf(tmp_path, 10**9) if cached else None)
+    there.read(0)  # and opens what a fork must not use
+    last, fork = len(there) - 1, multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    # Inherited, as by a loader's workers: an argument of a pool would be opened anew.
+    child = fork.Process(target=lambda: answers.put(there.read(last)), daemon=True)
+    child.start()
+    np.testing.assert_array_equal(answers.get(timeout=20), Corpus.open(pretrain_corpus).read(last))
+    child.join()
 
 
 def test_a_bucket_without_it_says_so(bucket: str) -> None:
