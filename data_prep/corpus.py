@@ -79,7 +79,7 @@ class Corpus:
         self._columns: dict[str, np.ndarray] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *more: str | Path, shelf: Shelf | None = None) -> Corpus:
+    def open(cls, path: str | Root, *more: str | Root, shelf: Shelf | None = None) -> Corpus:
         """Open the corpus at `path`; `more` of them are opened as one with it.
 
         Args:
@@ -415,15 +415,18 @@ def open_corpus(path: Path | Sequence[Path], key: str, shelf: Shelf | None = Non
         UnreachableError: a server does not answer.
     """
 
-    def work(path: Path) -> Corpus:
-        corpus = Corpus.open(path, shelf=shelf)
+    def work(root: Root) -> Corpus:
+        corpus = Corpus.open(root, shelf=shelf)
         corpus.require_shards()
         return corpus
 
+    def opened(one: Path) -> Corpus:
+        return named(key, named(key, one, _root), work)
+
     if isinstance(path, Path):
-        return named(key, path, work)
+        return opened(path)
     problems: list[str] = []
-    parts = [attempt(problems, named, key, one, work) for one in path]
+    parts = [attempt(problems, opened, one) for one in path]
     if problems:
         raise InputError(problems)
     return Corpus.together([part for part in parts if part is not None])
@@ -445,7 +448,9 @@ def _read_parquet(data: bytes) -> pa.Table:
         return file.read(use_threads=False)
 
 
-def _root(path: str | Path) -> Root:
+def _root(path: str | Root) -> Root:
+    if isinstance(path, Remote):
+        return path
     return Remote(str(path)) if is_reference(str(path)) else Path(path)
 
 

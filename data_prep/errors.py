@@ -6,11 +6,11 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Place = TypeVar("Place")
 
 
 class InputError(Exception):
@@ -96,7 +96,7 @@ def attempt(
         return None
 
 
-def named(key: str, path: Path, work: Callable[[Path], T]) -> T:
+def named(key: str, path: Place, work: Callable[[Place], T]) -> T:
     """What `work` makes of the path that a setting names; problems begin with `key=path`."""
     try:
         return work(path)

@@ -228,7 +228,7 @@ def test_what_is_not_there_or_not_for_us_is_told_without_secrets(
 
 def test_a_server_without_ranges_is_told_apart(server: FaultServer, tmp_path: Path) -> None:
     server.ranges = False
-    with pytest.raises(InputError, match="gives no ranges"):
+    with pytest.raises(InputError, match=f"^corpus={server.url}: {server.url}/.* gives no ranges"):
         open_corpus(Path(server.url), "corpus")
     with pytest.raises(InputError, match="raise it, or give 0"):
         open_corpus(Path(server.url), "corpus", Shelf(tmp_path, 1000))
