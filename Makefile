@@ -16,11 +16,11 @@ test: setup
 test-all: setup
 	$(BIN)/pytest -m "not gpu and not slurm"
 
-# Jobs of a real SLURM on this machine: apt-get install slurm-wlm munge; twelve minutes.
+# Jobs of a real SLURM on this machine: apt-get install slurm-wlm munge.
 slurm: setup
 	VOXELITH_NEEDS_SLURM=1 $(BIN)/pytest -p no:xdist -m "slurm and not slow" tests/slurm
 
-# And two nodes, the doctor, a prep as an array: half an hour.
+# And two nodes, the doctor, a prep as an array.
 slurm-all: setup
 	VOXELITH_NEEDS_SLURM=1 $(BIN)/pytest -p no:xdist -m slurm tests/slurm
 
