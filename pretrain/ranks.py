@@ -205,8 +205,7 @@ class Neighbours:
         """Waits for the note of the rank that broke the connection."""
         until = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < until:
-            self._look_at_children()
-            found = self._found()
+            found = self._found()  # or that the watch has written in its place
             if found is not None:
                 return found
             time.sleep(0.1)

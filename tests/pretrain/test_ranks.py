@@ -27,6 +27,8 @@ def broken(self, batch, progress):
     return forward(self, batch, progress)
 CnnMAE.forward = broken
 """
+# As where a device still waits for the others: nothing comes of this rank after what it has raised.
+STUCK = "from pretrain.ranks import Ranks; Ranks.teardown = lambda self: time.sleep(1000); "
 LAUNCHERS = {
     "lightning": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -72,9 +74,9 @@ def notes(folder: Path) -> dict[int, dict[str, Any]]:
 def test_a_rank_that_fails_is_named_by_the_others(
     pretrain_corpus: Path, tmp_path: Path, launcher: str
 ) -> None:
-    code, said = broken(
-        pretrain_corpus, tmp_path, "raise ValueError('on purpose')", launcher=launcher
-    )
+    fault = "raise ValueError('on purpose')"
+    stuck = STUCK if launcher == "lightning" else ""
+    code, said = broken(pretrain_corpus, tmp_path, stuck + fault, launcher=launcher)
     assert code == 1
     named = [line for line in said.splitlines() if line.startswith("error: rank 1 on ")]
     assert named and named[0].endswith("ended first, after step 3: ValueError: on purpose"), said
@@ -83,8 +85,10 @@ def test_a_rank_that_fails_is_named_by_the_others(
 
 
 def test_the_first_rank_may_fail_as_well(pretrain_corpus: Path, tmp_path: Path) -> None:
-    code, said = broken(pretrain_corpus, tmp_path, "raise ValueError('on purpose')", rank=0)
-    assert code == 1 and "ended first, after step 3: ValueError: on purpose" in said
+    """It takes with it also one that is stopped."""
+    fault = "RANK == 2 and os.kill(os.getpid(), signal.SIGSTOP); RANK or 1 / 0"
+    code, said = broken(pretrain_corpus, tmp_path, fault, rank="RANK", devices=3)
+    assert code == 1 and "ended first, after step 3: ZeroDivisionError: division by zero" in said
     assert "closed by peer" not in said
 
 
@@ -111,15 +115,26 @@ def test_a_rank_that_is_slow_to_end_says_why_once(pretrain_corpus: Path, tmp_pat
     assert said.count("shard-7: damaged") == 2 and "Traceback" not in said, said
 
 
-def test_a_killed_rank_is_said_to_be_killed(pretrain_corpus: Path, tmp_path: Path) -> None:
-    code, said = broken(pretrain_corpus, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+# What one does meanwhile: waits for the other in a collective, where the connection breaks, or not.
+BUSY = ("pass", "time.sleep(1000)")
+
+
+@pytest.mark.parametrize("other", BUSY)
+def test_a_killed_rank_is_said_to_be_killed(
+    pretrain_corpus: Path, tmp_path: Path, other: str
+) -> None:
+    fault = f"exec({KILL!r} if RANK else {other!r})"
+    code, said = broken(pretrain_corpus, tmp_path, fault, rank="RANK")
     assert code == 1
     assert "ended first, after step 3: its process was killed by SIGKILL" in said, said
     assert "closed by peer" not in said and "Traceback" not in said
 
 
-def test_no_rank_outlives_the_first(pretrain_corpus: Path, tmp_path: Path) -> None:
-    code, said = broken(pretrain_corpus, tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", rank=0)
+@pytest.mark.parametrize("other", BUSY)
+def test_no_rank_outlives_the_first(pretrain_corpus: Path, tmp_path: Path, other: str) -> None:
+    fault = f"exec({other!r} if RANK else {KILL!r})"
+    code, said = broken(pretrain_corpus, tmp_path, fault, rank="RANK")
     assert code == -9
     assert "the process that has started" in said or "lost the connection" in said, said
 
@@ -149,7 +164,18 @@ def test_what_an_earlier_start_left_is_not_believed(pretrain_corpus: Path, tmp_p
     old.parent.mkdir(parents=True)
     old.write_text('{"rank": 1, "host": "x", "step": 1, "error": "old", "problems": null}')
     chosen = settings(pretrain_corpus, tmp_path, "run", steps=3, trainer=machine(2))
-    command = [sys.executable, *LAUNCHERS["torchrun"], str(script(chosen, tmp_path))]
+    # Rank 1 may look before rank 0 has removed it, and for longer than this run takes.
+    late = (
+        "import threading, pretrain.ranks as ranks\n"
+        "ranks.LOOK_SECONDS = ranks.GRACE_SECONDS = 0.01\n"
+        "enter, unlink = ranks.Neighbours.__enter__, Path.unlink\n"
+        "def entered(self):\n"
+        "    Path.unlink = lambda path, **more: threading.Timer(1, unlink, [path]).start()\n"
+        "    try: return enter(self)\n"
+        "    finally: Path.unlink = unlink\n"
+        "ranks.Neighbours.__enter__ = entered\n"
+    )
+    command = [sys.executable, *LAUNCHERS["torchrun"], str(script(chosen, tmp_path, late))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert not old.exists()
