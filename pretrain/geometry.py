@@ -108,6 +108,8 @@ def drawn_matrix(
     A crop with a thin axis is turned about that axis alone, by any angle, and scaled across it
     alone, as nnU-Net does on slices. Columns are as long as the scale: above 1, things shrink.
     """
+    if not (chosen.rotate or chosen.scale):
+        return None
     seeds = torch.tensor([seed])
     thin = thin_axes(size, spacing)
     if sum(thin) > 1:

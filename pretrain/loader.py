@@ -385,9 +385,12 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     channel = (slice(None), slice(None), None, None, None)
     slope, intercept = raw["value"].unbind(-1)
     low, high, shift, scale = raw["window"].unbind(-1)
-    image = raw["image"].float() * slope[channel] + intercept[channel]
-    image = torch.clamp(image, low[channel], high[channel])
-    image = (image - shift[channel]) * scale[channel]
+    image = raw["image"].to(torch.float32, copy=True)
+    image.mul_(slope[channel]).add_(intercept[channel])
+    # Not clamp, which with a bound for each sample is ten times as slow on a CPU.
+    torch.maximum(image, low[channel], out=image)
+    torch.minimum(image, high[channel], out=image)
+    image.sub_(shift[channel]).mul_(scale[channel])
     valid: Tensor = raw["valid"]
     label: Tensor | None = raw["label"].long() if "label" in raw else None
     if augment is not None:
