@@ -108,13 +108,17 @@ def _plan(words: list[str]) -> Any:
 def _bench(words: list[str]) -> Any:
     from data_prep.errors import InputError
 
-    said = [word for word in words if word in ("step", "estimate")]
+    said = [word for word in words if word in ("step", "estimate", "loader")]
     if len(said) != 1:
         raise InputError(
-            f"bench: say what, step or estimate, and one of them ({' and '.join(said) or 'none'} "
-            f"given); usage: voxelith {COMMANDS['bench'].usage}"
+            "bench: say what, step, estimate or loader, and one of them "
+            f"({' and '.join(said) or 'none'} given); usage: voxelith {COMMANDS['bench'].usage}"
         )
     settings = _configured("bench", [word for word in words if word not in said])
+    if said == ["loader"]:
+        from pretrain.bench_loader import bench_loader
+
+        return bench_loader(settings)
     from pretrain.bench import bench_estimate, bench_step
 
     return bench_step(settings) if said == ["step"] else bench_estimate(settings)
@@ -558,12 +562,14 @@ each with the micro-batch that it will have; nothing of them stays.
 example: voxelith plan corpus=/data/corpus experiment=mae trainer=gpu64""",
     ),
     "bench": Command(
-        "what a step costs: measured, or estimated for a GPU that is not there",
-        "bench step|estimate [experiment=NAME] [objective=mae] [backbone=vit_s] [trainer=auto] "
-        "[key=value ...] [output=FILE] [--config-dir DIR]",
+        "what a step costs, measured or estimated for a GPU that is not there; what a corpus gives",
+        "bench step|estimate|loader [experiment=NAME] [objective=mae] [backbone=vit_s] "
+        "[trainer=auto] [key=value ...] [output=FILE] [--config-dir DIR]",
         _bench,
         """
-step runs a few steps on this machine; estimate counts operations and memory and runs nothing.
+step runs a few steps on this machine; estimate counts operations and memory and runs nothing;
+loader reads crops of corpus=DIR with 1, 2, 4 to trainer.workers processes, and with gpu_rate=N says
+how many GPUs that take N samples/s are fed.
 
 example: voxelith bench estimate experiment=mae""",
     ),

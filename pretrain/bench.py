@@ -45,7 +45,7 @@ def bench_estimate(settings: BenchSettings) -> dict[str, Any]:
     """Parameters, operations and memory, without the device."""
     told = estimate(settings, _channels(settings), "cpu" if settings.device == "cpu" else "cuda")
     print(told.text())
-    return _written(settings, {"estimate": told.to_dict(), **_setting(settings)})
+    return written(settings, {"estimate": told.to_dict(), **_setting(settings)})
 
 
 def bench_step(settings: BenchSettings) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def bench_step(settings: BenchSettings) -> dict[str, Any]:
         print(_line(found))
         if "profile" in found:
             print(_table(found["profile"]))
-    return _written(
+    return written(
         settings,
         {
             "measured": measured,
@@ -369,7 +369,8 @@ def _setting(settings: BenchSettings) -> dict[str, Any]:
     return {"settings": settings.model_dump(mode="json", include=names)}
 
 
-def _written(settings: BenchSettings, found: dict[str, Any]) -> dict[str, Any]:
+def written(settings: BenchSettings, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, in the file that `output` names as well."""
     if settings.output is not None:
         make_folder(settings.output.parent, "output")
         write_json(settings.output, found)

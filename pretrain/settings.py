@@ -372,6 +372,8 @@ class BenchSettings(PretrainSettings):
     discard: Annotated[int, Field(ge=1)] = 3
     repeats: Annotated[int, Field(ge=1)] = 10
     profile: bool = False
+    seconds: Annotated[float, Field(gt=0)] = 10
+    gpu_rate: Annotated[float, Field(gt=0)] | None = None
     output: Path | None = None
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from conf.compose import settings_for
 from pretrain.bench import GROUPS, OPTIMISER, group, profiled, spread
+from pretrain.bench_loader import drop_pages
 from voxelith import main
 
 TINY = [
@@ -66,11 +69,53 @@ def test_a_corpus_lends_its_channels(
     assert two - one == 16**3 * 48
 
 
+def test_the_loader_is_measured_for_each_number_of_workers(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "loader.json"
+    words = [f"corpus={pretrain_corpus}", "trainer.workers=3", "seconds=0.2", f"output={file}"]
+    assert main(["bench", "loader", *TINY, *words, "gpu_rate=50"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    tried = [(one["workers"], one["cold"]) for one in found["measured"]]
+    assert tried == [(1, False), (2, False), (3, False), (3, True)]
+    for one in found["measured"]:
+        assert one["batches"] > one["workers"] and one["samples_per_second"] > 0
+        assert 1e6 < one["memory_per_worker"] < 1e9
+    least = min(one["samples_per_second"] for one in found["measured"][2:])
+    assert f"with 3 workers {least:.4g} samples/s: {least / 50:.3g} GPUs" in said
+    assert f"a GPU takes {150 / least:.3g} workers" in said
+
+
+def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
+    """What makes `cold` cold: the kernel has nothing of the file, and has it after a reader."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(4 << 20))
+    drop_pages([file])
+    assert resident_pages(file) == 0
+    file.read_bytes()
+    assert resident_pages(file) == (4 << 20) // mmap.PAGESIZE
+
+
+def resident_pages(file: Path) -> int:
+    """Pages of a file that are in memory, as the kernel says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with file.open("rb") as opened:
+        view = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE)  # writable: has an address
+        held = ctypes.c_char.from_buffer(view)
+        pages = (ctypes.c_ubyte * (len(view) // mmap.PAGESIZE))()
+        at = ctypes.c_void_p(ctypes.addressof(held))
+        assert libc.mincore(at, ctypes.c_size_t(len(view)), pages) == 0
+        del held
+        view.close()
+    return sum(page & 1 for page in pages)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "say what, step or estimate"),
-        (["stp"], "say what, step or estimate"),
+        ([], "say what, step, estimate or loader"),
+        (["stp"], "say what, step, estimate or loader"),
         (["step", "repets=3"], "did you mean repeats?"),
         (["step", "variants=[fp8]"], "variants"),
         pytest.param(
@@ -79,6 +124,8 @@ def test_a_corpus_lends_its_channels(
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         (["estimate", "crop_size=[90,96,96]"], "multiple"),
+        (["loader"], "corpus: missing"),
+        (["loader", "corpus=nowhere"], "nowhere"),
     ],
 )
 def test_wrong_words_start_nothing(

@@ -1,0 +1,152 @@
+"""`voxelith bench loader`: what the corpus, its storage and this machine's cores give.
+
+Samples are read, verified and decompressed by workers as in a training, and nobody computes on
+them. Each number of workers is measured with the files' pages in memory as they happen to be; the
+last again after these pages were dropped, so that every byte comes from storage: that is what a
+corpus costs that is larger than the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.errors import InputError
+from data_prep.progress import bar
+from pretrain.bench import machine, written
+from pretrain.loader import CropDataset, make_loader
+from pretrain.run_folder import versions
+from pretrain.settings import BenchSettings
+from pretrain.train import corpus_channels, corpus_for, make_dataset, plan_objective
+
+
+def bench_loader(settings: BenchSettings) -> dict[str, Any]:
+    """Measures samples per second for 1, 2, 4, ... workers, up to `trainer.workers`.
+
+    Raises:
+        InputError: no corpus, or wrong settings.
+        CorruptionError: a shard is damaged.
+    """
+    if settings.corpus is None:
+        raise InputError("bench loader: corpus: missing; give corpus=DIR, the one to read")
+    corpus = corpus_for(settings)
+    crops = plan_objective(settings, corpus_channels(corpus))().crops
+    dataset = make_dataset(settings, corpus, crops)
+    load = os.getloadavg()[0]
+    most = settings.trainer.workers or 1
+    counts = [n for n in (2**k for k in range(9)) if n < most] + [most]
+    micro = settings.micro_batch
+    print(
+        f"{corpus}: {len(corpus):,} volumes; a sample is {crops.main} of "
+        f"{'x'.join(map(str, settings.crop_size))}"
+        + (f" and {crops.total - crops.main} smaller" if crops.total > crops.main else "")
+        + f"; batches of {micro}, {settings.seconds:g} s each"
+    )
+    measured, step = [], 0
+    files = corpus.shard_files() if hasattr(os, "posix_fadvise") else []
+    tries = [(n, False) for n in counts] + [(most, True)] * bool(files)
+    with bar(total=len(tries), desc="loader", unit="try") as shown:
+        for workers, cold in tries:
+            if cold:
+                drop_pages(files)
+            found = _measure(dataset, micro, workers, settings.seconds, step)
+            measured.append({"workers": workers, "cold": cold, **found})
+            step += found["batches"]
+            shown.update()
+    print("\n".join(map(_line, measured)))
+    print(_fed(measured, settings.gpu_rate))
+    return written(
+        settings,
+        {
+            "measured": measured,
+            "sample": {"crops": crops.total, "crop_size": list(settings.crop_size)},
+            "machine": {**machine(torch.device("cpu")), "load_before": load},
+            "versions": versions(),
+        },
+    )
+
+
+def _measure(
+    dataset: CropDataset, batch: int, workers: int, seconds: float, step: int
+) -> dict[str, Any]:
+    """Rates after every worker has delivered; `step`: batches that were given before."""
+    loader = make_loader(
+        dataset, batch_size=batch, first_step=step, last_step=step + 10**5, workers=workers
+    )
+    batches = iter(loader)
+    first = time.perf_counter()
+    for _ in range(workers):
+        next(batches)
+    began = time.perf_counter()
+    processes = [worker.pid for worker in batches._workers]  # type: ignore[attr-defined]
+    before, given = _read(processes), 0
+    while given == 0 or time.perf_counter() - began < seconds:
+        next(batches)
+        given += 1
+    spent = time.perf_counter() - began
+    found = {
+        "samples_per_second": given * batch / spent,
+        "first_batches_seconds": began - first,
+        "storage_bytes_per_second": (_read(processes) - before) / spent,
+        "memory_per_worker": max(map(private_bytes, processes)),
+        "batches": given + workers,
+    }
+    del batches
+    return found
+
+
+def _line(found: dict[str, Any]) -> str:
+    state = ", pages dropped" if found["cold"] else ""
+    return (
+        f"{found['workers']:>4} workers{state}: {found['samples_per_second']:.4g} samples/s, "
+        f"{found['storage_bytes_per_second'] / 1e6:.3g} MB/s from storage, "
+        f"{found['memory_per_worker'] / 2**20:.0f} MiB a worker"
+    )
+
+
+def _fed(measured: Sequence[dict[str, Any]], rate: float | None) -> str:
+    """How many GPUs the slowest of the tries with most workers feeds."""
+    last = [one for one in measured if one["workers"] == measured[-1]["workers"]]
+    least = min(one["samples_per_second"] for one in last)
+    if rate is None:
+        return (
+            f"with {last[0]['workers']} workers {least:.4g} samples/s; how many GPUs that feeds: "
+            "give gpu_rate=SAMPLES_PER_SECOND of one, from `voxelith bench step` there"
+        )
+    each = least / last[0]["workers"]
+    return (
+        f"with {last[0]['workers']} workers {least:.4g} samples/s: {least / rate:.3g} GPUs at "
+        f"{rate:g} samples/s; a GPU takes {rate / each:.3g} workers"
+    )
+
+
+def drop_pages(files: Sequence[Path]) -> None:
+    """Lets the kernel forget files; what a process has mapped and touched of them stays."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read(processes: Sequence[int]) -> int:
+    """Bytes that processes have had read from storage, by system calls or by touching a map."""
+    return sum(
+        int(value) for pid in processes for value in _found(pid, "io", r"^read_bytes: (\d+)")
+    )
+
+
+def private_bytes(pid: int) -> int:
+    """Bytes of memory that a process has for itself; pages of mapped files are not among them."""
+    return 1024 * sum(map(int, _found(pid, "smaps_rollup", r"^Pss_Anon:\s+(\d+)")))
+
+
+def _found(pid: int, name: str, pattern: str) -> Iterator[str]:
+    with contextlib.suppress(OSError):  # no Linux, or not allowed
+        yield from re.findall(pattern, Path(f"/proc/{pid}/{name}").read_text(), re.MULTILINE)
