@@ -44,6 +44,7 @@ from data_prep.files import write_json, write_text
 from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
 from pretrain.bench import machine
+from pretrain.bench_loader import drop_pages
 from pretrain.loader import CropDataset, collate, to_batch
 from pretrain.run_folder import versions
 from pretrain.schedule import Schedule
@@ -52,8 +53,8 @@ BATCH = 2
 VOLUMES = 4
 WINDOW = (-1000.0, 1000.0)
 MEAN, STD = 0.0, 1000.0
-SLOW = ("MONAI LoadImage", "TorchIO Queue")
-"""They read a whole file for a crop, or for eight."""
+SLOW = ("MONAI LoadImage", "MONAI PersistentDataset", "TorchIO Queue")
+"""They read a whole file for a crop, or for eight: measured once, by four batches."""
 
 Batch = Callable[[], torch.Tensor]
 
@@ -411,7 +412,7 @@ def measure(
             seconds[name]["warm"].append(timed(ready[name], count))
             if not slow and "Cache" not in name:  # whose memory has no pages to drop
                 fresh = side.make()
-                drop(side.files)
+                drop_pages(side.files)
                 seconds[name]["cold"].append(timed(fresh, count))
                 del fresh
                 gc.collect()
@@ -431,14 +432,6 @@ def timed(batch: Batch, count: int) -> float:
     for _ in range(count):
         batch()
     return (time.perf_counter() - began) / (count * BATCH)
-
-
-def drop(files: Sequence[Path]) -> None:
-    """Pages of files, out of memory; those that a process has mapped and touched stay."""
-    for file in files:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def peers() -> dict[str, str]:

@@ -210,6 +210,11 @@ class Corpus:
         """
         self._storage.require()
 
+    def shard_files(self) -> list[Path]:
+        """The shards that are files here, in order."""
+        shards = self._storage.shards
+        return [one.root / one.name for one in shards if isinstance(one.root, Path)]
+
     @property
     def shelf(self) -> Shelf | None:
         """Where shards from elsewhere are kept, if any are."""
@@ -285,8 +290,8 @@ class Corpus:
         frame.need(ends)
         view = memoryview(frame.view)
         try:
-            for row, what in zip(ends, ("header", "index"), strict=True):
-                self._verify(i, payload, what, view, frame.base, table[row])
+            for row, what in zip(table[[0, -1]].tolist(), ("header", "index"), strict=True):
+                self._verify(i, payload, what, view, frame.base, row)
             array = self._open_frame(i, payload, frame)
             shape = (*lead, *full)
             if tuple(array.shape) != shape:
@@ -294,8 +299,8 @@ class Corpus:
             low, high = (0,) * len(lead) + first, lead + last
             chunks = touched_chunks(shape, tuple(array.chunks), low, high)
             frame.need(chunks + 1)
-            for chunk in chunks:
-                self._verify(i, payload, f"chunk {chunk}", view, frame.base, table[chunk + 1])
+            for chunk, row in zip(chunks, table[chunks + 1].tolist(), strict=True):
+                self._verify(i, payload, f"chunk {chunk}", view, frame.base, row)
         finally:
             view.release()
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
@@ -381,11 +386,18 @@ class Corpus:
         return start, start + int(self.column(f"{member}_size")[i])
 
     def _verify(
-        self, i: int, payload: str, what: str, view: memoryview, offset: int, row: np.void
+        self,
+        i: int,
+        payload: str,
+        what: str,
+        view: memoryview,
+        base: int,
+        row: tuple[int, int, int],
     ) -> None:
-        first = offset + int(row["offset"])
-        region = view[first : first + int(row["bytes"])]
-        if xxhash.xxh3_64_intdigest(region) != int(row["xxh3"]):
+        """Looks whether a region of a frame, a row of its chunk table, is what it was."""
+        offset, count, xxh3 = row
+        first = base + offset
+        if xxhash.xxh3_64_intdigest(view[first : first + count]) != xxh3:
             raise self._damaged(i, payload, f"is damaged in its {what}")
 
     def _open_frame(self, i: int, payload: str, frame: Frame) -> Any:

@@ -11,6 +11,8 @@ import xxhash
 
 from data_prep.errors import CorruptionError
 from data_prep.shards import (
+    BLOCK,
+    CHUNK,
     ShardWriter,
     canonical_json,
     encode_array,
@@ -56,19 +58,21 @@ def test_table_covers_the_frame_and_gives_each_chunk(number: int, seed: int) -> 
 
 def test_one_chunk_decompresses_alone_and_retiles(seed: int) -> None:
     """What a ranged reader needs: the table, the chunk's bytes, and the order of its blocks."""
-    array = np.random.default_rng(seed).integers(-999, 999, (1, 128, 64, 64)).astype(np.int16)
+    array = np.random.default_rng(seed).integers(-999, 999, (1, 2 * CHUNK, CHUNK, CHUNK))
+    array = array.astype(np.int16)
     frame, data = encode_array(array)
     row = read_table(data, len(frame))[2]
     raw = blosc2.decompress2(frame[int(row["offset"]) : int(row["offset"]) + int(row["bytes"])])
-    tiles = np.frombuffer(raw, np.int16).reshape(4, 2, 2, 16, 32, 32)
-    chunk = tiles.transpose(0, 3, 1, 4, 2, 5).reshape(64, 64, 64)
-    np.testing.assert_array_equal(chunk, array[0, 64:])
+    d, h, w = (CHUNK // n for n in BLOCK)
+    tiles = np.frombuffer(raw, np.int16).reshape(d, h, w, *BLOCK)
+    chunk = tiles.transpose(0, 3, 1, 4, 2, 5).reshape(CHUNK, CHUNK, CHUNK)
+    np.testing.assert_array_equal(chunk, array[0, CHUNK:])
 
 
 def test_chunks_and_blocks_are_cut_to_the_array() -> None:
     frame, _ = encode_array(np.ones((2, 100, 10, 40), np.int16))
     stored = blosc2.ndarray_from_cframe(frame)
-    assert stored.chunks == (1, 64, 10, 40)
+    assert stored.chunks == (1, 32, 10, 32)
     assert stored.blocks == (1, 16, 10, 32)
 
 
