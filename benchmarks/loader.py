@@ -54,7 +54,7 @@ VOLUMES = 4
 WINDOW = (-1000.0, 1000.0)
 MEAN, STD = 0.0, 1000.0
 SLOW = ("MONAI LoadImage", "MONAI PersistentDataset", "TorchIO Queue")
-"""They read a whole file for a crop, or for eight: measured once, by four batches."""
+"""They read a whole file for a crop, or for eight: measured once, by few batches."""
 
 Batch = Callable[[], torch.Tensor]
 
@@ -141,8 +141,6 @@ class Side:
 
 
 def ours(corpus: Corpus, size: int, label: bool) -> Side:
-    shards = sorted(corpus.path.glob("shard-*.tar"))
-
     def make() -> Batch:
         fresh = Corpus.open(corpus.path)
         dataset = crops_of(fresh, size, label)
@@ -155,7 +153,7 @@ def ours(corpus: Corpus, size: int, label: bool) -> Side:
 
         return batch
 
-    return Side(make, shards, label)
+    return Side(make, corpus.shard_files(), label)
 
 
 def crops_of(corpus: Corpus, size: int, label: bool) -> CropDataset:
@@ -198,7 +196,7 @@ def bare(corpus: Corpus, size: int) -> Side:
 
         return lambda: torch.from_numpy(np.stack([crop() for _ in range(BATCH)]))
 
-    return Side(make, sorted(corpus.path.glob("shard-*.tar")))
+    return Side(make, corpus.shard_files())
 
 
 def normalised(file: Path) -> NDArray[np.float32]:
@@ -397,7 +395,7 @@ def measure(
         **monai(raw, work, size),
         **torchio(raw, size),
     }
-    seconds: dict[str, dict[str, list[float]]] = {name: {"cold": [], "warm": []} for name in sides}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"warm": [], "cold": []} for name in sides}
     ready = {name: side.make() for name, side in sides.items()}
     for name, batch in ready.items():
         made = batch()
@@ -408,7 +406,8 @@ def measure(
             slow = name.startswith(SLOW)
             if slow and repeat:
                 continue
-            count = 4 if slow else batches
+            # A queue of 16 crops is filled twice.
+            count = (16 if name.startswith("TorchIO") else 4) if slow else batches
             seconds[name]["warm"].append(timed(ready[name], count))
             if not slow and "Cache" not in name:  # whose memory has no pages to drop
                 fresh = side.make()

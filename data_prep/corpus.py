@@ -290,12 +290,16 @@ class Corpus:
         frame.need(ends)
         view = memoryview(frame.view)
         try:
-            for row, what in zip(table[[0, -1]].tolist(), ("header", "index"), strict=True):
-                self._verify(i, payload, what, view, frame.base, row)
-            array = self._open_frame(i, payload, frame)
             shape = (*lead, *full)
-            if tuple(array.shape) != shape:
-                raise self._damaged(i, payload, f"has shape {array.shape}, the index says {shape}")
+            if frame.array is None:
+                for row, what in zip(table[[0, -1]].tolist(), ("header", "index"), strict=True):
+                    self._verify(i, payload, what, view, frame.base, row)
+                array = self._open_frame(i, payload, frame)
+                if tuple(array.shape) != shape:
+                    said = f"has shape {array.shape}, the index says {shape}"
+                    raise self._damaged(i, payload, said)
+                frame.array = array
+            array = frame.array
             low, high = (0,) * len(lead) + first, lead + last
             chunks = touched_chunks(shape, tuple(array.chunks), low, high)
             frame.need(chunks + 1)

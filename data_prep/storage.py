@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ OPEN_SHARDS = 64
 """Open shards per process; an mmap holds a file descriptor, and limits start at 1024."""
 
 OPEN_FRAMES = 16
-"""Frames per process of which ranges are kept: crops of one volume often follow one another."""
+"""Frames per process that stay open: crops of one volume often follow one another."""
 
 HEAD, TAIL = 1024, 4096
 """Bytes at both ends of a frame that come with its chunk table; most headers and indices fit."""
@@ -84,6 +84,7 @@ class Frame:
         offset: where it begins in that.
         holder: keeps that file open.
         need: makes regions of it be there, by their rows of the chunk table.
+        array: what blosc2 has opened of it, of one thread alone.
     """
 
     view: mmap.mmap
@@ -92,6 +93,7 @@ class Frame:
     offset: int
     holder: object
     need: Callable[[Iterable[int]], None] = field(default=lambda rows: None)
+    array: Any = None
 
 
 @dataclass
@@ -119,6 +121,7 @@ class Storage:
 
     def _forget(self) -> None:
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
+        self._mapped: OrderedDict[tuple[int, int, int], tuple[Frame, np.ndarray]] = OrderedDict()
         self._frames: OrderedDict[tuple[int, int], tuple[Sparse, np.ndarray]] = OrderedDict()
         self._beside: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
         self._lock = threading.Lock()  # for threads that read at once; of this process, as all here
@@ -190,8 +193,7 @@ class Storage:
         start = place.frame[0]
         opened = self._open(place.shard)
         if opened is not None:
-            table = read_table(opened.view[slice(*place.table)])
-            return Frame(opened.view, start, opened.path, start, opened), table
+            return self._frame_of(opened, place, read_table)
         key = (place.shard, start)
         with self._lock:
             if key not in self._frames:
@@ -202,6 +204,21 @@ class Storage:
             sparse, table = self._frames[key]
         need = partial(self._fetch, place.shard, start, sparse, table)
         return Frame(sparse.view, 0, sparse.path, 0, sparse, need), table
+
+    def _frame_of(
+        self, opened: _Opened, place: Place, read_table: Callable[[bytes], np.ndarray]
+    ) -> tuple[Frame, np.ndarray]:
+        start = place.frame[0]
+        key = (threading.get_ident(), place.shard, start)
+        with self._lock:
+            found = self._mapped.pop(key, None)
+            if found is None or found[0].holder is not opened:
+                table = read_table(opened.view[slice(*place.table)])
+                found = Frame(opened.view, start, opened.path, start, opened), table
+            self._mapped[key] = found
+            if len(self._mapped) > OPEN_FRAMES:
+                self._mapped.popitem(last=False)
+            return found
 
     def _begin(
         self, place: Place, read_table: Callable[[bytes], np.ndarray]
@@ -256,6 +273,8 @@ class Storage:
             # What was evicted meanwhile takes room for as long as it is open.
             for old in [n for n, one in self._opened.items() if not one.is_kept()]:
                 del self._opened[old]
+                for key in [key for key in self._mapped if key[1] == old]:
+                    del self._mapped[key]
         self._opened[number] = opened
         if len(self._opened) > OPEN_SHARDS:
             # Not closed: another thread may be reading; it unmaps when the last reader lets go.

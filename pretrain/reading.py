@@ -85,10 +85,10 @@ def read_crop(
     crop = {
         "key": str(corpus.keys[draw.item]),
         **read(corpus, draw, lowest, label),
-        "value": torch.tensor([[c["slope"], c["intercept"]] for c in channels]),
-        "window": torch.tensor([_window(c, preprocess) for c in channels]),
-        "spacing": torch.tensor(grid.spacing * draw.zoom, dtype=torch.float32),
-        "box": torch.tensor(draw.box, dtype=torch.float32),
+        "value": _tensor([[c["slope"], c["intercept"]] for c in channels]),
+        "window": _tensor([_window(c, preprocess) for c in channels]),
+        "spacing": _tensor(grid.spacing * draw.zoom),
+        "box": _tensor(draw.box),
         "seed": draw.seed,
     }
     if group.name:
@@ -149,6 +149,11 @@ def _window(channel: dict[str, Any], preprocess: Preprocess) -> tuple[float, flo
     if rule is None:
         return -math.inf, math.inf, 0.0, 1.0
     return intensity_coefficients(rule, channel["modality"], channel["statistics"])
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    """float32; several times as fast as torch.tensor of lists."""
+    return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def _triple(values: NDArray[np.int64]) -> Size:

@@ -23,18 +23,26 @@ WORDS = [
 ]  # fmt: skip
 
 
+def damage(corpus: Corpus, i: int, every: int = 1) -> None:
+    """Flips a bit in every chunk of a volume's image, or in every second one, ..."""
+    frame, table = corpus._frame(i, "image")
+    path = corpus.shard_files()[int(corpus.shards[i])]
+    with path.open("r+b") as file:
+        for row in table[1:-1][::every]:
+            at = frame.base + int(row["offset"])
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ bool(row["bytes"])]))
+
+
 @pytest.fixture
 def damaged(pretrain_corpus: Path, tmp_path: Path) -> tuple[Path, str]:
-    """The corpus with one bit of one volume's image flipped, and the volume's key."""
+    """The corpus with damage in one volume's image, and the volume's key."""
     shutil.copytree(pretrain_corpus, tmp_path / "c")
     corpus = Corpus.open(tmp_path / "c")
-    i = 7
-    start, stop = corpus._span(i, "image")
-    path = tmp_path / "c" / f"shards/{int(corpus.shards[i]):06d}.tar"
-    data = bytearray(path.read_bytes())
-    data[(start + stop) // 2] ^= 1
-    path.write_bytes(bytes(data))
-    return tmp_path / "c", corpus.keys[i]
+    damage(corpus, 7)
+    return tmp_path / "c", corpus.keys[7]
 
 
 def test_by_default_damage_ends_the_run_and_names_the_volume(
@@ -70,11 +78,13 @@ def test_others_take_the_place_and_it_is_told(
 
 
 def test_all_crops_of_a_sample_are_of_the_volume_that_takes_its_place(
-    damaged: tuple[Path, str], tmp_path: Path
+    pretrain_corpus: Path, tmp_path: Path
 ) -> None:
     """Also where the first crop of the damaged one can still be read."""
-    path, _ = damaged
+    path = tmp_path / "c"
+    shutil.copytree(pretrain_corpus, path)
     corpus = Corpus.open(path)
+    damage(corpus, 7, every=2)
     plain = make_dataset(settings(path, tmp_path, "x"), corpus)
     dataset = CropDataset(
         corpus, plain.samples, plain.schedule, plain.preprocess, (16, 16, 16),
@@ -97,14 +107,8 @@ def test_more_than_a_little_damage_ends_the_run_all_the_same(
 ) -> None:
     shutil.copytree(pretrain_corpus, tmp_path / "c")
     corpus = Corpus.open(tmp_path / "c")
-    for shard in {int(n) for n in corpus.shards[:20]}:
-        path = tmp_path / "c" / f"shards/{shard:06d}.tar"
-        data = bytearray(path.read_bytes())
-        for i in range(len(corpus)):
-            if int(corpus.shards[i]) == shard:
-                start, stop = corpus._span(i, "image")
-                data[(start + stop) // 2] ^= 1
-        path.write_bytes(bytes(data))
+    for i in range(20):
+        damage(corpus, i)
     words = [f"corpus={tmp_path}/c", "run=x", f"runs={tmp_path}", *WORDS, "damaged=skip"]
     assert main(["pretrain", *words, "trainer.workers=0"]) == 2
     assert "in all, more than damaged=skip bears" in capsys.readouterr().err
