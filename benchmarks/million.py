@@ -3,9 +3,9 @@
     python benchmarks/million.py WORK [--count 1000000] [--output docs/results/million]
 
 The index of the sample scans' corpus, its rows repeated with keys and subjects of their own, all in
-the same shards; a process of its own opens it, plans the epoch and reads a batch. Repeated rows make
-a small file; in memory they take what others do. Writes machine, versions, seconds and peak memory,
-that of the imports apart.
+the same shards; a process of its own opens it, plans the epoch and reads a batch. Repeated rows
+make a small file; in memory they take what others do. Writes machine, versions, seconds and peak
+memory, that of the imports apart.
 """
 
 from __future__ import annotations
