@@ -56,7 +56,7 @@ def bench_loader(settings: BenchSettings) -> dict[str, Any]:
         for workers, cold in tries:
             if cold:
                 drop_pages(files)
-            found = _measure(dataset, micro, workers, settings.seconds, step)
+            found = _measure(dataset, micro, workers, settings.seconds, step, cold)
             measured.append({"workers": workers, "cold": cold, **found})
             step += found["batches"]
             shown.update()
@@ -74,29 +74,32 @@ def bench_loader(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _measure(
-    dataset: CropDataset, batch: int, workers: int, seconds: float, step: int
+    dataset: CropDataset, batch: int, workers: int, seconds: float, step: int, cold: bool
 ) -> dict[str, Any]:
-    """Rates after every worker has delivered; `step`: batches that were given before."""
+    """Rates after every worker has delivered; where pages were dropped, from the beginning.
+
+    What is read first stays in memory, so of a small corpus nothing would be cold afterwards.
+    `step`: batches that were given before.
+    """
     loader = make_loader(
         dataset, batch_size=batch, first_step=step, last_step=step + 10**5, workers=workers
     )
     batches = iter(loader)
-    first = time.perf_counter()
-    for _ in range(workers):
-        next(batches)
-    began = time.perf_counter()
     processes = [worker.pid for worker in batches._workers]  # type: ignore[attr-defined]
-    before, given = _read(processes), 0
+    began, before, given = time.perf_counter(), 0, 0
+    if not cold:
+        for _ in range(workers):
+            next(batches)
+        began, before = time.perf_counter(), _read(processes)
     while given == 0 or time.perf_counter() - began < seconds:
         next(batches)
         given += 1
     spent = time.perf_counter() - began
     found = {
         "samples_per_second": given * batch / spent,
-        "first_batches_seconds": began - first,
         "storage_bytes_per_second": (_read(processes) - before) / spent,
         "memory_per_worker": max(map(private_bytes, processes)),
-        "batches": given + workers,
+        "batches": given + (0 if cold else workers),
     }
     del batches
     return found
@@ -104,8 +107,9 @@ def _measure(
 
 def _line(found: dict[str, Any]) -> str:
     state = ", pages dropped" if found["cold"] else ""
+    who = "worker" if found["workers"] == 1 else "workers"
     return (
-        f"{found['workers']:>4} workers{state}: {found['samples_per_second']:.4g} samples/s, "
+        f"{found['workers']:>4} {who}{state}: {found['samples_per_second']:.4g} samples/s, "
         f"{found['storage_bytes_per_second'] / 1e6:.3g} MB/s from storage, "
         f"{found['memory_per_worker'] / 2**20:.0f} MiB a worker"
     )
@@ -143,8 +147,8 @@ def _read(processes: Sequence[int]) -> int:
 
 
 def private_bytes(pid: int) -> int:
-    """Bytes of memory that a process has for itself; pages of mapped files are not among them."""
-    return 1024 * sum(map(int, _found(pid, "smaps_rollup", r"^Pss_Anon:\s+(\d+)")))
+    """Bytes of memory that a process has for itself: not what it shares with who has forked it."""
+    return 1024 * sum(map(int, _found(pid, "smaps_rollup", r"^Private_Dirty:\s+(\d+)")))
 
 
 def _found(pid: int, name: str, pattern: str) -> Iterator[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,8 +81,12 @@ def test_the_loader_is_measured_for_each_number_of_workers(
     tried = [(one["workers"], one["cold"]) for one in found["measured"]]
     assert tried == [(1, False), (2, False), (3, False), (3, True)]
     for one in found["measured"]:
-        assert one["batches"] > one["workers"] and one["samples_per_second"] > 0
+        assert one["batches"] > (0 if one["cold"] else one["workers"])
+        assert one["samples_per_second"] > 0
         assert 1e6 < one["memory_per_worker"] < 1e9
+    if not in_memory(pretrain_corpus):
+        # Of pages that were dropped every byte comes from storage, whatever the corpus is.
+        assert found["measured"][-1]["storage_bytes_per_second"] > 0
     least = min(one["samples_per_second"] for one in found["measured"][2:])
     assert f"with 3 workers {least:.4g} samples/s: {least / 50:.3g} GPUs" in said
     assert f"a GPU takes {150 / least:.3g} workers" in said
@@ -89,12 +94,20 @@ def test_the_loader_is_measured_for_each_number_of_workers(
 
 def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
     """What makes `cold` cold: the kernel has nothing of the file, and has it after a reader."""
+    if in_memory(tmp_path):
+        pytest.skip("temporary files are in memory here")
     file = tmp_path / "file"
     file.write_bytes(bytes(4 << 20))
     drop_pages([file])
     assert resident_pages(file) == 0
     file.read_bytes()
     assert resident_pages(file) == (4 << 20) // mmap.PAGESIZE
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether its file system has no storage behind it."""
+    told = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True)
+    return told.stdout.strip() == "tmpfs"
 
 
 def resident_pages(file: Path) -> int:
