@@ -39,7 +39,7 @@ from large_ct import write
 from numpy.typing import NDArray
 
 from data_prep.build import prep
-from data_prep.corpus import Corpus, shard_name
+from data_prep.corpus import Corpus
 from data_prep.files import write_json, write_text
 from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
@@ -124,15 +124,11 @@ class Side:
     Attributes:
         make: gives the function that makes the next batch.
         files: that it reads.
-        labels: whether they come with the crops.
     """
 
-    def __init__(
-        self, make: Callable[[], Batch], files: Sequence[Path], labels: bool = False
-    ) -> None:
+    def __init__(self, make: Callable[[], Batch], files: Sequence[Path]) -> None:
         self.make = make
         self.files = files
-        self.labels = labels
 
     @property
     def bytes(self) -> int:
@@ -153,7 +149,7 @@ def ours(corpus: Corpus, size: int, label: bool) -> Side:
 
         return batch
 
-    return Side(make, corpus.shard_files(), label)
+    return Side(make, corpus.shard_files())
 
 
 def crops_of(corpus: Corpus, size: int, label: bool) -> CropDataset:
@@ -177,7 +173,7 @@ def bare(corpus: Corpus, size: int) -> Side:
         dataset = crops_of(fresh, size, False)
         frames = [
             blosc2.open(
-                str(fresh.path / shard_name(int(fresh.shards[i]))),
+                str(fresh.shard_files()[int(fresh.shards[i])]),
                 mode="r",
                 offset=int(fresh.column("image_offset")[i]),
                 mmap_mode="r",
@@ -305,7 +301,7 @@ def nnunet(raw: Path, folder: Path, size: int) -> dict[str, Side]:
 
     return {
         "nnU-Net, image": Side(image, images),
-        "nnU-Net loader, image and label": Side(whole, sorted(folder.iterdir()), True),
+        "nnU-Net loader, image and label": Side(whole, sorted(folder.iterdir())),
     }
 
 
@@ -419,10 +415,8 @@ def measure(
         "size": size,
         "seconds_per_crop": seconds,
         "bytes": {name: side.bytes for name, side in sides.items()},
-        "voxels": int(corpus.shapes.prod()) if len(corpus) == 1 else int(
-            corpus.shapes.prod(axis=1).sum()
-        ),
-    }  # fmt: skip
+        "voxels": int(corpus.shapes.prod(axis=1).sum()),
+    }
 
 
 def timed(batch: Batch, count: int) -> float:

@@ -259,7 +259,10 @@ def test_a_warm_up_without_an_end_is_said(
         (["replay", "nowhere"], "nowhere is not a run folder"),
         (["table", "a", "otput=x"], "otput=x: no such option or folder; did you mean output?"),
         (["bench", "step", "estimate"], "one of them (step and estimate given); usage: voxelith"),
-        (["bench", "repeats=3"], "say what, step, estimate or loader, and one of them"),
+        (
+            ["bench", "repeats=3"],
+            "say what, step, estimate or loader, and one of them (none given)",
+        ),
         (["bench", "step", "repets=3"], "repets=3: no such key; did you mean repeats?"),
         (["finetune", "task=abdomen", "ckpt=x", "corpus=y"], "\n  ckpt=x: no such release"),
         (["finetune", "task=abdomen", "ckpt=x", "corpus=y"], "\n  corpus=y: no such directory"),
