@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, last_error
 from data_prep.progress import bar
 from pretrain.bench import machine, written
 from pretrain.loader import CropDataset, make_loader
@@ -87,22 +87,26 @@ def _measure(
     batches = iter(loader)
     processes = [worker.pid for worker in batches._workers]  # type: ignore[attr-defined]
     began, before, given = time.perf_counter(), 0, 0
-    if not cold:
-        for _ in range(workers):
+    try:
+        if not cold:
+            for _ in range(workers):
+                next(batches)
+            began, before = time.perf_counter(), _read(processes)
+        while given == 0 or time.perf_counter() - began < seconds:
             next(batches)
-        began, before = time.perf_counter(), _read(processes)
-    while given == 0 or time.perf_counter() - began < seconds:
-        next(batches)
-        given += 1
-    spent = time.perf_counter() - began
-    found = {
-        "samples_per_second": given * batch / spent,
-        "storage_bytes_per_second": (_read(processes) - before) / spent,
-        "memory_per_worker": max(map(private_bytes, processes)),
-        "batches": given + (0 if cold else workers),
-    }
-    del batches
-    return found
+            given += 1
+        spent = time.perf_counter() - began
+        return {
+            "samples_per_second": given * batch / spent,
+            "storage_bytes_per_second": (_read(processes) - before) / spent,
+            "memory_per_worker": max(map(private_bytes, processes)),
+            "batches": given + (0 if cold else workers),
+        }
+    except InputError as error:  # with a worker's traceback as its text
+        raise type(error)([last_error(problem) for problem in error.problems]) from error
+    finally:
+        # An error holds on to them, and workers, who heed no SIGTERM, would outlast the program.
+        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _line(found: dict[str, Any]) -> str:
