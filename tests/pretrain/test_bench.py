@@ -3,7 +3,9 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +92,21 @@ def test_the_loader_is_measured_for_each_number_of_workers(
     least = min(one["samples_per_second"] for one in found["measured"][2:])
     assert f"with 3 workers {least:.4g} samples/s: {least / 50:.3g} GPUs" in said
     assert f"a GPU takes {150 / least:.3g} workers" in said
+
+
+def test_a_damaged_shard_ends_it_with_one_line(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """In a process of its own, which must not wait for its workers for ever."""
+    shutil.copytree(pretrain_corpus, tmp_path / "c")
+    for shard in (tmp_path / "c" / "shards").iterdir():
+        data = bytearray(shard.read_bytes())
+        for at in range(600, len(data), 600):
+            data[at] ^= 1
+        shard.write_bytes(data)
+    words = ["bench", "loader", *TINY, f"corpus={tmp_path}/c", "trainer.workers=2", "seconds=1"]
+    command = [sys.executable, "-m", "voxelith", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("copy the shard again") == 1 and "Traceback" not in done.stderr
 
 
 def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
