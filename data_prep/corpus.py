@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ def shard_name(number: int) -> str:
 class Corpus:
     """A finished corpus, here or elsewhere, or several as one; make one with `Corpus.open`.
 
-    Safe to use after a fork (each process maps the shards anew) and to send to spawned workers
-    (the path travels, not the data). Samples are numbered in the order of the index, which is the
-    order of their keys and of their bytes; those of several corpora follow one another, and have
-    the corpus's number before their key: 1/KEY, 2/KEY.
+    Safe to use after a fork (each process maps the shards anew) and to send to spawned workers (the
+    path travels, not the data; of a corpus elsewhere the index, which came once). Samples are
+    numbered in the order of the index, which is the order of their keys and of their bytes; those
+    of several corpora follow one another, and have the corpus's number before their key: 1/KEY,
+    2/KEY.
 
     Attributes:
         info: corpus.json; of several what they have together.
@@ -66,6 +67,7 @@ class Corpus:
     ) -> None:
         self._roots = list(roots)
         self._infos = list(infos)
+        self._tables = list(tables)
         self.info = infos[0] if len(infos) == 1 else _together(roots, infos)
         self._table = tables[0] if len(tables) == 1 else _joined(infos, tables)
         self._storage = Storage(
@@ -108,13 +110,14 @@ class Corpus:
         return cls(
             [root for part in parts for root in part._roots],
             [info for part in parts for info in part._infos],
-            [part._table for part in parts],
+            [table for part in parts for table in part._tables],
             parts[0]._storage.shelf,
         )
 
     def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Any, ...]]:
-        addresses = [r if isinstance(r, Path) else r.address for r in self._roots]
-        return partial(Corpus.open, shelf=self._storage.shelf), tuple(addresses)
+        if any(isinstance(root, Remote) for root in self._roots):
+            return Corpus, (self._roots, self._infos, self._tables, self._storage.shelf)
+        return Corpus.open, tuple(self._roots)
 
     @property
     def path(self) -> Path:
@@ -221,13 +224,17 @@ class Corpus:
         remote = any(isinstance(root, Remote) for root in self._roots)
         return self._storage.shelf if remote else None
 
-    def bring(self, shard: int) -> bool:
-        """Has a shard from elsewhere come to the shelf before it is read; whether it had to.
+    def has_shard(self, shard: int) -> bool:
+        """Whether a shard is here, or on the shelf."""
+        return self._storage.has(shard)
+
+    def bring(self, shard: int) -> None:
+        """Has a shard from elsewhere come to the shelf before it is read.
 
         Raises:
             InputError, CorruptionError, UnreachableError: it does not come; who reads it is told.
         """
-        return self._storage.bring(shard)
+        self._storage.bring(shard)
 
     def position(self, key: str) -> int:
         """The number of the sample with this key; InputError if there is none."""

@@ -30,7 +30,10 @@ MAX_VOXELS = 2**32
 MAX_PAD = 2**27
 """Voxels that the smallest scan is padded to, at most: 512 cubed."""
 
-Millimetres = Annotated[float, Field(ge=0.05, le=100)]
+FINEST, COARSEST = 0.05, 100.0
+"""Millimetres that a voxel may have."""
+
+Millimetres = Annotated[float, Field(ge=FINEST, le=COARSEST)]
 
 
 class _Operation(BaseModel):

@@ -172,15 +172,18 @@ class Storage:
         assert isinstance(shard.root, Remote)
         return shard.root.ranges(shard.name, spans)
 
-    def bring(self, number: int) -> bool:
-        """Has a remote shard come to the shelf; whether it had to."""
+    def has(self, number: int) -> bool:
+        """Whether a shard is here, or on the shelf."""
         shard = self.shards[number]
-        if self.shelf is None or not isinstance(shard.root, Remote):
-            return False
-        if self.shelf.has(shard.sha256):
-            return False
-        self.shelf.get(shard.root, shard.name, shard.bytes, shard.sha256)
-        return True
+        if isinstance(shard.root, Path):
+            return True
+        return self.shelf is not None and self.shelf.has(shard.sha256)
+
+    def bring(self, number: int) -> None:
+        """Has a remote shard come to the shelf, if there is one."""
+        shard = self.shards[number]
+        if self.shelf is not None and isinstance(shard.root, Remote):
+            self.shelf.get(shard.root, shard.name, shard.bytes, shard.sha256)
 
     def is_ranged(self, number: int) -> bool:
         """Whether of a shard only ranges come."""

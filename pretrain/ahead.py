@@ -1,7 +1,7 @@
-"""Shards from elsewhere come before workers need them: a thread of each node's first rank.
+"""Shards from elsewhere come before workers need them: threads of each node's first rank.
 
 Workers wait for a shard that is not on the node's shelf, or fetch it themselves, so nothing depends
-on this thread but the time that they wait.
+on these threads but the time that they wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from data_prep.errors import InputError, UnreachableError
 from pretrain.loader import CropDataset
 
 SHARDS = 4
-"""That are on the shelf before the step that needs them."""
+"""That are on the shelf, or on their way, before the step that needs them: each by a thread, for
+one connection seldom gives all that a network has."""
 
 LOOK_SECONDS = 0.2
 
@@ -51,8 +52,12 @@ class Ahead:
         self.batch_size = batch_size
         self.node, self.nodes, self.local = node, nodes, local
         self._over = threading.Event()
+        self._turn = threading.Lock()
+        self._early: deque[int] = deque()
+        self._needed = self.needed()
         if dataset.corpus.shelf is not None:
-            threading.Thread(target=self._run, name="ahead", daemon=True).start()
+            for _ in range(SHARDS):
+                threading.Thread(target=self._run, name="ahead", daemon=True).start()
 
     def end(self) -> None:
         """Fetches no more."""
@@ -76,21 +81,28 @@ class Ahead:
                 yield step, shard
 
     def _run(self) -> None:
-        early: deque[int] = deque()
-        for step, shard in self.needed():
-            while True:
-                now = self.now()
-                while early and early[0] <= now:
-                    early.popleft()
-                if len(early) < SHARDS:
-                    break
-                if self._over.wait(LOOK_SECONDS):
-                    return
-            if self._over.is_set():
-                return
-            try:
-                came = step >= now and self.dataset.corpus.bring(shard)
-            except (InputError, UnreachableError, OSError):
-                return  # whoever reads it says what is wrong
-            if came:
-                early.append(step)
+        try:
+            while (shard := self._next()) is not None:
+                self.dataset.corpus.bring(shard)
+        except (InputError, UnreachableError, OSError):
+            self.end()  # whoever reads it says what is wrong
+
+    def _next(self) -> int | None:
+        """A shard that is not there, once its time has come; None at the end."""
+        with self._turn:
+            for step, shard in self._needed:
+                while self._is_full():
+                    if self._over.wait(LOOK_SECONDS):
+                        return None
+                if self._over.is_set():
+                    return None
+                if step >= self.now() and not self.dataset.corpus.has_shard(shard):
+                    self._early.append(step)
+                    return shard
+        return None
+
+    def _is_full(self) -> bool:
+        now = self.now()
+        while self._early and self._early[0] <= now:
+            self._early.popleft()
+        return len(self._early) >= SHARDS

@@ -4,7 +4,9 @@ Order and ranges are those of nnU-Net v2's default trainer and its batchgenerato
 2021, Nature Methods 18): noise, blur, brightness, contrast, low resolution, gamma of the negative,
 gamma. What differs: invalid voxels take no part (statistics skip them, blur and low resolution
 leave them out of their means), a blur always has seven weights instead of three to seven, mirrors
-come first, and draws are functions of a sample's seed.
+come first, and draws are functions of a sample's seed. Before all of them comes, for MR alone, the
+bias field of a coil: a factor whose logarithm is a polynomial (Van Leemput et al. 1999, IEEE TMI
+18; as in NiftyNet, TorchIO and MONAI), here of Legendre's.
 
 The host knows the seeds (`raw["seeds"]`), so it knows what is to be done to which sample: only that
 is computed, sample by sample, and nothing waits for the device. C channels, D, H, W voxels.
@@ -16,6 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from pretrain.settings import AugmentSettings
 
 FLIP, GAIN = 1, 2
 NOISE, NOISE_FIELD, BLUR, BRIGHTNESS, CONTRAST = range(82, 87)
-LOW_RESOLUTION, INVERTED_GAMMA, GAMMA = range(87, 90)
+LOW_RESOLUTION, INVERTED_GAMMA, GAMMA, BIAS_FIELD = range(87, 91)
 """Streams of the draws; `pretrain.geometry` has 80 and 81."""
 
 NOISE_SD = (0.0, 0.1)
@@ -35,6 +38,9 @@ SIGMA = (0.5, 1.0)  # voxels
 FACTOR = (0.75, 1.25)
 SHRUNK = (0.5, 1.0)
 EXPONENT = (0.7, 1.5)
+COEFFICIENT = (-0.2, 0.2)
+DEGREES = tuple(d for d in product(range(4), repeat=3) if 0 < sum(d) <= 3)
+"""Degrees along D, H, W of the polynomials that a bias field is made of."""
 PER_CHANNEL = 0.5
 """Chance that a sample's blur or low resolution meets a channel."""
 
@@ -98,6 +104,62 @@ def gained(image: Tensor, seeds: Tensor, gain: float) -> Tensor:
     draw = (uniform(seeds, (2,), GAIN) * 2 - 1) * gain
     a, b = (column[:, None, None, None, None] for column in draw.unbind(1))
     return image * (1 + a) + b
+
+
+def biased(
+    image: Tensor,
+    zero: Tensor,
+    seeds: Tensor,
+    known: Sequence[int],
+    modality: Sequence[Sequence[str]],
+    chance: float,
+) -> Tensor:
+    """Multiplies physical values of some samples by a smooth field, one for all their MR channels.
+
+    Args:
+        image: normalised, [B, C, D, H, W] float32; changed in place.
+        zero: [B, C], the normalised value of a physical zero.
+        seeds: int64 [B] on the device.
+        known: the same seeds on the host.
+        modality: of each channel of each sample; what is not MR stays.
+        chance: that a sample has one.
+    """
+    low, high = COEFFICIENT
+    host = torch.tensor(known, dtype=torch.int64)
+    for i, (happens,) in enumerate(uniform(host, (1,), BIAS_FIELD).tolist()):
+        channels = [c for c, name in enumerate(modality[i]) if name == "MR"]
+        if happens >= chance or not channels:
+            continue
+        draws = uniform(seeds[i : i + 1], (1 + len(DEGREES),), BIAS_FIELD)[0, 1:]
+        factor = bias_field(image.shape[2:], low + (high - low) * draws)
+        for c in channels:
+            image[i, c].sub_(zero[i, c]).mul_(factor).add_(zero[i, c])
+    return image
+
+
+def bias_field(size: Sequence[int], coefficients: Tensor) -> Tensor:
+    """The exponential of a sum of products of Legendre polynomials over [-1, 1], [D, H, W].
+
+    Args:
+        size: (D, H, W).
+        coefficients: of each of `DEGREES`.
+    """
+    d, h, w = (_legendre(n, coefficients) for n in size)
+    planes = [torch.zeros_like(d[0][:, None] * h[0]) for _ in range(4)]
+    for (i, j, k), coefficient in zip(DEGREES, coefficients, strict=True):
+        planes[k].add_(coefficient * d[i][:, None] * h[j])
+    # Sums, not a product of matrices, which mixed precision would round.
+    total = planes[0][:, :, None] * w[0]
+    for plane, row in zip(planes[1:], w[1:], strict=True):
+        total.addcmul_(plane[:, :, None], row)
+    return total.exp_()
+
+
+def _legendre(count: int, like: Tensor) -> list[Tensor]:
+    """The polynomials of degree 0 to 3 at as many places from -1 to 1; of one place, its middle."""
+    end = float(count > 1)
+    x = torch.linspace(-end, end, count, dtype=like.dtype, device=like.device)
+    return [torch.ones_like(x), x, (3 * x**2 - 1) / 2, (5 * x**3 - 3 * x) / 2]
 
 
 def varied(

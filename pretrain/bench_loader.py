@@ -104,9 +104,6 @@ def _measure(
         }
     except InputError as error:  # with a worker's traceback as its text
         raise type(error)([last_error(problem) for problem in error.problems]) from error
-    finally:
-        # An error holds on to them, and workers, who heed no SIGTERM, would outlast the program.
-        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -10,9 +10,11 @@ where they lie, is what `crops` and `places` say.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError
 from data_prep.preprocess import Preprocess
-from pretrain.augment import Augment, gained, mirrored, varied
+from pretrain.augment import Augment, biased, gained, mirrored, varied
 from pretrain.crops import ONE, Crops
 from pretrain.geometry import drawn_matrix, grid_of, moved, reach, zoomed
 from pretrain.objective import Batch
@@ -298,12 +300,36 @@ def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = torch.tensor(own, dtype=torch.int64)
     if "changed" in items[0]:
         batch["changed"] = items[0]["changed"]
+    batch["modality"] = [item["modality"] for item in items]
     batch["seeds"] = [item["seed"] for item in items]
     batch["key"] = [item["key"] for item in items]
     damage = [problem for item in items for problem in item.get("damage", ())]
     if damage:
         batch["damage"] = damage
     return batch
+
+
+class _Loader(DataLoader[dict[str, Any]]):
+    """Ends its workers where the program ends, whatever still holds on to an iterator.
+
+    At its end Python asks processes to end by SIGTERM and waits for them; workers heed none, and an
+    error's traceback often holds the iterator that would end them.
+    """
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        if self.num_workers:
+            _running.add(batches)
+        return batches
+
+
+_running: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, so called before it
+def _end_workers() -> None:
+    for batches in list(_running):
+        batches._shutdown_workers()
 
 
 def make_loader(
@@ -333,7 +359,7 @@ def make_loader(
     batches = dataset.schedule.batches(
         first_step * accumulate, last_step * accumulate, micro, rank, world, nodes
     )
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=_Crops(batches, dataset.crops.total),
         num_workers=workers,
@@ -397,12 +423,25 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
         image, valid, label = mirrored(image, valid, label, raw.get("pose", raw["seed"]), augment)
         change = augment.change
         if raw.get("changed", True):
+            if change.bias_field:
+                zero = -shift * scale
+                image = biased(
+                    image, zero, raw["seed"], raw["seeds"], raw["modality"], change.bias_field
+                )
             if change.gain:
                 image = gained(image, raw["seed"], change.gain)
             image = varied(image, valid, raw["seed"], raw["seeds"], change)
     others = {name: to_batch(group, augment) for name, group in raw.get("others", {}).items()}
     return Batch(
-        image, valid, raw["spacing"], raw["seed"], raw["key"], label, raw.get("box"), others
+        image,
+        valid,
+        raw["spacing"],
+        raw["seed"],
+        raw["key"],
+        label,
+        raw.get("box"),
+        others,
+        raw["modality"],
     )
 
 

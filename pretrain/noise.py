@@ -71,6 +71,7 @@ def _noise(
     return {name: value.to(device) for name, value in raw.items()} | {
         "key": [f"noise-{i}" for i in range(n)],
         "seeds": numbers,
+        "modality": [("CT",) * channels] * n,
         "changed": group.changed,
     }
 

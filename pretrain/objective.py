@@ -38,7 +38,8 @@ class Batch:
     carry no loss; spacing [B, 3] in mm; seeds [B] int64, from which every random draw of the
     objective derives; label [B, D, H, W] int64 if there is one; box [B, 2, 3] float32, the corners
     of each crop in voxels of its volume's grid, the second beyond the last voxel, before the crop
-    is mirrored or turned. Crops of other shapes are batches of their own (`pretrain.crops`).
+    is mirrored or turned; modality, of each channel of each crop, CT or MR. Crops of other shapes
+    are batches of their own (`pretrain.crops`).
     """
 
     image: Tensor
@@ -49,6 +50,7 @@ class Batch:
     label: Tensor | None = None
     box: Tensor | None = None
     others: dict[str, Batch] = field(default_factory=dict)
+    modality: list[tuple[str, ...]] = field(default_factory=list)
 
     def of(self, samples: Sequence[int], among: int) -> Batch:
         """The crops of some of the batch's samples, in all groups; it has `among` of them."""
@@ -56,7 +58,9 @@ class Batch:
         rows = [sample * crops + n for sample in samples for n in range(crops)]
         found = {n: value[rows] for n, value in vars(self).items() if isinstance(value, Tensor)}
         others = {name: group.of(samples, among) for name, group in self.others.items()}
-        return replace(self, keys=[self.keys[row] for row in rows], others=others, **found)
+        keys = [self.keys[row] for row in rows]
+        modality = [self.modality[row] for row in rows] if self.modality else []
+        return replace(self, keys=keys, others=others, modality=modality, **found)
 
 
 class Losses(NamedTuple):

@@ -89,6 +89,7 @@ def read_crop(
         "window": _tensor([_window(c, preprocess) for c in channels]),
         "spacing": _tensor(grid.spacing * draw.zoom),
         "box": _tensor(draw.box),
+        "modality": tuple(c["modality"] for c in channels),
         "seed": draw.seed,
     }
     if group.name:

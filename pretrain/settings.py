@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from data_prep.errors import InputError, differences
-from data_prep.preprocess import Rule
+from data_prep.preprocess import COARSEST, FINEST, Rule
 from data_prep.settings import ADDRESS, MUST_EXIST, REFERENCE, RELEASE, several
 from pretrain.ramps import cosine
 
@@ -41,6 +41,7 @@ class TrainerSettings(BaseModel):
 
 
 Chance = Annotated[float, Field(ge=0, le=1)]
+Length = Annotated[float, Field(gt=0, le=4096)]
 Zoom = Annotated[float, Field(ge=0.25, le=4)]
 
 
@@ -48,8 +49,8 @@ class AugmentSettings(BaseModel):
     """A file of conf/augment: how crops are changed besides mirroring, and with what chance.
 
     `rotate` turns about each axis by up to `degrees`; `scale` lets a crop span `zoom` times as many
-    voxels, drawn once or for each axis. From `noise` on, chances alone: what they stand for is in
-    `pretrain.augment`, with the ranges of nnU-Net.
+    voxels, drawn once or for each axis. From `bias_field` on, chances alone: what they stand for is
+    in `pretrain.augment`, from `noise` on with the ranges of nnU-Net.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +61,7 @@ class AugmentSettings(BaseModel):
     zoom: tuple[Zoom, Zoom] = (0.7, 1.4)
     zoom_per_axis: bool = False
     gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias_field: Chance = 0.0
     noise: Chance = 0.0
     blur: Chance = 0.0
     brightness: Chance = 0.0
@@ -294,6 +296,7 @@ class PretrainSettings(LoopSettings):
     init_moments: bool = False
     backbone: dict[str, Any]
     objective: dict[str, Any]
+    crop_mm: tuple[Length, Length, Length] | None = None
     intensity: IntensitySettings = IntensitySettings()
     lanes: Annotated[int, Field(ge=1, le=4096)] = 8
     sampling: SamplingSettings = SamplingSettings()
@@ -311,6 +314,25 @@ class PretrainSettings(LoopSettings):
                 "from the one to the other, so give both, or weight_decay alone"
             )
         return self
+
+    @model_validator(mode="after")
+    def _voxels_have_a_size(self) -> Self:
+        spacing = self.spacing or (1.0,)
+        if not FINEST <= min(spacing) <= max(spacing) <= COARSEST:
+            raise ValueError(
+                f"crop_mm={list(self.crop_mm or ())} with crop_size={list(self.crop_size)}: is "
+                f"{' x '.join(f'{mm:.3g}' for mm in spacing)} mm a voxel, expected {FINEST:g} to "
+                f"{COARSEST:g}"
+            )
+        return self
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres (d, h, w) that volumes are resampled to; None: they stay as they are."""
+        if self.crop_mm is None:
+            return None
+        d, h, w = (mm / n for mm, n in zip(self.crop_mm, self.crop_size, strict=True))
+        return d, h, w
 
     def decay(self, step: int) -> float:
         """Half a cosine from `weight_decay` to `weight_decay_end`, if there is one."""

@@ -327,7 +327,10 @@ def _warn(settings: PretrainSettings, corpus: Corpus) -> None:
                 f"{needed / 1e9:.3g} GB are in use on a node at once, so they come more than "
                 "once; raise it, lower lanes, or give 0 to fetch only what crops touch"
             )
-    largest = [int(n) for n in corpus.shapes[:, 1:].max(axis=0)]
+    shapes = corpus.shapes[:, 1:].astype(float)
+    if settings.spacing is not None:
+        shapes = np.rint(shapes * corpus.spacings / settings.spacing)
+    largest = [int(n) for n in shapes.max(axis=0)]
     sides = zip("DHW", settings.crop_size, largest, strict=True)
     wide = [f"{axis} ({side} of at most {n} voxels)" for axis, side, n in sides if side > n]
     if wide:
@@ -395,8 +398,8 @@ def times_of(sampling: SamplingSettings, corpus: Corpus) -> NDArray[np.float64] 
 
 
 def _preprocess(settings: PretrainSettings, corpus: Corpus | None) -> Preprocess:
-    # The corpus is at its spacing already; the release resamples new scans to it.
-    spacing = None if corpus is None else corpus_spacing(corpus)
+    # Without crop_mm the corpus is at its spacing already; the release resamples new scans to it.
+    spacing = settings.spacing or (None if corpus is None else corpus_spacing(corpus))
     return Preprocess.default(spacing, intensity=settings.intensity.model_dump(exclude_none=True))
 
 

@@ -29,6 +29,7 @@ class FaultServer:
         sent: bytes of bodies, by name.
         asked: requests, by name.
         faults: how often each fault came.
+        most: requests for bodies that were under way at once.
     """
 
     folder: Path
@@ -43,6 +44,8 @@ class FaultServer:
     sent: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    most: int = 0
+    _now: int = 0
 
     def __enter__(self) -> FaultServer:
         self._rng, self._lock = random.Random(self.seed), threading.Lock()
@@ -89,11 +92,23 @@ class _Handler(BaseHTTPRequestHandler):
         fault = mine.draw()
         if fault == "busy":
             return self._refuse(503)
-        if fault == "slow":
-            time.sleep(mine.pause)
+        with mine._lock:
+            mine._now += 1
+            mine.most = max(mine.most, mine._now)
+        try:
+            if fault == "slow":
+                time.sleep(mine.pause)
+            self._answer(mine, name, fault)
+        finally:
+            with mine._lock:
+                mine._now -= 1
+        return None
+
+    def _answer(self, mine: FaultServer, name: str, fault: str) -> None:
         file = mine.folder / name
         if name not in mine.changed and not file.is_file():
-            return self._refuse(404)
+            self._refuse(404)
+            return
         data = mine.changed.get(name) or file.read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span and mine.ranges:
@@ -111,7 +126,6 @@ class _Handler(BaseHTTPRequestHandler):
         with mine._lock:  # before the client can know of them
             mine.sent[name] += len(data)
         self.wfile.write(data)
-        return None
 
     def _refuse(self, code: int) -> None:
         self.send_response(code)

@@ -262,3 +262,19 @@ def test_a_remote_is_sent_to_another_process_by_its_address(server: FaultServer)
     if child == 0:  # connections of the parent must not be used
         os._exit(0 if remote.ranges("corpus.json", [(0, 1)]) == [b"{"] else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_other_processes_need_not_fetch_the_index_again(
+    server: FaultServer, pretrain_corpus: Path
+) -> None:
+    """A spawned worker is sent what its trainer has; of a corpus here it opens the file itself."""
+    corpus = Corpus.open(server.url)
+    asked = sum(server.asked.values())
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert sum(server.asked.values()) == asked
+    assert copy.keys == corpus.keys and copy.index_hash == corpus.index_hash
+    assert (copy.read(3) == Corpus.open(pretrain_corpus).read(3)).all()
+    both = Corpus.together([corpus, Corpus.open(pretrain_corpus)])
+    again = pickle.loads(pickle.dumps(both))
+    assert again.keys == both.keys and (again.read(40) == both.read(40)).all()
+    assert len(pickle.dumps(Corpus.open(pretrain_corpus))) < 1000

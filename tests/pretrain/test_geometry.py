@@ -398,7 +398,7 @@ def test_boxes_hold_no_more_than_they_need(pretrain_corpus: Path) -> None:
 def test_a_moved_batch_never_waits(labelled_corpus: Path) -> None:
     chosen = AugmentSettings(
         rotate=1.0, scale=1.0, gain=0.1, noise=1.0, blur=1.0, brightness=1.0, contrast=1.0,
-        low_resolution=1.0, inverted_gamma=1.0, gamma=1.0,
+        low_resolution=1.0, inverted_gamma=1.0, gamma=1.0, bias_field=1.0,
     )  # fmt: skip
     augment = Augment((True, True, True), chosen, ((1, 2),))
     dataset = dataset_of(
@@ -413,7 +413,9 @@ def test_a_moved_batch_never_waits(labelled_corpus: Path) -> None:
 
 
 def test_mixed_precision_touches_no_crop(labelled_corpus: Path) -> None:
-    chosen = AugmentSettings(rotate=1.0, scale=1.0, noise=1.0, blur=1.0, low_resolution=1.0)
+    chosen = AugmentSettings(
+        rotate=1.0, scale=1.0, bias_field=1.0, noise=1.0, blur=1.0, low_resolution=1.0
+    )
     dataset = dataset_of(labelled_corpus, (8, 12, 10), (1.5, 1.5, 1.5), augment=chosen)
     raw = collate([dataset[index] for index in range(3)])
     plain = to_batch(raw, Augment(change=chosen)).image

@@ -99,6 +99,21 @@ def test_shards_come_before_their_step_and_not_long_before(
             ahead.end()
 
 
+def test_several_shards_come_at_once(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """One connection seldom gives all that a network has."""
+    with FaultServer(pretrain_corpus, slow=1.0, pause=1.0) as server:
+        corpus = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+        dataset = make_dataset(settings(pretrain_corpus, tmp_path, "x"), corpus)
+        server.most = 0
+        ahead = Ahead(dataset, lambda: -1, last=9, batch_size=4)
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.tar"))) < SHARDS and time.monotonic() < until:
+            time.sleep(0.05)
+        ahead.end()
+        assert server.most == SHARDS
+        assert max(server.asked[name] for name in server.asked if name.startswith("shards/")) == 1
+
+
 def test_nodes_fetch_their_own_lanes(pretrain_corpus: Path, tmp_path: Path) -> None:
     """In an epoch two nodes need about half of the shards each, and together all of them."""
     with FaultServer(pretrain_corpus) as server:
