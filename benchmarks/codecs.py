@@ -2,7 +2,8 @@
 
     python benchmarks/codecs.py --scans SCAN [SCAN ...] [--large CT] [--output docs/results/codecs]
 
-Each scan as it is, and of the CT after `--large` one of 512x512x300 (see large_ct.py). Crops of
+Each scan as it is (with --labels each label map, as single bytes), and of the CT after `--large`
+one of 512x512x300 (see large_ct.py). Crops of
 96^3 (64^3 where that does not fit) at random places, one thread, from memory; the lowest of some
 repeats in which all take turns, so that a busy machine slows all. Writes machine, versions and all
 values as json, and a table.
@@ -38,6 +39,7 @@ CODECS = (
     (blosc2.Codec.LZ4HC, 5, blosc2.Filter.SHUFFLE),
     (blosc2.Codec.LZ4HC, 5, blosc2.Filter.BITSHUFFLE),
     (blosc2.Codec.LZ4HC, 9, blosc2.Filter.BITSHUFFLE),
+    (blosc2.Codec.LZ4HC, 5, blosc2.Filter.NOFILTER),
 )
 LAYOUTS = (
     (64, (16, 32, 32)),
@@ -55,11 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scans", type=Path, nargs="+", required=True)
     parser.add_argument("--large", type=Path)
+    parser.add_argument("--labels", action="store_true")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path("docs/results/codecs"))
     chosen = parser.parse_args()
     blosc2.set_nthreads(1)
-    volumes = {file.name.split(".")[0]: voxels(file).astype(np.int16) for file in chosen.scans}
+    kept = np.uint8 if chosen.labels else np.int16
+    volumes: dict[str, Any] = {f.name.split(".")[0]: voxels(f).astype(kept) for f in chosen.scans}
     if chosen.large:
         volumes["512x512x300"] = large(voxels(chosen.large), 0)
     found = {
@@ -80,7 +84,7 @@ def voxels(file: Path) -> NDArray[np.float32]:
     return np.asarray(nib.load(file).dataobj, dtype=np.float32)
 
 
-def measure(volume: NDArray[np.int16], repeats: int) -> dict[str, Any]:
+def measure(volume: NDArray[Any], repeats: int) -> dict[str, Any]:
     size = 96 if min(volume.shape) >= 96 else 64
     rng = np.random.default_rng(0)
     starts = [[int(rng.integers(n - size + 1)) for n in volume.shape] for _ in range(CROPS)]

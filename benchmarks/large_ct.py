@@ -32,11 +32,17 @@ def large(source: NDArray[np.float32], seed: int) -> NDArray[np.int16]:
     return np.clip(np.rint(made), -1024, 3071).astype(np.int16)
 
 
-def write(source: Path, target: Path, seed: int) -> None:
-    """NIfTI files of a large volume, made of a smaller scan, and its label: air, soft or dense."""
+def write(source: Path, target: Path, seed: int, as_it_is: bool = False) -> None:
+    """NIfTI files of a large volume, made of a smaller scan, and its label: air, soft or dense.
+
+    With `as_it_is` they are of the scan itself.
+    """
     image = nib.load(source)
-    made = large(np.asarray(image.dataobj, dtype=np.float32), seed)
-    affine = np.diag([*SPACING, 1.0])
+    made, affine = np.asarray(image.dataobj, dtype=np.float32), image.affine
+    if as_it_is:
+        made = np.rint(made).astype(np.int16)
+    else:
+        made, affine = large(made, seed), np.diag([*SPACING, 1.0])
     smooth = ndimage.uniform_filter(made.astype(np.float32), 5)
     label = np.digitize(smooth, [-300, 150]).astype(np.uint8)
     target.mkdir(parents=True, exist_ok=True)

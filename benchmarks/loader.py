@@ -2,9 +2,10 @@
 
     python benchmarks/loader.py WORK --scans CT [CT ...] [--size 96] [--output docs/results/loader]
 
-`CT`: real scans that CTs of 512x512x300 are made of (see large_ct.py), four of them. All sides hold
-the same volumes, draw a volume and a place at random, and end in a float32 batch of two crops,
-clipped and scaled as nnU-Net does with CT, with labels where the name says so:
+`CT`: real scans that CTs of 512x512x300 are made of (see large_ct.py), four of them; with
+--as-they-are the scans themselves. All sides hold the same volumes, draw a volume and a place at
+random, and end in a float32 batch of two crops, clipped and scaled as nnU-Net does with CT, with
+labels where the name says so, in the whole numbers that they are stored in:
 
 voxelith          CropDataset, collate, to_batch: int16 codes in a tar, each chunk's hash checked
 blosc2 as nnssl   one file a volume, float32, ZSTD 8, blocks and chunks by nnssl's rule, mmap
@@ -12,7 +13,8 @@ nnU-Net           nnunetv2's dataset and cropping, image alone; float32, LZ4HC 5
 nnU-Net loader    nnunetv2's loader as it is, without transforms: image and label
 MONAI             LoadImage and RandSpatialCrop from NIfTI; CacheDataset and PersistentDataset
 TorchIO           Queue, 8 crops a volume
-bare              decompression alone of the blocks that voxelith's crops touch, files open
+bare              decompression alone of the blocks that voxelith's crops touch, files open; then
+                  with the arithmetic that the others end in as well
 
 `cold` has the pages of the files dropped before; `warm` not. Sides take turns, so that a busy
 machine slows all. Writes machine, versions, bytes on disk and raw seconds as json, and a table.
@@ -25,6 +27,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -37,15 +40,18 @@ import numpy as np
 import torch
 from large_ct import write
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.files import write_json, write_text
 from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
+from data_prep.shards import encode_array
 from pretrain.bench import machine
 from pretrain.bench_loader import drop_pages
 from pretrain.loader import CropDataset, collate, to_batch
+from pretrain.loader import _normalised as normalised_codes
 from pretrain.run_folder import versions
 from pretrain.schedule import Schedule
 
@@ -63,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--scans", type=Path, nargs="+", required=True)
+    parser.add_argument("--as-they-are", action="store_true")
     parser.add_argument("--size", type=int, nargs="+", default=(96, 160))
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
@@ -72,13 +79,15 @@ def main() -> None:
     blosc2.set_nthreads(1)
     raw = chosen.work / "Dataset001_CT"
     if not raw.exists():
-        make_scans(raw, chosen.scans)
+        make_scans(raw, chosen.scans, chosen.as_they_are)
     corpus = make_corpus(raw, chosen.work / "corpus")
     found = {
         "sizes": [
             measure(raw, corpus, chosen.work, size, chosen.batches, chosen.repeats)
             for size in chosen.size
         ],
+        "disk": disk(raw, chosen.work),
+        "as_they_are": chosen.as_they_are,
         "batch": BATCH,
         "machine": {**machine(torch.device("cpu")), "load": os.getloadavg()[0]},
         "versions": versions() | peers(),
@@ -89,11 +98,11 @@ def main() -> None:
     print(text(found))
 
 
-def make_scans(raw: Path, scans: Sequence[Path]) -> None:
+def make_scans(raw: Path, scans: Sequence[Path], as_they_are: bool) -> None:
     """A data set of nnU-Net's layout."""
     made = raw.with_name("made")
     for number in range(VOLUMES):
-        write(scans[number % len(scans)], made, number)
+        write(scans[number % len(scans)], made, number, as_they_are)
     for name in ("imagesTr", "labelsTr"):
         (raw / name).mkdir(parents=True, exist_ok=True)
     for number in range(VOLUMES):
@@ -145,6 +154,7 @@ def ours(corpus: Corpus, size: int, label: bool) -> Side:
         def batch() -> torch.Tensor:
             first = next(at) * BATCH
             raw = collate(dataset.__getitems__(list(range(first, first + BATCH))))
+            raw.pop("label", None)  # it stays in the numbers that it came in, as nnU-Net's does
             return to_batch(raw).image
 
         return batch
@@ -165,8 +175,8 @@ def crops_of(corpus: Corpus, size: int, label: bool) -> CropDataset:
     )
 
 
-def bare(corpus: Corpus, size: int) -> Side:
-    """The boxes of `ours` out of frames that stay open; float32 is not made of them."""
+def bare(corpus: Corpus, size: int, arithmetic: bool) -> Side:
+    """The boxes of `ours` out of frames that stay open."""
 
     def make() -> Batch:
         fresh = Corpus.open(corpus.path)
@@ -190,7 +200,14 @@ def bare(corpus: Corpus, size: int) -> Side:
             box = tuple(slice(int(a), int(a) + size) for a in low)
             return np.asarray(frames[draw.item][(slice(None), *box)])
 
-        return lambda: torch.from_numpy(np.stack([crop() for _ in range(BATCH)]))
+        value = torch.tensor([1.0, 0.0]).expand(BATCH, 1, 2)
+        window = torch.tensor([*WINDOW, MEAN, 1 / STD]).expand(BATCH, 1, 4)
+
+        def batch() -> torch.Tensor:
+            codes = torch.from_numpy(np.stack([crop() for _ in range(BATCH)]))
+            return normalised_codes(codes, value, window) if arithmetic else codes
+
+        return batch
 
     return Side(make, corpus.shard_files())
 
@@ -376,6 +393,47 @@ def torchio(raw: Path, size: int) -> dict[str, Side]:
     return {"TorchIO Queue": Side(make, files)}
 
 
+# Disk.
+
+
+def disk(raw: Path, work: Path) -> dict[str, dict[str, float]]:
+    """Bits a voxel of a volume: on its own grid, and resampled, as nnU-Net does with most data.
+
+    What was resampled is no whole number any more; nnU-Net keeps all of its float32, prep rounds it
+    to what the scanner gave, 1 HU.
+    """
+    file = sorted((raw / "imagesTr").iterdir())[0]
+    own = np.asarray(nib.load(file).dataobj, dtype=np.float32).transpose(2, 1, 0)
+    found = {}
+    for name, values in (("own grid", own), ("resampled", ndimage.zoom(own, 1 / 1.2, order=3))):
+        frame, table = encode_array(np.rint(values).astype(np.int16)[None])
+        found[name] = {"voxelith": 8 * (len(frame) + len(table)) / values.size}
+        scaled = ((np.clip(values, *WINDOW) - MEAN) / STD)[None]
+        for side, size in nnunet_bytes(scaled, work / "disk").items():
+            found[name][side] = 8 * size / values.size
+    return found
+
+
+def nnunet_bytes(data: NDArray[np.float32], folder: Path) -> dict[str, int]:
+    """Of an image as nnU-Net stores it; nothing where it is not installed."""
+    try:
+        from nnunetv2.training.dataloading.nnunet_dataset import (
+            comp_blosc2_params,
+            nnUNetDatasetBlosc2,
+        )
+    except ImportError:
+        return {}
+    folder.mkdir(exist_ok=True)
+    blocks, chunks = comp_blosc2_params(data.shape, (96,) * 3)
+    seg = np.zeros(data.shape, np.int16)
+    nnUNetDatasetBlosc2.save_case(
+        data, seg, {}, str(folder / "case"), chunks, blocks, chunks, blocks
+    )
+    size = (folder / "case.b2nd").stat().st_size
+    shutil.rmtree(folder)
+    return {"nnU-Net": size}
+
+
 # Times.
 
 
@@ -387,7 +445,8 @@ def measure(
         "blosc2 as nnssl, image": nnssl(raw, work / f"nnssl-{size}", size),
         **nnunet(raw, work / f"nnunet-{size}", size),
         "voxelith, image and label": ours(corpus, size, True),
-        "bare decompression": bare(corpus, size),
+        "bare decompression": bare(corpus, size, False),
+        "bare, and arithmetic": bare(corpus, size, True),
         **monai(raw, work, size),
         **torchio(raw, size),
     }
@@ -396,7 +455,7 @@ def measure(
     for name, batch in ready.items():
         made = batch()
         assert made.shape == (BATCH, 1, size, size, size), (name, made.shape)
-        assert made.dtype == (torch.int16 if name.startswith("bare") else torch.float32), name
+        assert made.dtype == (torch.int16 if name == "bare decompression" else torch.float32), name
     for repeat in range(repeats):
         for name, side in sides.items():
             slow = name.startswith(SLOW)
@@ -443,8 +502,9 @@ def text(found: dict[str, Any]) -> str:
     lines = [
         "# Crops per second in one process and thread",
         "",
-        "CT of 512x512x300 made of real ones; batches of two crops, float32, clipped and scaled. "
-        "Median of the repeats (lowest to highest). Times over voxelith's: more than 1 is slower.",
+        ("Real CTs" if found["as_they_are"] else "CT of 512x512x300 made of real ones")
+        + "; batches of two crops, float32, clipped and scaled. Median of the repeats (lowest to "
+        "highest). Times over voxelith's: more than 1 is slower.",
         "",
         f"{found['machine']['processor']}, {found['machine']['cores']} cores, load "
         f"{found['machine']['load']:.1f}; "
@@ -479,6 +539,11 @@ def text(found: dict[str, Any]) -> str:
                     cells += ["", ""]
             bits = 8 * one["bytes"][name] / one["voxels"]
             lines.append(f"| {name} | {' | '.join(cells)} | {bits:.2f} |")
+    lines += ["", "## Bits a voxel of a volume", "", "| | " + " | ".join(found["disk"]) + " |"]
+    lines.append("|---|" + "---|" * len(found["disk"]))
+    for side in next(iter(found["disk"].values())):
+        bits = [f"{one[side]:.2f}" for one in found["disk"].values()]
+        lines.append(f"| {side} | {' | '.join(bits)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -27,11 +27,18 @@ from data_prep.errors import CorruptionError
 blosc2.set_nthreads(1)
 
 CHUNK = 32
-BLOCK = (16, 16, 32)
-CPARAMS = blosc2.CParams(
-    codec=blosc2.Codec.LZ4HC, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1
-)
-"""Measured, see docs/decisions/0035."""
+
+
+def _layout(itemsize: int) -> tuple[tuple[int, int, int], blosc2.CParams]:
+    """Blocks, and how they are compressed; measured, see docs/decisions/0035.
+
+    Single bytes have nothing to shuffle, and blosc2 takes three times as long for trying.
+    """
+    single = itemsize == 1
+    filters = [blosc2.Filter.NOFILTER if single else blosc2.Filter.SHUFFLE]
+    params = blosc2.CParams(codec=blosc2.Codec.LZ4HC, clevel=5, filters=filters, nthreads=1)
+    return (CHUNK, CHUNK, CHUNK) if single else (16, 16, 32), params
+
 
 TAR_HEADER = 512
 TABLE_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("xxh3", "<u8")])
@@ -54,19 +61,21 @@ def table_suffix(payload: str) -> str:
 def encode_array(array: np.ndarray) -> tuple[bytes, bytes]:
     """A blosc2 frame and its chunk table (an .npy file) for `[C, D, H, W]` or `[D, H, W]`.
 
-    Chunks are (1, 32, 32, 32) and blocks (1, 16, 16, 32), both cut to the array. Row 0 of the
+    Chunks are (1, 32, 32, 32), and blocks of them (1, 16, 16, 32), of single bytes all of a chunk;
+    both are cut to the array. Row 0 of the
     table is the frame's header, rows 1 to n are the chunks in C order, and the last row is index
     and trailer; together they cover every byte.
     """
     lead = (1,) * (array.ndim - 3)
     chunks = lead + tuple(min(CHUNK, n) for n in array.shape[-3:])
-    blocks = lead + tuple(min(b, n) for b, n in zip(BLOCK, chunks[-3:], strict=True))
+    block, params = _layout(array.dtype.itemsize)
+    blocks = lead + tuple(min(b, n) for b, n in zip(block, chunks[-3:], strict=True))
     stored = blosc2.asarray(
         np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")),
         chunks=chunks,
         blocks=blocks,
         contiguous=True,
-        cparams=CPARAMS,
+        cparams=params,
         dparams=blosc2.DParams(nthreads=1),
     )
     frame = stored.to_cframe()

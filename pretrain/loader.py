@@ -408,15 +408,7 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     """
     if "move" in raw:
         raw = _straightened(raw)
-    channel = (slice(None), slice(None), None, None, None)
-    slope, intercept = raw["value"].unbind(-1)
-    low, high, shift, scale = raw["window"].unbind(-1)
-    image = raw["image"].to(torch.float32, copy=True)
-    image.mul_(slope[channel]).add_(intercept[channel])
-    # Not clamp, which with a bound for each sample is ten times as slow on a CPU.
-    torch.maximum(image, low[channel], out=image)
-    torch.minimum(image, high[channel], out=image)
-    image.sub_(shift[channel]).mul_(scale[channel])
+    image = _normalised(raw["image"], raw["value"], raw["window"])
     valid: Tensor = raw["valid"]
     label: Tensor | None = raw["label"].long() if "label" in raw else None
     if augment is not None:
@@ -424,9 +416,14 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
         change = augment.change
         if raw.get("changed", True):
             if change.bias_field:
-                zero = -shift * scale
+                _, _, shift, scale = raw["window"].unbind(-1)
                 image = biased(
-                    image, zero, raw["seed"], raw["seeds"], raw["modality"], change.bias_field
+                    image,
+                    -shift * scale,
+                    raw["seed"],
+                    raw["seeds"],
+                    raw["modality"],
+                    change.bias_field,
                 )
             if change.gain:
                 image = gained(image, raw["seed"], change.gain)
@@ -443,6 +440,34 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
         others,
         raw["modality"],
     )
+
+
+PIECE = 2**16
+"""Voxels of a channel that pass through a CPU's cache at once."""
+
+
+def _normalised(codes: Tensor, value: Tensor, window: Tensor) -> Tensor:
+    """Codes to physical values, clipped and scaled, float32 [B, C, D, H, W].
+
+    Args:
+        codes: [B, C, D, H, W].
+        value: slope and intercept, [B, C, 2].
+        window: low, high, shift, scale, [B, C, 4].
+    """
+    slope, intercept = value[..., None].unbind(2)
+    low, high, shift, scale = window[..., None].unbind(2)
+    image = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    flat = codes.flatten(2)
+    # On a CPU each pass over all of it would go to memory and back.
+    size = PIECE if codes.device.type == "cpu" else flat.shape[2]
+    for made, stored in zip(image.flatten(2).split(size, 2), flat.split(size, 2), strict=True):
+        made.copy_(stored)
+        made.mul_(slope).add_(intercept)
+        # Not clamp, which with a bound for each sample is ten times as slow on a CPU.
+        torch.maximum(made, low, out=made)
+        torch.minimum(made, high, out=made)
+        made.sub_(shift).mul_(scale)
+    return image
 
 
 def settled(item: dict[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _read(corpus: Corpus, draw: Draw, lowest: list[int], label: bool) -> dict[st
         valid &= _padded((hidden == 0)[None], pad, [0])
     out = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid)}
     if label:
-        values = corpus.read(item, "seg", where, size).astype(np.int32)
+        values = _signed(corpus.read(item, "seg", where, size))
         out["label"] = torch.from_numpy(_padded(values[None], pad, [0])[0])
     return out
 
@@ -139,7 +139,7 @@ def _read_box(corpus: Corpus, draw: Draw, lowest: list[int], label: bool) -> dic
         hidden = corpus.read(item, "mask", where, size)
         out["valid"] = torch.from_numpy((hidden == 0)[None])
     if label:
-        values = corpus.read(item, "seg", where, size).astype(np.int32)
+        values = _signed(corpus.read(item, "seg", where, size))
         out["label"] = torch.from_numpy(values)
     return out
 
@@ -160,6 +160,11 @@ def _tensor(values: Any) -> torch.Tensor:
 def _triple(values: NDArray[np.int64]) -> Size:
     d, h, w = (int(n) for n in values)
     return d, h, w
+
+
+def _signed(values: NDArray[Any]) -> NDArray[Any]:
+    """Label values as what torch can compare: it has no such operations for uint16."""
+    return values if values.dtype == np.uint8 else values.astype(np.int32)
 
 
 def _code(value: float, channel: dict[str, Any]) -> int:

@@ -109,15 +109,22 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in mine.changed and not file.is_file():
             self._refuse(404)
             return
-        data = mine.changed.get(name) or file.read_bytes()
+        content = mine.changed.get(name)
+        size = file.stat().st_size if content is None else len(content)
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = 0, size - 1
         if span and mine.ranges:
-            first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
+            first, last = int(span[1]), min(int(span[2] or size), size - 1)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            data = data[first : last + 1]
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         else:
             self.send_response(200)
+        if content is None:
+            with file.open("rb") as opened:
+                opened.seek(first)
+                data = opened.read(last + 1 - first)
+        else:
+            data = content[first : last + 1]
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if fault == "cut":

@@ -11,7 +11,6 @@ import xxhash
 
 from data_prep.errors import CorruptionError
 from data_prep.shards import (
-    BLOCK,
     CHUNK,
     ShardWriter,
     canonical_json,
@@ -63,8 +62,9 @@ def test_one_chunk_decompresses_alone_and_retiles(seed: int) -> None:
     frame, data = encode_array(array)
     row = read_table(data, len(frame))[2]
     raw = blosc2.decompress2(frame[int(row["offset"]) : int(row["offset"]) + int(row["bytes"])])
-    d, h, w = (CHUNK // n for n in BLOCK)
-    tiles = np.frombuffer(raw, np.int16).reshape(d, h, w, *BLOCK)
+    block = (16, 16, 32)
+    d, h, w = (CHUNK // n for n in block)
+    tiles = np.frombuffer(raw, np.int16).reshape(d, h, w, *block)
     chunk = tiles.transpose(0, 3, 1, 4, 2, 5).reshape(CHUNK, CHUNK, CHUNK)
     np.testing.assert_array_equal(chunk, array[0, CHUNK:])
 
@@ -74,6 +74,11 @@ def test_chunks_and_blocks_are_cut_to_the_array() -> None:
     stored = blosc2.ndarray_from_cframe(frame)
     assert stored.chunks == (1, 32, 10, 32)
     assert stored.blocks == (1, 16, 10, 32)
+    # Single bytes are not shuffled, and their chunks are of one block.
+    frame, _ = encode_array(np.ones((100, 10, 40), np.uint8))
+    stored = blosc2.ndarray_from_cframe(frame)
+    assert stored.chunks == stored.blocks == (32, 10, 32)
+    assert set(stored.schunk.cparams.filters) == {blosc2.Filter.NOFILTER}
 
 
 def test_bytes_are_the_same_every_time(seed: int) -> None:
