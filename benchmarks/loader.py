@@ -17,7 +17,8 @@ bare              decompression alone of the blocks that voxelith's crops touch,
                   with the arithmetic that the others end in as well
 
 `cold` has the pages of the files dropped before; `warm` not. Sides take turns, so that a busy
-machine slows all. Writes machine, versions, bytes on disk and raw seconds as json, and a table.
+machine slows all, and each begins with batches that do not count. Writes machine, versions, bytes
+on disk and raw seconds as json, and a table.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import time
@@ -56,6 +58,7 @@ from pretrain.run_folder import versions
 from pretrain.schedule import Schedule
 
 BATCH = 2
+WARMUP = 6
 VOLUMES = 4
 WINDOW = (-1000.0, 1000.0)
 MEAN, STD = 0.0, 1000.0
@@ -451,11 +454,7 @@ def measure(
         **torchio(raw, size),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {"warm": [], "cold": []} for name in sides}
-    ready = {name: side.make() for name, side in sides.items()}
-    for name, batch in ready.items():
-        made = batch()
-        assert made.shape == (BATCH, 1, size, size, size), (name, made.shape)
-        assert made.dtype == (torch.int16 if name == "bare decompression" else torch.float32), name
+    storage: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name, side in sides.items():
             slow = name.startswith(SLOW)
@@ -463,19 +462,36 @@ def measure(
                 continue
             # A queue of 16 crops is filled twice.
             count = (16 if name.startswith("TorchIO") else 4) if slow else batches
-            seconds[name]["warm"].append(timed(ready[name], count))
+            batch = side.make()
+            # What comes first pays for memory and caches that the side before has used otherwise.
+            for _ in range(1 if slow else WARMUP):
+                made = batch()
+            assert made.shape == (BATCH, 1, size, size, size), (name, made.shape)
+            kept = torch.int16 if name == "bare decompression" else torch.float32
+            assert made.dtype == kept, name
+            seconds[name]["warm"].append(timed(batch, count))
             if not slow and "Cache" not in name:  # whose memory has no pages to drop
-                fresh = side.make()
-                drop_pages(side.files)
-                seconds[name]["cold"].append(timed(fresh, count))
-                del fresh
+                # Nobody may have them mapped: such pages stay.
+                del batch
                 gc.collect()
+                drop_pages(side.files)
+                before, batch = read_bytes(), side.make()
+                seconds[name]["cold"].append(timed(batch, count))
+                storage[name].append((read_bytes() - before) / (count * BATCH))
+            del batch
+            gc.collect()
     return {
         "size": size,
         "seconds_per_crop": seconds,
+        "cold_storage_bytes_per_crop": storage,
         "bytes": {name: side.bytes for name, side in sides.items()},
         "voxels": int(corpus.shapes.prod(axis=1).sum()),
     }
+
+
+def read_bytes() -> int:
+    """That this process has had read from storage."""
+    return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[0])
 
 
 def timed(batch: Batch, count: int) -> float:
@@ -504,7 +520,7 @@ def text(found: dict[str, Any]) -> str:
         "",
         ("Real CTs" if found["as_they_are"] else "CT of 512x512x300 made of real ones")
         + "; batches of two crops, float32, clipped and scaled. Median of the repeats (lowest to "
-        "highest). Times over voxelith's: more than 1 is slower.",
+        "highest). Times over voxelith's: more than 1 is slower. MB read: from storage, a crop.",
         "",
         f"{found['machine']['processor']}, {found['machine']['cores']} cores, load "
         f"{found['machine']['load']:.1f}; "
@@ -515,8 +531,9 @@ def text(found: dict[str, Any]) -> str:
             "",
             f"## {one['size']}^3",
             "",
-            "| side | crops/s, warm | time / ours | crops/s, cold | time / ours | bits per voxel |",
-            "|---|---|---|---|---|---|",
+            "| side | crops/s, warm | time / ours | crops/s, cold | time / ours | MB read, cold | "
+            "bits per voxel |",
+            "|---|---|---|---|---|---|---|",
         ]
         median = {
             (name, state): statistics.median(values)
@@ -538,6 +555,8 @@ def text(found: dict[str, Any]) -> str:
                 else:
                     cells += ["", ""]
             bits = 8 * one["bytes"][name] / one["voxels"]
+            read = one["cold_storage_bytes_per_crop"][name]
+            cells.append(f"{statistics.median(read) / 1e6:.2f}" if read else "")
             lines.append(f"| {name} | {' | '.join(cells)} | {bits:.2f} |")
     lines += ["", "## Bits a voxel of a volume", "", "| | " + " | ".join(found["disk"]) + " |"]
     lines.append("|---|" + "---|" * len(found["disk"]))

@@ -349,6 +349,8 @@ class Shelf:
         try:
             yield lock
         finally:
+            # Not by closing alone: a process forked meanwhile has it open as well, and so holds it.
+            fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
 

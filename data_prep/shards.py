@@ -32,7 +32,7 @@ CHUNK = 32
 def _layout(itemsize: int) -> tuple[tuple[int, int, int], blosc2.CParams]:
     """Blocks, and how they are compressed; measured, see docs/decisions/0035.
 
-    Single bytes have nothing to shuffle, and blosc2 takes three times as long for trying.
+    Single bytes have nothing to shuffle, and blosc2 takes twice as long for a crop if told to.
     """
     single = itemsize == 1
     filters = [blosc2.Filter.NOFILTER if single else blosc2.Filter.SHUFFLE]

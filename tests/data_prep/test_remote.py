@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -278,3 +281,19 @@ def test_other_processes_need_not_fetch_the_index_again(
     again = pickle.loads(pickle.dumps(both))
     assert again.keys == both.keys and (again.read(40) == both.read(40)).all()
     assert len(pickle.dumps(Corpus.open(pretrain_corpus))) < 1000
+
+
+def test_a_worker_forked_while_a_shard_comes_holds_no_lock_of_it(tmp_path: Path) -> None:
+    """It would keep every process of the machine waiting, for as long as it lives."""
+    shelf = Shelf(tmp_path, 10**9)
+    with shelf._alone("room"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with shelf._locks("room") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
