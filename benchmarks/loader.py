@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import blosc2
 import nibabel as nib
@@ -484,6 +485,7 @@ def measure(
         "size": size,
         "seconds_per_crop": seconds,
         "cold_storage_bytes_per_crop": storage,
+        "stages_ms": stages(corpus, size, batches),
         "bytes": {name: side.bytes for name, side in sides.items()},
         "voxels": int(corpus.shapes.prod(axis=1).sum()),
     }
@@ -492,6 +494,36 @@ def measure(
 def read_bytes() -> int:
     """That this process has had read from storage."""
     return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.M)[0])
+
+
+def stages(corpus: Corpus, size: int, batches: int) -> dict[str, float]:
+    """Where our time goes, warm: milliseconds a crop of each stage."""
+    dataset = crops_of(Corpus.open(corpus.path), size, False)
+    spent: dict[str, float] = {}
+
+    def watched(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return work(*args, **more)
+            finally:
+                spent[name] = spent.get(name, 0) + time.perf_counter() - began
+
+        return run
+
+    reading = watched("reading", dataset.__getitems__)
+    stacking, arithmetic = watched("stacking", collate), watched("arithmetic", to_batch)
+    hashing = patch.object(Corpus, "_verify", watched("hashes", Corpus._verify))
+    boxes = watched("decompression", blosc2.NDArray.__getitem__)
+    with hashing, patch.object(blosc2.NDArray, "__getitem__", boxes):
+        for number in range(WARMUP + batches):
+            if number == WARMUP:
+                spent.clear()
+            arithmetic(stacking(reading(list(range(number * BATCH, (number + 1) * BATCH)))))
+    spent["places, index, padding"] = (
+        spent.pop("reading") - spent["hashes"] - spent["decompression"]
+    )
+    return {name: 1e3 * value / (batches * BATCH) for name, value in spent.items()}
 
 
 def timed(batch: Batch, count: int) -> float:
@@ -558,6 +590,12 @@ def text(found: dict[str, Any]) -> str:
             read = one["cold_storage_bytes_per_crop"][name]
             cells.append(f"{statistics.median(read) / 1e6:.2f}" if read else "")
             lines.append(f"| {name} | {' | '.join(cells)} | {bits:.2f} |")
+    lines += ["", "## Where our time goes", "", "Milliseconds a crop, image, warm.", ""]
+    names = list(found["sizes"][0]["stages_ms"])
+    lines += [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for one in found["sizes"]:
+        cells = [f"{one['stages_ms'][name]:.2f}" for name in names]
+        lines.append(f"| {one['size']}^3 | {' | '.join(cells)} |")
     lines += ["", "## Bits a voxel of a volume", "", "| | " + " | ".join(found["disk"]) + " |"]
     lines.append("|---|" + "---|" * len(found["disk"]))
     for side in next(iter(found["disk"].values())):
