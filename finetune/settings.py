@@ -433,7 +433,7 @@ class FinetuneSettings(LoopSettings):
         kept = {k: v for k, v in dump.items() if k not in FREE}
         if self.adapt_channels is None:  # as before there was the key
             del kept["adapt_channels"]
-        if not self.augment.bias_field:
+        if not kept["augment"].get("bias_field", True):
             del kept["augment"]["bias_field"]
         precision = self.trainer.precision
         labelled = self.task.classes if isinstance(self.task, TaskSettings) else ()

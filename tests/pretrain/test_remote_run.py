@@ -110,7 +110,7 @@ def test_several_shards_come_at_once(pretrain_corpus: Path, tmp_path: Path) -> N
         while len(list(tmp_path.glob("*.tar"))) < SHARDS and time.monotonic() < until:
             time.sleep(0.05)
         ahead.end()
-        assert server.most == SHARDS
+        assert 1 < server.most <= SHARDS
         assert max(server.asked[name] for name in server.asked if name.startswith("shards/")) == 1
 
 
