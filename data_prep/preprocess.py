@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from scipy import ndimage
 
 from data_prep.errors import InputError
+from data_prep.images import Reject
 from data_prep.intensity import Statistics, encode, volume_statistics
-from data_prep.volume import Reject, Volume
+from data_prep.volume import Volume
 
 VERSION = 1
 # Spacings closer than this (relative) are the same: resampling would only blur.

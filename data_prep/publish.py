@@ -166,7 +166,7 @@ def _account(
 ) -> dict[str, int]:
     """How every file of the input ended; unused labels are added to `left_out`."""
     stored = [jobs[sample.number].case for sample in kept]
-    used = {path for case in stored for path in case.images}
+    used = {path for case in stored for path in case.image_files}
     counts = {"images": len(used)}
     for what, paths in (
         ("labels", {path for case in stored for path in case.label_files}),

@@ -15,12 +15,13 @@ import numpy as np
 
 from data_prep.files import atomic, write_bytes
 from data_prep.fingerprint import fingerprint
+from data_prep.images import Reject
 from data_prep.intensity import Statistics, encode, ranks, volume_statistics
 from data_prep.layouts.case import Case, LeftOut
 from data_prep.preprocess import as_physical, resample
 from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
-from data_prep.volume import Reject, Volume, read_channels, read_label
+from data_prep.volume import Volume, read_channels, read_label
 from data_prep.work import WorkFolder
 
 FORMAT = 1
@@ -166,7 +167,9 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             frame, table = encode_array(payloads[name])
             for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
                 sizes[suffix] = file.write(data)
-    return Scanned(job.number, job.key, meta, sizes, guessed=job.modality is None)
+    return Scanned(
+        job.number, job.key, meta, sizes, guessed=job.modality is None and job.case.series is None
+    )
 
 
 def foreground_box(volume: Volume, statistics: list[Statistics]) -> list[list[int]]:
@@ -227,7 +230,8 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
     if job.labelled and not case.label_files:
         raise Reject("label_missing", "the corpus is labelled and this image has no label")
     try:
-        volume = read_channels(case.images, job.modality, case.channels, job.minimum)
+        images = (case.series,) if case.series else case.images
+        volume = read_channels(images, job.modality, case.channels, job.minimum)
     except Reject:
         raise
     except Exception as error:

@@ -10,8 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.images import Reject
 from data_prep.layouts.case import is_image
-from data_prep.volume import Reject, Volume, as_known, read_channels
+from data_prep.volume import Volume, as_known, read_channels
 
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""One scan in memory: NIfTI in any orientation to canonical axes, and back to its native grid.
+"""One scan in memory: in any orientation to canonical axes, and back to its native grid.
 
 Arrays are `[C, D, H, W]` with axcodes S, P, L: D runs to superior, H to posterior, W to left.
 `affine` maps (d, h, w) to RAS millimetres. Reading only permutes and flips axes, so nothing is
@@ -8,8 +8,6 @@ interpolated and `NativeGrid.to_native` undoes it exactly; an oblique scan stays
 from __future__ import annotations
 
 import gzip
-import os
-import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from data_prep.files import write_bytes
+from data_prep.images import FloatArray, Image, Reject, SeriesFiles, open_image
 from data_prep.settings import MINIMUM_SLICES
 
 AXCODES = "SPL"
@@ -28,26 +25,11 @@ MODALITIES = ("CT", "MR")
 # Cosine between two axes above which the grid counts as sheared (0.3 degrees); header rounding
 # stays below 1e-4, a gantry tilt is several degrees.
 SHEAR_TOLERANCE = 5e-3
-# deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
-GZIP_MAXIMUM_RATIO = 1100
 # Share of a voxel by which two grids may differ and still count as one.
 GRID_TOLERANCE = 0.1
 # Air on CT is -1000 HU; signed MR maps (phase, ADC) stay far above -500.
 CT_MINIMUM_HU = -500.0
-
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
-
-
-class Reject(Exception):  # noqa: N818 - a verdict on one scan, not a program error
-    """One scan cannot become a sample: `code` is a stable word, `detail` says what was found."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        self.code = code
-        self.detail = detail
-        super().__init__(f"{code}: {detail}")
-
-    def __reduce__(self) -> tuple[type[Reject], tuple[str, str]]:
-        return type(self), (self.code, self.detail)
+CT_AIR_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -179,7 +161,7 @@ def canonical_array(native: np.ndarray, matrix: FloatArray) -> np.ndarray:
 
 
 def read_nifti(path: str | Path, modality: str | None = None, name: str | None = None) -> Volume:
-    """Read one 3D NIfTI scan of any orientation onto canonical axes, without interpolation.
+    """Read one 3D image file of any orientation onto canonical axes, without interpolation.
 
     As `read_channels` with one channel.
     """
@@ -187,19 +169,20 @@ def read_nifti(path: str | Path, modality: str | None = None, name: str | None =
 
 
 def read_channels(
-    paths: Sequence[Path],
+    paths: Sequence[Path | SeriesFiles],
     modality: str | None = None,
     names: Sequence[str] = (),
     minimum: int = MINIMUM_SLICES,
 ) -> Volume:
-    """Read one NIfTI scan onto canonical axes: a 3D file for each channel, or one 4D file.
+    """Read one scan onto canonical axes: a 3D image for each channel, or one 4D file.
 
     Integer files keep their stored integers with slope and intercept; all others become float32
-    physical values. Without `modality` it is taken from the intensities: a minimum of -500 or
-    less is CT.
+    physical values. The header of DICOM says the modality. Elsewhere, without `modality`, it is
+    taken from the intensities: see `guess_modality`.
 
     Args:
-        paths: One file per channel, all on one grid in any orientation; or one file.
+        paths: One file, or volume of a DICOM series, per channel, all on one grid in any
+            orientation; or one file.
         modality: Of all channels.
         names: Of the channels. With several of them, one file has to be 4D with as many volumes.
         minimum: Fewest slices along any axis; 1 lets single slices and 2D files in, as
@@ -211,23 +194,24 @@ def read_channels(
     if modality is not None and modality not in MODALITIES:
         raise Reject("unsupported_modality", f"{modality} is neither CT nor MR")
     within = len(names) if len(paths) == 1 and len(names) > 1 else 1
-    channels, scales, grids = [], [], []
+    channels, scales, grids, said = [], [], [], []
     for path in paths:
         image = _open(path, within, minimum)
-        raw, slope, intercept = _values(image, path, within)
+        raw, slope, intercept = _values(image)
         for volume in np.moveaxis(raw, 3, 0):
             array, affine, native = _canonical(image, volume)
             channels.append(array)
             scales.append((slope, intercept))
             grids.append((affine, native))
+            said.append(image.modality)
     affine, native = grids[0]
     shape = channels[0].shape
     for path, array, (other, _) in zip(paths, channels, grids, strict=False):
         for code, detail in _grid_problems("channel", array.shape, other, shape, affine):
             raise Reject(code, f"{path.name}: {detail}")
     modalities = tuple(
-        modality or guess_modality(array, *scale)
-        for array, scale in zip(channels, scales, strict=True)
+        header or modality or guess_modality(array, *scale)
+        for array, scale, header in zip(channels, scales, said, strict=True)
     )
     names = tuple(names) or modalities
     for array, name in zip(channels, names, strict=True):
@@ -328,7 +312,7 @@ def read_label(
             the detail tells all that is wrong, the code the first.
     """
     image = _open(Path(path), minimum=1)
-    raw, slope, intercept = _values(image, Path(path))
+    raw, slope, intercept = _values(image)
     array, affine, _ = _canonical(image, raw[..., 0])
     problems = _grid_problems("label", array.shape, affine, like.array.shape[1:], like.affine)
     values = array if (slope, intercept) == (1.0, 0.0) else array * slope + intercept
@@ -361,7 +345,7 @@ def check_label_grid(path: str | Path, shape: tuple[int, ...], affine: FloatArra
         Reject: as `read_label`, which looks at the values too.
     """
     image = _open(Path(path), minimum=1)
-    nothing = np.broadcast_to(np.uint8(0), _shape(image)[:3])
+    nothing = np.broadcast_to(np.uint8(0), image.shape[:3])
     array, found, _ = _canonical(image, nothing)
     for code, detail in _grid_problems("label", array.shape, found, shape, affine):
         raise Reject(code, detail)
@@ -386,67 +370,38 @@ def write_nifti(array: np.ndarray, native: NativeGrid, path: str | Path) -> None
 
 
 def guess_modality(array: np.ndarray, slope: float, intercept: float) -> str:
-    """CT or MR by the smallest physical value: air on CT is -1000 HU."""
-    ends = (float(array.min()) * slope + intercept, float(array.max()) * slope + intercept)
-    return "CT" if min(ends) <= CT_MINIMUM_HU else "MR"
+    """CT or MR by the physical values: some air of a CT is in nearly every one, at -1000 HU.
+
+    A few voxels of signed MRI may be as low, so a share of them counts.
+    """
+    low = float(array.min()) * slope + intercept, float(array.max()) * slope + intercept
+    if min(low) > CT_MINIMUM_HU:
+        return "MR"
+    code = (CT_MINIMUM_HU - intercept) / slope
+    air = np.count_nonzero(array <= code if slope > 0 else array >= code)
+    return "CT" if air >= CT_AIR_SHARE * array.size else "MR"
 
 
-def _open(path: Path, channels: int = 1, minimum: int = MINIMUM_SLICES) -> Any:
-    """The NIfTI image object, header read, voxels not yet."""
-    try:
-        size = path.stat().st_size
-        image = nib.load(path)
-    except ImageFileError as error:
-        raise Reject("not_an_image", "the file is not NIfTI") from error
-    except EOFError as error:
-        raise Reject("truncated", "the compressed stream ends too early") from error
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise Reject("unreadable", f"the compression is damaged ({error})") from error
-    except (OSError, ValueError, HeaderDataError) as error:
-        raise Reject("unreadable", _plain(error, path)) from error
-    if not isinstance(image, nib.Nifti1Pair):
-        raise Reject("not_an_image", f"{type(image).__name__} is not NIfTI")
-    dtype = image.get_data_dtype()
-    if dtype.fields is not None or dtype.kind == "c":
-        raise Reject("rgb_or_complex", f"voxels are {dtype}, one real number each is needed")
-    shape = _shape(image)
-    if shape[3] != channels or (len(image.shape) < 3 and minimum > 1):
-        found = tuple(int(n) for n in image.shape)
+def _open(source: Path | SeriesFiles, channels: int = 1, minimum: int = MINIMUM_SLICES) -> Image:
+    """The image, header read, voxels not yet."""
+    image = open_image(source)
+    sides = image.shape[:3]
+    if image.shape[3] != channels or (image.flat and minimum > 1):
+        found = sides[: 3 - image.flat] + image.shape[3:] * (image.shape[3] > 1)
         wanted = "one 3D volume is" if channels == 1 else f"{channels} volumes, one per name, are"
         raise Reject("not_3d", f"the image has shape {found}; {wanted} needed")
-    if min(shape[:3]) < minimum:
+    if min(sides) < minimum:
         raise Reject(
             "too_few_slices",
-            f"shape {shape[:3]}; at least {minimum} an axis needed (minimum_slices=1 takes slices)",
+            f"shape {sides}; at least {minimum} an axis needed (minimum_slices=1 takes slices)",
         )
-    claimed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    ratio = GZIP_MAXIMUM_RATIO if path.name.lower().endswith((".gz", ".bz2", ".zst")) else 1
-    if isinstance(image, nib.Nifti1Image) and claimed > size * ratio:
-        raise Reject("truncated", f"the header claims {claimed} bytes, the file has {size}")
     return image
 
 
-def _shape(image: Any) -> tuple[int, int, int, int]:
-    """(I, J, K, volumes) of a 2D, 3D or 4D image; a vector image counts its components."""
-    shape = [int(n) for n in image.shape] + [1] * (3 - len(image.shape))
-    volumes = [n for n in shape[3:] if n > 1]
-    return shape[0], shape[1], shape[2], int(np.prod(volumes, dtype=np.int64))
-
-
-def _values(image: Any, path: Path, channels: int = 1) -> tuple[np.ndarray, float, float]:
+def _values(image: Image) -> tuple[np.ndarray, float, float]:
     """Stored voxels `[I, J, K, C]` with slope and intercept; float32 physical if not integers."""
-    try:
-        raw = np.asanyarray(image.dataobj.get_unscaled())
-    except EOFError as error:
-        raise Reject("truncated", "the compressed stream ends too early") from error
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise Reject("unreadable", f"the compression is damaged ({error})") from error
-    except (OSError, ValueError) as error:
-        # nibabel says "Expected N bytes, got M bytes" and "mmap length is greater than file size".
-        code = "truncated" if "xpected" in str(error) or "mmap" in str(error) else "unreadable"
-        raise Reject(code, _plain(error, path)) from error
-    raw = raw.reshape((*_shape(image)[:3], channels), order="F")
-    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+    raw, slope, intercept = image.read()
+    raw = raw.reshape(image.shape, order="F")
     if not np.isfinite([slope, intercept]).all() or slope == 0:
         raise Reject("nan_or_inf", f"the header's slope {slope} or intercept {intercept}")
     if raw.dtype.kind in "iub":
@@ -462,9 +417,9 @@ def _values(image: Any, path: Path, channels: int = 1) -> tuple[np.ndarray, floa
     return values, 1.0, 0.0
 
 
-def _canonical(image: Any, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, NativeGrid]:
+def _canonical(image: Image, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, NativeGrid]:
     """Array `[D, H, W]`, its affine, and the native grid it came from."""
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = image.affine
     columns = affine[:3, :3]
     lengths = np.sqrt((columns**2).sum(axis=0))
     if not np.isfinite(affine).all() or (lengths < 1e-6).any():
@@ -479,8 +434,8 @@ def _canonical(image: Any, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, Nat
         shape=(first, second, third),
         affine=affine,
         axcodes="".join(nib.aff2axcodes(affine)),
-        qform_code=int(image.header["qform_code"]),
-        sform_code=int(image.header["sform_code"]),
+        qform_code=image.forms[0],
+        sform_code=image.forms[1],
         from_stored=matrix,
     )
     # Adding 0 turns -0.0 into 0.0, which reads better in KEY.json.
@@ -514,9 +469,3 @@ def _largest_shift(one: FloatArray, other: FloatArray, shape: Sequence[int]) -> 
     """Largest distance in mm between the same corner of two grids of one shape."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1], indexing="ij")).reshape(4, -1)
     return float(np.sqrt((((one - other) @ corners)[:3] ** 2).sum(axis=0)).max())
-
-
-def _plain(error: Exception, path: Path) -> str:
-    """The message without the file's path, which a report names already."""
-    text = str(error).replace(str(path), path.name) or type(error).__name__
-    return text.replace(os.linesep, " ")

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt
 from data_prep.fingerprint import ALGORITHM, VERSION
+from data_prep.images import Reject
 from data_prep.progress import bar
-from data_prep.volume import Reject, read_label
+from data_prep.volume import read_label
 from finetune.metrics import METRIC_VERSION, Score, score_labels
 from finetune.predictions import find_predictions
 from finetune.rows import Row, write_rows

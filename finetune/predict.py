@@ -9,9 +9,10 @@ import torch
 
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
+from data_prep.images import Reject
 from data_prep.progress import bar
 from data_prep.scans import by_case, read_scan, scan_files
-from data_prep.volume import Reject, write_nifti
+from data_prep.volume import write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import read_answers, write_answers
 from finetune.model_file import load_network

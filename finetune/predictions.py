@@ -11,9 +11,10 @@ import numpy as np
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.images import Reject
 from data_prep.layouts.case import is_image, stem
 from data_prep.naming import slug
-from data_prep.volume import Reject, check_label_grid
+from data_prep.volume import check_label_grid
 
 Name = tuple[str, ...]
 """Folders and stem of a file, in the alphabet of keys."""

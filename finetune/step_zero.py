@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from data_prep.errors import InputError
 from data_prep.files import write_json
-from data_prep.volume import Reject, read_nifti
+from data_prep.images import Reject
+from data_prep.volume import read_nifti
 from finetune.plan import Plan
 from finetune.supervised import Supervised
 from pretrain.backbones.backbone import Backbone

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from data_prep.errors import InputError
+from data_prep.images import Reject
 from data_prep.preprocess import Preprocess
-from data_prep.volume import Reject, Volume, as_known, read_channels, volume_from_array
+from data_prep.volume import Volume, as_known, read_channels, volume_from_array
 from pretrain.backbones.backbone import Backbone
 from pretrain.release import LoadReport, load_release
 
@@ -81,7 +82,7 @@ class Encoder:
                 S, P, L.
             spacing: in mm along D, H, W; needed for an array.
             modality: CT or MR; by default what the encoder knows, or, if it knows both, told
-                from the values (a minimum of -500 or less is CT).
+                from the values (some air at -500 or less is CT).
             overlap: share of a window's side that the next one sees again, below 1.
 
         Raises:

@@ -19,9 +19,9 @@ import torch
 
 from data_prep.errors import InputError, attempt, named
 from data_prep.files import atomic, make_folder
+from data_prep.images import Reject
 from data_prep.progress import bar
 from data_prep.scans import by_case, read_scan, scan_files
-from data_prep.volume import Reject
 from pretrain.encoder import Encoder, Features, load_encoder
 from pretrain.settings import FeaturesSettings
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii")
+from data_prep.images import BESIDE, SUFFIXES, SeriesFiles
+
 # Files that data sets ship beside their scans; they are counted, not judged.
 SIDE_SUFFIXES = (
     ".json", ".csv", ".tsv", ".md", ".txt", ".rst", ".yaml", ".yml", ".bval", ".bvec", ".xml",
@@ -33,7 +34,7 @@ class Case:
 
     Attributes:
         name: Path of the (first) image as the input gives it; never stored.
-        images: One file, or one file per channel on a common grid.
+        images: One file, or one file per channel on a common grid; of a DICOM series the first.
         label: A label map.
         organs: Instead of a label map, a mask file per structure: (name of the structure, file).
         mask: Voxels that are not valid.
@@ -43,6 +44,7 @@ class Case:
         split: train, validation, test or empty.
         fold: Number of the fold that validates on this case; None if it is in none.
         group: What fairness is judged by: sex, age, site.
+        series: Of DICOM, all files of the volume.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Case:
     split: str = ""
     fold: int | None = None
     group: tuple[tuple[str, str], ...] = ()
+    series: SeriesFiles | None = None
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -71,9 +74,14 @@ class Case:
         return (self.label,) if self.label else tuple(path for _, path in self.organs)
 
     @property
+    def image_files(self) -> tuple[Path, ...]:
+        """Every file that holds some of the image."""
+        return self.series.files if self.series else self.images
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Every file of the case."""
-        return (*self.images, *self.label_files, *((self.mask,) if self.mask else ()))
+        return (*self.image_files, *self.label_files, *((self.mask,) if self.mask else ()))
 
 
 @dataclass(frozen=True)
@@ -110,14 +118,19 @@ def case_id(case: Case) -> str:
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name is that of a NIfTI file."""
-    return path.name.lower().endswith(IMAGE_SUFFIXES)
+    """Whether the name is that of an image file; a file of a DICOM series may have any."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def may_be_dicom(path: Path) -> bool:
+    """Whether a file could be DICOM by its name: it has no other known one."""
+    return not is_image(path) and not _is_side_file(path)
 
 
 def stem(path: Path) -> str:
-    """The file name without .nii or .nii.gz."""
+    """The file name without what says its format."""
     lower = path.name.lower()
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in SUFFIXES:
         if lower.endswith(suffix):
             return path.name[: -len(suffix)]
     return path.stem
@@ -126,7 +139,7 @@ def stem(path: Path) -> str:
 def words(name: str) -> list[str]:
     """Lower-case words of a relative path, split at everything but letters and digits."""
     lower = name.lower()
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in SUFFIXES:
         lower = lower.removesuffix(suffix)
     return [word for word in re.split(r"[^a-z0-9]+", lower) if word]
 
@@ -176,13 +189,21 @@ def sort_out(root: Path, files: list[Path], layout: Layout) -> list[Path]:
         name = path.relative_to(root).as_posix()
         if is_image(path):
             images.append(path)
-        elif _is_side_file(path):
+        elif _is_side_file(path) or _is_beside(path, files):
             layout.ignored.append(name)
         else:
             layout.left_out.append(
-                LeftOut(name, "not_an_image", "only .nii and .nii.gz files are read")
+                LeftOut(name, "not_an_image", f"neither {', '.join(SUFFIXES)} nor DICOM")
             )
     return images
+
+
+def _is_beside(path: Path, files: list[Path]) -> bool:
+    """Whether a file has the voxels of a header that lies beside it."""
+    return path.name.lower().endswith(BESIDE) and any(
+        other.parent == path.parent and other.name.lower().endswith((".mhd", ".nhdr"))
+        for other in files
+    )
 
 
 def leave_out(root: Path, files: list[Path], layout: Layout, code: str, detail: str) -> None:

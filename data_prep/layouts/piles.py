@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from data_prep.dicom import find_series, is_dicom
 from data_prep.layouts.case import (
     Case,
     Layout,
     LeftOut,
     looks_like_a_label,
+    may_be_dicom,
     modality_from_name,
     sort_out,
     subject_from_name,
@@ -59,7 +61,10 @@ def from_pairs(root: Path, files: list[Path]) -> Layout | None:
 def from_pile(root: Path, files: list[Path]) -> Layout:
     """Every image that does not look like a label."""
     layout = Layout("folder of scans without labels")
-    for path in sort_out(root, files, layout):
+    dicom = [path for path in files if may_be_dicom(path) and is_dicom(path)]
+    _add_series(root, dicom, layout)
+    rest = sorted(set(files) - set(dicom))
+    for path in sort_out(root, rest, layout):
         name = path.relative_to(root).as_posix()
         if looks_like_a_label(name):
             layout.left_out.append(
@@ -72,6 +77,33 @@ def from_pile(root: Path, files: list[Path]) -> Layout:
         else:
             layout.cases.append(_case(root, path))
     return layout
+
+
+def _add_series(root: Path, files: list[Path], layout: Layout) -> None:
+    if not files:
+        return
+    layout.description += ", with DICOM series"
+    for found in find_series(files):
+        names = [path.relative_to(root).as_posix() for path in found.files]
+        for number, volume in enumerate(found.volumes):
+            name = volume.files[0].relative_to(root).as_posix()
+            if volume.volume:
+                name += f" (volume {volume.volume + 1})"
+            layout.cases.append(
+                Case(
+                    name=name,
+                    images=volume.files[:1],
+                    series=volume,
+                    id=f"{Path(names[0]).parent.name}-{number + 1}",
+                    subject=found.subject,
+                )
+            )
+        if found.refusal is not None:
+            first, *others = names
+            layout.left_out.append(LeftOut(first, found.refusal.code, found.refusal.detail))
+            layout.left_out += [
+                LeftOut(name, found.refusal.code, f"of the series of {first}") for name in others
+            ]
 
 
 def _case(root: Path, image: Path, label: Path | None = None) -> Case:

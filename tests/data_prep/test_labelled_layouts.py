@@ -588,33 +588,6 @@ def test_a_real_mask_on_another_grid_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "list.csv", tmp_path / "c")
 
 
-@shared
-def test_awkward_real_files_are_refused_with_a_reason(tmp_path: Path) -> None:
-    """Each file of messy/ ends as a sample or with a code; the ones that cannot be used say so."""
-    source = DATA / "messy"
-    prep(
-        PrepSettings(input=source, output=tmp_path / "c", keys="names", processes=1),
-        say=lambda line: None,
-    )
-    found = {name: code for name, (code, _) in quarantine(tmp_path / "c").items()}
-    for name, code in {
-        "nifti_4d/nibabel_example4d.nii.gz": "not_3d",
-        "nifti_4d/nibabel_functional.nii": "not_3d",
-        "nifti_4d/sct_venc.nii.gz": "not_3d",
-        "nifti_4d/dcm_qa_nih_EPI_PE=AP_3.nii": "not_3d",
-        "nifti_odd/niivue_shear.nii.gz": "sheared",
-        "nifti_odd/niivue_ct_perfusion_rgb.nii.gz": "rgb_or_complex",
-        "nifti_odd/niivue_complex.nii.gz": "rgb_or_complex",
-    }.items():
-        assert found[name] == code, name
-    dicom = [path.relative_to(source).as_posix() for path in source.rglob("*.dcm")]
-    assert dicom and {found[name] for name in dicom} == {"not_an_image"}
-    corpus = Corpus.open(tmp_path / "c")
-    assert corpus.info["counts"]["files"]["total"] == sum(
-        path.is_file() for path in source.rglob("*")
-    )
-
-
 def test_a_pile_of_4d_files_is_still_no_pile_of_channels(tmp_path: Path) -> None:
     path = save(tmp_path / "x.nii.gz", np.stack([ras_array()] * 3, -1))
     with pytest.raises(Reject, match="one 3D volume is needed"):

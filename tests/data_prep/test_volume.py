@@ -19,7 +19,8 @@ from phantoms import (
     save_truncated,
 )
 
-from data_prep.volume import NativeGrid, Reject, Volume, read_label, read_nifti, write_nifti
+from data_prep.images import Reject
+from data_prep.volume import NativeGrid, Volume, read_label, read_nifti, write_nifti
 
 ORIENTATIONS = [
     "".join(signs[axis] for axis in order)

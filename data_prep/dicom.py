@@ -1,0 +1,417 @@
+"""DICOM: files of any names in any folders to volumes, by what their headers say.
+
+Slices are grouped by series and sorted by where they lie, never by name or number. A series that
+has several volumes (echoes, b-values, times) is taken apart where one field of its headers does so
+exactly. What cannot be one volume on one grid is refused with what was found. Of a header nothing
+is read but numbers, modality and the codes named here, and of the patient's number a digest, by
+which scans of one subject are known as such; no name, date or text leaves this file.
+
+Frames of a multi-frame object are slices as well. Frames that pydicom cannot decompress by itself
+(JPEG, JPEG-LS, JPEG 2000) are SimpleITK's to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.images import Reject, SeriesFiles
+from data_prep.progress import bar
+
+MAGIC_OFFSET, MAGIC = 128, b"DICM"
+SUFFIXES = (".dcm", ".ima", ".dicom")
+"""Of files without the magic number, as old scanners wrote them."""
+
+MODALITIES = ("CT", "MR")
+TURNED = 1e-3
+"""Difference between the direction cosines of slices of one orientation: they come rounded."""
+SAME_PLACE = 1e-2
+"""Millimetres below which two slices lie in one place."""
+UNEVEN = 0.1
+"""Share of the usual distance by which one may differ; beyond 1.5 of it a slice is missing."""
+
+APART = (
+    "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "InversionTime", "TriggerTime",
+    "AcquisitionNumber", "ImageType", "StackID",
+)  # fmt: skip
+"""Fields that tell the volumes of one series apart, in the order in which they are tried."""
+
+HEADER = (
+    "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "Rows",
+    "Columns", "SamplesPerPixel", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
+    "RescaleSlope", "RescaleIntercept", "NumberOfFrames", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "BitsAllocated", *APART,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A plane of voxels, and where it lies.
+
+    Attributes:
+        file: that holds it.
+        frame: its number there.
+        shape: columns and rows.
+        position: of the first voxel, LPS millimetres [3].
+        directions: of growing column and row number, LPS [2, 3].
+        spacing: millimetres between columns, between rows.
+        scale: slope and intercept of its values.
+        apart: its values of the fields `APART`.
+    """
+
+    file: Path
+    frame: int
+    shape: tuple[int, int]
+    position: NDArray[np.float64]
+    directions: NDArray[np.float64]
+    spacing: tuple[float, float]
+    scale: tuple[float, float]
+    apart: tuple[str, ...]
+
+    @property
+    def normal(self) -> NDArray[np.float64]:
+        """Direction that the slice faces."""
+        return np.cross(*self.directions)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A volume: slices from first to last, of one modality.
+
+    Attributes:
+        slices: in the order of the third axis.
+        modality: CT or MR.
+    """
+
+    slices: tuple[Slice, ...]
+    modality: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Columns, rows, slices."""
+        return (*self.slices[0].shape, len(self.slices))
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """(column, row, slice) to RAS millimetres (4, 4); sheared where the gantry was tilted."""
+        first, last = self.slices[0], self.slices[-1]
+        count = len(self.slices)
+        step = (last.position - first.position) / (count - 1) if count > 1 else first.normal
+        affine = np.eye(4)
+        affine[:3, 0] = first.directions[0] * first.spacing[0]
+        affine[:3, 1] = first.directions[1] * first.spacing[1]
+        affine[:3, 2] = step
+        affine[:3, 3] = first.position
+        affine[:2] *= -1  # left and posterior grow there, right and anterior here
+        return affine
+
+    def values(self) -> tuple[np.ndarray, float, float]:
+        """Stored voxels `[I, J, K]` with slope and intercept; float32 physical if these vary.
+
+        Raises:
+            Reject: pixel data is cut off or of a kind that cannot be read.
+        """
+        scales = {one.scale for one in self.slices}
+        planes, stored = self._planes()
+        if stored and len(scales) == 1:
+            ((slope, intercept),) = scales
+            return np.stack(planes, axis=2), slope, intercept
+        if stored:
+            scaled = zip(planes, self.slices, strict=True)
+            planes = [p.astype(np.float32) * one.scale[0] + one.scale[1] for p, one in scaled]
+        return np.stack(planes, axis=2).astype(np.float32), 1.0, 0.0
+
+    def _planes(self) -> tuple[list[np.ndarray], bool]:
+        """`[I, J]` of each slice, and whether slope and intercept are still to be applied."""
+        frames: dict[Path, tuple[np.ndarray, bool]] = {}
+        planes, stored = [], True
+        for one in self.slices:
+            if one.file not in frames:
+                if len(frames) > 1:  # all frames of one file follow each other, or nearly
+                    frames.pop(next(iter(frames)))
+                frames[one.file] = _pixels(one.file)
+            pixels, own = frames[one.file]
+            stored &= own
+            plane = pixels[one.frame] if len(pixels) > one.frame else None
+            if plane is None or plane.shape != one.shape[::-1]:
+                raise Reject("truncated", f"{one.file.name}: pixels are not those of its header")
+            planes.append(plane.T)
+        return planes, stored
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its magic number or else by its name."""
+    try:
+        with path.open("rb") as file:
+            file.seek(MAGIC_OFFSET)
+            return file.read(4) == MAGIC or path.name.lower().endswith(SUFFIXES)
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files of one series: the volumes that they make, or why they make none.
+
+    Attributes:
+        files: sorted by name.
+        subject: a digest of the patient's number; empty where there is none.
+        volumes: the files of each.
+        refusal: None where there are volumes.
+    """
+
+    files: tuple[Path, ...]
+    subject: str
+    volumes: tuple[SeriesFiles, ...] = ()
+    refusal: Reject | None = None
+
+
+def find_series(files: Sequence[Path]) -> list[Found]:
+    """Takes DICOM files apart by series, whatever their names and folders; in order of names."""
+    series: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    subjects: dict[tuple[str, str], str] = {}
+    found = []
+    for path in bar(iterable=files, desc="DICOM", unit="file"):
+        try:
+            header = _header(path)
+        except Reject as error:
+            found.append(Found((path,), "", refusal=error))
+            continue
+        key = str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", ""))
+        series[key].append(path)
+        patient = str(header.get("PatientID", "") or "")
+        subjects[key] = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else ""
+    for key, paths in series.items():
+        own = tuple(sorted(paths))
+        try:
+            volumes = tuple(_files_of(read_series(own)))
+        except Reject as error:
+            found.append(Found(own, subjects[key], refusal=error))
+        else:
+            found.append(Found(own, subjects[key], volumes))
+    return sorted(found, key=lambda one: one.files)
+
+
+def _files_of(volumes: Sequence[Series]) -> Iterable[SeriesFiles]:
+    """Of volumes that lie in the same files, which of them is meant."""
+    seen: Counter[tuple[Path, ...]] = Counter()
+    for volume in volumes:
+        files = tuple(sorted({one.file for one in volume.slices}))
+        yield SeriesFiles(files, seen[files])
+        seen[files] += 1
+
+
+def read_series(files: Sequence[Path]) -> list[Series]:
+    """The volumes of one series, each on one grid.
+
+    Raises:
+        Reject: they make no volume; the code says why.
+    """
+    slices, modality = _slices(files)
+    shapes = {one.shape for one in slices}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{i}x{j}" for i, j in sorted(shapes))
+        raise Reject("mixed_series", f"its slices have {len(shapes)} sizes: {sizes}")
+    if max(float(np.abs(s.directions - slices[0].directions).max()) for s in slices) > TURNED:
+        kinds = len({tuple(np.round(s.directions, 2).ravel()) for s in slices})
+        raise Reject("mixed_orientation", f"its slices face {kinds} ways, as a localizer's do")
+    spacings = np.array([one.spacing for one in slices])
+    if np.ptp(spacings, axis=0).max() > 1e-3 * spacings.min():
+        raise Reject("mixed_series", "its slices have several spacings")
+    return [Series(_sorted(part), modality) for part in _apart(slices)]
+
+
+def _slices(files: Sequence[Path]) -> tuple[list[Slice], str]:
+    slices: list[Slice] = []
+    modalities = set()
+    for path in files:
+        header = _header(path)
+        modality = str(header.get("Modality", ""))
+        if modality not in MODALITIES:
+            shown = modality if modality.isalpha() and len(modality) <= 16 else "unknown"
+            raise Reject("unsupported_modality", f"{shown} is neither CT nor MR")
+        modalities.add(modality)
+        if int(header.get("SamplesPerPixel", 1)) != 1:
+            raise Reject("rgb_or_complex", "voxels have several values, one real number is needed")
+        slices += _frames(path, header)
+    if len(modalities) > 1:
+        raise Reject("mixed_series", "it holds CT and MR")
+    return slices, modalities.pop()
+
+
+def _frames(path: Path, header: Any) -> list[Slice]:
+    """One slice of a plain file, one for each frame of a multi-frame object."""
+    count = int(header.get("NumberOfFrames", 1) or 1)
+    each = header.get("PerFrameFunctionalGroupsSequence") or [None] * count
+    shared = header.get("SharedFunctionalGroupsSequence") or [None]
+    if count > 1 and each[0] is None:
+        raise Reject("bad_geometry", f"its {count} frames do not say where they lie")
+    if len(each) != count:
+        raise Reject("truncated", f"{count} frames, and places of {len(each)}")
+    return [_slice(path, n, [own, shared[0], header]) for n, own in enumerate(each)]
+
+
+GROUPS = {
+    "ImagePositionPatient": "PlanePositionSequence",
+    "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence",
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+    "EffectiveEchoTime": "MREchoSequence",
+    "DiffusionBValue": "MRDiffusionSequence",
+    "TemporalPositionIndex": "FrameContentSequence",
+    "StackID": "FrameContentSequence",
+}
+"""Where the functional groups of a multi-frame object have what else stands in the header."""
+
+OF_FRAMES = {
+    "EchoTime": "EffectiveEchoTime",
+    "TemporalPositionIdentifier": "TemporalPositionIndex",
+}
+
+
+def _slice(path: Path, frame: int, places: list[Any]) -> Slice:
+    def told(name: str) -> Any:
+        for place in places:
+            for key in (name, OF_FRAMES.get(name, name)):
+                if place is None:
+                    continue
+                group = place.get(GROUPS.get(key, ""))
+                value = group[0].get(key) if group else place.get(key)
+                if value is not None:
+                    return value
+        return None
+
+    def numbers(name: str, count: int) -> NDArray[np.float64]:
+        value = told(name)
+        try:
+            found = np.array([float(v) for v in value], dtype=np.float64)
+        except (TypeError, ValueError):
+            found = np.empty(0)
+        if found.shape != (count,) or not np.isfinite(found).all():
+            raise Reject("bad_geometry", f"a slice has no {name} of {count} numbers")
+        return found
+
+    directions = numbers("ImageOrientationPatient", 6).reshape(2, 3)
+    gram = directions @ directions.T
+    if np.abs(gram - np.eye(2)).max() > 1e-2:
+        raise Reject("bad_geometry", "the directions of a slice are not at right angles")
+    between_rows, between_columns = numbers("PixelSpacing", 2)
+    slope, intercept = told("RescaleSlope"), told("RescaleIntercept")
+    header = places[-1]
+    return Slice(
+        file=path,
+        frame=frame,
+        shape=(int(header.get("Columns", 0)), int(header.get("Rows", 0))),
+        position=numbers("ImagePositionPatient", 3),
+        directions=directions,
+        spacing=(float(between_columns), float(between_rows)),
+        scale=(
+            1.0 if slope is None else float(slope),
+            0.0 if intercept is None else float(intercept),
+        ),
+        apart=tuple("" if (v := told(name)) is None else str(v) for name in APART),
+    )
+
+
+def _apart(slices: list[Slice]) -> list[list[Slice]]:
+    """One volume, or those that a field of the headers tells apart."""
+    repeated = _repeated(slices)
+    if not repeated:
+        return [slices]
+    for number in range(len(APART)):
+        parts: dict[str, list[Slice]] = defaultdict(list)
+        for one in slices:
+            parts[one.apart[number]].append(one)
+        counts = {len(part) for part in parts.values()}
+        if len(parts) > 1 and len(counts) == 1 and not any(map(_repeated, parts.values())):
+            return [parts[key] for key in sorted(parts)]
+    raise Reject(
+        "repeated_slices",
+        f"{repeated} of its {len(slices)} slices lie where another does, and no field of their "
+        "headers tells volumes apart",
+    )
+
+
+def _places(slices: Sequence[Slice]) -> NDArray[np.float64]:
+    """How far each slice lies along the way that the first one faces, mm."""
+    return np.array([one.position @ slices[0].normal for one in slices])
+
+
+def _repeated(slices: Sequence[Slice]) -> int:
+    return int((np.diff(np.sort(_places(slices))) < SAME_PLACE).sum())
+
+
+def _sorted(slices: list[Slice]) -> tuple[Slice, ...]:
+    """By place; refuses gaps."""
+    places = _places(slices)
+    order = np.argsort(places)
+    gaps = np.diff(places[order])
+    if len(gaps):
+        usual = float(np.median(gaps))
+        if gaps.max() > 1.5 * usual:
+            missing = int(np.rint(gaps / usual - 1).sum())
+            raise Reject(
+                "missing_slices",
+                f"about {missing} of {len(slices) + missing} slices are not there: distances go "
+                f"from {gaps.min():.2f} to {gaps.max():.2f} mm",
+            )
+        if np.abs(gaps - usual).max() > UNEVEN * usual:
+            raise Reject(
+                "uneven_slices", f"distances go from {gaps.min():.2f} to {gaps.max():.2f} mm"
+            )
+    return tuple(slices[n] for n in order)
+
+
+# Files.
+
+
+def _header(path: Path) -> Any:
+    import pydicom
+
+    try:
+        header = pydicom.dcmread(
+            path, stop_before_pixels=True, force=True, specific_tags=list(HEADER)
+        )
+        if "SOPClassUID" not in header or "Rows" not in header:
+            raise Reject("not_an_image", "the file is DICOM without an image, or none")
+    except Reject:
+        raise
+    except Exception as error:  # headers in the wild break pydicom in many ways
+        raise Reject("unreadable", type(error).__name__) from error
+    return header
+
+
+def _pixels(path: Path) -> tuple[np.ndarray, bool]:
+    """`[frames, rows, columns]`, and whether they are as stored: else slope and all are applied."""
+    import pydicom
+
+    try:
+        data = pydicom.dcmread(path, force=True)
+        syntax = getattr(data.file_meta, "TransferSyntaxUID", None)
+        if syntax is None:  # a file without its first part, as some scanners write
+            data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        elif syntax.is_compressed and syntax != pydicom.uid.RLELossless:
+            return _decompressed(path), False
+        pixels = data.pixel_array
+    except Reject:
+        raise
+    except Exception as error:
+        said = str(error)
+        code = "truncated" if "bytes" in said or "end of" in said.lower() else "unreadable"
+        raise Reject(code, f"{path.name}: {type(error).__name__}") from error
+    return (pixels[None] if pixels.ndim == 2 else pixels), True
+
+
+def _decompressed(path: Path) -> np.ndarray:
+    import SimpleITK
+
+    image = SimpleITK.ReadImage(str(path))
+    return np.asarray(SimpleITK.GetArrayFromImage(image))

@@ -1,0 +1,257 @@
+"""DICOM series: the right volume whatever files are called, or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from dicom_series import changed, write_frames, write_series
+from phantoms import oriented, ras_array
+from pydicom import dcmread
+
+from data_prep.build import prep
+from data_prep.corpus import Corpus
+from data_prep.dicom import Found, find_series, is_dicom
+from data_prep.images import Reject, SeriesFiles
+from data_prep.settings import PrepSettings
+from data_prep.volume import read_channels, read_nifti
+
+OBLIQUE = np.array(
+    [[0.74, -0.3, 0.6, -31.0], [0.25, 0.68, 1.2, 12.0], [-0.12, 0.2, 2.4, 60.0], [0, 0, 0, 1]]
+)
+
+
+def square(affine: np.ndarray) -> np.ndarray:
+    """The same spacings with axes at right angles."""
+    made = affine.copy()
+    axes, _ = np.linalg.qr(affine[:3, :3])
+    axes *= np.sign(np.diag(axes.T @ affine[:3, :3]))
+    made[:3, :3] = axes * np.linalg.norm(affine[:3, :3], axis=0)
+    return made
+
+
+def volumes(folder: Path) -> list[SeriesFiles]:
+    found = find_series([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    return [volume for one in found for volume in one.volumes]
+
+
+def only(folder: Path) -> Found:
+    (found,) = find_series([path for path in sorted(folder.rglob("*")) if path.is_file()])
+    return found
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "LPI", "SRA", "PIR", "ALS"])
+def test_a_series_is_the_nifti_that_it_was_made_of(axcodes: str, tmp_path: Path, seed: int) -> None:
+    """In any orientation, under names that say nothing, in folders that say nothing either."""
+    image = oriented(axcodes)
+    nib.save(image, tmp_path / "x.nii.gz")
+    expected = read_nifti(tmp_path / "x.nii.gz", "MR")
+    rng = np.random.default_rng(seed)
+    count = image.shape[2]
+    names = [f"{n:x}" for n in rng.permutation(10_000)[:count]]
+    files = write_series(
+        tmp_path / "d", np.asarray(image.dataobj), image.affine, modality="MR", names=names
+    )
+    for number, path in enumerate(files):
+        (tmp_path / "d" / str(number % 3)).mkdir(exist_ok=True)
+        path.rename(tmp_path / "d" / str(number % 3) / path.name)
+    (volume,) = volumes(tmp_path / "d")
+    found = read_channels([volume])
+    np.testing.assert_array_equal(found.array, expected.array)
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-6)
+    assert found.modality == ("MR",)
+
+
+def test_an_oblique_series_keeps_its_angles(tmp_path: Path) -> None:
+    affine = square(OBLIQUE)
+    write_series(tmp_path, ras_array(), affine, scales=[(1.0, -1024.0)] * 11)
+    (volume,) = volumes(tmp_path)
+    found = read_channels([volume])
+    assert (found.slope, found.intercept, found.modality) == ((1.0,), (-1024.0,), ("CT",))
+    np.testing.assert_allclose(found.native.affine, affine, atol=1e-6)
+    native = found.native.to_native(found.array[0])
+    np.testing.assert_array_equal(native, ras_array())
+
+
+def test_slopes_that_differ_by_slice_are_applied(tmp_path: Path) -> None:
+    scales = [(0.5 + k, 10.0 * k) for k in range(11)]
+    write_series(tmp_path, ras_array(), square(OBLIQUE), modality="MR", scales=scales)
+    (volume,) = volumes(tmp_path)
+    found = read_channels([volume])
+    expected = ras_array() * np.array([a for a, _ in scales]) + np.array([b for _, b in scales])
+    np.testing.assert_allclose(found.native.to_native(found.physical()[0]), expected, rtol=1e-6)
+
+
+def test_frames_of_one_file_are_slices(tmp_path: Path, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(11)
+    affine = square(OBLIQUE)
+    write_frames(tmp_path / "x", ras_array(), affine, list(order))
+    (volume,) = volumes(tmp_path)
+    found = read_channels([volume])
+    np.testing.assert_array_equal(found.native.to_native(found.array[0]), ras_array())
+    np.testing.assert_allclose(found.native.affine, affine, atol=1e-6)
+    assert (found.slope, found.intercept) == ((2.0,), (-100.0,))
+
+
+def test_frames_that_do_not_say_where_they_lie_are_refused(tmp_path: Path) -> None:
+    path = write_frames(tmp_path / "x", ras_array(), square(OBLIQUE), range(11))
+    changed(path, {"PerFrameFunctionalGroupsSequence": None})
+    refusal = only(tmp_path).refusal
+    assert refusal is not None and refusal.code == "bad_geometry"
+
+
+@pytest.mark.parametrize("compressor", ["JPEG2000", "JPEGLS", "JPEG"])
+def test_compressed_slices_are_those_that_were_not(compressor: str, tmp_path: Path) -> None:
+    plain = write_series(tmp_path / "a", ras_array(), square(OBLIQUE), modality="MR")
+    (tmp_path / "b").mkdir()
+    for path in plain:
+        writer = SimpleITK.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
+        writer.SetFileName(str(tmp_path / "b" / path.name))
+        writer.Execute(SimpleITK.Cast(SimpleITK.ReadImage(str(path)), SimpleITK.sitkUInt16))
+        # Of what it has written the pixels alone: the header is the plain file's.
+        packed, kept = dcmread(tmp_path / "b" / path.name), dcmread(path)
+        assert packed.file_meta.TransferSyntaxUID.is_compressed
+        kept.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+        kept.PixelData, kept.PixelRepresentation = packed.PixelData, 0
+        kept["PixelData"].is_undefined_length = True
+        kept.save_as(tmp_path / "b" / path.name)
+    (one,), (other,) = volumes(tmp_path / "a"), volumes(tmp_path / "b")
+    found, expected = read_channels([other]), read_channels([one])
+    np.testing.assert_array_equal(found.physical(), expected.physical())
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+
+
+def test_echoes_of_one_series_are_volumes_of_their_own(tmp_path: Path) -> None:
+    affine = square(OBLIQUE)
+    for number, echo in enumerate(("12.5", "4.5")):
+        names = [f"{number}-{k}" for k in range(11)]
+        write_series(
+            tmp_path, ras_array() + 7 * number, affine, modality="MR", names=names,
+            SeriesInstanceUID="1.2.3.4", EchoTime=echo, AcquisitionNumber="1",
+        )  # fmt: skip
+    found = volumes(tmp_path)
+    assert len(found) == 2
+    lowest = [read_channels([volume]).array.min() for volume in found]
+    assert sorted(lowest) == [0, 7]
+
+
+def _tilted() -> np.ndarray:
+    affine = square(OBLIQUE)
+    affine[:3, 2] += 0.3 * affine[:3, 1]
+    return affine
+
+
+def _one_moved(files: list[Path]) -> None:
+    changed(files[4], {"ImagePositionPatient": [0.0, 0.0, 400.0]})
+
+
+def _one_turned(files: list[Path]) -> None:
+    changed(files[0], {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]})
+
+
+def _one_larger(files: list[Path]) -> None:
+    changed(files[3], {"Rows": 4, "Columns": 4, "PixelData": b"\0" * 32})
+
+
+def _one_wide(files: list[Path]) -> None:
+    changed(files[3], {"PixelSpacing": [2.0, 2.0]})
+
+
+def _cut(files: list[Path]) -> None:
+    files[5].write_bytes(files[5].read_bytes()[:-40])
+
+
+def _pet(files: list[Path]) -> None:
+    for path in files:
+        changed(path, {"Modality": "PT"})
+
+
+def _placeless(files: list[Path]) -> None:
+    changed(files[2], {"ImagePositionPatient": None})
+
+
+def _repeated(files: list[Path]) -> None:
+    (files[0].parent / "again").write_bytes(files[0].read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (_one_moved, "missing_slices"), (_one_turned, "mixed_orientation"),
+        (_one_larger, "mixed_series"), (_one_wide, "mixed_series"), (_cut, "truncated"),
+        (_pet, "unsupported_modality"), (_placeless, "bad_geometry"),
+        (_repeated, "repeated_slices"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else value,
+)  # fmt: skip
+def test_what_makes_no_volume_is_refused_by_code(
+    spoil: Callable[[list[Path]], Any], code: str, tmp_path: Path
+) -> None:
+    files = write_series(tmp_path / "d", ras_array(), square(OBLIQUE))
+    spoil(files)
+    with pytest.raises(Reject) as refusal:
+        found = only(tmp_path / "d")
+        if found.refusal is not None:
+            raise found.refusal
+        read_channels(found.volumes)
+    assert refusal.value.code == code
+    assert str(tmp_path) not in refusal.value.detail
+
+
+def test_gaps_and_tilts_are_found_by_place(tmp_path: Path) -> None:
+    write_series(tmp_path / "gap", ras_array(), square(OBLIQUE), skip=[3, 4])
+    refusal = only(tmp_path / "gap").refusal
+    assert refusal is not None and refusal.code == "missing_slices"
+    assert "about 2 of 11" in refusal.detail
+    # A series that ends early has no gap: nothing tells it from a short one.
+    write_series(tmp_path / "short", ras_array(), square(OBLIQUE), skip=[9, 10])
+    assert len(volumes(tmp_path / "short")) == 1
+    write_series(tmp_path / "tilt", ras_array(), _tilted())
+    with pytest.raises(Reject, match="sheared"):
+        read_channels(volumes(tmp_path / "tilt"))
+
+
+def test_files_are_dicom_by_what_they_hold(tmp_path: Path) -> None:
+    (named,) = write_series(tmp_path, ras_array()[:, :, :1], square(OBLIQUE), names=["x.txt"])
+    assert is_dicom(named)
+    (tmp_path / "y.dat").write_bytes(b"no" * 200)
+    assert not is_dicom(tmp_path / "y.dat")
+    (tmp_path / "z.dcm").write_bytes(b"no" * 200)
+    (found,) = find_series([tmp_path / "z.dcm"])
+    assert found.refusal is not None and found.refusal.code in ("not_an_image", "unreadable")
+
+
+def test_a_folder_of_series_becomes_a_corpus_and_keeps_no_word_of_its_headers(
+    tmp_path: Path,
+) -> None:
+    """Two scans of one patient are of one subject; its number, name and dates are nowhere."""
+    words = {
+        "PatientName": "Musterfrau^Erika", "PatientBirthDate": "19640812",
+        "InstitutionName": "Charlottenhospital", "StudyDescription": "Verdacht auf Zebra",
+        "SeriesDescription": "Giraffenscan", "AccessionNumber": "A55512345",
+        "PatientID": "ID77889900", "OperatorsName": "Bediener^Otto", "DeviceSerialNumber": "SN4711",
+        "StudyDate": "20190307", "ReferringPhysicianName": "Hausarzt^Hanna",
+    }  # fmt: skip
+    for number in range(2):
+        array = ras_array() + np.random.default_rng(number).integers(0, 90, ras_array().shape)
+        write_series(tmp_path / "in" / str(number), array, square(OBLIQUE), **words)
+    settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
+    prep(settings, say=lambda line: None)
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(corpus) == 2 and len(set(corpus.subjects)) == 1
+    kept = [f for f in tmp_path.rglob("*") if f.is_file() and "in" not in f.parts]
+    for file in kept:
+        data = file.read_bytes().lower()
+        for text in words.values():
+            for word in text.replace("^", " ").split():
+                assert word.lower().encode() not in data, (file, word)
+    counts = corpus.info["counts"]["files"]
+    assert counts["images"] == counts["total"] == 22
