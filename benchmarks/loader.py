@@ -63,8 +63,8 @@ WARMUP = 6
 VOLUMES = 4
 WINDOW = (-1000.0, 1000.0)
 MEAN, STD = 0.0, 1000.0
-SLOW = ("MONAI LoadImage", "MONAI PersistentDataset", "TorchIO Queue")
-"""They read a whole file for a crop, or for eight: measured once, by few batches."""
+SLOW = ("MONAI", "TorchIO")
+"""They read whole files, to begin with or for every crop: measured once, by few batches."""
 
 Batch = Callable[[], torch.Tensor]
 
@@ -471,7 +471,7 @@ def measure(
             kept = torch.int16 if name == "bare decompression" else torch.float32
             assert made.dtype == kept, name
             seconds[name]["warm"].append(timed(batch, count))
-            if not slow and "Cache" not in name:  # whose memory has no pages to drop
+            if not slow:
                 # Nobody may have them mapped: such pages stay.
                 del batch
                 gc.collect()
