@@ -24,6 +24,17 @@ def tasks(run: Run) -> list[int]:
     return [pid for pid in map(int, found.split()) if parent(pid) == "slurmstepd"]
 
 
+def of_job(run: Run) -> list[int]:
+    """Every process that a job has started, its script among them."""
+    mark = f"SLURM_JOB_ID={run.job}\0".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (folder / "environ").read_bytes() + b"\0":
+                found.append(int(folder.name))
+    return found
+
+
 def parent(pid: int) -> str:
     with suppress(FileNotFoundError):
         status = Path(f"/proc/{pid}/status").read_text()
@@ -105,14 +116,18 @@ def test_a_slurmd_that_is_killed_and_comes_back_ends_nothing(
 def test_a_node_that_fails_is_a_start_that_ended(
     lab: Lab, whole: Run, pretrain_corpus: Path, tmp_path: Path
 ) -> None:
-    """slurmd, its steps and the tasks are gone at once, as with a node that loses its power."""
+    """All that runs there is gone at once, as with a node that loses its power.
+
+    The batch script, its srun and the tasks too: a script that outlived them would see them die,
+    and ask for a start of its own.
+    """
     run = Run(lab, pretrain_corpus, tmp_path, "node", save_every=10)
     run.until_step(25)
-    pids = tasks(run)
     lab.kill_slurmd()
     steps = call("pgrep", "-f", rf"slurmstepd: \[{run.job}\.").split()
-    for pid in [*map(int, steps), *pids]:
-        os.kill(pid, signal.SIGKILL)
+    for pid in [*map(int, steps), *of_job(run)]:
+        with suppress(ProcessLookupError):  # its parent went before
+            os.kill(pid, signal.SIGKILL)
     assert run.rows[-1] < STEPS
     # Of a node that comes back SLURM asks after jobs that began 20 s before, and no younger ones.
     time.sleep(25)
