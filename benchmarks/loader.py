@@ -53,8 +53,7 @@ from data_prep.settings import PrepSettings
 from data_prep.shards import encode_array
 from pretrain.bench import machine
 from pretrain.bench_loader import drop_pages
-from pretrain.loader import CropDataset, collate, to_batch
-from pretrain.loader import _normalised as normalised_codes
+from pretrain.loader import CropDataset, collate, normalised, to_batch
 from pretrain.run_folder import versions
 from pretrain.schedule import Schedule
 
@@ -209,14 +208,14 @@ def bare(corpus: Corpus, size: int, arithmetic: bool) -> Side:
 
         def batch() -> torch.Tensor:
             codes = torch.from_numpy(np.stack([crop() for _ in range(BATCH)]))
-            return normalised_codes(codes, value, window) if arithmetic else codes
+            return normalised(codes, value, window) if arithmetic else codes
 
         return batch
 
     return Side(make, corpus.shard_files())
 
 
-def normalised(file: Path) -> NDArray[np.float32]:
+def as_nnunet(file: Path) -> NDArray[np.float32]:
     """[1, z, y, x], as nnU-Net stores a CT."""
     image = np.asarray(nib.load(file).dataobj, dtype=np.float32).transpose(2, 1, 0)
     return ((np.clip(image, *WINDOW) - MEAN) / STD)[None]
@@ -241,7 +240,7 @@ def nnssl(raw: Path, folder: Path, size: int) -> Side:
     if not folder.exists():
         folder.mkdir(parents=True)
         for file in sorted((raw / "imagesTr").iterdir()):
-            data = normalised(file)
+            data = as_nnunet(file)
             blocks, chunks = nnssl_blocks(data.shape[1:], size)
             blosc2.asarray(
                 data, urlpath=str(folder / f"{file.name[:6]}.b2nd"), chunks=chunks, blocks=blocks,
@@ -284,7 +283,7 @@ def nnunet(raw: Path, folder: Path, size: int) -> dict[str, Side]:
     if not folder.exists():
         folder.mkdir(parents=True)
         for file in sorted((raw / "imagesTr").iterdir()):
-            data, name = normalised(file), file.name[:6]
+            data, name = as_nnunet(file), file.name[:6]
             seg = np.asarray(nib.load(raw / "labelsTr" / f"{name}.nii.gz").dataobj)
             seg = seg.transpose(2, 1, 0)[None].astype(np.int16)
             places = DefaultPreprocessor._sample_foreground_locations(seg, [1, 2], verbose=False)

@@ -24,8 +24,9 @@ from nibabel.spatialimages import HeaderDataError
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 SUFFIXES = (*NIFTI, *ITK)
+DETACHED = (".nhdr", ".mhd")
 BESIDE = (".raw", ".raw.gz", ".zraw", ".img.raw")
-"""Of voxels whose header is a file of its own, .nhdr or .mhd."""
+"""Of headers that are files of their own, and of their voxels."""
 
 PACKED = (".gz", ".bz2", ".zst")
 # deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.

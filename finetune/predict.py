@@ -9,7 +9,8 @@ import torch
 
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
-from data_prep.images import Reject
+from data_prep.images import NIFTI, Reject
+from data_prep.layouts.case import stem
 from data_prep.progress import bar
 from data_prep.scans import by_case, read_scan, scan_files
 from data_prep.volume import write_nifti
@@ -52,7 +53,7 @@ def predict(settings: PredictSettings) -> Predicted:
     if not source.is_dir():
         problems.append(f"input={source}: no such folder; give a folder with NIfTI scans")
     elif not names:
-        problems.append(f"input={source}: holds no .nii or .nii.gz file")
+        problems.append(f"input={source}: holds no .nii or .nii.gz file, nor NRRD or MetaImage")
     if output.resolve().is_relative_to(source.resolve()):
         problems.append(
             f"output={output}: lies in the input folder, and predictions would be taken for "
@@ -77,7 +78,7 @@ def predict(settings: PredictSettings) -> Predicted:
     kept = _answers(output, network, resume=settings.resume)
     try:
         for name, channels in bar(iterable=cases.items(), desc="predict", unit="scan"):
-            target = output / name
+            target = output / _result_name(name)
             if settings.resume and (target.is_file() if kept is None else str(name) in kept):
                 found.there.append(target)
                 continue
@@ -100,6 +101,11 @@ def predict(settings: PredictSettings) -> Predicted:
     if not found.written and not found.there:
         raise InputError([f"{source / name}: {why}" for name, why in left_out.items()])
     return found
+
+
+def _result_name(name: Path) -> Path:
+    """Results are NIfTI, whatever the scan is."""
+    return name if name.name.lower().endswith(NIFTI) else name.with_name(f"{stem(name)}.nii.gz")
 
 
 def _answers(

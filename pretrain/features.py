@@ -20,6 +20,7 @@ import torch
 from data_prep.errors import InputError, attempt, named
 from data_prep.files import atomic, make_folder
 from data_prep.images import Reject
+from data_prep.layouts.case import stem
 from data_prep.progress import bar
 from data_prep.scans import by_case, read_scan, scan_files
 from pretrain.encoder import Encoder, Features, load_encoder
@@ -62,7 +63,7 @@ def features(settings: FeaturesSettings) -> Extracted:
     if not source.exists():
         problems.append(f"input={source}: is not there; give a NIfTI or a folder of them")
     elif not names:
-        problems.append(f"input={source}: holds no .nii or .nii.gz file")
+        problems.append(f"input={source}: holds no .nii or .nii.gz file, nor NRRD or MetaImage")
     if output.suffix == ".npz" and not alone:
         problems.append(
             f"output={output}: one file for the scans of a folder; give a folder, or a .parquet "
@@ -127,7 +128,7 @@ def _about(encoder: Encoder, overlap: float) -> dict[str, Any]:
 
 
 def _stem(name: Path) -> Path:
-    return name.with_name(name.name.removesuffix(".gz").removesuffix(".nii"))
+    return name.with_name(stem(name))
 
 
 def _write_map(path: Path, seen: Features, about: dict[str, Any]) -> None:

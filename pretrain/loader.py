@@ -408,7 +408,7 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     """
     if "move" in raw:
         raw = _straightened(raw)
-    image = _normalised(raw["image"], raw["value"], raw["window"])
+    image = normalised(raw["image"], raw["value"], raw["window"])
     valid: Tensor = raw["valid"]
     label: Tensor | None = raw["label"].long() if "label" in raw else None
     if augment is not None:
@@ -446,7 +446,7 @@ PIECE = 2**16
 """Voxels of a channel that pass through a CPU's cache at once."""
 
 
-def _normalised(codes: Tensor, value: Tensor, window: Tensor) -> Tensor:
+def normalised(codes: Tensor, value: Tensor, window: Tensor) -> Tensor:
     """Codes to physical values, clipped and scaled, float32 [B, C, D, H, W].
 
     Args:

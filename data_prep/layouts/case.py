@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.images import BESIDE, SUFFIXES, SeriesFiles
+from data_prep.images import BESIDE, DETACHED, SUFFIXES, SeriesFiles
 
 # Files that data sets ship beside their scans; they are counted, not judged.
 SIDE_SUFFIXES = (
@@ -185,11 +185,12 @@ def files_below(root: Path) -> list[Path]:
 def sort_out(root: Path, files: list[Path], layout: Layout) -> list[Path]:
     """The images among the files; side files and strangers go to the layout's books."""
     images = []
+    headers = {path.parent for path in files if path.name.lower().endswith(DETACHED)}
     for path in files:
         name = path.relative_to(root).as_posix()
         if is_image(path):
             images.append(path)
-        elif _is_side_file(path) or _is_beside(path, files):
+        elif _is_side_file(path) or (path.parent in headers and is_beside(path)):
             layout.ignored.append(name)
         else:
             layout.left_out.append(
@@ -198,12 +199,9 @@ def sort_out(root: Path, files: list[Path], layout: Layout) -> list[Path]:
     return images
 
 
-def _is_beside(path: Path, files: list[Path]) -> bool:
-    """Whether a file has the voxels of a header that lies beside it."""
-    return path.name.lower().endswith(BESIDE) and any(
-        other.parent == path.parent and other.name.lower().endswith((".mhd", ".nhdr"))
-        for other in files
-    )
+def is_beside(path: Path) -> bool:
+    """Whether a file is named as the voxels of a header that lies beside it."""
+    return path.name.lower().endswith(BESIDE)
 
 
 def leave_out(root: Path, files: list[Path], layout: Layout, code: str, detail: str) -> None:

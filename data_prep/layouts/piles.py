@@ -63,8 +63,8 @@ def from_pile(root: Path, files: list[Path]) -> Layout:
     layout = Layout("folder of scans without labels")
     dicom = [path for path in files if may_be_dicom(path) and is_dicom(path)]
     _add_series(root, dicom, layout)
-    rest = sorted(set(files) - set(dicom))
-    for path in sort_out(root, rest, layout):
+    taken = set(dicom)
+    for path in sort_out(root, [path for path in files if path not in taken], layout):
         name = path.relative_to(root).as_posix()
         if looks_like_a_label(name):
             layout.left_out.append(

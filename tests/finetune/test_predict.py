@@ -759,3 +759,12 @@ def test_all_predictions_on_other_grids_are_named(
     (tmp_path / f"{one}.nii.gz").write_bytes(gzip.compress(b"no image"))
     with pytest.raises(InputError, match=f"{one}.nii.gz: not_an_image"):
         evaluate(judged(corpus.path, tmp_path, tmp_path / "o", split="duo"))
+
+
+def test_results_are_nifti_whatever_the_scan_is() -> None:
+    from finetune.predict import _result_name
+
+    for name in ("a/x.nii.gz", "a/x.nii", "X.NII.GZ"):
+        assert _result_name(Path(name)) == Path(name)
+    for name in ("a/x.nrrd", "a/x.mha", "a/x.MHD"):
+        assert _result_name(Path(name)) == Path("a/x.nii.gz")
