@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,27 +175,24 @@ class Found:
 
 def find_series(files: Sequence[Path]) -> list[Found]:
     """Takes DICOM files apart by series, whatever their names and folders; in order of names."""
-    series: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    subjects: dict[tuple[str, str], str] = {}
+    series: dict[tuple[str, str], list[_Read]] = defaultdict(list)
     found = []
     for path in bar(iterable=files, desc="DICOM", unit="file"):
         try:
-            header = _header(path)
+            read = _read(path)
         except Reject as error:
             found.append(Found((path,), "", refusal=error))
-            continue
-        key = str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", ""))
-        series[key].append(path)
-        patient = str(header.get("PatientID", "") or "")
-        subjects[key] = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else ""
-    for key, paths in series.items():
-        own = tuple(sorted(paths))
-        try:
-            volumes = tuple(_files_of(read_series(own)))
-        except Reject as error:
-            found.append(Found(own, subjects[key], refusal=error))
         else:
-            found.append(Found(own, subjects[key], volumes))
+            series[read.series].append(read)
+    for reads in series.values():
+        reads.sort(key=lambda one: one.file)
+        own, subject = tuple(one.file for one in reads), reads[-1].subject
+        try:
+            volumes = tuple(_files_of(_volumes(reads)))
+        except Reject as error:
+            found.append(Found(own, subject, refusal=error))
+        else:
+            found.append(Found(own, subject, volumes))
     return sorted(found, key=lambda one: one.files)
 
 
@@ -214,7 +211,47 @@ def read_series(files: Sequence[Path]) -> list[Series]:
     Raises:
         Reject: they make no volume; the code says why.
     """
-    slices, modality = _slices(files)
+    return _volumes([_read(path) for path in files])
+
+
+class _Read(NamedTuple):
+    """What the header of a file says; `refusal` is why it is part of no volume."""
+
+    file: Path
+    series: tuple[str, str]
+    subject: str
+    modality: str = ""
+    slices: tuple[Slice, ...] = ()
+    refusal: Reject | None = None
+
+
+def _read(path: Path) -> _Read:
+    header = _header(path)
+    series = str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", ""))
+    patient = str(header.get("PatientID", "") or "")
+    subject = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else ""
+    modality = str(header.get("Modality", ""))
+    try:
+        if modality not in MODALITIES:
+            shown = modality if modality.isalpha() and len(modality) <= 16 else "unknown"
+            raise Reject("unsupported_modality", f"{shown} is neither CT nor MR")
+        if int(header.get("SamplesPerPixel", 1)) != 1:
+            raise Reject("rgb_or_complex", "voxels have several values, one real number is needed")
+        slices = tuple(_frames(path, header))
+    except Reject as error:
+        return _Read(path, series, subject, refusal=error)
+    return _Read(path, series, subject, modality, slices)
+
+
+def _volumes(reads: Sequence[_Read]) -> list[Series]:
+    for one in reads:
+        if one.refusal is not None:
+            raise one.refusal
+    modalities = {one.modality for one in reads}
+    if len(modalities) > 1:
+        raise Reject("mixed_series", "it holds CT and MR")
+    (modality,) = modalities
+    slices = [plane for one in reads for plane in one.slices]
     shapes = {one.shape for one in slices}
     if len(shapes) > 1:
         sizes = ", ".join(f"{i}x{j}" for i, j in sorted(shapes))
@@ -226,24 +263,6 @@ def read_series(files: Sequence[Path]) -> list[Series]:
     if np.ptp(spacings, axis=0).max() > 1e-3 * spacings.min():
         raise Reject("mixed_series", "its slices have several spacings")
     return [Series(_sorted(part), modality) for part in _apart(slices)]
-
-
-def _slices(files: Sequence[Path]) -> tuple[list[Slice], str]:
-    slices: list[Slice] = []
-    modalities = set()
-    for path in files:
-        header = _header(path)
-        modality = str(header.get("Modality", ""))
-        if modality not in MODALITIES:
-            shown = modality if modality.isalpha() and len(modality) <= 16 else "unknown"
-            raise Reject("unsupported_modality", f"{shown} is neither CT nor MR")
-        modalities.add(modality)
-        if int(header.get("SamplesPerPixel", 1)) != 1:
-            raise Reject("rgb_or_complex", "voxels have several values, one real number is needed")
-        slices += _frames(path, header)
-    if len(modalities) > 1:
-        raise Reject("mixed_series", "it holds CT and MR")
-    return slices, modalities.pop()
 
 
 def _frames(path: Path, header: Any) -> list[Slice]:
