@@ -11,6 +11,7 @@ This module is the public API and the `voxelith` command: a dispatcher, nothing 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -761,6 +762,13 @@ def _say_wrong(error: InputError, as_json: bool) -> None:
     print("\n  ".join(lines), file=sys.stderr)
 
 
+def _note_refusal() -> None:
+    """Leaves the file that a batch script asks for, which sees one exit code for all its tasks."""
+    if note := os.environ.get("VOXELITH_REFUSED"):
+        with contextlib.suppress(OSError):
+            Path(note).touch()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0 (done), 1 (failed while running) or 2 (wrong input)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -797,8 +805,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _show(_command_help(name, words))
         elif as_json:
             # The result alone goes to standard output, what is said on the way to standard error.
-            import contextlib
-
             with contextlib.redirect_stdout(sys.stderr):
                 result = COMMANDS[name].run(words)
             _show(json.dumps(result))
@@ -807,6 +813,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as preempted:
         return end_of_job(preempted)
     except InputError as error:
+        _note_refusal()
         _say_wrong(error, as_json)
         return 2
     except FailedError as error:

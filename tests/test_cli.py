@@ -59,6 +59,15 @@ def test_missing_words_show_the_usage(command: str, capsys: pytest.CaptureFixtur
     assert f"usage: voxelith {command}" in capsys.readouterr().err
 
 
+def test_wrong_input_alone_leaves_the_note_for_a_batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "refused"
+    monkeypatch.setenv("VOXELITH_REFUSED", str(note))
+    assert main(["--version"]) == 0 and not note.exists()
+    assert main(["pretrain", "corpus=/nowhere", "run=x"]) == 2 and note.exists()
+
+
 def test_a_fault_while_running_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

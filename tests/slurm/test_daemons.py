@@ -122,6 +122,11 @@ def test_what_no_restart_mends_is_not_started_again(
     run = Run(lab, broken, tmp_path / "runs", "wrong", cluster__environment=f"[rm -r {broken}]")
     run.until_state("FAILED", 90)
     assert run.restarts == 0 and "error: corpus=" in logs(run.path)
+    # A task that was killed for the wrong input of another: srun gives the higher code of the two.
+    killed = """['srun() { touch "${VOXELITH_REFUSED}"; return 143; }']"""
+    run = Run(lab, pretrain_corpus, tmp_path / "runs", "killed", cluster__environment=killed)
+    run.until_state("FAILED", 90)
+    assert run.restarts == 0 and lab.job(run.job)["ExitCode"] == "2:0"
     crash = '["srun() { return 9; }"]'
     run = Run(lab, pretrain_corpus, tmp_path / "runs", "crash", cluster__environment=crash)
     run.until_state("FAILED", 120)
