@@ -184,6 +184,9 @@ def _jobs(
                 overlap=settings.overlap,
                 minimum=settings.minimum_slices,
                 spacing=settings.spacing,
+                upright=settings.sheared == "resample",
+                crop=settings.crop == "foreground",
+                empty_labels=settings.empty_labels == "keep",
             )
         )
     return jobs

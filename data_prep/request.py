@@ -21,7 +21,7 @@ from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Layout, LeftOut, case_id
 from data_prep.layouts.find import find_cases
 from data_prep.naming import REQUEST_FILE, private_folder, read_salt
-from data_prep.settings import PrepResult, PrepSettings
+from data_prep.settings import NEVER_RESAMPLED, PrepResult, PrepSettings
 from data_prep.shards import canonical_json
 from data_prep.splits import split_from
 
@@ -46,7 +46,9 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
         problems.append(f"output={settings.output}: is not a directory one can create")
     layout = None
     try:
-        layout = find_cases(settings.input, settings.channels, settings.subject_pattern)
+        layout = find_cases(
+            settings.input, settings.channels, settings.subject_pattern, settings.volumes
+        )
         if not layout.cases:
             problems.append(nothing_left(settings, layout, layout.left_out))
     except InputError as error:
@@ -69,11 +71,8 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
                 f"labels=true, but the input has none ({layout.description}); put them in labels/ "
                 "beside images/, or name them in the label column of a CSV"
             )
-        if labelled and settings.spacing is not None:
-            problems.append(
-                "spacing: a labelled corpus is never resampled, so that scores are those of the "
-                "scans as they are; leave spacing out, or set labels=false"
-            )
+        if labelled and settings.resamples:
+            problems.append(f"{settings.resamples}: {NEVER_RESAMPLED}")
         if labelled:
             problems += _split_problems(layout)
             problems += _class_problems(settings, layout)

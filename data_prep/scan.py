@@ -34,6 +34,9 @@ BODY_HU = -500.0
 SIGNAL_SHARE = 0.05
 # A slab belongs to the foreground box if this share of it is foreground: noise alone is less.
 SLAB_SHARE = 0.001
+# Of one voxel, and of the whole volume along an axis: from small animals to whole bodies.
+SPACING_MM = (0.02, 50.0)
+EXTENT_MM = (1.0, 3000.0)
 
 
 Overlap = Literal["refuse", "last", "bits"]
@@ -59,6 +62,9 @@ class ScanJob:
     overlap: Overlap = "refuse"
     minimum: int = MINIMUM_SLICES
     spacing: tuple[float, float, float] | None = None
+    upright: bool = False
+    crop: bool = False
+    empty_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
     """Judge and encode one case."""
     try:
         volume, label, mask = _read(job)
+        check_plausible(volume)
     except Reject as error:
         return LeftOut(job.case.name, error.code, error.detail)
     coded = encode(volume)
@@ -122,6 +129,9 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             )
             mask = (resample(hidden, job.spacing).array[0] > 0).astype(np.uint8)
         coded = encode(resample(as_physical(coded), job.spacing))
+    box = foreground_box(coded, statistics)
+    if job.crop:
+        coded, label, mask, box = _cropped(coded, label, mask, box)
     meta = {
         "format": FORMAT,
         "key": job.key,
@@ -145,7 +155,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             }
             for c in range(len(coded.array))
         ],
-        "foreground_box": foreground_box(coded, statistics),
+        "foreground_box": box,
         "fingerprint": found,
     }
     payloads = {"image": coded.array}
@@ -169,6 +179,59 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
                 sizes[suffix] = file.write(data)
     return Scanned(
         job.number, job.key, meta, sizes, guessed=job.modality is None and job.case.series is None
+    )
+
+
+def check_plausible(volume: Volume) -> None:
+    """Refuses what a header or unit must have got wrong.
+
+    Raises:
+        Reject: spacing or extent is that of no scan, or values said to be HU are none.
+    """
+    spacing = volume.spacing
+    extent = [n * s for n, s in zip(volume.array.shape[1:], spacing, strict=True)]
+    for name, values, (low, high) in (
+        ("spacing", spacing, SPACING_MM),
+        ("extent", extent, EXTENT_MM),
+    ):
+        if min(values) < low or max(values) > high:
+            shown = " x ".join(f"{value:.4g}" for value in values)
+            raise Reject(
+                f"implausible_{name}", f"{shown} mm (d, h, w), not within {low:g} to {high:g}"
+            )
+    for c, modality in enumerate(volume.modality):
+        if modality != "CT":
+            continue
+        ends = np.array([volume.array[c].min(), volume.array[c].max()], dtype=np.float64)
+        low, high = sorted(float(v) for v in ends * volume.slope[c] + volume.intercept[c])
+        if low >= 0 or high <= BODY_HU:
+            raise Reject(
+                "implausible_values",
+                f"values from {low:g} to {high:g} are said to be CT; fat is at -100 HU and the body "
+                f"above {BODY_HU:g}: another window or intercept, or modality=MR",
+            )
+
+
+def _cropped(
+    volume: Volume, label: np.ndarray | None, mask: np.ndarray | None, box: list[list[int]]
+) -> tuple[Volume, np.ndarray | None, np.ndarray | None, list[list[int]]]:
+    """All of a case within the foreground box, grown by what is labelled; the box counts anew."""
+    ends = np.array(box)
+    for axis, others in enumerate(((1, 2), (0, 2), (0, 1))):
+        if label is not None and label.any():
+            slabs = np.flatnonzero(label.any(axis=others))
+            ends[axis] = min(ends[axis, 0], slabs[0]), max(ends[axis, 1], slabs[-1] + 1)
+    inside = tuple(slice(int(low), int(high)) for low, high in ends)
+    step = np.eye(4)
+    step[:3, 3] = ends[:, 0]
+    array = np.ascontiguousarray(volume.array[:, *inside])
+    d, h, w = array.shape[1:]
+    native = replace(volume.native, from_stored=volume.native.from_stored @ step, cropped=(d, h, w))
+    return (
+        replace(volume, array=array, affine=volume.affine @ step, native=native),
+        None if label is None else np.ascontiguousarray(label[inside]),
+        None if mask is None else np.ascontiguousarray(mask[inside]),
+        (np.array(box) - ends[:, :1]).tolist(),
     )
 
 
@@ -231,7 +294,9 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
         raise Reject("label_missing", "the corpus is labelled and this image has no label")
     try:
         images = (case.series,) if case.series else case.images
-        volume = read_channels(images, job.modality, case.channels, job.minimum)
+        volume = read_channels(
+            images, job.modality, case.channels, job.minimum, case.frame, job.upright
+        )
     except Reject:
         raise
     except Exception as error:
@@ -242,6 +307,10 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
     try:
         if job.labelled:
             label = _label(job, volume)
+            if not (job.empty_labels or label.any()):
+                raise Reject(
+                    "empty_label", "it marks no voxel (empty_labels=keep takes it as a negative)"
+                )
     except Reject as error:
         problems.append(error)
     try:

@@ -13,6 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 MINIMUM_SLICES = 4
 """Fewer along any axis are a localiser or a stack of pictures, no volume; cardiac MR has 6."""
 
+NEVER_RESAMPLED = (
+    "a labelled corpus is never resampled, so that scores are those of the scans as they are; leave "
+    "it out, or set labels=false (finetune resamples on the way in)"
+)
+
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
 
@@ -53,7 +58,14 @@ class PrepSettings(BaseModel):
         overwrite: Replace a finished corpus at `output`.
         exclude: File with keys or fingerprints to leave out, one a line.
         modality: `auto` takes it from the list, the names, or the intensities.
-        spacing: Resample to this spacing (d, h, w) in mm; unlabelled corpora only.
+        spacing: Resample to this spacing (d, h, w) in mm, or a number for all three axes;
+            unlabelled corpora only.
+        sheared: What becomes of scans whose axes are not at right angles, as from a tilted gantry:
+            they are refused, or resampled onto a grid of right angles (unlabelled corpora only).
+        volumes: What a file of several volumes (4D) is where nothing names its channels: refused,
+            a scan whose `channels` are the volumes, or several scans, `apart`.
+        crop: `foreground` keeps the box of the body or signal, and of all labelled voxels.
+        empty_labels: Whether a label map without any structure is refused, or kept as a negative.
         channels: Names of the channels where the input does not tell them: BIDS suffixes, or what
             the volumes of 4D files are.
         subjects: Regular expression that finds the subject in the id of a case, `patient[0-9]+`;
@@ -81,6 +93,10 @@ class PrepSettings(BaseModel):
     exclude: Path | None = None
     modality: Literal["auto", "CT", "MR"] = "auto"
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
+    sheared: Literal["refuse", "resample"] = "refuse"
+    volumes: Literal["refuse", "channels", "apart"] = "refuse"
+    crop: Literal["none", "foreground"] = "none"
+    empty_labels: Literal["refuse", "keep"] = "refuse"
     channels: tuple[Annotated[str, Field(pattern=r"^[^;]{1,64}$")], ...] = ()
     subjects: str | None = None
     overlap: Literal["refuse", "last", "bits"] = "refuse"
@@ -98,6 +114,11 @@ class PrepSettings(BaseModel):
     def subject_pattern(self) -> re.Pattern[str] | None:
         """The expression of `subjects`."""
         return None if self.subjects is None else re.compile(self.subjects)
+
+    @field_validator("spacing", mode="before")
+    @classmethod
+    def _one_for_all_axes(cls, value: Any) -> Any:
+        return (value,) * 3 if isinstance(value, int | float) else value
 
     @field_validator("subjects")
     @classmethod
@@ -142,12 +163,15 @@ class PrepSettings(BaseModel):
 
     @model_validator(mode="after")
     def _labels_stay_native(self) -> PrepSettings:
-        if self.labels and self.spacing is not None:
-            raise ValueError(
-                "spacing: a labelled corpus is never resampled, so that scores are those of the "
-                "scans as they are; leave spacing out (finetune resamples on the way in)"
-            )
+        if self.labels and self.resamples:
+            raise ValueError(f"{self.resamples}: {NEVER_RESAMPLED}")
         return self
+
+    @property
+    def resamples(self) -> str:
+        """The settings that give volumes another grid, as words for a message; empty: none."""
+        asked = {"spacing": self.spacing is not None, "sheared": self.sheared == "resample"}
+        return " and ".join(name for name, given in asked.items() if given)
 
 
 class SplitSettings(BaseModel):

@@ -8,6 +8,7 @@ interpolated and `NativeGrid.to_native` undoes it exactly; an oblique scan stays
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ GRID_TOLERANCE = 0.1
 # Air on CT is -1000 HU; signed MR maps (phase, ADC) stay far above -500.
 CT_MINIMUM_HU = -500.0
 CT_AIR_SHARE = 1e-3
+# Below it nothing is physical: scanners fill what they have not seen with -2000, -3024 and others.
+CT_PADDING_HU = -1024.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class NativeGrid:
     """The voxel grid of the file that a volume came from.
 
     `from_stored` is a 4x4 matrix of indices: native (i, j, k, 1) = from_stored @ (d, h, w, 1).
-    It is a signed permutation, unless an unlabelled volume was resampled.
+    It is a signed permutation, unless an unlabelled volume was resampled. `cropped` is the shape of
+    the stored array, where it is a part of the whole.
     """
 
     shape: tuple[int, int, int]
@@ -46,11 +50,13 @@ class NativeGrid:
     qform_code: int
     sform_code: int
     from_stored: FloatArray
+    cropped: tuple[int, int, int] | None = None
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """Put an array `[D, H, W]` on the stored grid back onto the native grid, exactly.
 
-        Raises ValueError if the volume was resampled, or if the shape is not that of the grid.
+        What was cropped away is 0. Raises ValueError if the volume was resampled, or if the shape
+        is not that of the grid.
         """
         linear = self.from_stored[:3, :3]
         permutation = [int(np.argmax(np.abs(linear[:, k]))) for k in range(3)]
@@ -59,11 +65,19 @@ class NativeGrid:
             raise ValueError("the stored grid is a resampled one; it has no exact native array")
         if np.count_nonzero(linear) != 3:
             raise ValueError("the stored grid is a resampled one; it has no exact native array")
-        expected = tuple(self.shape[axis] for axis in permutation)
+        expected = self.cropped or tuple(self.shape[axis] for axis in permutation)
         if array.shape != expected:
             raise ValueError(f"array has shape {array.shape}, the canonical grid has {expected}")
         flipped = array[tuple(slice(None, None, -1 if s < 0 else 1) for s in signs)]
-        return np.transpose(flipped, np.argsort(permutation))
+        native = np.transpose(flipped, np.argsort(permutation))
+        if self.cropped is None:
+            return native
+        first = [int(self.from_stored[axis, 3]) for axis in range(3)]
+        for sign, axis in zip(signs, permutation, strict=True):
+            first[axis] -= native.shape[axis] - 1 if sign < 0 else 0
+        whole = np.zeros(self.shape, dtype=native.dtype)
+        whole[tuple(slice(f, f + n) for f, n in zip(first, native.shape, strict=True))] = native
+        return whole
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for KEY.json."""
@@ -74,12 +88,14 @@ class NativeGrid:
             "qform_code": self.qform_code,
             "sform_code": self.sform_code,
             "from_stored": self.from_stored.tolist(),
+            **({} if self.cropped is None else {"cropped": list(self.cropped)}),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> NativeGrid:
         """The inverse of `to_dict`."""
         first, second, third = (int(n) for n in data["shape"])
+        d, h, w = (int(n) for n in data.get("cropped", (0, 0, 0)))
         return cls(
             shape=(first, second, third),
             affine=np.asarray(data["affine"], dtype=np.float64),
@@ -87,6 +103,7 @@ class NativeGrid:
             qform_code=int(data["qform_code"]),
             sform_code=int(data["sform_code"]),
             from_stored=np.asarray(data["from_stored"], dtype=np.float64),
+            cropped=(d, h, w) if "cropped" in data else None,
         )
 
 
@@ -173,12 +190,14 @@ def read_channels(
     modality: str | None = None,
     names: Sequence[str] = (),
     minimum: int = MINIMUM_SLICES,
+    frame: int | None = None,
+    upright: bool = False,
 ) -> Volume:
     """Read one scan onto canonical axes: a 3D image for each channel, or one 4D file.
 
     Integer files keep their stored integers with slope and intercept; all others become float32
     physical values. The header of DICOM says the modality. Elsewhere, without `modality`, it is
-    taken from the intensities: see `guess_modality`.
+    taken from the intensities: see `guess_modality`. On CT all below -1024 HU is padding, and air.
 
     Args:
         paths: One file, or volume of a DICOM series, per channel, all on one grid in any
@@ -187,6 +206,8 @@ def read_channels(
         names: Of the channels. With several of them, one file has to be 4D with as many volumes.
         minimum: Fewest slices along any axis; 1 lets single slices and 2D files in, as
             `[C, 1, H, W]`.
+        frame: The one volume of a 4D file that is wanted.
+        upright: Resample a sheared grid (a tilted gantry) onto one of right angles.
 
     Raises:
         Reject: the files are not finite scalar volumes on one orthogonal grid; the code says why.
@@ -196,10 +217,11 @@ def read_channels(
     within = len(names) if len(paths) == 1 and len(names) > 1 else 1
     channels, scales, grids, said = [], [], [], []
     for path in paths:
-        image = _open(path, within, minimum)
+        image = _open(path, within, minimum, frame)
         raw, slope, intercept = _values(image)
-        for volume in np.moveaxis(raw, 3, 0):
-            array, affine, native = _canonical(image, volume)
+        volumes = np.moveaxis(raw, 3, 0)
+        for volume in volumes if frame is None else volumes[frame : frame + 1]:
+            array, affine, native = _canonical(image, volume, upright)
             channels.append(array)
             scales.append((slope, intercept))
             grids.append((affine, native))
@@ -214,8 +236,10 @@ def read_channels(
         for array, scale, header in zip(channels, scales, said, strict=True)
     )
     names = tuple(names) or modalities
-    for array, name in zip(channels, names, strict=True):
-        _check_content(array, name if len(channels) > 1 else "")
+    for c, name in enumerate(names):
+        if modalities[c] == "CT":
+            channels[c] = _padding_as_air(channels[c], *scales[c])
+        _check_content(channels[c], name if len(channels) > 1 else "")
     return Volume(
         array=channels[0][None] if len(channels) == 1 else np.stack(channels),
         affine=affine,
@@ -382,10 +406,26 @@ def guess_modality(array: np.ndarray, slope: float, intercept: float) -> str:
     return "CT" if air >= CT_AIR_SHARE * array.size else "MR"
 
 
-def _open(source: Path | SeriesFiles, channels: int = 1, minimum: int = MINIMUM_SLICES) -> Image:
+def _padding_as_air(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    code = (CT_PADDING_HU - intercept) / slope
+    if slope > 0:
+        code = math.ceil(code) if array.dtype.kind in "iu" else code
+        return array if array.min() >= code else np.maximum(array, array.dtype.type(code))
+    code = math.floor(code) if array.dtype.kind in "iu" else code
+    return array if array.max() <= code else np.minimum(array, array.dtype.type(code))
+
+
+def _open(
+    source: Path | SeriesFiles,
+    channels: int = 1,
+    minimum: int = MINIMUM_SLICES,
+    frame: int | None = None,
+) -> Image:
     """The image, header read, voxels not yet."""
     image = open_image(source)
     sides = image.shape[:3]
+    if frame is not None:
+        channels = max(image.shape[3], frame + 1)
     if image.shape[3] != channels or (image.flat and minimum > 1):
         found = sides[: 3 - image.flat] + image.shape[3:] * (image.shape[3] > 1)
         wanted = "one 3D volume is" if channels == 1 else f"{channels} volumes, one per name, are"
@@ -417,29 +457,66 @@ def _values(image: Image) -> tuple[np.ndarray, float, float]:
     return values, 1.0, 0.0
 
 
-def _canonical(image: Image, raw: np.ndarray) -> tuple[np.ndarray, FloatArray, NativeGrid]:
+def _canonical(
+    image: Image, raw: np.ndarray, upright: bool = False
+) -> tuple[np.ndarray, FloatArray, NativeGrid]:
     """Array `[D, H, W]`, its affine, and the native grid it came from."""
-    affine = image.affine
+    affine, step = image.affine, np.eye(4)
     columns = affine[:3, :3]
     lengths = np.sqrt((columns**2).sum(axis=0))
     if not np.isfinite(affine).all() or (lengths < 1e-6).any():
         raise Reject("bad_geometry", "the affine is not invertible")
     cosines = (columns / lengths).T @ (columns / lengths) - np.eye(3)
-    if np.abs(cosines).max() > SHEAR_TOLERANCE:
+    if np.abs(cosines).max() > SHEAR_TOLERANCE and upright:
+        raw, step = _made_upright(raw, columns)
+        affine = affine @ step
+    elif np.abs(cosines).max() > SHEAR_TOLERANCE:
         degrees = float(np.degrees(np.arcsin(min(1.0, np.abs(cosines).max()))))
-        raise Reject("sheared", f"the axes are {degrees:.1f} degrees away from right angles")
-    first, second, third = (int(n) for n in raw.shape)
+        raise Reject(
+            "sheared",
+            f"the axes are {degrees:.1f} degrees away from right angles (sheared=resample takes it)",
+        )
+    first, second, third = image.shape[:3]
     matrix = canonical_transform(affine, raw.shape)
     native = NativeGrid(
         shape=(first, second, third),
-        affine=affine,
-        axcodes="".join(nib.aff2axcodes(affine)),
+        affine=image.affine,
+        axcodes="".join(nib.aff2axcodes(image.affine)),
         qform_code=image.forms[0],
         sform_code=image.forms[1],
-        from_stored=matrix,
+        from_stored=step @ matrix,
     )
     # Adding 0 turns -0.0 into 0.0, which reads better in KEY.json.
     return canonical_array(raw, matrix), affine @ matrix + 0.0, native
+
+
+def _made_upright(raw: np.ndarray, columns: FloatArray) -> tuple[np.ndarray, FloatArray]:
+    """A sheared array on a grid of right angles that holds all of it, and index matrix from that.
+
+    The first axis stays, the second is turned within their plane, the third becomes its normal:
+    of CT from a tilted gantry the slices stay as they are and move along each other. What lies
+    outside the scan has its smallest value.
+    """
+    from scipy import ndimage
+
+    unit, _ = np.linalg.qr(columns)
+    target = unit * (unit * columns).sum(axis=0)
+    back = np.linalg.solve(columns, target)  # upper triangular with ones: shifts alone
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in raw.shape], indexing="ij")).reshape(3, -1)
+    ends = np.linalg.solve(back, corners)
+    low, high = np.floor(ends.min(axis=1) + 1e-6), np.ceil(ends.max(axis=1) - 1e-6)
+    step = np.eye(4)
+    step[:3, :3], step[:3, 3] = back, back @ low
+    moved = ndimage.affine_transform(
+        raw.astype(np.float32),
+        back,
+        offset=step[:3, 3],
+        output_shape=tuple((high - low + 1).astype(int)),
+        order=1,
+        mode="constant",
+        cval=float(raw.min()),
+    )
+    return (np.rint(moved).astype(raw.dtype) if raw.dtype.kind in "iu" else moved), step
 
 
 def _check_content(array: np.ndarray, channel: str) -> None:

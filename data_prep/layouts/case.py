@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.errors import InputError
 from data_prep.images import BESIDE, DETACHED, SUFFIXES, SeriesFiles
 
 # Files that data sets ship beside their scans; they are counted, not judged.
@@ -45,6 +47,7 @@ class Case:
         fold: Number of the fold that validates on this case; None if it is in none.
         group: What fairness is judged by: sex, age, site.
         series: Of DICOM, all files of the volume.
+        frame: Of a 4D file, the number of its volume that the case is.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Case:
     fold: int | None = None
     group: tuple[tuple[str, str], ...] = ()
     series: SeriesFiles | None = None
+    frame: int | None = None
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -170,16 +174,38 @@ def subject_from_name(name: str) -> str:
 
 
 def files_below(root: Path) -> list[Path]:
-    """All files below a folder but hidden ones, in a fixed order."""
-    return sorted(
-        (
-            path
-            for path in root.rglob("*")
-            if path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        ),
-        key=lambda path: path.relative_to(root).as_posix(),
-    )
+    """All files below a folder but hidden ones, in a fixed order.
+
+    Links are followed, since data is often linked together; never to a folder that holds them.
+
+    Raises:
+        InputError: with all folders that cannot be read.
+    """
+    closed: list[OSError] = []
+    found: list[Path] = []
+    above = {root: {_identity(root)}}
+    for folder, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
+        here = Path(folder)
+        found += [here / name for name in names if not name.startswith(".")]
+        inside = above.pop(here)
+        for name in list(folders):
+            place = _identity(here / name)
+            if name.startswith(".") or place in inside:
+                folders.remove(name)
+            else:
+                above[here / name] = inside | {place}
+    if closed:
+        raise InputError(
+            [f"{error.filename}: cannot be read ({error.strerror})" for error in closed]
+        )
+    # What is no file, as a link to nothing, is a case whose file is missing: it has a name to tell.
+    there = [path for path in found if path.is_file() or path.is_symlink()]
+    return sorted(there, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    state = folder.stat()
+    return state.st_dev, state.st_ino
 
 
 def sort_out(root: Path, files: list[Path], layout: Layout) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.folds import FOLDS_FILE, read_folds
+from data_prep.images import open_image
 from data_prep.layouts.bids import from_bids
 from data_prep.layouts.case import BETWEEN_CHANNELS, Case, Layout, case_id, files_below
 from data_prep.layouts.decathlon import from_decathlon
@@ -26,7 +27,10 @@ READERS: tuple[Callable[[Path, list[Path]], Layout | None], ...] = (
 
 
 def find_cases(
-    source: Path, channels: Sequence[str] = (), subjects: re.Pattern[str] | None = None
+    source: Path,
+    channels: Sequence[str] = (),
+    subjects: re.Pattern[str] | None = None,
+    volumes: str = "refuse",
 ) -> Layout:
     """Recognise the layout of an input folder or list and name its cases, sorted.
 
@@ -36,6 +40,7 @@ def find_cases(
             suffixes, or what the volumes of 4D files are.
         subjects: Finds the subject in a case's id where the layout names none: its first group,
             or all that it matches.
+        volumes: What a 4D file is whose channels have no names, as `PrepSettings` has it.
 
     Raises:
         InputError: the input is missing, empty, or a list or description with mistakes (all at
@@ -47,7 +52,34 @@ def find_cases(
     if channels:
         joined = BETWEEN_CHANNELS.join(channels)
         layout.cases = [c if c.sequence else replace(c, sequence=joined) for c in layout.cases]
+    if volumes != "refuse":
+        layout.cases = [part for case in layout.cases for part in _parts(case, volumes)]
     return layout
+
+
+def _parts(case: Case, volumes: str) -> list[Case]:
+    """A case whose file has several volumes as one of as many channels, or as many cases."""
+    if case.series or case.sequence or len(case.images) > 1:
+        return [case]
+    try:
+        count = open_image(case.images[0]).shape[3]
+    except Exception:  # whatever is wrong with it, scanning finds and says
+        return [case]
+    if count < 2:
+        return [case]
+    if volumes == "channels":
+        return [replace(case, sequence=BETWEEN_CHANNELS.join(map(str, range(count))))]
+    subject, name = case.subject or case.name, case_id(case)
+    return [
+        replace(
+            case,
+            name=f"{case.name} (volume {n + 1})",
+            id=f"{name}-{n + 1}",
+            subject=subject,
+            frame=n,
+        )
+        for n in range(count)
+    ]
 
 
 def _recognise(source: Path, channels: Sequence[str]) -> Layout:
