@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import blosc2
 import numpy as np
@@ -29,6 +29,9 @@ from data_prep.remote import Remote, Shelf
 from data_prep.shards import PAYLOADS, canonical_json, read_table, touched_chunks
 from data_prep.storage import Frame, Place, Root, Shard, Storage, shown
 from data_prep.volume import NativeGrid, Volume
+
+if TYPE_CHECKING:
+    from data_prep.sketch import Sketch
 
 FORMAT = 1
 CORPUS_FILE = "corpus.json"
@@ -361,19 +364,34 @@ class Corpus:
         """Fingerprint per key, as comparable text `algorithm-version:hex`."""
         rows: list[dict[str, Any]] = []
         for root, info in zip(self._roots, self._infos, strict=True):
-            rows += _read_prints(root, info["fingerprints"]["sha256"])
+            table = _read_prints(root, info["fingerprints"]["sha256"])
+            rows += table.select(["key", "algorithm", "version", "value"]).to_pylist()
         stated = [row["key"] for row in rows]
         if stated != self._table.column("key").to_pylist():
             raise CorruptionError(f"{self}: the fingerprints are of other samples")
         return {key: as_text(row) for key, row in zip(self.keys, rows, strict=True)}
 
+    def sketches(self) -> list[Sketch]:
+        """What each scan is found again by; empty ones for corpora of before there were any."""
+        from data_prep.sketch import Sketch
+
+        found: list[bytes] = []
+        for root, info in zip(self._roots, self._infos, strict=True):
+            table = _read_prints(root, info["fingerprints"]["sha256"])
+            has = "sketch" in table.column_names
+            found += table.column("sketch").to_pylist() if has else [b""] * len(table)
+        return [Sketch.from_bytes(data) for data in found]
+
     def scan_prints(self) -> dict[str, set[str]]:
         """Per key all fingerprints under which its scans may be known elsewhere.
 
         That of the sample, and of a sample with several channels that of each channel: who has
-        seen one of them has seen the case.
+        seen one of them has seen the case. Then its sketch, which finds near-duplicates.
         """
         found = {key: {value} for key, value in self.fingerprints().items()}
+        for key, look in zip(self.keys, self.sketches(), strict=True):
+            if look.is_comparable:
+                found[key].add(look.to_text())
         for i in np.flatnonzero(self.shapes[:, 0] > 1):
             channels = self.meta(int(i))["channels"]
             found[self.keys[i]] |= {as_text(c["fingerprint"]) for c in channels}
@@ -506,7 +524,7 @@ def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
         raise CorruptionError(f"{path}: not a Parquet file ({error})") from error
 
 
-def _read_prints(root: Root, sha256: str) -> list[dict[str, Any]]:
+def _read_prints(root: Root, sha256: str) -> pa.Table:
     data = _read_file(root, FINGERPRINTS_FILE)
     if data is None:
         raise InputError(f"{root}: {FINGERPRINTS_FILE} is missing")
@@ -514,7 +532,7 @@ def _read_prints(root: Root, sha256: str) -> list[dict[str, Any]]:
         raise CorruptionError(
             f"{shown(root, FINGERPRINTS_FILE)}: its sha256 is not the one in corpus.json"
         )
-    return list(_read_parquet(data).to_pylist())
+    return _read_parquet(data)
 
 
 def _together(roots: Sequence[Root], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

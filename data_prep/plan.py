@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.exclusions import Exclusions, read_exclusions
 from data_prep.files import write_bytes
 from data_prep.fingerprint import as_text
 from data_prep.layouts.case import Layout, LeftOut
-from data_prep.request import class_rows, combined_rows, excluded_names, nothing_left
+from data_prep.progress import bar
+from data_prep.request import class_rows, combined_rows, nothing_left
 from data_prep.scan import ScanJob, Scanned
 from data_prep.settings import PrepSettings
 from data_prep.shards import canonical_json
+from data_prep.sketch import SketchIndex
 from data_prep.work import WorkFolder
 from data_prep.write import assign_shards, sample_json
 
@@ -47,7 +50,10 @@ def make_plan(
     classes: list[dict[str, Any]] | None,
 ) -> Plan:
     """The plan of all cases; InputError if none is left."""
-    kept, left_out = _survivors(jobs, scanned, excluded_names(settings.exclude))
+    kept, left_out = _survivors(jobs, scanned, read_exclusions(settings.excluded))
+    if settings.duplicates == "all":
+        kept, near = _without_near_duplicates(jobs, kept)
+        left_out += near
     left_out = [*layout.left_out, *left_out]
     if not kept:
         raise InputError(nothing_left(settings, layout, left_out))
@@ -76,24 +82,19 @@ def read_plan(work: WorkFolder) -> Plan:
 
 
 def _survivors(
-    jobs: Sequence[ScanJob], scanned: Sequence[Scanned | LeftOut], excluded: set[str]
+    jobs: Sequence[ScanJob], scanned: Sequence[Scanned | LeftOut], excluded: Exclusions
 ) -> tuple[list[Scanned], list[LeftOut]]:
-    """Samples sorted by key, and files left out.
-
-    Of equal scans one stays: one of the test part before one of the validation part before any
-    other, so that a duplicate costs training and not the test; then the first in the input.
-    """
+    """Samples sorted by key, and files left out; of equal scans `_precedence` says which stays."""
     kept: dict[str, Scanned] = {}
     left_out: list[LeftOut] = []
-    rank = {"test": 0, "validation": 1}
-    order = sorted(range(len(jobs)), key=lambda n: (rank.get(jobs[n].case.split, 2), n))
-    for job, result in ((jobs[n], scanned[n]) for n in order):
+    for number in sorted(range(len(jobs)), key=lambda n: _precedence(jobs[n])):
+        job, result = jobs[number], scanned[number]
         if isinstance(result, LeftOut):
             left_out.append(result)
             continue
         print_text = as_text(result.meta["fingerprint"])
-        if excluded & {result.key, print_text, result.meta["fingerprint"]["value"]}:
-            left_out.append(LeftOut(job.case.name, "excluded", "named by the exclude file"))
+        if reason := excluded.reason(result):
+            left_out.append(LeftOut(job.case.name, "excluded", reason))
         elif print_text in kept:
             left_out.append(_duplicate(job, result, kept[print_text], jobs))
         else:
@@ -101,12 +102,48 @@ def _survivors(
     return sorted(kept.values(), key=lambda sample: sample.key), left_out
 
 
-def _duplicate(job: ScanJob, sample: Scanned, first: Scanned, jobs: Sequence[ScanJob]) -> LeftOut:
+def _without_near_duplicates(
+    jobs: Sequence[ScanJob], samples: Sequence[Scanned]
+) -> tuple[list[Scanned], list[LeftOut]]:
+    """As `_survivors`, by sketches; volumes of one file or series are alike and mean to be."""
+    order = sorted(samples, key=lambda sample: _precedence(jobs[sample.number]))
+    looks = [sample.look for sample in order]
+    index = SketchIndex(looks)
+    kept: dict[int, Scanned] = {}
+    left_out = []
+    for n, sample in enumerate(bar(iterable=order, desc="duplicates", total=len(order))):
+        job = jobs[sample.number]
+        found = [
+            (other, share)
+            for other, share in index.find(looks[n])
+            if other in kept and jobs[order[other].number].case.image_files != job.case.image_files
+        ]
+        if found:
+            other, share = found[0]
+            how = f"a near-duplicate of {order[other].key} ({share:.0%} of features)"
+            left_out.append(_duplicate(job, sample, order[other], jobs, how))
+        else:
+            kept[n] = sample
+    return sorted(kept.values(), key=lambda sample: sample.key), left_out
+
+
+def _precedence(job: ScanJob) -> tuple[int, int]:
+    """Test before validation before any other part, then the order of the input.
+
+    So a duplicate costs training and not the test.
+    """
+    return {"test": 0, "validation": 1}.get(job.case.split, 2), job.number
+
+
+def _duplicate(
+    job: ScanJob, sample: Scanned, first: Scanned, jobs: Sequence[ScanJob], how: str = ""
+) -> LeftOut:
     """The verdict on a scan that another case has already; says what makes it worse."""
     here, there = job.case.split or "no part", jobs[first.number].case.split or "no part"
-    code, detail = "duplicate", f"duplicate of {first.key}"
+    code = "near_duplicate" if how else "duplicate"
+    detail = how or f"duplicate of {first.key}"
     if here != there:
         code, detail = "duplicate_across_splits", f"{detail}, which is in {there}, this in {here}"
-    if sample.meta.get("class_counts") != first.meta.get("class_counts"):
+    if not how and sample.meta.get("class_counts") != first.meta.get("class_counts"):
         detail += "; their labels differ"
     return LeftOut(job.case.name, code, detail)

@@ -62,6 +62,8 @@ def complete(
         "licence": _count(meta["licence"] for meta in metas),
         "rejected": rejected,
         "files": files,
+        # Too small to be looked for among other scans: neither clean nor duplicates.
+        "not_comparable": [s.key for s in kept if not s.look.is_comparable],
     }
     if labelled:
         counts |= _label_counts(kept, classes)
@@ -108,7 +110,7 @@ def complete(
         modalities=_count(m["channels"][0]["modality"] for m in metas),
         splits=splits,
         index_hash=index_hash,
-        notes=_label_notes(counts),
+        notes=[*_comparison_notes(counts), *_label_notes(counts)],
     )
     return result, left_out
 
@@ -124,6 +126,12 @@ def _label_counts(kept: Sequence[Scanned], classes: list[dict[str, Any]]) -> dic
         },
         "empty_labels": [s.key for s, values in zip(kept, found, strict=True) if not values],
     }
+
+
+def _comparison_notes(counts: dict[str, Any]) -> list[str]:
+    keys = counts["not_comparable"]
+    shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+    return [f"{len(keys)} too small to be compared with near-duplicates: {shown}"] if keys else []
 
 
 def _label_notes(counts: dict[str, Any]) -> list[str]:
@@ -188,7 +196,15 @@ def _account(
                 left_out.append(
                     LeftOut(_beside(case, path), "image_left_out", f"belongs to {case.name}")
                 )
-    counts["left_out"] = len(left_out)
+    # Of a file with several volumes more than one may have a row, or others be samples.
+    names = {row.name for row in left_out}
+    seen = {path for case in stored for path in case.image_files}
+    again = 0
+    for case in layout.cases:
+        if case.name in names:
+            again += case.images[0] in seen
+            seen.add(case.images[0])
+    counts["left_out"] = len(left_out) - again
     counts["ignored"] = ignored
     counts["total"] = sum(counts.values())
     return counts

@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.errors import InputError, near
+from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Layout, LeftOut, case_id
 from data_prep.layouts.find import find_cases
@@ -54,7 +55,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
     except InputError as error:
         problems += error.problems
     for check in (
-        lambda: excluded_names(settings.exclude),
+        lambda: read_exclusions(settings.excluded),
         lambda: read_salt(settings.salt),
         lambda: named_classes(settings),
     ):
@@ -123,7 +124,8 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
         files.append([*told, [list(pair) for pair in case.group]])
     files.append([layout.folds])
     classes = _class_file(settings.classes) if isinstance(settings.classes, Path) else None
-    for option in (settings.exclude, classes, settings.salt):
+    files.append([exclusion_digest(path) for path in settings.excluded])
+    for option in (classes, settings.salt):
         if option is not None:
             files.append([hashlib.sha256(option.read_bytes()).hexdigest()])
     digest = hashlib.sha256(canonical_json([options, files, versions()]))
@@ -169,17 +171,6 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
         index_hash=corpus.index_hash,
         already_there=True,
     )
-
-
-def excluded_names(path: Path | None) -> set[str]:
-    """Keys and fingerprints to leave out, one a line; `#` starts a comment line."""
-    if path is None:
-        return set()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"exclude={path}: not readable ({error})") from error
-    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
 def named_classes(settings: PrepSettings) -> dict[int, str] | None:

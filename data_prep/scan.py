@@ -6,7 +6,9 @@ them into a note beside them.
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from data_prep.layouts.case import Case, LeftOut
 from data_prep.preprocess import as_physical, resample
 from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
+from data_prep.sketch import Sketch, sketch
 from data_prep.volume import Volume, read_channels, read_label
 from data_prep.work import WorkFolder
 
@@ -76,6 +79,12 @@ class Scanned:
     meta: dict[str, Any]
     sizes: dict[str, int] = field(default_factory=dict)
     guessed: bool = False
+    sketch: str = ""
+
+    @property
+    def look(self) -> Sketch:
+        """Of the whole scan, for finding it again."""
+        return Sketch.from_bytes(base64.b64decode(self.sketch))
 
     @property
     def suffixes(self) -> list[str]:
@@ -113,6 +122,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
         return LeftOut(job.case.name, "looks_like_a_label", f"it holds only {values} values")
     statistics = volume_statistics(coded)
     found = fingerprint(coded.array, coded.slope)
+    look = sketch(coded).to_bytes()
     alone = [
         {"fingerprint": fingerprint(coded.array[c : c + 1], coded.slope[c : c + 1])}
         # One of several channels may be a scan of its own elsewhere.
@@ -178,7 +188,12 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
                 sizes[suffix] = file.write(data)
     return Scanned(
-        job.number, job.key, meta, sizes, guessed=job.modality is None and job.case.series is None
+        job.number,
+        job.key,
+        meta,
+        sizes,
+        guessed=job.modality is None and job.case.series is None,
+        sketch=base64.b64encode(look).decode(),
     )
 
 
@@ -189,16 +204,12 @@ def check_plausible(volume: Volume) -> None:
         Reject: spacing or extent is that of no scan, or values said to be HU are none.
     """
     spacing = volume.spacing
-    extent = [n * s for n, s in zip(volume.array.shape[1:], spacing, strict=True)]
-    for name, values, (low, high) in (
-        ("spacing", spacing, SPACING_MM),
-        ("extent", extent, EXTENT_MM),
-    ):
-        if min(values) < low or max(values) > high:
-            shown = " x ".join(f"{value:.4g}" for value in values)
-            raise Reject(
-                f"implausible_{name}", f"{shown} mm (d, h, w), not within {low:g} to {high:g}"
-            )
+    # A single slice is as thick as it is.
+    extent = [n * s for n, s in zip(volume.array.shape[1:], spacing, strict=True) if n > 1]
+    if wrong := _outside(spacing, SPACING_MM):
+        raise Reject("implausible_spacing", wrong)
+    if wrong := _outside(extent, EXTENT_MM):
+        raise Reject("implausible_extent", wrong)
     for c, modality in enumerate(volume.modality):
         if modality != "CT":
             continue
@@ -207,9 +218,18 @@ def check_plausible(volume: Volume) -> None:
         if low >= 0 or high <= BODY_HU:
             raise Reject(
                 "implausible_values",
-                f"values from {low:g} to {high:g} are said to be CT; fat is at -100 HU and the body "
-                f"above {BODY_HU:g}: another window or intercept, or modality=MR",
+                f"values from {low:g} to {high:g} are said to be CT; fat is at -100 HU and the "
+                f"body above {BODY_HU:g}: another window or intercept, or modality=MR",
             )
+
+
+def _outside(values: Sequence[float], limits: tuple[float, float]) -> str:
+    """What is wrong with millimetres along (d, h, w); empty if nothing is."""
+    low, high = limits
+    if all(low <= value <= high for value in values):
+        return ""
+    shown = " x ".join(f"{value:.4g}" for value in values)
+    return f"{shown} mm (d, h, w), not within {low:g} to {high:g}"
 
 
 def _cropped(
@@ -315,7 +335,8 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
         problems.append(error)
     try:
         if case.mask is not None:
-            mask = (_on_grid_of(volume, case.mask, "mask") != 0).astype(np.uint8)
+            marked = _on_grid_of(volume, case.mask, "mask", upright=job.upright)
+            mask = (marked != 0).astype(np.uint8)
     except Reject as error:
         problems.append(error)
     if problems:
@@ -355,10 +376,14 @@ def _label(job: ScanJob, volume: Volume) -> np.ndarray:
 
 
 def _on_grid_of(
-    volume: Volume, path: Path, what: str, permitted: frozenset[int] | None = None
+    volume: Volume,
+    path: Path,
+    what: str,
+    permitted: frozenset[int] | None = None,
+    upright: bool = False,
 ) -> np.ndarray:
     try:
-        return read_label(path, volume, permitted)
+        return read_label(path, volume, permitted, upright)
     except Reject as error:
         if error.code.startswith("label_"):
             raise

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 MINIMUM_SLICES = 4
 """Fewer along any axis are a localiser or a stack of pictures, no volume; cardiac MR has 6."""
 
 NEVER_RESAMPLED = (
-    "a labelled corpus is never resampled, so that scores are those of the scans as they are; leave "
-    "it out, or set labels=false (finetune resamples on the way in)"
+    "a labelled corpus is never resampled, so that scores are those of the scans as they are; "
+    "leave it out, or set labels=false (finetune resamples on the way in)"
 )
 
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
@@ -56,7 +56,11 @@ class PrepSettings(BaseModel):
         processes: Worker processes; 0 means one per available core. Never changes the bytes.
         shard_mib: Size at which a shard is closed.
         overwrite: Replace a finished corpus at `output`.
-        exclude: File with keys or fingerprints to leave out, one a line.
+        exclude: What must stay out: files with keys or fingerprints, one a line; corpora, such as
+            those of test sets; releases, for what they were trained on. Near-duplicates of their
+            scans stay out too.
+        duplicates: Whether near-duplicates (resampled, cropped, turned, windowed copies) are left
+            out as well as equal scans, or only these.
         modality: `auto` takes it from the list, the names, or the intensities.
         spacing: Resample to this spacing (d, h, w) in mm, or a number for all three axes;
             unlabelled corpora only.
@@ -90,7 +94,8 @@ class PrepSettings(BaseModel):
     processes: int = Field(default=0, ge=0, le=1024)
     shard_mib: float = Field(default=1024, gt=0, le=65536)
     overwrite: bool = False
-    exclude: Path | None = None
+    exclude: Annotated[Path | tuple[Path, ...] | None, BeforeValidator(several), MUST_EXIST] = None
+    duplicates: Literal["all", "exact"] = "all"
     modality: Literal["auto", "CT", "MR"] = "auto"
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = None
     sheared: Literal["refuse", "resample"] = "refuse"
@@ -103,6 +108,11 @@ class PrepSettings(BaseModel):
     minimum_slices: int = Field(default=MINIMUM_SLICES, ge=1, le=64)
     step: Literal["scan", "plan", "write", "publish"] | None = None
     part: str | None = None
+
+    @property
+    def excluded(self) -> tuple[Path, ...]:
+        """All paths of `exclude`."""
+        return (self.exclude,) if isinstance(self.exclude, Path) else self.exclude or ()
 
     @property
     def share(self) -> slice:
@@ -118,7 +128,8 @@ class PrepSettings(BaseModel):
     @field_validator("spacing", mode="before")
     @classmethod
     def _one_for_all_axes(cls, value: Any) -> Any:
-        return (value,) * 3 if isinstance(value, int | float) else value
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return (value,) * 3 if number else value
 
     @field_validator("subjects")
     @classmethod

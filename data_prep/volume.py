@@ -26,6 +26,8 @@ MODALITIES = ("CT", "MR")
 # Cosine between two axes above which the grid counts as sheared (0.3 degrees); header rounding
 # stays below 1e-4, a gantry tilt is several degrees.
 SHEAR_TOLERANCE = 5e-3
+# A gantry tilts by up to 30 degrees; axes that nearly coincide would give a grid without end.
+SHEAR_LARGEST = 45.0
 # Share of a voxel by which two grids may differ and still count as one.
 GRID_TOLERANCE = 0.1
 # Air on CT is -1000 HU; signed MR maps (phase, ADC) stay far above -500.
@@ -72,12 +74,28 @@ class NativeGrid:
         native = np.transpose(flipped, np.argsort(permutation))
         if self.cropped is None:
             return native
-        first = [int(self.from_stored[axis, 3]) for axis in range(3)]
+        first = [round(float(n)) for n in self.from_stored[:3, 3]]
         for sign, axis in zip(signs, permutation, strict=True):
             first[axis] -= native.shape[axis] - 1 if sign < 0 else 0
         whole = np.zeros(self.shape, dtype=native.dtype)
         whole[tuple(slice(f, f + n) for f, n in zip(first, native.shape, strict=True))] = native
         return whole
+
+    def cut(self, array: np.ndarray, affine: FloatArray) -> tuple[np.ndarray, FloatArray]:
+        """Of an array on the canonical grid of the whole scan, the part that is stored.
+
+        An array of another shape, or of a scan that is stored whole, is returned as it is.
+        """
+        if self.cropped is None:
+            return array, affine
+        matrix = canonical_transform(self.affine, self.shape)
+        step = np.linalg.solve(matrix, self.from_stored)
+        whole = tuple(round(float(n)) for n in np.abs(matrix[:3, :3].T) @ self.shape)
+        if array.shape != whole or not np.allclose(step[:3, :3], np.eye(3)):
+            return array, affine
+        starts = [round(float(n)) for n in step[:3, 3]]
+        inside = tuple(slice(s, s + n) for s, n in zip(starts, self.cropped, strict=True))
+        return array[inside], affine @ step
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for KEY.json."""
@@ -218,10 +236,10 @@ def read_channels(
     channels, scales, grids, said = [], [], [], []
     for path in paths:
         image = _open(path, within, minimum, frame)
-        raw, slope, intercept = _values(image)
-        volumes = np.moveaxis(raw, 3, 0)
-        for volume in volumes if frame is None else volumes[frame : frame + 1]:
-            array, affine, native = _canonical(image, volume, upright)
+        raw, slope, intercept = _values(image, frame)
+        for volume in np.moveaxis(raw, 3, 0):
+            outside = (volume.min() if slope > 0 else volume.max()) if upright else None
+            array, affine, native = _canonical(image, volume, outside)
             channels.append(array)
             scales.append((slope, intercept))
             grids.append((affine, native))
@@ -321,14 +339,19 @@ def volume_from_array(
 
 
 def read_label(
-    path: str | Path, like: Volume, permitted: Collection[int] | None = None
+    path: str | Path,
+    like: Volume,
+    permitted: Collection[int] | None = None,
+    upright: bool = False,
 ) -> np.ndarray:
     """Read a label map onto the canonical grid of its image: `[D, H, W]`, uint8 or uint16.
 
     Args:
         path: The label map.
-        like: Its image.
+        like: Its image; of one that was cropped, the label map may be that of the whole scan.
         permitted: Values that it may hold; any class number if absent.
+        upright: It is the mask of an image that may be sheared: 1 wherever a marked voxel
+            reaches, and outside of it.
 
     Raises:
         Reject: the file is unreadable, lies on another grid than `like` (`label_geometry_mismatch`)
@@ -337,7 +360,10 @@ def read_label(
     """
     image = _open(Path(path), minimum=1)
     raw, slope, intercept = _values(image)
-    array, affine, _ = _canonical(image, raw[..., 0])
+    if upright:
+        raw, slope, intercept = (raw * slope + intercept != 0).astype(np.float32), 1.0, 0.0
+    array, affine, _ = _canonical(image, raw[..., 0], 1.0 if upright else None)
+    array, affine = like.native.cut(np.ceil(array) if upright else array, affine)
     problems = _grid_problems("label", array.shape, affine, like.array.shape[1:], like.affine)
     values = array if (slope, intercept) == (1.0, 0.0) else array * slope + intercept
     if values.dtype.kind == "f":
@@ -362,8 +388,12 @@ def read_label(
     return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)
 
 
-def check_label_grid(path: str | Path, shape: tuple[int, ...], affine: FloatArray) -> None:
+def check_label_grid(
+    path: str | Path, shape: tuple[int, ...], affine: FloatArray, native: NativeGrid | None = None
+) -> None:
     """Looks at the header of a label map alone: does it lie on this canonical grid?
+
+    That of the whole scan will do where `native` says that a part of it is stored.
 
     Raises:
         Reject: as `read_label`, which looks at the values too.
@@ -371,6 +401,8 @@ def check_label_grid(path: str | Path, shape: tuple[int, ...], affine: FloatArra
     image = _open(Path(path), minimum=1)
     nothing = np.broadcast_to(np.uint8(0), image.shape[:3])
     array, found, _ = _canonical(image, nothing)
+    if native is not None:
+        array, found = native.cut(array, found)
     for code, detail in _grid_problems("label", array.shape, found, shape, affine):
         raise Reject(code, detail)
 
@@ -407,12 +439,14 @@ def guess_modality(array: np.ndarray, slope: float, intercept: float) -> str:
 
 
 def _padding_as_air(array: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    low, high = array.min(), array.max()
     code = (CT_PADDING_HU - intercept) / slope
-    if slope > 0:
-        code = math.ceil(code) if array.dtype.kind in "iu" else code
-        return array if array.min() >= code else np.maximum(array, array.dtype.type(code))
-    code = math.floor(code) if array.dtype.kind in "iu" else code
-    return array if array.max() <= code else np.minimum(array, array.dtype.type(code))
+    if array.dtype.kind in "iu":
+        code = math.ceil(code) if slope > 0 else math.floor(code)
+    # With all values on one side nothing is padding, or nothing is CT and is told as it is.
+    if not (low < code <= high if slope > 0 else low <= code < high):
+        return array
+    return (np.maximum if slope > 0 else np.minimum)(array, array.dtype.type(code))
 
 
 def _open(
@@ -438,10 +472,15 @@ def _open(
     return image
 
 
-def _values(image: Image) -> tuple[np.ndarray, float, float]:
-    """Stored voxels `[I, J, K, C]` with slope and intercept; float32 physical if not integers."""
+def _values(image: Image, frame: int | None = None) -> tuple[np.ndarray, float, float]:
+    """Stored voxels `[I, J, K, C]` with slope and intercept; float32 physical if not integers.
+
+    With `frame` those of one volume: what is wrong with the others is theirs.
+    """
     raw, slope, intercept = image.read()
     raw = raw.reshape(image.shape, order="F")
+    if frame is not None:
+        raw = raw[..., frame : frame + 1]
     if not np.isfinite([slope, intercept]).all() or slope == 0:
         raise Reject("nan_or_inf", f"the header's slope {slope} or intercept {intercept}")
     if raw.dtype.kind in "iub":
@@ -458,24 +497,27 @@ def _values(image: Image) -> tuple[np.ndarray, float, float]:
 
 
 def _canonical(
-    image: Image, raw: np.ndarray, upright: bool = False
+    image: Image, raw: np.ndarray, outside: float | None = None
 ) -> tuple[np.ndarray, FloatArray, NativeGrid]:
-    """Array `[D, H, W]`, its affine, and the native grid it came from."""
+    """Array `[D, H, W]`, its affine, and the native grid it came from.
+
+    With a value for what lies `outside`, a sheared grid is resampled to one of right angles.
+    """
     affine, step = image.affine, np.eye(4)
     columns = affine[:3, :3]
     lengths = np.sqrt((columns**2).sum(axis=0))
     if not np.isfinite(affine).all() or (lengths < 1e-6).any():
         raise Reject("bad_geometry", "the affine is not invertible")
     cosines = (columns / lengths).T @ (columns / lengths) - np.eye(3)
-    if np.abs(cosines).max() > SHEAR_TOLERANCE and upright:
-        raw, step = _made_upright(raw, columns)
-        affine = affine @ step
-    elif np.abs(cosines).max() > SHEAR_TOLERANCE:
+    if np.abs(cosines).max() > SHEAR_TOLERANCE:
         degrees = float(np.degrees(np.arcsin(min(1.0, np.abs(cosines).max()))))
-        raise Reject(
-            "sheared",
-            f"the axes are {degrees:.1f} degrees away from right angles (sheared=resample takes it)",
-        )
+        found = f"the axes are {degrees:.1f} degrees away from right angles"
+        if degrees > SHEAR_LARGEST:
+            raise Reject("sheared", f"{found}, more than any scanner tilts")
+        if outside is None:
+            raise Reject("sheared", f"{found} (sheared=resample takes it)")
+        raw, step = _made_upright(raw, columns, outside)
+        affine = affine @ step
     first, second, third = image.shape[:3]
     matrix = canonical_transform(affine, raw.shape)
     native = NativeGrid(
@@ -490,18 +532,22 @@ def _canonical(
     return canonical_array(raw, matrix), affine @ matrix + 0.0, native
 
 
-def _made_upright(raw: np.ndarray, columns: FloatArray) -> tuple[np.ndarray, FloatArray]:
+def _made_upright(
+    raw: np.ndarray, columns: FloatArray, outside: float
+) -> tuple[np.ndarray, FloatArray]:
     """A sheared array on a grid of right angles that holds all of it, and index matrix from that.
 
     The first axis stays, the second is turned within their plane, the third becomes its normal:
-    of CT from a tilted gantry the slices stay as they are and move along each other. What lies
-    outside the scan has its smallest value.
+    of CT from a tilted gantry the slices stay as they are and move along each other. `outside` is
+    the value of what lies outside the scan.
     """
     from scipy import ndimage
 
     unit, _ = np.linalg.qr(columns)
     target = unit * (unit * columns).sum(axis=0)
-    back = np.linalg.solve(columns, target)  # upper triangular with ones: shifts alone
+    # Upper triangular with ones: shifts alone. Rounded, or those by whole voxels, which headers
+    # hold to 7 digits, would blend neighbours and lose what lies on the edge.
+    back = np.round(np.triu(np.linalg.solve(columns, target)), 6)
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in raw.shape], indexing="ij")).reshape(3, -1)
     ends = np.linalg.solve(back, corners)
     low, high = np.floor(ends.min(axis=1) + 1e-6), np.ceil(ends.max(axis=1) - 1e-6)
@@ -514,7 +560,7 @@ def _made_upright(raw: np.ndarray, columns: FloatArray) -> tuple[np.ndarray, Flo
         output_shape=tuple((high - low + 1).astype(int)),
         order=1,
         mode="constant",
-        cval=float(raw.min()),
+        cval=float(outside),
     )
     return (np.rint(moved).astype(raw.dtype) if raw.dtype.kind in "iu" else moved), step
 

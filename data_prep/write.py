@@ -154,7 +154,7 @@ def write_index(path: Path, kept: Sequence[Scanned], written: Sequence[Written])
 
 
 def write_fingerprints(path: Path, kept: Sequence[Scanned]) -> str:
-    """The fingerprints, one row per sample in order; gives the file's sha256."""
+    """Fingerprints and sketches, one row per sample in order; gives the file's sha256."""
     prints = [sample.meta["fingerprint"] for sample in kept]
     return _write_parquet(
         path,
@@ -163,6 +163,7 @@ def write_fingerprints(path: Path, kept: Sequence[Scanned]) -> str:
             "algorithm": pa.array([p["algorithm"] for p in prints], type=pa.string()),
             "version": pa.array([p["version"] for p in prints], type=pa.int32()),
             "value": pa.array([p["value"] for p in prints], type=pa.string()),
+            "sketch": pa.array([sample.look.to_bytes() for sample in kept], type=pa.binary()),
         },
     )
 

@@ -56,6 +56,8 @@ def as_text(facts: Mapping[str, Any]) -> str:
 
 
 def _release(release: Manifest) -> dict[str, Any]:
+    from data_prep.sketch import PREFIX  # scipy is slow to load
+
     config = release.config
     weights = {"encoder": _count(release.path / "model.safetensors")}
     if release.has_decoder:
@@ -76,7 +78,7 @@ def _release(release: Manifest) -> dict[str, Any]:
         **_task(config[FACTS[release.kind]] if release.kind in FACTS else None),
         "training": _training(config["training"]),
         **_data(config["data"]),
-        "fingerprints": len(release.fingerprints),
+        "fingerprints": sum(not one.startswith(PREFIX) for one in release.fingerprints),
         "versions": config["versions"],
     }
 

@@ -14,6 +14,7 @@ from data_prep.errors import InputError, attempt
 from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.images import Reject
 from data_prep.progress import bar
+from data_prep.sketch import PREFIX, Sketch, SketchIndex
 from data_prep.volume import read_label
 from finetune.metrics import METRIC_VERSION, Score, score_labels
 from finetune.predictions import find_predictions
@@ -37,7 +38,7 @@ class Split:
 class Origin:
     """Where predictions come from; the fields of `Row` of the same names.
 
-    `seen` holds fingerprints of what the weights were pretrained on: None if that is not known.
+    `seen` is what the weights were pretrained on: None if that is not known.
     """
 
     arm: str
@@ -54,7 +55,7 @@ class Origin:
     config_hash: str = ""
     recipe_hash: str = ""
     protocol: str = ""
-    seen: frozenset[str] | None = None
+    seen: Seen | None = None
 
 
 def evaluate(settings: EvaluateSettings) -> Path:
@@ -151,19 +152,44 @@ def doubt(origin: Origin, prints: set[str]) -> str:
     """Why a case cannot be believed: tainted, or unknown; empty if it can."""
     if origin.seen is None:
         return "unknown"
-    return "tainted" if prints & origin.seen else ""
+    return "tainted" if origin.seen.has(prints) else ""
 
 
-def comparable(fingerprints: Collection[str]) -> frozenset[str] | None:
-    """The fingerprints of a release, if all of them are of the kind that corpora have.
+class Seen:
+    """Scans that weights have seen, to be looked up by other prints of theirs or of copies.
+
+    Args:
+        prints: fingerprints and sketches.
+    """
+
+    def __init__(self, prints: Collection[str] = ()) -> None:
+        self._prints = frozenset(prints)
+        self._looks: SketchIndex | None = None
+
+    def has(self, prints: Collection[str]) -> bool:
+        """Whether a scan with these prints, or a near-duplicate of it, is among them."""
+        if not self._prints.isdisjoint(prints):
+            return True
+        if self._looks is None:
+            self._looks = SketchIndex(map(Sketch.from_text, filter(_is_look, sorted(self._prints))))
+        looks = map(Sketch.from_text, filter(_is_look, prints))
+        return any(self._looks.find(look) for look in looks)
+
+
+def _is_look(print_text: str) -> bool:
+    return print_text.startswith(PREFIX)
+
+
+def comparable(fingerprints: Collection[str]) -> Seen | None:
+    """What a release has seen, if all its fingerprints are of the kind that corpora have.
 
     None means that it is not known what the checkpoint has seen: no fingerprints, or some that
     cannot be compared with ours. It is never taken for "nothing".
     """
-    own = f"{ALGORITHM}-{VERSION}:"
-    if not fingerprints or not all(value.startswith(own) for value in fingerprints):
+    known = (f"{ALGORITHM}-{VERSION}:", PREFIX)
+    if not fingerprints or not all(value.startswith(known) for value in fingerprints):
         return None
-    return frozenset(fingerprints)
+    return Seen(fingerprints)
 
 
 def score_case(corpus: Corpus, i: int, task: TaskSettings, prediction: Labels) -> list[Score]:

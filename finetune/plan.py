@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
-from finetune.evaluate import Origin, Split, comparable
+from finetune.evaluate import Origin, Seen, Split, comparable
 from finetune.settings import FinetuneSettings, config_hash
 from finetune.targets import Targets
 from pretrain.release import Release
@@ -80,7 +80,7 @@ class Plan:
             checkpoint=self.checkpoint,
             checkpoint_digest=release.digest if pretrained else "",
             config_hash=config_hash(self.recipe),
-            seen=comparable(release.fingerprints) if pretrained else frozenset(),
+            seen=comparable(release.fingerprints) if pretrained else Seen(),
         )
 
     @property

@@ -14,7 +14,7 @@ from data_prep.errors import InputError
 from data_prep.images import Reject
 from data_prep.layouts.case import is_image, stem
 from data_prep.naming import slug
-from data_prep.volume import check_label_grid
+from data_prep.volume import NativeGrid, check_label_grid
 
 Name = tuple[str, ...]
 """Folders and stem of a file, in the alphabet of keys."""
@@ -176,7 +176,9 @@ def _off_grid(file: Path, corpus: Corpus, key: str) -> str:
     i = corpus.position(key)
     shape = tuple(int(n) for n in corpus.shapes[i, 1:])
     try:
-        check_label_grid(file, shape, np.array(corpus.meta(i)["affine"]))
+        meta = corpus.meta(i)
+        native = NativeGrid.from_dict(meta["native"])
+        check_label_grid(file, shape, np.array(meta["affine"]), native)
     except Reject as reject:
         hint = (
             "; save predictions on the grid of the scan that was given, not on the network's"

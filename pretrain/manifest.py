@@ -48,6 +48,7 @@ OPTIONAL = (DECODER, PLAN_FILE, TRAINING)
 MAX_TEXT = 2**20
 """Bytes of config.json and SHA256SUMS; a larger one is no config."""
 MAX_PRINTS = 2**30
+MAX_PRINT = 2**16
 MAX_DEPTH = 64
 """Of lists and dicts within each other: what walks through them never meets Python's own limit."""
 MAX_CROP = 2**27
@@ -144,7 +145,7 @@ class Fingerprints(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal[1]
-    values: list[Annotated[str, Field(max_length=200)]]
+    values: list[Annotated[str, Field(max_length=MAX_PRINT)]]
 
 
 Shapes = dict[str, tuple[int, ...]]

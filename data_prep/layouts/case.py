@@ -186,21 +186,22 @@ def files_below(root: Path) -> list[Path]:
     above = {root: {_identity(root)}}
     for folder, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
         here = Path(folder)
-        found += [here / name for name in names if not name.startswith(".")]
         inside = above.pop(here)
-        for name in list(folders):
-            place = _identity(here / name)
-            if name.startswith(".") or place in inside:
-                folders.remove(name)
-            else:
-                above[here / name] = inside | {place}
+        below: dict[str, tuple[int, int]] = {}
+        try:
+            shown = [here / name for name in names if not name.startswith(".")]
+            # A link to nothing counts too: it is a case whose file is missing, and has a name.
+            found += [path for path in shown if path.is_file() or path.is_symlink()]
+            below = {name: _identity(here / name) for name in folders if not name.startswith(".")}
+        except PermissionError as error:  # of a folder that can be listed and not entered
+            closed.append(OSError(error.errno, error.strerror, folder))
+        folders[:] = [name for name, place in below.items() if place not in inside]
+        above |= {here / name: inside | {below[name]} for name in folders}
     if closed:
         raise InputError(
             [f"{error.filename}: cannot be read ({error.strerror})" for error in closed]
         )
-    # What is no file, as a link to nothing, is a case whose file is missing: it has a name to tell.
-    there = [path for path in found if path.is_file() or path.is_symlink()]
-    return sorted(there, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -59,7 +59,9 @@ def find_cases(
 
 def _parts(case: Case, volumes: str) -> list[Case]:
     """A case whose file has several volumes as one of as many channels, or as many cases."""
-    if case.series or case.sequence or len(case.images) > 1:
+    # One name is that of each volume where they are apart, and of none where they are channels.
+    named = len(case.channels) > (1 if volumes == "apart" else 0)
+    if case.series or named or len(case.images) > 1:
         return [case]
     try:
         count = open_image(case.images[0]).shape[3]

@@ -242,6 +242,7 @@ def test_a_folder_of_series_becomes_a_corpus_and_keeps_no_word_of_its_headers(
     }  # fmt: skip
     for number in range(2):
         array = ras_array() + np.random.default_rng(number).integers(0, 90, ras_array().shape)
+        array -= 1024  # to HU
         write_series(tmp_path / "in" / str(number), array, square(OBLIQUE), **words)
     settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
     prep(settings, say=lambda line: None)

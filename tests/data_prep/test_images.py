@@ -141,7 +141,10 @@ def test_real_files_are_what_itk_reads() -> None:
             assert error.code == "constant" and np.ptp(SimpleITK.GetArrayFromImage(image)) == 0
             continue
         native = volume.native.to_native(volume.physical()[0])
-        np.testing.assert_allclose(native, SimpleITK.GetArrayFromImage(image).T, atol=1e-3)
+        theirs = SimpleITK.GetArrayFromImage(image).T
+        if volume.modality == ("CT",):
+            theirs = np.maximum(theirs, -1024)  # padding
+        np.testing.assert_allclose(native, theirs, atol=1e-3)
         index = (3, 5, 2)
         place = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
         np.testing.assert_allclose((volume.native.affine @ (*index, 1))[:3], place, atol=1e-3)

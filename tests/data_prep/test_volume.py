@@ -125,6 +125,54 @@ def test_modality_is_guessed_from_air(low: int, modality: str, tmp_path: Path) -
     assert read_nifti(tmp_path / "m.nii.gz").modality == (modality,)
 
 
+@pytest.mark.parametrize("padding", [-1027, -2000, -3024])
+@pytest.mark.parametrize(
+    ("dtype", "slope", "intercept"),
+    [
+        ("int16", 1, 0),
+        ("uint16", 1, -4096),
+        ("int16", 2, -3000),
+        ("int16", -1, 100),
+        ("int16", 0.3, 11),
+        ("float32", 1, 0),
+        ("float64", -2.5, 7),
+        ("int32", 1, -1024),
+    ],
+)
+def test_padding_of_ct_is_air(
+    padding: int, dtype: str, slope: float, intercept: float, tmp_path: Path
+) -> None:
+    """All below -1024 HU is -1024, to half a stored step, and nothing else changes."""
+    hu = np.linspace(-1030, 1500, np.prod(SHAPE_RAS)).reshape(SHAPE_RAS)
+    hu[:2] = padding
+    stored = (hu - intercept) / slope
+    image = nib.Nifti1Image(
+        (stored if dtype.startswith("float") else np.rint(stored)).astype(dtype), ras_affine()
+    )
+    image.header.set_slope_inter(slope, intercept)
+    nib.save(image, tmp_path / "p.nii")
+    was = nib.load(tmp_path / "p.nii").get_fdata()
+    found = read_nifti(tmp_path / "p.nii", "CT")
+    back = found.native.to_native(found.physical()[0])
+    assert -1024 <= back.min() < -1024 + abs(slope)
+    air = was < -1024
+    assert air.sum() >= 2 * SHAPE_RAS[1] * SHAPE_RAS[2] and np.ptp(back[air]) == 0
+    np.testing.assert_allclose(back[~air], was[~air], rtol=1e-6, atol=1e-3)
+    kept = read_nifti(tmp_path / "p.nii", "MR")
+    np.testing.assert_allclose(kept.native.to_native(kept.physical()[0]), was, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(0.1, -10000), (-0.1, -10000), (1, -9000)])
+def test_values_that_are_all_below_air_stay(slope: float, intercept: float, tmp_path: Path) -> None:
+    """They are no CT, and one value for all would hide that."""
+    image = nib.Nifti1Image(ras_array(), ras_affine())
+    image.header.set_slope_inter(slope, intercept)
+    nib.save(image, tmp_path / "p.nii")
+    np.testing.assert_array_equal(
+        read_nifti(tmp_path / "p.nii", "CT").array, read_nifti(tmp_path / "p.nii", "MR").array
+    )
+
+
 def _with_nan() -> np.ndarray:
     array = ras_array("float32")
     array[1, 2, 3] = np.nan
@@ -246,4 +294,6 @@ def test_real_samples_round_trip(samples: Path, tmp_path: Path) -> None:
         for path in sorted((samples / name).glob("*.nii.gz"))[:1]:
             volume = read_nifti(path)
             stored = np.asanyarray(nib.load(path).dataobj.get_unscaled())
+            if volume.modality == ("CT",):
+                stored = np.maximum(stored, -1024)  # padding
             np.testing.assert_array_equal(volume.native.to_native(volume.array[0]), stored)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from data_prep.corpus import Corpus
-from finetune.evaluate import score_case
+from data_prep.preprocess import as_physical, resample
+from data_prep.sketch import sketch
+from data_prep.volume import read_nifti
+from finetune.evaluate import Origin, comparable, doubt, score_case
 from finetune.settings import TaskSettings
 
 
@@ -61,3 +64,18 @@ def test_what_was_not_annotated_is_not_judged(
     found = score_case(corpus, 0, task({"values": (1,)}, {"values": (2,)}), truth)
     assert [score.status for score in found] == ["scored", "not_annotated"]
     assert math.isnan(found[1].dsc)
+
+
+def test_a_copy_of_what_was_seen_taints_as_well(tmp_path: Path) -> None:
+    samples = Path(__file__).parents[2] / "samples" / "ixi"
+    mine, other = (
+        read_nifti(samples / f"IXI{n}_T1.nii.gz") for n in ("013-HH-1212", "014-HH-1236")
+    )
+    copy = sketch(resample(as_physical(mine), (2.4, 2.4, 2.4))).to_text()
+    origin = Origin("pretrained", seen=comparable({"voxel-blake2b-1:00", copy}))
+    assert doubt(origin, {"voxel-blake2b-1:11", sketch(mine).to_text()}) == "tainted"
+    assert doubt(origin, {"voxel-blake2b-1:11", sketch(other).to_text()}) == ""
+    assert doubt(origin, {"voxel-blake2b-1:00"}) == "tainted"
+    # Sketches of another version cannot be compared: what was seen is not known.
+    assert comparable({"voxel-blake2b-1:00", "local-bits-2:AA"}) is None
+    assert doubt(Origin("pretrained"), {sketch(mine).to_text()}) == "unknown"

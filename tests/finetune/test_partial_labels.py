@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case, organs in {**TRAIN, **TEST}.items():
         (root / "in" / case / "segmentations").mkdir(parents=True)
         label = rng.integers(0, 4, (12, 18, 34)).astype(np.uint8)
-        image = (label * 50 + rng.integers(0, 9, label.shape)).astype(np.int16)
+        image = (label * 50 + rng.integers(0, 9, label.shape) - 100).astype(np.int16)
         nib.save(nib.Nifti1Image(image, np.eye(4)), root / "in" / case / "ct.nii.gz")
         for value, organ in enumerate(CLASSES, start=1):
             if organ in organs:

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for case in CASES:
         mask = (rng.random((12, 18, 34)) < 0.2).astype(np.uint8)
-        image = (mask * 50 + rng.integers(0, 9, mask.shape)).astype(np.int16)
+        image = (mask * 50 + rng.integers(0, 9, mask.shape) - 100).astype(np.int16)
         (root / "in" / case / "segmentations").mkdir(parents=True)
         nib.save(nib.Nifti1Image(image, np.eye(4)), root / "in" / case / "ct.nii.gz")
         file = root / "in" / case / "segmentations/liver.nii.gz"
@@ -84,6 +84,25 @@ def test_files_are_found_by_key_by_case_and_by_path(
 ) -> None:
     names = {case: name.format(case=case, key=key) for case, key in key_of(folder).items()}
     assert dice(folder, put(folder, tmp_path / "p", names), tmp_path / "o") == {1.0}
+
+
+def test_predictions_of_whole_scans_are_scored_on_cropped_ones(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Only the stored part is looked at, but it has all that is labelled."""
+    root = tmp_path / "cropped"
+    shutil.copytree(folder / "in", root / "in")
+    for case in CASES:
+        for name, background in (("ct", -1000), ("segmentations/liver", 0)):
+            file = root / "in" / case / f"{name}.nii.gz"
+            image = nib.load(file)
+            array = np.pad(np.asanyarray(image.dataobj), 3, constant_values=background)
+            nib.save(nib.Nifti1Image(array, image.affine), file)
+    settings = {"input": root / "in", "output": root / "corpus", "processes": 1}
+    prep(PrepSettings.model_validate({**settings, "crop": "foreground"}))
+    assert Corpus.open(root / "corpus").shapes[:, 1:].max() == 34
+    names = {case: f"{case}.nii.gz" for case in ("s2", "s3")}
+    assert dice(root, put(root, tmp_path / "p", names), tmp_path / "o") == {1.0}
 
 
 def test_one_file_is_not_taken_for_all(folder: Path, tmp_path: Path) -> None:
