@@ -185,6 +185,7 @@ def _jobs(
                 minimum=settings.minimum_slices,
                 spacing=settings.spacing,
                 upright=settings.sheared == "resample",
+                deface=settings.deface,
                 crop=settings.crop == "foreground",
                 empty_labels=settings.empty_labels == "keep",
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, shard_name
+from data_prep.deface import may_be_head
 from data_prep.files import write_bytes
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id
@@ -110,7 +111,7 @@ def complete(
         modalities=_count(m["channels"][0]["modality"] for m in metas),
         splits=splits,
         index_hash=index_hash,
-        notes=[*_comparison_notes(counts), *_label_notes(counts)],
+        notes=[*_head_notes(metas), *_comparison_notes(counts), *_label_notes(counts)],
     )
     return result, left_out
 
@@ -126,6 +127,20 @@ def _label_counts(kept: Sequence[Scanned], classes: list[dict[str, Any]]) -> dic
         },
         "empty_labels": [s.key for s, values in zip(kept, found, strict=True) if not values],
     }
+
+
+def _head_notes(metas: Sequence[dict[str, Any]]) -> list[str]:
+    heads = sum(
+        may_be_head(meta["channels"][0]["modality"], meta["shape"][1:], meta["spacing"])
+        for meta in metas
+        if "mask" not in meta["payloads"]
+    )
+    if not heads:
+        return []
+    return [
+        f"{heads} volumes may be heads whose faces can be recognised: MR of 14 to 30 cm each way "
+        "without a mask; deface=MODULE:FUNCTION takes faces away (docs/scans.md)"
+    ]
 
 
 def _comparison_notes(counts: dict[str, Any]) -> list[str]:
@@ -287,8 +302,9 @@ def report(
     kept: Sequence[Scanned],
     left_out: Sequence[LeftOut],
     say: Say,
+    named: bool,
 ) -> None:
-    """Says what became of every file of the input."""
+    """Says what became of every file of the input; with names of files only if `named`."""
     modalities = ", ".join(f"{n} {name}" for name, n in result.modalities.items())
     say(
         f"{result.output}: {result.samples} {result.kind} volumes of {result.subjects} subjects "
@@ -302,7 +318,9 @@ def report(
     say(f"{files['total']} files: {used}, {files['left_out']} left out, {files['ignored']} ignored")
     for code, count in result.rejected.items():
         example = next(row for row in left_out if row.code == code)
-        say(f"  left out, {code}: {count}, for example {example.name} ({example.detail})")
+        # Where names are replaced they stay out of logs as well.
+        shown = f", for example {example.name} ({example.detail})" if named else ""
+        say(f"  left out, {code}: {count}{shown}")
     if left_out:
         say(f"  all of them: {result.private / QUARANTINE_FILE}")
     for note in result.notes:

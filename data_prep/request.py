@@ -16,6 +16,7 @@ import pyarrow as pa
 import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
+from data_prep.deface import deface_function
 from data_prep.errors import InputError, near
 from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.folds import splits_of_folds, splits_of_numbers
@@ -58,6 +59,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
         lambda: read_exclusions(settings.excluded),
         lambda: read_salt(settings.salt),
         lambda: named_classes(settings),
+        lambda: settings.deface and deface_function(settings.deface),
     ):
         try:
             check()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.deface import defaced
 from data_prep.files import atomic, write_bytes
 from data_prep.fingerprint import fingerprint
 from data_prep.images import Reject
@@ -66,6 +67,7 @@ class ScanJob:
     minimum: int = MINIMUM_SLICES
     spacing: tuple[float, float, float] | None = None
     upright: bool = False
+    deface: str | None = None
     crop: bool = False
     empty_labels: bool = False
 
@@ -114,6 +116,8 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
     try:
         volume, label, mask = _read(job)
         check_plausible(volume)
+        if job.deface is not None:
+            volume, mask = defaced(volume, mask, job.deface)
     except Reject as error:
         return LeftOut(job.case.name, error.code, error.detail)
     coded = encode(volume)

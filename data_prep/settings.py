@@ -69,6 +69,8 @@ class PrepSettings(BaseModel):
         volumes: What a file of several volumes (4D) is where nothing names its channels: refused,
             a scan whose `channels` are the volumes, or several scans, `apart`.
         crop: `foreground` keeps the box of the body or signal, and of all labelled voxels.
+        deface: `module:function` that says which voxels of a scan are its face; they go, and are
+            not valid (see data_prep/deface.py).
         empty_labels: Whether a label map without any structure is refused, or kept as a negative.
         channels: Names of the channels where the input does not tell them: BIDS suffixes, or what
             the volumes of 4D files are.
@@ -101,6 +103,7 @@ class PrepSettings(BaseModel):
     sheared: Literal["refuse", "resample"] = "refuse"
     volumes: Literal["refuse", "channels", "apart"] = "refuse"
     crop: Literal["none", "foreground"] = "none"
+    deface: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     empty_labels: Literal["refuse", "keep"] = "refuse"
     channels: tuple[Annotated[str, Field(pattern=r"^[^;]{1,64}$")], ...] = ()
     subjects: str | None = None

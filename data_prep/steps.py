@@ -119,7 +119,7 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
         prep.settings, prep.layout, prep.jobs, kept, written, plan, work.corpus
     )
     publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
-    report(result, prep.layout, kept, left_out, say)
+    report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")
     return result
 
 

@@ -1,0 +1,241 @@
+"""Words planted in headers and names are in nothing that prep writes or says; faces go."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pyarrow.parquet as pq
+import pydicom
+import pytest
+import SimpleITK
+from dicom_series import write_series
+from phantoms import ras_affine, ras_array
+from pydicom.datadict import dictionary_VR, keyword_dict
+
+from data_prep.build import prep
+from data_prep.corpus import Corpus
+from data_prep.errors import InputError
+from data_prep.settings import PrepResult, PrepSettings
+
+ROOT = Path(__file__).parents[2]
+TEXT = {
+    "PN": "{}^Erika", "LO": "{}", "SH": "{}", "ST": "{}", "LT": "{}", "UT": "{}", "UC": "{}",
+    "DA": "19{:06d}", "AE": "{}",
+}  # fmt: skip
+# What a series is told by, or what the file says of its own pixels.
+STRUCTURE = ("SeriesInstanceUID", "Modality", "SpecificCharacterSet", "PixelSpacing")
+
+
+class Words:
+    """Words that occur nowhere else, each in a field of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self.planted: list[str] = []
+
+    def next(self) -> str:
+        word = "".join(self._rng.choice(list("bcdfghjkmnpqrstvwxz"), 12))
+        self.planted.append(word)
+        return word
+
+    def date(self) -> str:
+        self.planted.append(f"19{self._rng.integers(100_000, 999_999)}")
+        return self.planted[-1]
+
+
+def scan(number: int) -> np.ndarray:
+    return ras_array() + np.random.default_rng(number).integers(0, 90, ras_array().shape) - 1024
+
+
+def nifti(folder: Path, words: Words) -> None:
+    image = nib.Nifti1Image(scan(0).astype(np.int16), ras_affine())
+    for name, size in (
+        ("descrip", 80), ("aux_file", 24), ("intent_name", 16), ("db_name", 18), ("data_type", 10),
+    ):  # fmt: skip
+        word = words.next()[: size - 1]
+        words.planted[-1] = word
+        image.header[name] = word.encode()
+    for code in ("comment", "dicom", "afni"):
+        text = words.next().encode()
+        if code == "dicom":
+            made = pydicom.Dataset()
+            made.PatientName = text.decode()
+            image.header.extensions.append(nib.nifti1.Nifti1DicomExtension(2, made))
+        else:
+            image.header.extensions.append(nib.nifti1.Nifti1Extension(code, text))
+    nib.save(image, folder / f"{words.next()}.nii.gz")
+
+
+def itk(folder: Path, words: Words, suffix: str) -> None:
+    image = SimpleITK.GetImageFromArray(scan(len(suffix) + ord(suffix[1])).astype(np.int16))
+    for name in ("Comment", "PatientName", "ContentDate", "space_directions_note"):
+        image.SetMetaData(name, words.next())
+    path = folder / f"{words.next()}{suffix}"
+    SimpleITK.WriteImage(image, str(path))
+    if suffix == ".nrrd":
+        head, body = path.read_bytes().split(b"\n\n", 1)
+        more = f"\n# {words.next()}\ncontent: {words.next()}\n{words.next()}:={words.next()}"
+        path.write_bytes(head + more.encode() + b"\n\n" + body)
+
+
+def dicom(folder: Path, words: Words) -> int:
+    files = write_series(folder / words.next(), scan(9), ras_affine())
+    fields = 0
+    for path in files:
+        made = pydicom.dcmread(path)
+        for keyword in sorted(keyword_dict):
+            kind = dictionary_VR(keyword)
+            tag = pydicom.datadict.tag_for_keyword(keyword)
+            if kind not in TEXT or keyword in STRUCTURE or keyword in made or not tag:
+                continue
+            if tag >> 16 in (0, 2, 4, 0x28) or "Retired" in keyword:
+                continue
+            if path is files[0] or fields < 40:  # a few in each slice, all in the first
+                value = words.date() if kind == "DA" else TEXT[kind].format(words.next())
+                setattr(made, keyword, value)
+                fields += 1
+        made.PatientID = words.next()
+        block = made.private_block(0x0011, words.next(), create=True)
+        block.add_new(0x01, "LO", words.next())
+        made.save_as(path)
+    return fields
+
+
+def everything(folder: Path) -> bytes:
+    """All bytes of a folder, of columnar files and frames what is in them."""
+    out = io.BytesIO()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        out.write(str(path.relative_to(folder)).encode() + path.read_bytes())
+        if path.suffix == ".parquet":
+            out.write(json.dumps(pq.read_table(path).to_pylist(), default=str).encode())
+        if path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                out.write(" ".join(tar.getnames()).encode())
+    return out.getvalue().lower()
+
+
+def test_words_of_headers_and_names_are_in_nothing(tmp_path: Path, seed: int) -> None:
+    words = Words(seed)
+    source = tmp_path / "in"
+    source.mkdir()
+    nifti(source, words)
+    for suffix in (".nrrd", ".mha"):
+        itk(source, words, suffix)
+    assert dicom(source, words) > 400
+    (source / f"{words.next()}.nii.gz").write_bytes(b"no scan")
+    names = [p.name for p in source.rglob("*")]
+    command = [sys.executable, "-m", "voxelith", "prep", f"input={source}", "processes=1"]
+    done = subprocess.run(
+        [*command, f"output={tmp_path / 'c'}"], cwd=ROOT, capture_output=True, check=True
+    )
+    said = (done.stdout + done.stderr).lower()
+    checked = subprocess.run(
+        [sys.executable, "-m", "voxelith", "check", str(tmp_path / "c")],
+        cwd=ROOT, capture_output=True, check=True,
+    )  # fmt: skip
+    said += (checked.stdout + checked.stderr).lower()
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(corpus) == 4 and b"not_an_image" in said
+    found = everything(tmp_path / "c")
+    private = everything(tmp_path / "c.private")
+    for word in words.planted:
+        assert word.encode() not in found, word
+        assert word.encode() not in said, word
+        # There are the names of files, and nothing else.
+        in_a_name = any(word in str(p.relative_to(source)) for p in source.rglob("*"))
+        assert (word.encode() in private) <= in_a_name, word
+    assert all(p.stat().st_mode & 0o077 == 0 for p in (tmp_path / "c.private").iterdir())
+    with (tmp_path / "c.private" / "quarantine.csv").open() as file:
+        assert [row["code"] for row in csv.DictReader(file)] == ["not_an_image"]
+    assert len(names) == len(set(names))
+
+
+# Faces.
+
+FACE = """
+import numpy as np
+def front(values, affine):
+    gone = np.zeros(values.shape, bool)
+    gone[:, :20] = True  # h grows to posterior
+    return gone
+def nothing(values, affine):
+    return np.zeros(values.shape, bool)
+def wrong(values, affine):
+    return values > 0.5 * values.max(), affine
+def fails(values, affine):
+    raise RuntimeError("Erika Musterfrau")
+"""
+
+
+def heads(folder: Path) -> Path:
+    rng = np.random.default_rng(3)
+    folder.mkdir()
+    for number in range(2):
+        array = rng.integers(1, 900, (50, 60, 55)).astype(np.int16)
+        nib.save(nib.Nifti1Image(array, np.diag([3.5, 3.5, 3.5, 1])), folder / f"{number}.nii.gz")
+    return folder
+
+
+def run(tmp_path: Path, **options: Any) -> tuple[PrepResult, list[str]]:
+    lines: list[str] = []
+    source = tmp_path / "in"
+    settings = PrepSettings(
+        input=source if source.exists() else heads(source),
+        output=tmp_path / "c",
+        keys="names",
+        processes=1,
+        **options,
+    )
+    return prep(settings, say=lines.append), lines
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "lab_faces.py").write_text(FACE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "lab_faces"
+
+
+def test_heads_with_their_faces_are_told(tmp_path: Path) -> None:
+    _, lines = run(tmp_path)
+    assert any(line.startswith("2 volumes may be heads") for line in lines)
+
+
+def test_a_face_is_the_lowest_value_and_not_valid(tmp_path: Path, module: str) -> None:
+    _, lines = run(tmp_path, deface=f"{module}:front")
+    assert not any("may be heads" in line for line in lines)
+    corpus = Corpus.open(tmp_path / "c")
+    for i in range(2):
+        image, mask = corpus.read(i, "image")[0], corpus.read(i, "mask")
+        assert mask[:, :20].all() and not mask[:, 20:].any()
+        assert (image[:, :20] == image.min()).all()
+        original = nib.load(tmp_path / "in" / f"{i}.nii.gz").get_fdata()
+        kept = corpus.meta(i)["native"]
+        assert kept["shape"] == list(original.shape)
+        assert (np.sort(image[:, 20:].ravel()) == np.sort(original[:, :-20].ravel())).all()
+
+
+@pytest.mark.parametrize("name", ["nothing", "wrong", "fails"])
+def test_a_scan_whose_face_may_still_be_there_stays_out(
+    name: str, tmp_path: Path, module: str
+) -> None:
+    with pytest.raises(InputError, match="deface_failed") as caught:
+        run(tmp_path, deface=f"{module}:{name}")
+    assert "Erika" not in str(caught.value) and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere.at.all:f", "lab_faces:absent", "lab_faces:np"])
+def test_a_function_that_is_none_is_found_before_the_work(
+    name: str, tmp_path: Path, module: str
+) -> None:
+    with pytest.raises(InputError, match=f"deface={name}"):
+        run(tmp_path, deface=name)
