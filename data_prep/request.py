@@ -49,7 +49,11 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
     layout = None
     try:
         layout = find_cases(
-            settings.input, settings.channels, settings.subject_pattern, settings.volumes
+            settings.input,
+            settings.channels,
+            settings.subject_pattern,
+            settings.volumes,
+            settings.layout,
         )
         if not layout.cases:
             problems.append(nothing_left(settings, layout, layout.left_out))

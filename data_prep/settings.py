@@ -47,6 +47,8 @@ class PrepSettings(BaseModel):
     Attributes:
         input: A folder of scans, or a CSV that lists them.
         output: The corpus directory to write; `<output>.private/` beside it gets what must stay.
+        layout: What the folder is laid out like, where `auto` takes it for something else; `pile`
+            is any folder of unlabelled scans.
         name: Name of the corpus in corpus.json; the output directory's name when absent.
         classes: Names of the label values, as a mapping, a YAML/JSON file with one, or the name or
             file of a task in conf/task; a label with another value is refused.
@@ -88,6 +90,9 @@ class PrepSettings(BaseModel):
 
     input: Annotated[Path, MUST_EXIST]
     output: Path
+    layout: Literal["auto", "nnssl", "nnunet", "decathlon", "folders", "pairs", "bids", "pile"] = (
+        "auto"
+    )
     name: str | None = Field(default=None, min_length=1, max_length=64)
     classes: dict[Annotated[int, Field(ge=0, le=65535)], str] | Path | None = None
     labels: bool | None = None

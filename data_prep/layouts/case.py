@@ -28,6 +28,8 @@ LABEL_WORDS = {
 }  # fmt: skip
 # Between the channels of a case in one cell or word: names of sequences, paths of images.
 BETWEEN_CHANNELS = ";"
+GROUPS = ("sex", "age", "site")
+"""What fairness is judged by."""
 
 
 @dataclass(frozen=True)

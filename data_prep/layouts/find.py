@@ -15,15 +15,17 @@ from data_prep.layouts.case import BETWEEN_CHANNELS, Case, Layout, case_id, file
 from data_prep.layouts.decathlon import from_decathlon
 from data_prep.layouts.folders import from_folders
 from data_prep.layouts.lists import from_csv
+from data_prep.layouts.nnssl import from_nnssl
 from data_prep.layouts.nnunet import from_nnunet
 from data_prep.layouts.piles import from_pairs, from_pile
 
-READERS: tuple[Callable[[Path, list[Path]], Layout | None], ...] = (
-    from_nnunet,
-    from_decathlon,
-    from_folders,
-    from_pairs,
-)
+READERS: dict[str, Callable[[Path, list[Path]], Layout | None]] = {
+    "nnssl": from_nnssl,
+    "nnunet": from_nnunet,
+    "decathlon": from_decathlon,
+    "folders": from_folders,
+    "pairs": from_pairs,
+}
 
 
 def find_cases(
@@ -31,6 +33,7 @@ def find_cases(
     channels: Sequence[str] = (),
     subjects: re.Pattern[str] | None = None,
     volumes: str = "refuse",
+    forced: str = "auto",
 ) -> Layout:
     """Recognise the layout of an input folder or list and name its cases, sorted.
 
@@ -41,12 +44,13 @@ def find_cases(
         subjects: Finds the subject in a case's id where the layout names none: its first group,
             or all that it matches.
         volumes: What a 4D file is whose channels have no names, as `PrepSettings` has it.
+        forced: The layout that it must be, as `PrepSettings` has it.
 
     Raises:
         InputError: the input is missing, empty, or a list or description with mistakes (all at
             once).
     """
-    layout = _recognise(source, channels)
+    layout = _recognise(source, channels, forced)
     if subjects is not None:
         layout.cases = [replace(c, subject=_subject(c, subjects)) for c in layout.cases]
     if channels:
@@ -84,7 +88,7 @@ def _parts(case: Case, volumes: str) -> list[Case]:
     ]
 
 
-def _recognise(source: Path, channels: Sequence[str]) -> Layout:
+def _recognise(source: Path, channels: Sequence[str], forced: str) -> Layout:
     if not source.exists():
         raise InputError(f"input={source}: no such file or folder")
     if source.is_file():
@@ -97,12 +101,17 @@ def _recognise(source: Path, channels: Sequence[str]) -> Layout:
     files = files_below(source)
     if not files:
         raise InputError(f"input={source}: the folder is empty")
-    found = None
-    for reader in READERS:
-        found = reader(source, files)
-        if found is not None:
-            break
-    layout = found or from_bids(source, files, channels) or from_pile(source, files)
+    readers = READERS | {
+        "bids": lambda root, files: from_bids(root, files, channels),
+        "pile": from_pile,
+    }
+    wanted = list(readers) if forced == "auto" else [forced]
+    layouts = (readers[name](source, files) for name in wanted)
+    layout = next((found for found in layouts if found is not None), None)
+    if layout is None:
+        raise InputError(
+            f"layout={forced}: {source} is not laid out like that; auto looks what fits"
+        )
     if (source / FOLDS_FILE).is_file():
         layout.folds = read_folds(source / FOLDS_FILE)
     return layout

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.dicom import find_series, is_dicom
 from data_prep.errors import InputError
+from data_prep.images import SeriesFiles
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
+    GROUPS,
     Case,
     Layout,
+    files_below,
     modality_from_name,
     subject_from_name,
 )
 from data_prep.splits import SPELLINGS
 
-GROUPS = ("sex", "age", "site")
 COLUMNS = (
     "image", "label", "mask", "subject", "modality", "sequence", "source", "licence", "split",
     "fold", *GROUPS,
@@ -28,7 +32,8 @@ def from_csv(path: Path) -> Layout:
     """The cases of a list with the columns above, of which only `image` is needed.
 
     A case of several channels has their files in one cell, `t1.nii.gz;flair.nii.gz`, and their
-    names in `sequence`, `T1w;FLAIR`; one 4D file with several names is taken apart.
+    names in `sequence`, `T1w;FLAIR`; one 4D file with several names is taken apart. An image may
+    be a folder that holds one volume of DICOM.
 
     Raises InputError with all mistakes of the list.
     """
@@ -58,6 +63,10 @@ def from_csv(path: Path) -> Layout:
         problems += wrong
         if not wrong:
             case = _row_case(path.parent, cells)
+            if case.images[0].is_dir():
+                found = _series_of(f"{path}, line {line}", case)
+                problems += found if isinstance(found, list) else []
+                case = case if isinstance(found, list) else replace(case, series=found)
             layout.cases.append(case)
             counts.setdefault(max(len(case.images), len(case.channels)), line)
     if len(counts) > 1:
@@ -98,6 +107,21 @@ def _row_problems(
         if len(cells.get(name, "")) > 64:
             problems.append(f"{where}: {name} is longer than 64 characters")
     return problems
+
+
+def _series_of(where: str, case: Case) -> SeriesFiles | list[str]:
+    """The one DICOM volume of a folder that a row names, or what is wrong with it."""
+    folder = case.images[0]
+    found = find_series([path for path in files_below(folder) if is_dicom(path)])
+    refused = [f"{one.refusal.code}, {one.refusal.detail}" for one in found if one.refusal]
+    volumes = [volume for one in found for volume in one.volumes]
+    if len(case.images) == 1 and len(volumes) == 1 and not refused:
+        return volumes[0]
+    holds = f"{len(volumes)} volumes of DICOM" + "".join(f"; {text}" for text in refused)
+    return [
+        f"{where}: {case.name} is a folder and holds {holds}; name a folder of one volume, or let "
+        "prep look for series itself: input=FOLDER"
+    ]
 
 
 def _row_case(folder: Path, cells: dict[str, str]) -> Case:
