@@ -53,9 +53,17 @@ def _configured(name: str, words: list[str]) -> Any:
 
 
 def _prep(words: list[str]) -> Any:
+    if any(word.startswith("remove=") for word in words):
+        from data_prep.generations import remove
+
+        return remove(_configured("remove", words))
     settings = _configured("prep", words)
     from data_prep.build import prep, prep_step
 
+    if settings.append:
+        from data_prep.generations import append
+
+        return append(settings)
     return prep_step(settings) if settings.step else prep(settings).to_dict()
 
 

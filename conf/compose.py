@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 
 SETTINGS = {
     "prep": "data_prep.settings:PrepSettings",
+    "remove": "data_prep.settings:RemoveSettings",
     "split": "data_prep.settings:SplitSettings",
     "pretrain": "pretrain.settings:PretrainSettings",
     "plan": "pretrain.settings:PlanSettings",

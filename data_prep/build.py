@@ -26,17 +26,18 @@ PATIENCE_SECONDS = 120
 """How long the last step waits for tasks whose machine died: its file server tells that late."""
 
 
-def prep(settings: PrepSettings, say: Say = print) -> PrepResult:
+def prep(settings: PrepSettings, say: Say = print, generation: int = 1) -> PrepResult:
     """Write the corpus that `settings` describe; one that was killed goes on where it was.
 
     Args:
         settings: Input, output and options, and no single step.
         say: Receives the report line by line.
+        generation: Of what is added to a corpus; two inputs may name two scans alike.
 
     Raises:
         InputError: with all problems of the request; nothing was written then.
     """
-    with _begun(settings, say) as begun:
+    with _begun(settings, say, generation) as begun:
         if isinstance(begun, PrepResult):
             return begun
         with workers(settings, len(begun.jobs)) as each:
@@ -73,7 +74,7 @@ def prep_step(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
 
 
 @contextmanager
-def _begun(settings: PrepSettings, say: Say) -> Iterator[Prep | PrepResult]:
+def _begun(settings: PrepSettings, say: Say, generation: int = 1) -> Iterator[Prep | PrepResult]:
     """A prep that is under way in its work folder, or what came of it, if it is done already."""
     layout, labelled, request = check_request(settings)
     say(f"input: {layout.description}; {len(layout.cases)} images")
@@ -95,7 +96,7 @@ def _begun(settings: PrepSettings, say: Say) -> Iterator[Prep | PrepResult]:
             yield existing
             return
         try:
-            yield _prepared(settings, layout, labelled, request, work)
+            yield _prepared(settings, layout, labelled, request, work, generation)
         except BaseException:
             if work.path.exists():
                 say(
@@ -136,7 +137,12 @@ def _ended_meanwhile(
 
 
 def _prepared(
-    settings: PrepSettings, layout: Layout, labelled: bool, request: str, work: WorkFolder
+    settings: PrepSettings,
+    layout: Layout,
+    labelled: bool,
+    request: str,
+    work: WorkFolder,
+    generation: int,
 ) -> Prep:
     if settings.step in (None, "scan"):
         work.make()
@@ -147,7 +153,7 @@ def _prepared(
         )
     salt = choose_salt(settings, private_folder(settings.output), work.salt)
     classes = class_table(settings, layout) if labelled else None
-    jobs = _jobs(settings, layout, labelled, classes, salt, work)
+    jobs = _jobs(settings, layout, labelled, classes, salt, work, generation)
     return Prep(settings, layout, request, jobs, classes, salt, work)
 
 
@@ -158,6 +164,7 @@ def _jobs(
     classes: list[dict[str, Any]] | None,
     salt: bytes,
     work: WorkFolder,
+    generation: int,
 ) -> list[ScanJob]:
     names = key_names(layout.cases) if settings.keys == "names" else {}
     masks = {name for case in layout.cases for name, _ in case.organs}
@@ -168,8 +175,10 @@ def _jobs(
             key = names[case.name]
             subject = slug(case.subject) if case.subject else key
         else:
-            key = keyed_hash(salt, "key", case.name)
-            subject = keyed_hash(salt, "subject", case.subject or f"\0{case.name}")
+            # A subject that has a name is one in all inputs.
+            of = f"{generation}\0" if generation > 1 else ""
+            key = keyed_hash(salt, "key", of + case.name)
+            subject = keyed_hash(salt, "subject", case.subject or f"\0{of}{case.name}")
         jobs.append(
             ScanJob(
                 number=number,

@@ -479,7 +479,7 @@ def split_hash(data: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def _read_parquet(data: bytes) -> pa.Table:
+def read_parquet(data: bytes) -> pa.Table:
     """All columns, by this thread alone.
 
     `pq.read_table` starts Arrow's thread pool even for one thread; that now and then aborts the
@@ -519,7 +519,7 @@ def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
             f"{info['index']['sha256'][:12]}...; the index is damaged or of another corpus"
         )
     try:
-        return _read_parquet(data)
+        return read_parquet(data)
     except pa.ArrowException as error:
         raise CorruptionError(f"{path}: not a Parquet file ({error})") from error
 
@@ -532,7 +532,7 @@ def _read_prints(root: Root, sha256: str) -> pa.Table:
         raise CorruptionError(
             f"{shown(root, FINGERPRINTS_FILE)}: its sha256 is not the one in corpus.json"
         )
-    return _read_parquet(data)
+    return read_parquet(data)
 
 
 def _together(roots: Sequence[Root], infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -55,19 +55,14 @@ def complete(
     files = _account(layout, jobs, kept, left_out)
     rejected = dict(sorted(Counter(row.code for row in left_out).items()))
     metas = [sample.meta for sample in kept]
-    counts = {
-        "samples": len(kept),
-        "subjects": len({meta["subject"] for meta in metas}),
-        "modality": _count(c["modality"] for m in metas for c in m["channels"][:1]),
-        "source": _count(meta["source"] for meta in metas),
-        "licence": _count(meta["licence"] for meta in metas),
+    counts = counts_of(metas) | {
         "rejected": rejected,
         "files": files,
         # Too small to be looked for among other scans: neither clean nor duplicates.
         "not_comparable": [s.key for s in kept if not s.look.is_comparable],
     }
     if labelled:
-        counts |= _label_counts(kept, classes)
+        counts |= label_counts(metas, classes)
     info = {
         "format": FORMAT,
         "name": settings.name or settings.output.name,
@@ -116,16 +111,27 @@ def complete(
     return result, left_out
 
 
-def _label_counts(kept: Sequence[Scanned], classes: list[dict[str, Any]]) -> dict[str, Any]:
+def counts_of(metas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many samples there are, of what."""
+    return {
+        "samples": len(metas),
+        "subjects": len({meta["subject"] for meta in metas}),
+        "modality": _count(c["modality"] for m in metas for c in m["channels"][:1]),
+        "source": _count(meta["source"] for meta in metas),
+        "licence": _count(meta["licence"] for meta in metas),
+    }
+
+
+def label_counts(metas: Sequence[dict[str, Any]], classes: list[dict[str, Any]]) -> dict[str, Any]:
     """Cases by class, and those whose label is empty: sound, but worth a look."""
-    found = [{int(value) for value in sample.meta["class_counts"]} for sample in kept]
+    found = [{int(value) for value in meta["class_counts"]} for meta in metas]
     return {
         "cases_by_class": {
             row["name"]: sum(row["value"] in values for values in found)
             for row in classes
             if row["value"]
         },
-        "empty_labels": [s.key for s, values in zip(kept, found, strict=True) if not values],
+        "empty_labels": [m["key"] for m, values in zip(metas, found, strict=True) if not values],
     }
 
 
@@ -270,17 +276,22 @@ def publish(
         [job.key, job.subject, job.case.name, job.case.subject, case_id(job.case)]
         for job in (jobs[sample.number] for sample in kept)
     ]
-    _write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
+    write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
     rows = sorted([row.name, row.code, row.detail] for row in left_out)
-    _write_csv(private / QUARANTINE_FILE, ["input", "code", "detail"], rows)
+    write_csv(private / QUARANTINE_FILE, ["input", "code", "detail"], rows)
     note = canonical_json({"request": request, "index": result.index_hash})
     write_bytes(private / REQUEST_FILE, note, mode=0o600)
 
-    output, old = settings.output, replaced(settings.output)
+    take_place(work.corpus, settings.output)
+
+
+def take_place(corpus: Path, output: Path) -> None:
+    """Lets a corpus appear at its place, in that of the one that was there."""
+    old = replaced(output)
     if output.exists():
         output.rename(old)
     try:
-        work.corpus.rename(output)
+        corpus.rename(output)
     except OSError:
         if old.exists():
             old.rename(output)
@@ -288,7 +299,8 @@ def publish(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that only its owner can read."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

@@ -82,6 +82,7 @@ class PrepSettings(BaseModel):
             refused, the structure with the larger label value gets them, or each structure gets
             a bit of its own.
         minimum_slices: Fewest slices along any axis; 1 lets single slices and 2D files in.
+        append: Add what the input has to the corpus at `output`, as a new generation.
         step: One step alone, for those who divide the work: `scan`, `plan`, `write`, `publish`.
         part: `3/8` does the third of eight parts of the step; together they are all of it.
     """
@@ -114,6 +115,7 @@ class PrepSettings(BaseModel):
     subjects: str | None = None
     overlap: Literal["refuse", "last", "bits"] = "refuse"
     minimum_slices: int = Field(default=MINIMUM_SLICES, ge=1, le=64)
+    append: bool = False
     step: Literal["scan", "plan", "write", "publish"] | None = None
     part: str | None = None
 
@@ -181,6 +183,12 @@ class PrepSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _additions_are_whole(self) -> PrepSettings:
+        if self.append and (self.step is not None or self.overwrite):
+            raise ValueError("append: excludes step and overwrite; leave them out")
+        return self
+
+    @model_validator(mode="after")
     def _labels_stay_native(self) -> PrepSettings:
         if self.labels and self.resamples:
             raise ValueError(f"{self.resamples}: {NEVER_RESAMPLED}")
@@ -191,6 +199,31 @@ class PrepSettings(BaseModel):
         """The settings that give volumes another grid, as words for a message; empty: none."""
         asked = {"spacing": self.spacing is not None, "sheared": self.sheared == "resample"}
         return " and ".join(name for name, given in asked.items() if given)
+
+
+class RemoveSettings(BaseModel):
+    """What `voxelith prep output=CORPUS remove=...` can be told.
+
+    Attributes:
+        output: The corpus.
+        remove: Keys or subjects of it, or what its input called them; or a file of these, one a
+            line.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Annotated[Path, MUST_EXIST]
+    remove: Annotated[str | tuple[str, ...], BeforeValidator(several), Field(min_length=1)]
+
+    @property
+    def names(self) -> list[str]:
+        """All names."""
+        given = [self.remove] if isinstance(self.remove, str) else list(self.remove)
+        found = []
+        for one in given:
+            lines = Path(one).read_text().splitlines() if Path(one).is_file() else [one]
+            found += [line.strip() for line in lines if line.strip()]
+        return found
 
 
 class SplitSettings(BaseModel):

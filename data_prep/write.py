@@ -150,13 +150,13 @@ def write_index(path: Path, kept: Sequence[Scanned], written: Sequence[Written])
     column("json_offset", [places["json"].offset for _, places, _ in where], whole)
     column("json_size", [places["json"].size for _, places, _ in where], whole)
     column("json_xxh3", [found["json"] for _, _, found in where], hashed)
-    return _write_parquet(path, columns)
+    return write_parquet(path, columns)
 
 
 def write_fingerprints(path: Path, kept: Sequence[Scanned]) -> str:
     """Fingerprints and sketches, one row per sample in order; gives the file's sha256."""
     prints = [sample.meta["fingerprint"] for sample in kept]
-    return _write_parquet(
+    return write_parquet(
         path,
         {
             "key": pa.array([sample.key for sample in kept], type=pa.string()),
@@ -168,10 +168,12 @@ def write_fingerprints(path: Path, kept: Sequence[Scanned]) -> str:
     )
 
 
-def _write_parquet(path: Path, columns: dict[str, pa.Array]) -> str:
+def write_parquet(path: Path, columns: dict[str, pa.Array] | pa.Table) -> str:
+    """A columnar file, atomically; gives its sha256."""
     # A buffer of Arrow's own: writing to a Python file would take its thread pool.
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), buffer, compression="zstd")
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    pq.write_table(table.combine_chunks(), buffer, compression="zstd")
     data = buffer.getvalue().to_pybytes()
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,426 @@
+"""A corpus that changes: subjects are withdrawn, scans are added. Each change is a generation.
+
+Shards without a withdrawn sample are linked and not written again; the changed corpus takes the
+place of the old one in a single rename, like a new one. Its index, and so its hash, is another: a
+run that is under way goes on only with the generation that it began with.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from data_prep.build import prep
+from data_prep.corpus import (
+    CORPUS_FILE,
+    FINGERPRINTS_FILE,
+    INDEX_FILE,
+    Corpus,
+    read_parquet,
+    shard_name,
+)
+from data_prep.errors import CorruptionError, InputError
+from data_prep.files import atomic, read_note, write_bytes
+from data_prep.naming import (
+    KEYMAP_COLUMNS,
+    KEYMAP_FILE,
+    QUARANTINE_FILE,
+    REQUEST_FILE,
+    private_folder,
+)
+from data_prep.publish import Say, counts_of, label_counts, take_place, write_csv
+from data_prep.settings import PrepSettings, RemoveSettings
+from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
+from data_prep.splits import PARTS, split_from, write_split
+from data_prep.work import WorkFolder, hold
+from data_prep.write import write_parquet
+
+WITHDRAWN_FILE = "withdrawn.txt"
+"""In the private folder: what was withdrawn, so that it never comes back by appending."""
+
+
+def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
+    """Withdraws subjects or single samples from a corpus; only their shards are written again.
+
+    Raises:
+        InputError: a name is unknown, or nothing would be left.
+        CorruptionError: a shard that must be written again is damaged.
+    """
+    output, private = settings.output, private_folder(settings.output)
+    request = canonical_json(["remove", settings.names])
+    with hold(output, hashlib.sha256(request).hexdigest(), alone=True) as work:
+        corpus = Corpus.open(output)
+        gone = _rows_of(corpus, output, settings.names)
+        kept = [i for i in range(len(corpus)) if i not in gone]
+        written = 0
+        if gone:
+            _make_anew(work)
+            _note_withdrawn(private, corpus, gone)
+            change = {"added": 0, "removed": len(gone)}
+            result = _put_together(work.corpus, [_Part(corpus, output, kept)], change)
+            written = int(result["rewritten"])
+            _note_index(output, result)
+            take_place(work.corpus, output)
+        work.remove()
+        _forget_names(private)
+        after = Corpus.open(output)
+    say(
+        f"{output}: {len(gone)} samples withdrawn, {len(kept)} are left; {written} shards were "
+        "written again"
+    )
+    return {
+        "output": str(output),
+        "removed": len(gone),
+        "samples": len(kept),
+        "shards_rewritten": written,
+        "index_hash": after.index_hash,
+    }
+
+
+def append(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
+    """Adds the scans of another input as a new generation: prepared beside it, then put together.
+
+    What the corpus has already, or had before it was withdrawn, stays out, copies too.
+
+    Raises:
+        InputError: as `prep`, or the input is of another kind than the corpus.
+    """
+    output, private = settings.output, private_folder(settings.output)
+    beside = output.with_name(f".{output.name}.more")
+    request = hashlib.sha256(b"append").hexdigest()
+    with hold(output, request, alone=True):
+        corpus = Corpus.open(output)  # one that was moved away by a start that was killed is back
+    more = Corpus.open(beside) if beside.exists() else None
+    if more is None or not _has(corpus, more):
+        _refuse_other_options(settings, corpus)
+        prep(_beside(settings, corpus, beside), say, generation=_generation(corpus))
+        more = Corpus.open(beside)
+    with hold(output, request, alone=True) as work:
+        corpus = Corpus.open(output)
+        if not _has(corpus, more):
+            _make_anew(work)
+            both = ((corpus, output), (more, beside))
+            parts = [_Part(one, path, range(len(one))) for one, path in both]
+            change = {"added": len(more), "removed": 0, "index": more.index_hash}
+            result = _put_together(work.corpus, parts, change)
+            _join_private(private, private_folder(beside))
+            _note_index(output, result)
+            take_place(work.corpus, output)
+        work.remove()
+        shutil.rmtree(private_folder(beside), ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        corpus = Corpus.open(output)
+    number = len(corpus.info["generations"])
+    say(f"{output}: {len(more)} volumes added as generation {number}, {len(corpus)} in all")
+    return {
+        "output": str(output),
+        "added": len(more),
+        "samples": len(corpus),
+        "generation": number,
+        "index_hash": corpus.index_hash,
+    }
+
+
+def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSettings:
+    """The prep of an addition: with the corpus's salt, and without what it has or had."""
+    private = private_folder(settings.output)
+    salt, withdrawn = private / "salt", private / WITHDRAWN_FILE
+    known = [settings.output, *([withdrawn] if withdrawn.is_file() else [])]
+    return settings.model_copy(
+        update={
+            "append": False,
+            "overwrite": True,
+            "output": beside,
+            "name": corpus.info["name"],
+            "labels": corpus.labelled,
+            "salt": settings.salt or (salt if salt.is_file() else None),
+            "exclude": (*settings.excluded, *known),
+        }
+    )
+
+
+def _generation(corpus: Corpus) -> int:
+    return len(corpus.info["generations"]) + 1
+
+
+def _has(corpus: Corpus, more: Corpus) -> bool:
+    """Whether an addition is in the corpus already: a start was killed while it tidied up."""
+    return more.index_hash in [one.get("index") for one in corpus.info["generations"]]
+
+
+def _make_anew(work: WorkFolder) -> None:
+    shutil.rmtree(work.path, ignore_errors=True)
+    work.make()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A corpus on this disk, and which of its samples are wanted."""
+
+    corpus: Corpus
+    root: Path
+    rows: Sequence[int]
+
+
+def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
+    """Samples by key, subject, or what the input called one of them."""
+    keymap = private_folder(output) / KEYMAP_FILE
+    called: dict[str, set[str]] = {}
+    if keymap.is_file():
+        with keymap.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for column in KEYMAP_COLUMNS[2:]:
+                    called.setdefault(row[column], set()).add(row["key"])
+    found: set[int] = set()
+    problems = []
+    before = _withdrawn(private_folder(output))
+    for name in names:
+        keys = called.get(name, set())
+        rows = {
+            i
+            for i, (key, subject) in enumerate(zip(corpus.keys, corpus.subjects, strict=True))
+            if name in (key, subject) or key in keys
+        }
+        # A start that was killed had withdrawn them, and not forgotten their names.
+        if not rows and not (keys and keys <= before):
+            problems.append(
+                f"remove={name}: is no key or subject of {output}, and no name in {keymap.name} of "
+                "its private folder"
+            )
+        found |= rows
+    if len(found) == len(corpus):
+        problems.append(f"remove: nothing would be left of {output}; delete it instead")
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]) -> dict[str, Any]:
+    """Writes a corpus of the wanted samples of some: shards linked or written again, and books."""
+    shards: list[dict[str, Any]] = []
+    tables, prints, rewritten = [], [], 0
+    for part in parts:
+        table, looks = (
+            read_parquet((part.root / name).read_bytes()).take(pa.array(part.rows))
+            for name in (INDEX_FILE, FINGERPRINTS_FILE)
+        )
+        numbers = table.column("shard").to_pylist()
+        keys_of: dict[int, set[str]] = {}
+        for number, key in zip(numbers, table.column("key").to_pylist(), strict=True):
+            keys_of.setdefault(number, set()).add(key)
+        places: dict[str, dict[str, int]] = {}
+        renumbered = {}
+        for number, info in enumerate(part.corpus.info["shards"]):
+            keys = keys_of.get(number)
+            if not keys:
+                continue
+            renumbered[number] = len(shards)
+            name = shard_name(len(shards))
+            if len(keys) == info["samples"]:
+                _link(part.root / info["name"], root / name)
+                shards.append({**info, "name": name})
+                continue
+            rewritten += 1
+            places |= _rewritten(part.root / info["name"], info["sha256"], root / name, keys)
+            data = (root / name).read_bytes()
+            shards.append(
+                {
+                    "name": name,
+                    "bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "samples": len(keys),
+                }
+            )
+        tables.append(_moved(table, [renumbered[n] for n in numbers], places))
+        prints.append(looks)
+    index = write_parquet(root / INDEX_FILE, pa.concat_tables(tables))
+    print_file = write_parquet(root / FINGERPRINTS_FILE, pa.concat_tables(prints))
+    first = parts[0].corpus.info
+    before = first["generations"]
+    info = {
+        **first,
+        "shards": shards,
+        "index": {"file": INDEX_FILE, "sha256": index},
+        "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": print_file},
+        "generations": [*before, {"number": len(before) + 1, **generation}],
+        "counts": _counts(parts),
+    }
+    for split in _splits(parts):
+        write_split(split, root / "splits")
+    write_bytes(root / CORPUS_FILE, json.dumps(info, indent=1, sort_keys=True).encode() + b"\n")
+    return {"index": index, "rewritten": rewritten}
+
+
+def _link(old: Path, new: Path) -> None:
+    try:
+        os.link(old, new)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(old, new)
+
+
+def _rewritten(old: Path, sha256: str, new: Path, keys: set[str]) -> dict[str, dict[str, int]]:
+    """Writes a shard with some of its samples; gives where their members lie now."""
+    with old.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise CorruptionError(f"{old}: its sha256 is not the one in corpus.json; copy it again")
+    places = {}
+    with tarfile.open(old) as tar, atomic(new) as file:
+        writer = ShardWriter(file)
+        members: dict[str, dict[str, bytes]] = {}
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            if key in keys:
+                stored = tar.extractfile(member)
+                assert stored is not None
+                members.setdefault(key, {})[suffix] = stored.read()
+        for key, payloads in members.items():
+            found = writer.add(key, payloads)
+            places[key] = {suffix: member.offset for suffix, member in found.items()}
+        writer.close()
+    return places
+
+
+def _moved(table: pa.Table, shards: list[int], places: dict[str, dict[str, int]]) -> pa.Table:
+    """The index with new numbers of shards, and new offsets of what was written again."""
+    keys = table.column("key").to_pylist()
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if name == "shard":
+            column = pa.array(shards, type=column.type)
+        elif name.endswith("_offset"):
+            suffix = _suffix(name.removesuffix("_offset"))
+            values = [
+                old if old < 0 or key not in places else places[key][suffix]
+                for key, old in zip(keys, column.to_pylist(), strict=True)
+            ]
+            column = pa.array(values, type=column.type)
+        columns[name] = column
+    return pa.table(columns)
+
+
+def _suffix(member: str) -> str:
+    if member == "json":
+        return member
+    payload = member.removesuffix("_chunks")
+    return table_suffix(payload) if payload != member else array_suffix(payload)
+
+
+def _counts(parts: Sequence[_Part]) -> dict[str, Any]:
+    """What corpus.json counts, of the wanted samples; what became of files is that of all preps."""
+    metas = [part.corpus.meta(i) for part in parts for i in part.rows]
+    told = [part.corpus.info["counts"] for part in parts]
+    keys = {meta["key"] for meta in metas}
+    found = counts_of(metas) | {
+        name: dict(sum((Counter(one[name]) for one in told), Counter()))
+        for name in ("rejected", "files")
+    }
+    small = [key for one in told for key in one.get("not_comparable", [])]
+    found["not_comparable"] = [key for key in small if key in keys]
+    if parts[0].corpus.labelled:
+        found |= label_counts(metas, parts[0].corpus.classes)
+    return found
+
+
+def _splits(parts: Sequence[_Part]) -> list[dict[str, Any]]:
+    """The splits of the first corpus, for the wanted samples of all.
+
+    A subject stays in its part. New ones go where a split of the same name among theirs puts them,
+    and into no part where there is none.
+    """
+    first = parts[0].corpus
+    made = []
+    for name in first.splits:
+        before = first.split(name)
+        home = {subject: p for p in PARTS for subject in before["groups"][p]}
+        part_of = {key: p for p in PARTS for key in before["parts"][p]}
+        for part in parts[1:]:
+            theirs = part.corpus.split(name) if name in part.corpus.splits else None
+            for i in part.rows:
+                key, subject = part.corpus.keys[i], part.corpus.subjects[i]
+                found = [p for p in PARTS if theirs and key in theirs["parts"][p]]
+                part_of[key] = home.get(subject) or next(iter(found), "")
+        keys = [part.corpus.keys[i] for part in parts for i in part.rows]
+        subjects = [part.corpus.subjects[i] for part in parts for i in part.rows]
+        placed = [part_of.get(key, "") for key in keys]
+        made.append(split_from(name, keys, subjects, placed, before["seed"]))
+    return made
+
+
+def _refuse_other_options(settings: PrepSettings, corpus: Corpus) -> None:
+    """What all volumes of a corpus have in common, an addition must have as well."""
+    options = corpus.info["options"]
+    spacing = list(settings.spacing) if settings.spacing else None
+    problems = [
+        f"{name}={mine}: {settings.output} was made with {name}={theirs}"
+        for name, mine, theirs in (
+            ("keys", settings.keys, options["keys"]),
+            ("spacing", spacing, options["spacing"]),
+            ("labels", settings.labels, corpus.labelled if settings.labels is not None else None),
+        )
+        if mine != theirs
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _withdrawn(private: Path) -> set[str]:
+    """Keys and prints of what was withdrawn."""
+    file = private / WITHDRAWN_FILE
+    return set(file.read_text().splitlines()) if file.is_file() else set()
+
+
+def _note_withdrawn(private: Path, corpus: Corpus, gone: set[int]) -> None:
+    """Notes what must not come back; names are kept until it is gone."""
+    prints = corpus.scan_prints()
+    keys = [corpus.keys[i] for i in gone]
+    lines = _withdrawn(private) | {one for key in keys for one in (key, *prints[key])}
+    text = "".join(f"{line}\n" for line in sorted(lines))
+    private.mkdir(mode=0o700, exist_ok=True)
+    write_bytes(private / WITHDRAWN_FILE, text.encode(), mode=0o600)
+
+
+def _forget_names(private: Path) -> None:
+    """Takes the names of what was withdrawn out of the private folder."""
+    gone = _withdrawn(private)
+    header, rows = _read_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS)
+    if any(row[0] in gone for row in rows):
+        write_csv(private / KEYMAP_FILE, header, [row for row in rows if row[0] not in gone])
+
+
+def _join_private(private: Path, more: Path) -> None:
+    """Adds names and quarantine of an addition to those of its corpus."""
+    for name, columns in (
+        (KEYMAP_FILE, KEYMAP_COLUMNS),
+        (QUARANTINE_FILE, ["input", "code", "detail"]),
+    ):
+        header, rows = _read_csv(private / name, columns)
+        _, new = _read_csv(more / name, columns)
+        write_csv(private / name, header, [*rows, *(row for row in new if row not in rows)])
+
+
+def _read_csv(path: Path, header: list[str]) -> tuple[list[str], list[list[str]]]:
+    if not path.is_file():
+        return header, []
+    with path.open(newline="", encoding="utf-8") as file:
+        first, *rows = csv.reader(file)
+    return first, rows
+
+
+def _note_index(output: Path, result: dict[str, Any]) -> None:
+    """The prep that made the corpus knows it again: it would say that nothing is to do."""
+    file = private_folder(output) / REQUEST_FILE
+    note = read_note(file)
+    if note:
+        write_bytes(file, canonical_json({**note, "index": result["index"]}), mode=0o600)

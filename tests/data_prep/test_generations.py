@@ -1,0 +1,251 @@
+"""Subjects are withdrawn and scans added: bytes of all others stay, and a kill leaves a corpus."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from phantoms import save, scan
+
+import data_prep.generations
+from data_prep.build import prep
+from data_prep.check import check
+from data_prep.corpus import Corpus
+from data_prep.errors import CorruptionError, InputError
+from data_prep.generations import append, remove
+from data_prep.settings import PrepSettings, RemoveSettings
+from data_prep.work import replaced
+from voxelith import main
+
+
+def run(source: Path, output: Path, **options: Any) -> list[str]:
+    lines: list[str] = []
+    given = {"processes": 1, "shard_mib": 0.012, **options}
+    settings = PrepSettings(input=source, output=output, **given)
+    (append if settings.append else prep)(settings, lines.append)
+    return lines
+
+
+def content(corpus: Corpus) -> dict[str, bytes]:
+    """The voxels of every sample, by key."""
+    return {key: corpus.read(i, "image").tobytes() for i, key in enumerate(corpus.keys)}
+
+
+def scans(folder: Path, seed: int, count: int, labelled: bool = False) -> Path:
+    rng = np.random.default_rng(seed)
+    rows = ["image,subject,label" if labelled else "image,subject"]
+    for i in range(count):
+        save(folder / f"s{i}.nii.gz", scan(rng))
+        row = f"s{i}.nii.gz,patient {i // 2}"
+        if labelled:
+            save(folder / f"l{i}.nii.gz", (scan(rng) > 450).astype(np.uint8))
+            row += f",l{i}.nii.gz"
+        rows.append(row)
+    (folder / "list.csv").write_text("\n".join(rows))
+    return folder / "list.csv"
+
+
+@pytest.fixture
+def output(tmp_path: Path, seed: int) -> Path:
+    """Ten scans of five subjects in several shards."""
+    run(scans(tmp_path / "in", seed, 10), tmp_path / "c")
+    assert len(Corpus.open(tmp_path / "c").info["shards"]) > 3
+    return tmp_path / "c"
+
+
+def keymap(output: Path) -> list[dict[str, str]]:
+    with (output.with_name(output.name + ".private") / "keymap.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_subject_goes_and_only_its_shards_are_written_again(output: Path) -> None:
+    before = Corpus.open(output)
+    shards = {i: (output / s["name"]).stat().st_ino for i, s in enumerate(before.info["shards"])}
+    (subject,) = {row["subject"] for row in keymap(output) if row["input_subject"] == "patient 2"}
+    gone = [i for i, s in enumerate(before.subjects) if s == subject]
+    touched = {int(before.shards[i]) for i in gone}
+    expected = {k: v for i, (k, v) in enumerate(content(before).items()) if i not in gone}
+    old = (output / before.info["shards"][min(touched)]["name"]).read_bytes()
+    said: list[str] = []
+    found = remove(RemoveSettings(output=output, remove="patient 2"), said.append)
+    after = Corpus.open(output)
+    assert content(after) == expected and subject not in after.subjects
+    assert check(output) == []
+    kept = {(output / s["name"]).stat().st_ino for s in after.info["shards"]}
+    assert set(shards.values()) - kept == {shards[number] for number in touched}
+    emptied = len(before.info["shards"]) - len(after.info["shards"])
+    assert found["shards_rewritten"] == len(touched) - emptied
+    assert after.info["generations"][1:] == [{"number": 2, "added": 0, "removed": len(gone)}]
+    assert after.info["counts"]["samples"] == 8 and after.info["counts"]["subjects"] == 4
+    # Nothing of it is left: no name, and in no file that lies there now.
+    assert subject not in {row["subject"] for row in keymap(output)}
+    assert all(old not in path.read_bytes() for path in output.rglob("*.tar"))
+    assert "8 are left" in said[-1]
+
+
+def test_names_can_be_keys_subjects_and_files(output: Path, tmp_path: Path) -> None:
+    rows = keymap(output)
+    (tmp_path / "gone.txt").write_text(f"{rows[0]['key']}\n\n{rows[5]['input']}\n")
+    remove(RemoveSettings(output=output, remove=(str(tmp_path / "gone.txt"), rows[3]["key"])))
+    left = Corpus.open(output).keys
+    assert len(left) == 7 and not {rows[n]["key"] for n in (0, 3, 5)} & set(left)
+
+
+def test_unknown_names_and_all_of_them_change_nothing(output: Path) -> None:
+    before = Corpus.open(output)
+    with pytest.raises(InputError) as caught:
+        remove(RemoveSettings(output=output, remove=("patient 9", "nobody")))
+    assert len(caught.value.problems) == 2 and "remove=patient 9: is no key" in str(caught.value)
+    with pytest.raises(InputError, match="nothing would be left"):
+        remove(RemoveSettings(output=output, remove=tuple(f"patient {n}" for n in range(5))))
+    assert Corpus.open(output).index_hash == before.index_hash
+
+
+def test_a_damaged_shard_is_told_and_left(output: Path) -> None:
+    corpus = Corpus.open(output)
+    path = output / corpus.info["shards"][int(corpus.shards[0])]["name"]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match=path.name):
+        remove(RemoveSettings(output=output, remove=corpus.keys[0]))
+    assert Corpus.open(output).index_hash == corpus.index_hash
+
+
+def test_an_addition_is_a_generation_and_nothing_else_changes(
+    output: Path, tmp_path: Path, seed: int
+) -> None:
+    before = Corpus.open(output)
+    inodes = [(output / s["name"]).stat().st_ino for s in before.info["shards"]]
+    # Named as those of before: two scans of the first input lie here too, by other names.
+    more = scans(tmp_path / "more", seed + 1, 4)
+    for number in (0, 1):
+        shutil.copy(
+            tmp_path / "in" / f"s{number}.nii.gz", tmp_path / "more" / f"again{number}.nii.gz"
+        )
+    with more.open("a") as file:
+        file.write("\nagain0.nii.gz,x\nagain1.nii.gz,y\n")
+    lines = run(more, output, append=True)
+    after = Corpus.open(output)
+    assert check(output) == [] and len(after) == 14 and after.keys[:10] == before.keys
+    assert {k: v for k, v in content(after).items() if k in before.keys} == content(before)
+    assert [(output / s["name"]).stat().st_ino for s in after.info["shards"]][
+        : len(inodes)
+    ] == inodes
+    # A subject is one in both inputs.
+    assert len(set(after.subjects)) == 5
+    assert after.info["counts"]["rejected"] == {"excluded": 2}
+    assert after.info["generations"][1]["added"] == 4
+    assert "4 volumes added as generation 2, 14 in all" in lines[-1]
+    assert len(keymap(output)) == 14
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.private", "in", "more"]
+
+
+def test_what_was_withdrawn_does_not_come_back(output: Path, tmp_path: Path) -> None:
+    remove(RemoveSettings(output=output, remove="patient 1"))
+    with pytest.raises(InputError, match="no usable scan"):
+        run(tmp_path / "in" / "list.csv", output, append=True)
+    assert len(Corpus.open(output)) == 8 and check(output) == []
+
+
+def test_the_same_prep_knows_the_changed_corpus(output: Path, tmp_path: Path) -> None:
+    remove(RemoveSettings(output=output, remove="patient 1"))
+    lines = run(tmp_path / "in" / "list.csv", output)
+    assert "already is this corpus (8 samples)" in lines[-1]
+
+
+def test_labels_and_splits_go_along(tmp_path: Path, seed: int) -> None:
+    output = tmp_path / "c"
+    run(scans(tmp_path / "in", seed, 10, True), output, keys="names")
+    before = Corpus.open(output).split("default")
+    home = {subject: p for p, group in before["groups"].items() for subject in group}
+    more = scans(tmp_path / "more", seed + 1, 6, True)
+    text = more.read_text().replace("patient 1", "patient 8").replace("patient 2", "patient 9")
+    for number in range(6):
+        for kind in "sl":
+            old = tmp_path / "more" / f"{kind}{number}.nii.gz"
+            old.rename(old.with_name(f"new-{kind}{number}.nii.gz"))
+    text = text.replace("\ns", "\nnew-s").replace(",l", ",new-l")
+    text = text.replace("subject,new-label", "subject,label")
+    more.write_text(text)
+    run(more, output, keys="names", append=True)
+    corpus = Corpus.open(output)
+    after = corpus.split("default")
+    found = {subject: p for p, group in after["groups"].items() for subject in group}
+    assert {s: p for s, p in found.items() if s in home} == home
+    assert set(found) - set(home) == {"patient-8", "patient-9"} and check(output) == []
+    assert corpus.info["counts"]["cases_by_class"] == {"class_1": 16}
+    remove(RemoveSettings(output=output, remove="patient 0"))
+    left = Corpus.open(output)
+    assert "patient-0" not in str(left.split("default")) and check(output) == []
+    assert left.info["counts"]["cases_by_class"] == {"class_1": 12}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"keys": "names"}, "keys=names"),
+        ({"spacing": 3}, "spacing="),
+        ({"labels": True}, "labels="),
+    ],
+)
+def test_an_addition_of_another_kind_is_refused(
+    options: dict[str, Any], match: str, output: Path, tmp_path: Path, seed: int
+) -> None:
+    more = scans(tmp_path / "more", seed + 1, 4)
+    with pytest.raises(InputError, match=match):
+        run(more, output, append=True, **options)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("what", ["remove", "append"])
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_kill_leaves_one_corpus_and_the_same_command_ends_it(
+    what: str, moment: str, output: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = scans(tmp_path / "more", seed + 1, 4)
+    place = data_prep.generations.take_place
+
+    class Killed(BaseException):
+        pass
+
+    def killed(corpus: Path, target: Path) -> None:
+        if moment == "between":
+            target.rename(replaced(target))
+        elif moment == "after":
+            place(corpus, target)
+        raise Killed
+
+    def change() -> None:
+        if what == "remove":
+            remove(RemoveSettings(output=output, remove="patient 1"))
+        else:
+            run(more, output, append=True)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("data_prep.generations.take_place", killed)
+        change()
+    change()
+    corpus = Corpus.open(output)
+    assert len(corpus) == (8 if what == "remove" else 14) and check(output) == []
+    assert len(corpus.info["generations"]) == 2
+    assert len(keymap(output)) == len(corpus)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command_line_removes_and_adds(
+    output: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prep", f"output={output}", "remove=patient 3"]) == 0
+    more = scans(tmp_path / "more", seed + 1, 2)
+    assert (
+        main(["prep", f"input={more}", f"output={output}", "append=true", "shard_mib=0.012"]) == 0
+    )
+    assert len(Corpus.open(output)) == 10
+    assert main(["prep", f"output={output}", "remove=nobody"]) == 2
+    assert main(["prep", f"input={more}", f"output={output}", "append=true", "step=scan"]) == 2
+    assert "append: excludes step" in capsys.readouterr().err
