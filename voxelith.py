@@ -423,8 +423,14 @@ def _report(words: list[str]) -> Any:
     from finetune.training import sort_runs
 
     output = Path(options["output"])
-    before = [Path(options["pretrain"])] if options["pretrain"] else []
     make_folder(output.parent, "output")
+    if len(runs) == 1 and (runs[0] / "corpus.json").is_file():
+        from finetune.corpus_report import corpus_report
+
+        path = corpus_report(runs[0], output)
+        print(f"Open {path}")
+        return {"report": str(path)}
+    before = [Path(options["pretrain"])] if options["pretrain"] else []
     trainings, finished = sort_runs([*before, *runs])
     path = make_report(trainings, finished, read_table(finished) if finished else None, output)
     print(f"Open {path}")
@@ -699,13 +705,14 @@ validation cases in which the arms' rates were chosen: the notes say whether it 
 example: voxelith table runs/ output=table/""",
     ),
     "report": Command(
-        "runs to one self-contained page",
-        "report RUN [RUN ...] [pretrain=RUN] [output=report.html]",
+        "runs, or a corpus, to one self-contained page",
+        "report RUN|CORPUS [RUN ...] [pretrain=RUN] [output=report.html]",
         _report,
         """
 RUN is the folder of any run, or one that holds runs: a pretraining at any time, under way, killed
 or done, with its curves, pictures and what became of each start; finetunings that are finished as
 `voxelith table` compares them, others with their curves. pretrain=RUN is one of them, shown first.
+Of a corpus: slices, what was left out and why, copies, sizes, intensities, licences.
 
 example: voxelith report runs/first
          voxelith report runs/ pretrain=runs/first""",

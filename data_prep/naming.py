@@ -21,7 +21,8 @@ MINIMUM_SALT = 16
 KEYMAP_FILE = "keymap.csv"
 QUARANTINE_FILE = "quarantine.csv"
 REQUEST_FILE = "request.json"
-PRIVATE_FILES = ("salt", KEYMAP_FILE, QUARANTINE_FILE, REQUEST_FILE)
+DUPLICATES_FILE = "duplicates.png"
+PRIVATE_FILES = ("salt", KEYMAP_FILE, QUARANTINE_FILE, REQUEST_FILE, DUPLICATES_FILE)
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.errors import InputError
@@ -33,6 +33,8 @@ class Plan:
     left_out: list[LeftOut]
     classes: list[dict[str, Any]]
     labelled: bool
+    pairs: list[tuple[int, int, float]] = field(default_factory=list)
+    """Copies that are left out: number of the case, of that which stays, and their similarity."""
 
     @property
     def known(self) -> list[int] | None:
@@ -51,8 +53,9 @@ def make_plan(
 ) -> Plan:
     """The plan of all cases; InputError if none is left."""
     kept, left_out = _survivors(jobs, scanned, read_exclusions(settings.excluded))
+    pairs: list[tuple[int, int, float]] = []
     if settings.duplicates == "all":
-        kept, near = _without_near_duplicates(jobs, kept)
+        kept, near, pairs = _without_near_duplicates(jobs, kept)
         left_out += near
     left_out = [*layout.left_out, *left_out]
     if not kept:
@@ -63,7 +66,7 @@ def make_plan(
         classes = class_rows({0: "background", **{v: f"class_{v}" for v in values}})
     if labelled and classes and any(s.meta["seg_encoding"] == "bits" for s in kept):
         classes = combined_rows(classes, {int(v) for s in kept for v in s.meta["class_counts"]})
-    plan = Plan([], left_out, classes or [], labelled)
+    plan = Plan([], left_out, classes or [], labelled, pairs)
     sizes = [len(sample_json(s.meta, plan.known)) + sum(s.sizes.values()) for s in kept]
     for members in assign_shards(sizes, int(settings.shard_mib * 2**20)):
         plan.shards.append([kept[i].number for i in members])
@@ -104,13 +107,13 @@ def _survivors(
 
 def _without_near_duplicates(
     jobs: Sequence[ScanJob], samples: Sequence[Scanned]
-) -> tuple[list[Scanned], list[LeftOut]]:
+) -> tuple[list[Scanned], list[LeftOut], list[tuple[int, int, float]]]:
     """As `_survivors`, by sketches; volumes of one file or series are alike and mean to be."""
     order = sorted(samples, key=lambda sample: _precedence(jobs[sample.number]))
     looks = [sample.look for sample in order]
     index = SketchIndex(looks)
     kept: dict[int, Scanned] = {}
-    left_out = []
+    left_out, pairs = [], []
     for n, sample in enumerate(bar(iterable=order, desc="duplicates", total=len(order))):
         job = jobs[sample.number]
         found = [
@@ -122,9 +125,10 @@ def _without_near_duplicates(
             other, share = found[0]
             how = f"a near-duplicate of {order[other].key} ({share:.0%} of features)"
             left_out.append(_duplicate(job, sample, order[other], jobs, how))
+            pairs.append((sample.number, order[other].number, share))
         else:
             kept[n] = sample
-    return sorted(kept.values(), key=lambda sample: sample.key), left_out
+    return sorted(kept.values(), key=lambda sample: sample.key), left_out, pairs
 
 
 def _precedence(job: ScanJob) -> tuple[int, int]:
