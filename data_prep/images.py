@@ -32,6 +32,8 @@ PACKED = (".gz", ".bz2", ".zst")
 # deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
 GZIP_MAXIMUM_RATIO = 1100
 _HEADER_BYTES = 2**16
+_MORE_BYTES = 2**26
+"""Of a compressed file behind its voxels, at most."""
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -110,6 +112,8 @@ def _nifti(path: Path) -> Image:
         size = path.stat().st_size
         image = nib.load(path)
     except ImageFileError as error:
+        if path.name.lower().endswith(".gz"):
+            _check_stream(path)
         raise Reject("not_an_image", "the file is not NIfTI") from error
     except EOFError as error:
         raise Reject("truncated", "the compressed stream ends too early") from error
@@ -132,9 +136,46 @@ def _nifti(path: Path) -> Image:
     return Image(shape, flat, affine, forms, None, lambda: _nifti_values(image, path))
 
 
+def _unpacked(stored: Any, path: Path) -> np.ndarray:
+    """The voxels of a compressed file, read to its end: there is the sum that tells of damage."""
+    raw = np.empty(stored.shape, dtype=stored.dtype, order="F")
+    view = raw.reshape(-1, order="F").view(np.uint8).data
+    with gzip.open(path) as stream:
+        stream.seek(stored.offset)
+        there = 0
+        while there < len(view):
+            came = stream.readinto(view[there:])
+            if not came:
+                raise Reject("truncated", f"{there} of {len(view)} bytes of voxels are there")
+            there += came
+        more = 0
+        while piece := stream.read(2**20):
+            more += len(piece)
+            if more > _MORE_BYTES:
+                raise Reject("unreadable", "it goes on for long behind its voxels")
+    return raw
+
+
+def _check_stream(path: Path) -> None:
+    """Says what is wrong with a compressed stream whose header nibabel could not find."""
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return
+    try:
+        with gzip.open(path) as stream:
+            stream.read(_HEADER_BYTES)
+    except EOFError as error:
+        raise Reject("truncated", "the compressed stream ends too early") from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise Reject("unreadable", f"the compression is damaged ({error})") from error
+
+
 def _nifti_values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
     try:
-        raw = np.asanyarray(image.dataobj.get_unscaled())
+        if path.name.lower().endswith(".gz") and isinstance(image, nib.Nifti1Image):
+            raw = _unpacked(image.dataobj, path)
+        else:
+            raw = np.asanyarray(image.dataobj.get_unscaled())
     except EOFError as error:
         raise Reject("truncated", "the compressed stream ends too early") from error
     except (zlib.error, gzip.BadGzipFile) as error:

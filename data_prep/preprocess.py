@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from data_prep.errors import InputError
 from data_prep.images import Reject
@@ -30,6 +30,9 @@ MAX_VOXELS = 2**32
 """Of a channel that is resampled: a whole body at half a millimetre; 16 GiB of float32."""
 MAX_PAD = 2**27
 """Voxels that the smallest scan is padded to, at most: 512 cubed."""
+
+_PIECE = 2**18
+"""Voxels of an array that is resampled which are worked on at once: 1 MiB."""
 
 FINEST, COARSEST = 0.05, 100.0
 """Millimetres that a voxel may have."""
@@ -310,11 +313,69 @@ def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
                 smooth, factors, offset=offset, output_shape=tuple(shape), order=1, mode="nearest"
             )
         )
+    return _on_grid(volume, np.stack(channels), factors)
+
+
+def resample_cubic(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
+    """As `resample`, by cubic B-splines: what a corpus is resampled with, once and for all.
+
+    Smoothing and interpolation along an axis are one sparse matrix, made of what scipy does with
+    unit vectors; axes that shrink come first. The values stay within those of the volume.
+    """
+    factors = spacing_factors(volume.spacing, spacing_mm)
+    if (factors == 1).all():
+        return volume
+    shape = resampled_shape(volume.array.shape[1:], factors)
+    sigmas = smoothing(factors)
+    array = np.empty((len(volume.array), *shape), dtype=np.float32)
+    for c, channel in enumerate(volume.array.astype(np.float32, copy=False)):
+        made = channel
+        for axis in np.argsort(-factors, kind="stable"):
+            if factors[axis] != 1:
+                matrix = _along(channel.shape[axis], shape[axis], factors[axis], sigmas[axis])
+                made = _applied(matrix, made, int(axis))
+        np.clip(made, channel.min(), channel.max(), out=array[c])
+    return _on_grid(volume, array, factors)
+
+
+def _along(before: int, after: int, factor: float, sigma: float) -> sparse.csr_array:
+    """Smoothing and cubic interpolation of one axis as a matrix `[after, before]`."""
+    unit = np.eye(before)
+    if sigma > 0:
+        unit = ndimage.gaussian_filter1d(unit, sigma, axis=0, mode="nearest")
+    matrix = ndimage.affine_transform(
+        unit,
+        (factor, 1.0),
+        offset=(factor / 2 - 0.5, 0.0),
+        output_shape=(after, before),
+        order=3,
+        mode="nearest",
+    )
+    # A B-spline's prefilter reaches on for ever and falls by a factor of 3.7 each voxel.
+    matrix[np.abs(matrix) < 1e-6] = 0
+    matrix /= matrix.sum(axis=1, keepdims=True)
+    return sparse.csr_array(matrix.astype(np.float32))
+
+
+def _applied(matrix: sparse.csr_array, array: np.ndarray, axis: int) -> np.ndarray:
+    """A matrix applied along one axis, in pieces that the cache holds."""
+    moved = np.moveaxis(array, axis, 0)
+    flat = np.ascontiguousarray(moved).reshape(moved.shape[0], -1)
+    made = np.empty((matrix.shape[0], flat.shape[1]), dtype=np.float32)
+    step = max(64, _PIECE // flat.shape[0])
+    for first in range(0, flat.shape[1], step):
+        piece = np.ascontiguousarray(flat[:, first : first + step])
+        made[:, first : first + step] = matrix @ piece
+    return np.moveaxis(made.reshape(-1, *moved.shape[1:]), 0, axis)
+
+
+def _on_grid(volume: Volume, array: np.ndarray, factors: np.ndarray) -> Volume:
+    """The volume with resampled values, and where they lie."""
     step = np.eye(4)
     step[:3, :3] = np.diag(factors)
-    step[:3, 3] = offset
+    step[:3, 3] = factors / 2 - 0.5
     native = replace(volume.native, from_stored=volume.native.from_stored @ step)
-    return replace(volume, array=np.stack(channels), affine=volume.affine @ step, native=native)
+    return replace(volume, array=array, affine=volume.affine @ step, native=native)
 
 
 def pad(volume: Volume, multiple: Sequence[int]) -> Volume:

@@ -21,7 +21,7 @@ from data_prep.fingerprint import fingerprint
 from data_prep.images import Reject
 from data_prep.intensity import Statistics, encode, ranks, volume_statistics
 from data_prep.layouts.case import Case, LeftOut
-from data_prep.preprocess import as_physical, resample
+from data_prep.preprocess import as_physical, resample, resample_cubic
 from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
 from data_prep.sketch import Sketch, sketch
@@ -142,7 +142,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
                 array=np.repeat(mask[None].astype(np.float32), len(coded.array), axis=0),
             )
             mask = (resample(hidden, job.spacing).array[0] > 0).astype(np.uint8)
-        coded = encode(resample(as_physical(coded), job.spacing))
+        coded = encode(resample_cubic(as_physical(coded), job.spacing))
     box = foreground_box(coded, statistics)
     if job.crop:
         coded, label, mask, box = _cropped(coded, label, mask, box)
