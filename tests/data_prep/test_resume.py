@@ -26,6 +26,7 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.naming import keyed_hash
 from data_prep.settings import PrepSettings
+from voxelith import main
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("VOXELITH_DATA_DIR", ROOT / "../shared/data"))
@@ -372,3 +373,25 @@ def test_what_other_preps_left_is_named_and_left_alone(folder: Path, tmp_path: P
         str(tmp_path / ".c.prep-host-12"), str(left),
     ]  # fmt: skip
     assert list((tmp_path / ".c.prep").glob("*/")) == [left]
+
+
+def test_a_full_disk_is_a_clear_end_and_the_same_command_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files fails as a full disk does, in the middle of a write."""
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
+        "from voxelith import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["prep", f"input={folder}", f"output={tmp_path / 'c'}", "processes=1", "keys=names"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert "the same command goes on" in done.stdout
+    assert not (tmp_path / "c").exists()
+    assert main(words) == 0
+    assert check(tmp_path / "c") == []
+    quiet = tmp_path / "quiet" / "c"
+    assert main([*words[:2], f"output={quiet}", *words[3:]]) == 0
+    assert tree(tmp_path / "c") == tree(quiet)
