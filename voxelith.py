@@ -488,13 +488,15 @@ COMMANDS = {
     "prep": Command(
         "raw scans to a corpus",
         "prep input=DIR output=DIR [key=value ...]\n"
-        "voxelith prep input=DIR output=DIR step=scan|plan|write|publish [part=3/8] [...]",
+        "voxelith prep input=DIR output=DIR step=scan|plan|write|publish [part=3/8] [...]\n"
+        "voxelith prep output=CORPUS remove=KEY|SUBJECT|FILE",
         _prep,
         """
 Killed at any moment, the same command goes on where it was: what is done is kept beside the output
 in .OUTPUT.prep until the corpus is there. The steps divide the work among tasks that share a file
 system: each part of scan, then plan, each part of write, then publish; the corpus is the same to
 the last byte. `voxelith launch prep` makes SLURM arrays of them.
+append=true adds an input to a corpus, remove= withdraws subjects or samples from one.
 
 example: voxelith prep input=scans/ output=corpora/abdomen""",
     ),
