@@ -128,7 +128,10 @@ def nnunet(path: Path, spacing: Sequence[float]) -> None:
         CTNormalization,
     )
     from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+    from nnunetv2.training.dataloading.nnunet_dataset import (
+        comp_blosc2_params,
+        nnUNetDatasetBlosc2,
+    )
 
     data, properties = SimpleITKIO().read_images([str(path)])
     cropped, seg, _ = crop_to_nonzero(data.astype(np.float32))
@@ -137,7 +140,7 @@ def nnunet(path: Path, spacing: Sequence[float]) -> None:
     shape = compute_new_shape(cropped.shape[1:], properties["spacing"], spacing)
     made = nnunet_resample(normalised, shape, properties["spacing"], spacing).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        blocks, chunks = nnUNetDatasetBlosc2.comp_blosc2_params(made.shape, (96, 96, 96), 4)
+        blocks, chunks = comp_blosc2_params(made.shape, (96, 96, 96))
         nnUNetDatasetBlosc2.save_case(
             made,
             np.zeros(made.shape, dtype=np.int16),
