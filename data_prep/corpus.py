@@ -362,25 +362,24 @@ class Corpus:
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint per key, as comparable text `algorithm-version:hex`."""
-        rows: list[dict[str, Any]] = []
-        for root, info in zip(self._roots, self._infos, strict=True):
-            table = _read_prints(root, info["fingerprints"]["sha256"])
-            rows += table.select(["key", "algorithm", "version", "value"]).to_pylist()
-        stated = [row["key"] for row in rows]
-        if stated != self._table.column("key").to_pylist():
-            raise CorruptionError(f"{self}: the fingerprints are of other samples")
-        return {key: as_text(row) for key, row in zip(self.keys, rows, strict=True)}
+        return dict(zip(self.keys, _texts(self._prints()), strict=True))
 
     def sketches(self) -> list[Sketch]:
         """What each scan is found again by; empty ones for corpora of before there were any."""
-        from data_prep.sketch import Sketch
+        return _sketches(self._prints())
 
-        found: list[bytes] = []
+    def _prints(self) -> pa.Table:
+        """Fingerprints and sketches of all samples, verified."""
+        tables = []
         for root, info in zip(self._roots, self._infos, strict=True):
             table = _read_prints(root, info["fingerprints"]["sha256"])
-            has = "sketch" in table.column_names
-            found += table.column("sketch").to_pylist() if has else [b""] * len(table)
-        return [Sketch.from_bytes(data) for data in found]
+            if "sketch" not in table.column_names:
+                table = table.append_column("sketch", pa.array([b""] * len(table), pa.binary()))
+            tables.append(table)
+        found = pa.concat_tables(tables)
+        if found.column("key").to_pylist() != self._table.column("key").to_pylist():
+            raise CorruptionError(f"{self}: the fingerprints are of other samples")
+        return found
 
     def scan_prints(self) -> dict[str, set[str]]:
         """Per key all fingerprints under which its scans may be known elsewhere.
@@ -388,8 +387,9 @@ class Corpus:
         That of the sample, and of a sample with several channels that of each channel: who has
         seen one of them has seen the case. Then its sketch, which finds near-duplicates.
         """
-        found = {key: {value} for key, value in self.fingerprints().items()}
-        for key, look in zip(self.keys, self.sketches(), strict=True):
+        prints = self._prints()
+        found = {key: {text} for key, text in zip(self.keys, _texts(prints), strict=True)}
+        for key, look in zip(self.keys, _sketches(prints), strict=True):
             if look.is_comparable:
                 found[key].add(look.to_text())
         for i in np.flatnonzero(self.shapes[:, 0] > 1):
@@ -522,6 +522,16 @@ def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
         return read_parquet(data)
     except pa.ArrowException as error:
         raise CorruptionError(f"{path}: not a Parquet file ({error})") from error
+
+
+def _texts(prints: pa.Table) -> list[str]:
+    return [as_text(row) for row in prints.select(["algorithm", "version", "value"]).to_pylist()]
+
+
+def _sketches(prints: pa.Table) -> list[Sketch]:
+    from data_prep.sketch import Sketch
+
+    return [Sketch.from_bytes(data) for data in prints.column("sketch").to_pylist()]
 
 
 def _read_prints(root: Root, sha256: str) -> pa.Table:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ class Exclusions:
     sketches: list[Sketch] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._index = SketchIndex(self.sketches)
+    @cached_property
+    def _index(self) -> SketchIndex:
+        # Not for those who only ask whether the words of a request are sound: each task does.
+        return SketchIndex(self.sketches)
 
     def reason(self, sample: Scanned) -> str:
         """Why a scan must stay out; empty if it may come in."""
