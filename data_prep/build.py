@@ -35,7 +35,7 @@ def prep(settings: PrepSettings, say: Say = print, generation: int = 1) -> PrepR
         generation: Of what is added to a corpus; two inputs may name two scans alike.
 
     Raises:
-        InputError: with all problems of the request; nothing was written then.
+        InputError: with all problems of the request; no corpus was written then.
     """
     with _begun(settings, say, generation) as begun:
         if isinstance(begun, PrepResult):

@@ -31,7 +31,7 @@ from data_prep.corpus import (
     shard_name,
 )
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic, read_note, write_bytes
+from data_prep.files import atomic, read_note, write_bytes, write_csv
 from data_prep.naming import (
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
@@ -39,7 +39,7 @@ from data_prep.naming import (
     REQUEST_FILE,
     private_folder,
 )
-from data_prep.publish import Say, counts_of, label_counts, take_place, write_csv
+from data_prep.publish import Say, counts_of, label_counts, take_place
 from data_prep.settings import PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
 from data_prep.splits import PARTS, split_from, write_split

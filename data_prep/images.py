@@ -32,6 +32,8 @@ PACKED = (".gz", ".bz2", ".zst")
 # deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
 GZIP_MAXIMUM_RATIO = 1100
 _HEADER_BYTES = 2**16
+# Of metres and micrometres, as NIfTI headers count units; one that names none means millimetres.
+_MILLIMETRES = {1: 1000.0, 3: 0.001}
 _MORE_BYTES = 2**26
 """Of a compressed file behind its voxels, at most."""
 
@@ -131,7 +133,8 @@ def _nifti(path: Path) -> Image:
         packed = path.name.lower().endswith(PACKED)
         _check_claim(shape, dtype.itemsize, size, packed)
     forms = int(image.header["qform_code"]), int(image.header["sform_code"])
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = np.array(image.affine, dtype=np.float64)
+    affine[:3] *= _MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
     flat = len(image.shape) < 3
     return Image(shape, flat, affine, forms, None, lambda: _nifti_values(image, path))
 

@@ -20,9 +20,19 @@ KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
 KEYMAP_FILE = "keymap.csv"
 QUARANTINE_FILE = "quarantine.csv"
+QUARANTINE_HEADER = ("input", "code", "detail")
+REFUSED_FILE = "refused.csv"
+"""As the quarantine, of an input that gave no sample at all."""
 REQUEST_FILE = "request.json"
 DUPLICATES_FILE = "duplicates.png"
-PRIVATE_FILES = ("salt", KEYMAP_FILE, QUARANTINE_FILE, REQUEST_FILE, DUPLICATES_FILE)
+PRIVATE_FILES = (
+    "salt",
+    KEYMAP_FILE,
+    QUARANTINE_FILE,
+    REFUSED_FILE,
+    REQUEST_FILE,
+    DUPLICATES_FILE,
+)
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
 

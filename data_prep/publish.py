@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections import Counter
@@ -13,7 +11,7 @@ from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, shard_name
 from data_prep.deface import may_be_head
-from data_prep.files import write_bytes
+from data_prep.files import write_bytes, write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id
 from data_prep.naming import (
@@ -21,6 +19,8 @@ from data_prep.naming import (
     KEYMAP_FILE,
     PRIVATE_FILES,
     QUARANTINE_FILE,
+    QUARANTINE_HEADER,
+    REFUSED_FILE,
     REQUEST_FILE,
     private_folder,
 )
@@ -278,7 +278,8 @@ def publish(
     ]
     write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
     rows = sorted([row.name, row.code, row.detail] for row in left_out)
-    write_csv(private / QUARANTINE_FILE, ["input", "code", "detail"], rows)
+    write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
+    (private / REFUSED_FILE).unlink(missing_ok=True)
     note = canonical_json({"request": request, "index": result.index_hash})
     write_bytes(private / REQUEST_FILE, note, mode=0o600)
 
@@ -297,15 +298,6 @@ def take_place(corpus: Path, output: Path) -> None:
             old.rename(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table that only its owner can read."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode("utf-8"), mode=0o600)
 
 
 def report(

@@ -1,9 +1,13 @@
-"""Is the request sound, and was it answered already? Nothing is written before this says so."""
+"""Is the request sound, and was it answered already?
+
+Nothing is written before this says so, but what is wrong with each file of an input without a scan.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +23,17 @@ from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.deface import deface_function
 from data_prep.errors import InputError, near
 from data_prep.exclusions import exclusion_digest, read_exclusions
+from data_prep.files import write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Layout, LeftOut, case_id
 from data_prep.layouts.find import find_cases
-from data_prep.naming import REQUEST_FILE, private_folder, read_salt
+from data_prep.naming import (
+    QUARANTINE_HEADER,
+    REFUSED_FILE,
+    REQUEST_FILE,
+    private_folder,
+    read_salt,
+)
 from data_prep.settings import NEVER_RESAMPLED, PrepResult, PrepSettings
 from data_prep.shards import canonical_json
 from data_prep.splits import split_from
@@ -283,14 +294,24 @@ def combined_rows(rows: list[dict[str, Any]], codes: Collection[int]) -> list[di
 
 
 def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[LeftOut]) -> str:
-    """The message for an input that gives no sample at all."""
-    shown = "; ".join(f"{row.name}: {row.code}, {row.detail}" for row in left_out[:5])
-    more = f"; and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-    found = f" Left out: {shown}{more}" if shown else ""
-    return (
-        f"input={settings.input}: no usable scan ({layout.description}); .nii or .nii.gz files of "
-        f"3D CT or MR are needed.{found}"
+    """The message for an input that gives no sample at all; why not is noted, file by file."""
+    said = (
+        f"input={settings.input}: no usable scan ({layout.description}); 3D CT or MR in NIfTI, "
+        "NRRD, MetaImage or DICOM is needed."
     )
+    if not left_out:
+        return said
+    if settings.keys == "names":
+        shown = [f"{row.name}: {row.code}, {row.detail}" for row in left_out[:5]]
+        shown += [f"{len(left_out) - 5} more"] if len(left_out) > 5 else []
+    else:  # where names are replaced they stay out of logs as well
+        counts = Counter(row.code for row in left_out)
+        shown = [f"{count} {code}" for code, count in sorted(counts.items())]
+    private = private_folder(settings.output)
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    rows = sorted([row.name, row.code, row.detail] for row in left_out)
+    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER, rows)
+    return f"{said} Left out: {'; '.join(shown)}. All of them: {private / REFUSED_FILE}"
 
 
 def versions() -> dict[str, str]:

@@ -390,7 +390,7 @@ def _on_grid_of(
         return read_label(path, volume, permitted, upright)
     except Reject as error:
         if error.code.startswith("label_"):
-            raise
+            raise Reject(error.code.replace("label", what, 1), error.detail) from error
         raise Reject(f"{what}_unreadable", f"{error.code}: {error.detail}") from error
     except Exception as error:
         raise Reject(f"{what}_unreadable", f"{type(error).__name__}: {error}") from error

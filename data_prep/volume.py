@@ -233,35 +233,32 @@ def read_channels(
     if modality is not None and modality not in MODALITIES:
         raise Reject("unsupported_modality", f"{modality} is neither CT nor MR")
     within = len(names) if len(paths) == 1 and len(names) > 1 else 1
-    channels, scales, grids, said = [], [], [], []
+    channels, scales, grids, modalities = [], [], [], []
     for path in paths:
         image = _open(path, within, minimum, frame)
         raw, slope, intercept = _values(image, frame)
         for volume in np.moveaxis(raw, 3, 0):
+            kind = image.modality or modality or guess_modality(volume, slope, intercept)
+            if kind == "CT":  # before a sheared grid blends it with its neighbours
+                volume = _padding_as_air(volume, slope, intercept)
             outside = (volume.min() if slope > 0 else volume.max()) if upright else None
             array, affine, native = _canonical(image, volume, outside)
             channels.append(array)
             scales.append((slope, intercept))
             grids.append((affine, native))
-            said.append(image.modality)
+            modalities.append(kind)
     affine, native = grids[0]
     shape = channels[0].shape
     for path, array, (other, _) in zip(paths, channels, grids, strict=False):
         for code, detail in _grid_problems("channel", array.shape, other, shape, affine):
             raise Reject(code, f"{path.name}: {detail}")
-    modalities = tuple(
-        header or modality or guess_modality(array, *scale)
-        for array, scale, header in zip(channels, scales, said, strict=True)
-    )
-    names = tuple(names) or modalities
+    names = tuple(names) or tuple(modalities)
     for c, name in enumerate(names):
-        if modalities[c] == "CT":
-            channels[c] = _padding_as_air(channels[c], *scales[c])
         _check_content(channels[c], name if len(channels) > 1 else "")
     return Volume(
         array=channels[0][None] if len(channels) == 1 else np.stack(channels),
         affine=affine,
-        modality=modalities,
+        modality=tuple(modalities),
         names=names,
         native=native,
         slope=tuple(slope for slope, _ in scales),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,14 @@ class Seen:
     def __init__(self, prints: Collection[str] = ()) -> None:
         self._prints = frozenset(prints)
         self._looks: SketchIndex | None = None
+
+    def by_voxels_alone(self, prints: Collection[str]) -> bool:
+        """Whether copies cannot be looked for: the scan, or all that was seen, has no sketch."""
+        return bool(self._prints) and not (any(map(_is_look, prints)) and self._has_looks)
+
+    @cached_property
+    def _has_looks(self) -> bool:
+        return any(map(_is_look, self._prints))
 
     def has(self, prints: Collection[str]) -> bool:
         """Whether a scan with these prints, or a near-duplicate of it, is among them."""

@@ -21,7 +21,8 @@ class Facts(NamedTuple):
     """Of one run; empty or None where its folder does not say it.
 
     `without_label` names classes that no labelled case of its draw has, `trained` is the recipe
-    that it trained with, `classes` are the label values of each structure that it is scored on.
+    that it trained with, `classes` are the label values of each structure that it is scored on,
+    `by_voxels_alone` the test cases of which copies could not be looked for in pretraining.
     """
 
     curve: Curve | None
@@ -29,6 +30,7 @@ class Facts(NamedTuple):
     without_label: Sequence[str]
     trained: dict[str, Any]
     classes: dict[str, Labels]
+    by_voxels_alone: Sequence[str]
 
 
 def run_of(row: Row) -> Run:
@@ -59,6 +61,7 @@ def read_run(rows: Path) -> tuple[list[Row], Facts]:
         said.get("classes_without_label", ()),
         said.get("trained", {}),
         {c["name"]: frozenset(c["values"]) for c in scored},
+        said.get("compared_by_voxels_alone", ()),
     )
 
 

@@ -37,6 +37,19 @@ def without_label(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     ]
 
 
+def not_compared(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
+    """Of how many test cases copies in pretraining would not have been found."""
+    known = [facts[run] for run in dict.fromkeys(map(run_of, rows)) if run in facts]
+    cases = {row.case for row in rows}
+    alone = {case for one in known for case in one.by_voxels_alone} & cases
+    if not alone:
+        return []
+    return [
+        f"{len(alone)} of {len(cases)} test cases were compared with what the checkpoint has "
+        "seen by equal voxels alone: copies are found by sketches, and it, or they, have none"
+    ]
+
+
 def unsuitable(arms: Sequence[Scores], subjects: dict[str, str]) -> list[str]:
     """What speaks against deciding between the arms on this data set."""
     present = [scores for scores in arms if scores]

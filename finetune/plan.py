@@ -84,6 +84,13 @@ class Plan:
         )
 
     @property
+    def by_voxels_alone(self) -> list[str]:
+        """Test cases of which copies among what the checkpoint has seen would not be found."""
+        seen, prints = self.origin.seen, self.corpus.scan_prints()
+        keys = self.test.keys if seen is not None else ()
+        return [key for key in keys if seen is not None and seen.by_voxels_alone(prints[key])]
+
+    @property
     def _pretrained(self) -> bool:
         return self.settings.init == "pretrained"
 

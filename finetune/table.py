@@ -63,6 +63,7 @@ from finetune.lines import (
 from finetune.notes import (
     counted_double,
     missed_or_invented,
+    not_compared,
     power_of,
     too_few_of_a_class,
     unpaired,
@@ -197,6 +198,7 @@ def _with_facts(
         for arm, rows in arms.items()
     }
     notes = without_label([row for rows in arms.values() for row in rows], facts)
+    notes += not_compared(arms["pretrained"], facts) if arms.get("pretrained") else []
     notes += search_notes(arms, known, searches)
     twins = [one for arm in ("pretrained", "scratch") for one in known[arm] if one is not None]
     if costs := [one.cost for one in twins if one.cost is not None]:

@@ -345,6 +345,7 @@ def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport)
         label_keys=list(plan.train_keys),
         partly_annotated=plan.partial,
         classes_without_label=list(plan.unlabelled),
+        compared_by_voxels_alone=plan.by_voxels_alone,
         parameters=sum(p.numel() for p in model.parameters()),
         cost=_cost(plan, model)._asdict(),
     )

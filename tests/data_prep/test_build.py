@@ -297,7 +297,7 @@ def test_a_place_that_cannot_be_written_is_wrong_input(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "unusable"])
-def test_without_a_usable_scan_nothing_is_written(kind: str, tmp_path: Path) -> None:
+def test_without_a_usable_scan_nothing_is_written_but_why(kind: str, tmp_path: Path) -> None:
     source = tmp_path / "in"
     if kind != "missing":
         source.mkdir()
@@ -307,7 +307,8 @@ def test_without_a_usable_scan_nothing_is_written(kind: str, tmp_path: Path) -> 
         run(source, tmp_path / "c")
     assert not (tmp_path / "c").exists()
     assert not list(tmp_path.glob(".c*"))
-    assert not list(tmp_path.glob("c.private"))
+    noted = [path.name for path in tmp_path.glob("c.private/*")]
+    assert noted == (["refused.csv"] if kind == "unusable" else [])
 
 
 def test_a_crash_leaves_nothing_half_written(

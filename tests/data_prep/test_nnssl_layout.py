@@ -79,6 +79,14 @@ def test_a_collection_has_its_subjects_masks_and_books(
     assert meta["channels"][0]["modality"] == "MR"
 
 
+def test_what_is_wrong_with_a_mask_is_called_that(collection: Path, tmp_path: Path) -> None:
+    mask = collection / "ds2" / "sub-01" / "anat" / "anonymization_mask.nii.gz"
+    save(mask, np.ones((12, 10, 15), np.uint8))
+    assert run(collection, tmp_path / "c").rejected["mask_geometry_mismatch"] == 1
+    mask.write_bytes(b"no mask")
+    assert run(collection, tmp_path / "d").rejected["mask_unreadable"] == 1
+
+
 def test_a_variable_says_where_files_are(
     collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,23 @@ def test_a_spacing_that_is_none_is_refused(spacing: Any, tmp_path: Path) -> None
         PrepSettings(input=tmp_path, output=tmp_path / "c", spacing=spacing)
 
 
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000.0), ("micron", 0.001)])
+def test_the_unit_of_a_nifti_header_counts(
+    unit: str, millimetres: float, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    array, affine = noise(rng), tilted(0.0)
+    save(tmp_path / "mm.nii.gz", array, affine)
+    affine[:3] /= millimetres
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "other.nii.gz")
+    mine, other = (read_nifti(tmp_path / f"{name}.nii.gz") for name in ("mm", "other"))
+    np.testing.assert_allclose(other.affine, mine.affine, rtol=1e-5)
+    # What is written on its grid says millimetres, so it lies where the scan does.
+    write_nifti(other.array[0], other.native, tmp_path / "again.nii.gz")
+    np.testing.assert_allclose(read_nifti(tmp_path / "again.nii.gz").affine, mine.affine, rtol=1e-5)
+
+
 # Sheared grids.
 
 
@@ -168,6 +185,16 @@ def test_outside_a_sheared_scan_is_its_smallest_value_whatever_the_slope(
     volume = read_channels([tmp_path / "a.nii.gz"], "MR", upright=True)
     physical = volume.physical()[0]
     assert physical[0, 0, 0] == physical.min() == nib.load(tmp_path / "a.nii.gz").get_fdata().min()
+
+
+def test_padding_is_air_before_a_sheared_grid_blends_it(tmp_path: Path) -> None:
+    array = np.full(SHAPE, 100, np.int16)
+    array[:, :6] = -3024
+    array[0, 11] = -1024
+    save(tmp_path / "a.nii.gz", array, tilted(0.5))
+    (values,) = read_channels([tmp_path / "a.nii.gz"], "CT", upright=True).array
+    # Half of air and half of tissue: (-1024 + 100) / 2, and nothing of what lies below air.
+    assert values.min() == -1024 and np.count_nonzero(values == -462) > SHAPE[0] * 3
 
 
 def test_axes_that_nearly_coincide_are_not_resampled(

@@ -18,7 +18,7 @@ import pydicom
 import pytest
 import SimpleITK
 from dicom_series import write_series
-from phantoms import ras_affine, ras_array
+from phantoms import ras_affine, ras_array, save
 from pydicom.datadict import dictionary_VR, keyword_dict
 
 from data_prep.build import prep
@@ -203,6 +203,30 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "lab_faces.py").write_text(FACE)
     monkeypatch.syspath_prepend(str(tmp_path))
     return "lab_faces"
+
+
+def test_an_input_without_a_scan_is_told_without_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "in" / "Mustermann^Erika.nii.gz"
+    save(broken, np.zeros((12, 10, 14), np.int16))
+    settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
+    for content in (None, b"no image"):
+        if content:
+            broken.write_bytes(content)
+        with pytest.raises(InputError) as refused:
+            prep(settings)
+        said = str(refused.value) + "".join(capsys.readouterr())
+        assert "Left out: 1 " in said and "Mustermann" not in said
+        private = tmp_path / "c.private"
+        assert private.stat().st_mode & 0o777 == 0o700
+        row = (private / "refused.csv").read_text().splitlines()[1]
+        assert row.startswith(f"{broken.name},{'not_an_image' if content else 'constant'},")
+        with pytest.raises(InputError, match=r"Mustermann\^Erika"):
+            prep(settings.model_copy(update={"keys": "names"}))
+    save(broken, np.arange(1680, dtype=np.int16).reshape(12, 10, 14))
+    prep(settings)
+    assert not (private / "refused.csv").exists() and (private / "quarantine.csv").exists()
 
 
 def test_heads_with_their_faces_are_told(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from data_prep.corpus import Corpus
 from data_prep.preprocess import as_physical, resample
 from data_prep.sketch import sketch
 from data_prep.volume import read_nifti
-from finetune.evaluate import Origin, comparable, doubt, score_case
+from finetune.evaluate import Origin, Seen, comparable, doubt, score_case
 from finetune.settings import TaskSettings
 
 
@@ -79,3 +79,11 @@ def test_a_copy_of_what_was_seen_taints_as_well(tmp_path: Path) -> None:
     # Sketches of another version cannot be compared: what was seen is not known.
     assert comparable({"voxel-blake2b-1:00", "local-bits-2:AA"}) is None
     assert doubt(Origin("pretrained"), {sketch(mine).to_text()}) == "unknown"
+
+
+def test_where_copies_cannot_be_looked_for_is_told() -> None:
+    voxels, copies = {"voxel-blake2b-1:11"}, {"voxel-blake2b-1:11", "local-bits-1:AA"}
+    assert Seen({"voxel-blake2b-1:00"}).by_voxels_alone(copies)  # of before there were sketches
+    seen = Seen({"voxel-blake2b-1:00", "local-bits-1:AA"})
+    assert seen.by_voxels_alone(voxels) and not seen.by_voxels_alone(copies)
+    assert not Seen().by_voxels_alone(voxels)  # scratch has seen nothing

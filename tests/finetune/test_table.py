@@ -145,6 +145,19 @@ def test_classes_that_a_label_draw_lacks_are_noted(tmp_path: Path) -> None:
         read_table([tmp_path])
 
 
+def test_cases_of_which_copies_were_not_looked_for_are_noted(tmp_path: Path) -> None:
+    for arm in ("scratch", "pretrained"):
+        (tmp_path / arm).mkdir()
+        write_rows(make_rows(arm), tmp_path / arm / "rows.csv")
+        alone = ["c0", "c3", "of another split"] if arm == "pretrained" else []
+        note = json.dumps({"compared_by_voxels_alone": alone})
+        (tmp_path / arm / "run.json").write_text(note)
+    notes = read_table([tmp_path]).groups[0].notes
+    assert [note for note in notes if note.startswith("2 of 12 test cases were compared")]
+    (tmp_path / "pretrained/run.json").unlink()
+    assert not [n for n in read_table([tmp_path]).groups[0].notes if "were compared" in n]
+
+
 def test_missing_a_structure_costs_and_absence_does_not() -> None:
     def changed(rows: list[Row], **what: object) -> list[Row]:
         return [dataclasses.replace(r, **what) if r.case == "c0" else r for r in rows]  # type: ignore[arg-type]
