@@ -269,10 +269,15 @@ def _equalised(sampled: NDArray[np.float32]) -> NDArray[np.float32] | None:
 
 
 def _features(sampled: NDArray[np.float32]) -> Bits:
-    nothing = np.zeros((0, _BITS // 8), dtype=np.uint8)
     even = _equalised(sampled)
     if even is None:
-        return nothing
+        return np.zeros((0, _BITS // 8), dtype=np.uint8)
+    return np.unique(described(even)[0], axis=0)  # sorted: their order would tell of contrast
+
+
+def described(even: NDArray[np.float32]) -> tuple[Bits, NDArray[np.float64]]:
+    """Features of an equalised grid, and where they lie `[N, 3]`, which no sketch holds."""
+    nothing = np.zeros((0, _BITS // 8), dtype=np.uint8), np.zeros((0, 3))
     coarse = ndimage.gaussian_filter(even, _COARSE)
     band = coarse - ndimage.gaussian_filter(even, _WIDE)
     peaks = (band == ndimage.maximum_filter(band, 3)) | (band == ndimage.minimum_filter(band, 3))
@@ -290,8 +295,7 @@ def _features(sampled: NDArray[np.float32]) -> Bits:
         where = (centres[:, None] + points[which]).reshape(-1, 3).T
         found = ndimage.map_coordinates(image, where, order=3, mode="nearest")
         values[:, which] = found.reshape(len(places), -1)
-    bits = np.packbits(values[:, pairs[:, 0]] > values[:, pairs[:, 1]], axis=1)
-    return np.unique(bits, axis=0)  # sorted: their order would tell of contrast
+    return np.packbits(values[:, pairs[:, 0]] > values[:, pairs[:, 1]], axis=1), centres
 
 
 def _between(band: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.float64]:
