@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from data_prep.errors import InputError
@@ -20,7 +21,7 @@ from data_prep.request import class_rows, combined_rows, nothing_left
 from data_prep.scan import ScanJob, Scanned
 from data_prep.settings import PrepSettings
 from data_prep.shards import canonical_json
-from data_prep.sketch import SketchIndex
+from data_prep.sketch import TOGETHER, SketchIndex, batched
 from data_prep.work import WorkFolder
 from data_prep.write import assign_shards, sample_json
 
@@ -114,11 +115,13 @@ def _without_near_duplicates(
     index = SketchIndex(looks)
     kept: dict[int, Scanned] = {}
     left_out, pairs = [], []
-    for n, sample in enumerate(bar(iterable=order, desc="duplicates", total=len(order))):
+    alike = chain.from_iterable(map(index.find_all, batched(looks, TOGETHER)))
+    each = zip(order, alike, strict=True)
+    for n, (sample, near) in enumerate(bar(iterable=each, desc="duplicates", total=len(order))):
         job = jobs[sample.number]
         found = [
             (other, share)
-            for other, share in index.find(looks[n])
+            for other, share in near
             if other in kept and jobs[order[other].number].case.image_files != job.case.image_files
         ]
         if found:

@@ -160,6 +160,19 @@ def test_the_index_finds_what_looking_at_all_of_them_finds(seed: int) -> None:
     for wanted in sketches[::4]:
         all_of_them = {n: similarity(wanted, other) for n, other in enumerate(sketches)}
         assert dict(index.find(wanted)) == {n: s for n, s in all_of_them.items() if s >= NEAR}
+    assert index.find_all(sketches) == [index.find(wanted) for wanted in sketches]
+
+
+def test_what_most_scans_have_makes_no_candidates(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    common = rng.integers(0, 256, (20, 18), dtype=np.uint8)
+    sketches = []
+    for _ in range(400):
+        own = rng.integers(0, 256, (40, 18), dtype=np.uint8)
+        sketches.append(Sketch(((2.0, np.unique(np.concatenate([common, own]), axis=0)),)))
+    index = SketchIndex(sketches)
+    assert index.candidates(sketches[5:7]) == [[(5, 0)], [(6, 0)]]
+    assert SketchIndex(sketches[:200]).candidates(sketches[5:6])[0][1:]  # of few, it tells
 
 
 def test_threads_change_no_bit(tmp_path: Path) -> None:
