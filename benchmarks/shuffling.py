@@ -5,8 +5,9 @@
 Volumes lie in shards in the order of their keys. With names as keys the scans of a subject are
 neighbours; with hashes (the default of `voxelith prep`) they lie anywhere. Counted over whole
 epochs is how often two samples of a global batch are of one shard or one subject; ideal is a
-uniform permutation, in closed form. Beside it what shuffling costs: shards that are in use at
-once, which is what a cache must hold. Writes docs/results/shuffling/; seconds, no data.
+uniform permutation, in closed form. Where weights (`sampling`) bring some volumes often, two of a
+batch may be of one volume. Beside it what shuffling costs: shards that are in use at once, which is
+what a cache must hold. Writes docs/results/shuffling/; seconds, no data.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ SCANS = 3
 """Of a subject, one after the other."""
 EPOCHS = 5
 CASES = [
-    # volumes, in a shard, batch, lanes
-    (1_000, 20, 32, 8),
-    (36_000, 20, 64, 8),
-    (36_000, 20, 64, 64),
-    (36_000, 20, 512, 64),
-    (115_000, 40, 512, 64),
+    # volumes, in a shard, batch, lanes, share of the volumes that are half of an epoch
+    (1_000, 20, 32, 64, None),
+    (36_000, 20, 64, 8, None),
+    (36_000, 20, 64, 64, None),
+    (36_000, 20, 512, 512, None),
+    (115_000, 40, 512, 512, None),
+    (36_000, 20, 64, 8, 0.03),
+    (36_000, 20, 64, 64, 0.03),
+    (36_000, 20, 512, 64, 0.03),
+    (36_000, 20, 512, 512, 0.03),
 ]
 
 
@@ -53,23 +58,31 @@ def ideal(group: NDArray[np.int64]) -> float:
     return float((counts * (counts - 1)).sum() / (len(group) * (len(group) - 1)))
 
 
-def measured(volumes: int, per_shard: int, batch: int, lanes: int, seed: int) -> dict[str, Any]:
+def measured(
+    volumes: int, per_shard: int, batch: int, lanes: int, rare: float | None, seed: int
+) -> dict[str, Any]:
+    times = None
+    if rare is not None:
+        often = generator("rare", seed).permutation(volumes) < rare * volumes
+        times = np.where(often, 0.5 * volumes / often.sum(), 0.5 * volumes / (~often).sum())
     shard = np.arange(volumes) // per_shard
     neighbours = np.arange(volumes) // SCANS
     anywhere = generator("subjects", seed).permutation(neighbours)
-    schedule = Schedule(shard, seed, lanes)
+    schedule = Schedule(shard, seed, lanes, times)
     orders = [schedule.order(epoch) for epoch in range(EPOCHS)]
     found: dict[str, Any] = {
-        "volumes": volumes, "per_shard": per_shard, "batch": batch, "lanes": lanes, "seed": seed,
+        "volumes": volumes, "per_shard": per_shard, "batch": batch, "lanes": lanes, "rare": rare,
+        "seed": seed,
         "shards_at_once": min(lanes * WINDOW, volumes // per_shard), "shards": int(shard.max()) + 1,
     }  # fmt: skip
     for name, group in (
+        ("volume", np.arange(volumes)),
         ("shard", shard),
         ("subject, keys=names", neighbours),
         ("subject, keys=hmac", anywhere),
     ):
         each = [paired(order, group, batch) for order in orders]
-        found[name] = {"each": each, "mean": float(np.mean(each)), "ideal": ideal(group)}
+        found[name] = {"each": each, "mean": float(np.mean(each)), "ideal": ideal(group[orders[0]])}
     return found
 
 
@@ -79,23 +92,26 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     facts = {"numpy": np.__version__, "python": sys.version.split()[0], "epochs": EPOCHS}
     (OUT / "shuffling.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
-    names = ("shard", "subject, keys=names", "subject, keys=hmac")
+    names = ("volume", "shard", "subject, keys=names", "subject, keys=hmac")
     lines = [
         "# How well the order is mixed",
         "",
         f"`python benchmarks/shuffling.py`: the chance that two samples of a global batch are of "
-        f"one shard or subject ({SCANS} scans each), mean of {EPOCHS} epochs, and in brackets that "
-        "of a uniform permutation of all volumes. No volume comes twice in an epoch, so two of "
-        "one volume meet only where a batch spans two epochs.",
+        f"one volume, shard or subject ({SCANS} scans each), mean of {EPOCHS} epochs, and in "
+        "brackets that of a uniform permutation of the epoch. With weights 3 % of the volumes are "
+        "half of it. Lanes are as many as a batch is large, 64 at least, unless `lanes=` says "
+        "otherwise.",
         "",
-        f"| volumes | in a shard | batch | lanes | shards at once | {' | '.join(names)} |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| volumes | weights | in a shard | batch | lanes | shards at once | "
+        f"{' | '.join(names)} |",
+        "| ---: | :---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         cells = [f"{row[name]['mean']:.2%} ({row[name]['ideal']:.3%})" for name in names]
         lines.append(
-            f"| {row['volumes']:,} | {row['per_shard']} | {row['batch']} | {row['lanes']} | "
-            f"{row['shards_at_once']} of {row['shards']:,} | {' | '.join(cells)} |"
+            f"| {row['volumes']:,} | {'yes' if row['rare'] else ''} | {row['per_shard']} | "
+            f"{row['batch']} | {row['lanes']} | {row['shards_at_once']} of {row['shards']:,} | "
+            f"{' | '.join(cells)} |"
         )
     lines += [
         "",

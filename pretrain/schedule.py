@@ -2,8 +2,10 @@
 
 WebDataset's own shuffling, splitting and epochs can neither be reproduced nor resumed, so the tar
 is our storage and the order is ours. P lanes own disjoint shards in each epoch and take turns:
-position p of the epoch belongs to lane p mod P for as long as all lanes have samples. A node that
-owns whole lanes reads only their shards, so N nodes each fetch about 1/N of the corpus.
+position p of the epoch belongs to lane p mod P for as long as all lanes have samples. Where some
+have none left, the others of the same half take their turns, then those of the other: for 2, 4, ...
+nodes position p mod N stays within the lanes of one node for as long as that node has samples. A
+node that owns whole lanes reads only their shards, so N nodes each fetch about 1/N of the corpus.
 
 Global batch t is positions [t G, (t + 1) G) of the concatenated epochs. It does not depend on
 ranks, workers or their start method, so the state of the loader is two numbers, the same on every
@@ -20,6 +22,9 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+ORDER = 2
+"""Of how the order is made: a run of another one cannot go on with this."""
 
 WINDOW = 4
 """Shards of a lane that are mixed: wide enough to shuffle, narrow enough to cache."""
@@ -108,31 +113,38 @@ class Schedule:
         if self.times is not None:
             drawn = generator("times", self.seed, epoch)
             ids = np.repeat(ids, _counts(self.times, len(self), drawn))
-        lanes = [self._shuffle_lane(rng, lane) for lane in self._deal_shards(rng, ids)]
-        # Lanes take turns; when the shortest is used up, the others go on taking turns.
-        turn = np.concatenate([np.arange(len(lane)) for lane in lanes])
-        number = np.concatenate([np.full(len(lane), i) for i, lane in enumerate(lanes)])
-        return np.concatenate(lanes)[np.lexsort((number, turn))]
-
-    def _deal_shards(
-        self, rng: np.random.Generator, ids: NDArray[np.int64]
-    ) -> list[list[NDArray[np.int64]]]:
-        """Deals whole shards to lanes in random order, each to the lane with the fewest samples."""
         by_shard = ids[np.argsort(self.shards[ids], kind="stable")]
-        cuts = np.flatnonzero(np.diff(self.shards[by_shard])) + 1
-        shards = np.split(by_shard, cuts)
-        lanes: list[list[NDArray[np.int64]]] = [[] for _ in range(min(self.lanes, len(shards)))]
-        sizes = np.zeros(len(lanes), dtype=np.int64)
-        for i in rng.permutation(len(shards)):
-            lane = int(sizes.argmin())
-            lanes[lane].append(shards[i])
-            sizes[lane] += len(shards[i])
-        return lanes
+        shards = np.split(by_shard, np.flatnonzero(np.diff(self.shards[by_shard])) + 1)
+        mixed = [shards[i] for i in rng.permutation(len(shards))]
+        return self._lanes_in_turn(rng, mixed, self.lanes)
+
+    def _lanes_in_turn(
+        self, rng: np.random.Generator, shards: list[NDArray[np.int64]], lanes: int
+    ) -> NDArray[np.int64]:
+        """The samples of some shards as so many lanes have them in turn.
+
+        An even number of lanes is two halves that take turns, each half of the samples: a shard
+        goes to the half that has fewer.
+        """
+        if lanes == 1 or not shards:
+            return self._shuffle_lane(rng, shards)
+        ways = 2 if lanes % 2 == 0 else lanes
+        dealt: list[list[NDArray[np.int64]]] = [[] for _ in range(ways)]
+        sizes = np.zeros(ways, dtype=np.int64)
+        for shard in shards:
+            way = int(sizes.argmin())
+            dealt[way].append(shard)
+            sizes[way] += len(shard)
+        parts = [self._lanes_in_turn(rng, part, lanes // ways) for part in dealt]
+        turn = np.concatenate([np.arange(len(part)) for part in parts])
+        number = np.concatenate([np.full(len(part), i) for i, part in enumerate(parts)])
+        return np.concatenate(parts)[np.lexsort((number, turn))]
 
     @staticmethod
     def _shuffle_lane(rng: np.random.Generator, lane: list[NDArray[np.int64]]) -> NDArray[np.int64]:
         windows = [np.concatenate(lane[i : i + WINDOW]) for i in range(0, len(lane), WINDOW)]
-        return np.concatenate([rng.permutation(window) for window in windows])
+        nothing = np.zeros(0, dtype=np.int64)
+        return np.concatenate([nothing, *(rng.permutation(window) for window in windows)])
 
     def sample(self, position: int) -> tuple[int, int, int]:
         """What the concatenated epochs hold at a position: (epoch, position in it, sample id)."""
@@ -171,5 +183,6 @@ class Schedule:
             "consumed": consumed,
             "seed": self.seed,
             "lanes": self.lanes,
+            "order": ORDER,
             "index_hash": index_hash,
         }

@@ -298,7 +298,7 @@ class PretrainSettings(LoopSettings):
     objective: dict[str, Any]
     crop_mm: tuple[Length, Length, Length] | None = None
     intensity: IntensitySettings = IntensitySettings()
-    lanes: Annotated[int, Field(ge=1, le=4096)] = 8
+    lanes: Annotated[int | None, Field(ge=1, le=4096)] = None
     sampling: SamplingSettings = SamplingSettings()
     remote: RemoteSettings = RemoteSettings()
     damaged: Literal["stop", "skip"] = "stop"
@@ -325,6 +325,17 @@ class PretrainSettings(LoopSettings):
                 f"{COARSEST:g}"
             )
         return self
+
+    @property
+    def mixed_lanes(self) -> int:
+        """Lanes of the schedule: where a batch has no more samples than lanes, each is of another.
+
+        So a volume that comes often, by `sampling`, is not twice in a batch but by chance. A power
+        of two divides among most numbers of nodes.
+        """
+        if self.lanes is not None:
+            return self.lanes
+        return min(max(64, 1 << (self.batch_size - 1).bit_length()), 4096)
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:

@@ -317,9 +317,14 @@ def _warn(settings: PretrainSettings, corpus: Corpus) -> None:
             f"warmup={settings.warmup}: not shorter than steps={settings.steps}, so that the rate "
             "never gets to lr"
         )
+    if corpus.shelf is not None and settings.mixed_lanes % settings.trainer.nodes:
+        print(
+            f"lanes={settings.mixed_lanes}: does not divide among {settings.trainer.nodes} nodes, "
+            "so each of them fetches the shards of all lanes; give a multiple of the nodes"
+        )
     if corpus.shelf is not None:
         sizes = [int(shard["bytes"]) for shard in corpus.info["shards"]]
-        used = min(len(sizes), WINDOW * math.ceil(settings.lanes / settings.trainer.nodes))
+        used = min(len(sizes), WINDOW * math.ceil(settings.mixed_lanes / settings.trainer.nodes))
         needed = used * sum(sizes) / len(sizes)
         if corpus.shelf.limit < needed:
             print(
@@ -366,7 +371,7 @@ def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: Crops = ONE)
     return CropDataset(
         corpus,
         np.arange(len(corpus)),
-        Schedule(np.asarray(corpus.shards), settings.seed, settings.lanes, times),
+        Schedule(np.asarray(corpus.shards), settings.seed, settings.mixed_lanes, times),
         _preprocess(settings, corpus),
         settings.crop_size,
         crops=crops,

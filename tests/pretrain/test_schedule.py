@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.schedule import Schedule
+from pretrain.settings import PretrainSettings
 
 
 def shards_of(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -76,10 +77,46 @@ def test_a_node_that_owns_lanes_reads_only_their_shards() -> None:
     assert all(len(part) == 16 for part in touched)
 
 
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_nodes_fetch_their_part_of_uneven_shards(nodes: int, epoch: int, seed: int) -> None:
+    """By bytes, of shards of 1 to 40 volumes; an epoch's length is no multiple of anything."""
+    rng = np.random.default_rng((seed, nodes))
+    sizes = rng.integers(1, 41, 300)
+    shards = np.repeat(np.arange(300), sizes)
+    schedule = Schedule(shards, seed=seed, lanes=64)
+    first, last = epoch * len(schedule), (epoch + 1) * len(schedule)
+    parts = []
+    for node in range(nodes):
+        own = np.arange(node, last, nodes)
+        own = own[own >= first] - first
+        parts.append(sizes[np.unique(shards[schedule.order(epoch)[own]])].sum() / sizes.sum())
+    assert sum(parts) >= 1 and max(parts) < 1.4 / nodes
+
+
+def test_what_comes_often_is_not_twice_in_a_batch(seed: int) -> None:
+    """Half of the samples from 3 % of the volumes, in batches that are no larger than lanes."""
+    rng = np.random.default_rng(seed)
+    often = rng.permutation(4000) < 120
+    times = np.where(often, 2000 / 120, 2000 / 3880)
+    order = Schedule(np.arange(4000) // 20, seed=seed, lanes=64, times=times).order(0)
+    batches = order[: 4000 // 64 * 64].reshape(-1, 64)
+    twice = np.mean([64 - len(np.unique(batch)) for batch in batches])
+    by_chance = [64 - len(np.unique(rng.choice(4000, 64, p=times / 4000))) for _ in range(400)]
+    assert twice < 1.1 * np.mean(by_chance)
+
+
 def test_state_is_rank_agnostic_and_plain() -> None:
     schedule = Schedule(np.repeat(np.arange(3), 5), seed=9, lanes=2)
     state = schedule.state(37, "abc")
-    assert state == {"epoch": 2, "consumed": 7, "seed": 9, "lanes": 2, "index_hash": "abc"}
+    assert state == {
+        "epoch": 2,
+        "consumed": 7,
+        "seed": 9,
+        "lanes": 2,
+        "order": 2,
+        "index_hash": "abc",
+    }
 
 
 def test_a_schedule_travels_to_spawned_workers() -> None:
@@ -149,3 +186,12 @@ def test_times_that_cannot_be_kept_are_refused() -> None:
     for times in ([0.5, 0.2, 0.2], [0.0, 0.0, 0.0], [-1.0, 1.0, 1.0], [1.0, 1.0]):
         with pytest.raises(ValueError, match="times"):
             Schedule(shards, seed=0, times=np.array(times))
+
+
+def test_lanes_are_as_many_as_a_batch_is_large() -> None:
+    given = {"corpus": ".", "run": "x", "steps": 1, "backbone": {}, "objective": {}}
+    found = []
+    for batch, lanes in ((1, None), (64, None), (65, None), (96, 7), (10_000, None)):
+        settings = PretrainSettings.model_construct(**given, batch_size=batch, lanes=lanes)
+        found.append(settings.mixed_lanes)
+    assert found == [64, 64, 128, 7, 4096]
