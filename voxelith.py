@@ -807,6 +807,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UnreachableError,
         near,
     )
+    from data_prep.references import without_secrets
     from pretrain.preemption import Preempted, end_of_job
 
     if name not in COMMANDS:
@@ -836,17 +837,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FailedError as error:
         if as_json:
             print(json.dumps(error.result))
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         return 1
     except (UnreachableError, NeighbourError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: {name} failed while running: {error}", file=sys.stderr)
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
+        print(without_secrets(f"error: {name} failed while running: {error}"), file=sys.stderr)
         return 1
     return 0
 

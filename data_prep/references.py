@@ -31,8 +31,14 @@ _SIGNATURE = re.compile(
 )
 """Parts of a query that are signed anew each time and do not tell what is fetched."""
 
+_NEXT = r"(?!,\s*[a-z][a-z0-9+.-]+:/)"
 _ADDRESS = re.compile(
-    r"(https?:/+)(?:[^/?#\s]*@)?([^?#\s,]*)(?:\?(?:(?!,(?:https?|hf|s3):/)[^#\s])*)?"
+    # Addresses of the hub have neither users nor queries, and an @ before the revision.
+    r"((?!hf:)[a-z][a-z0-9+.-]+:/+)"
+    # A user alone ends at the first @; a password, which may hold any sign, at the last.
+    rf"(?:[^/\s:@]*:(?!\d{{1,5}}(?:[/?#\s]|$))(?:{_NEXT}\S)*@|[^/?#\s@]*@)?"
+    rf"([^?#\s,]*)(?:\?(?:{_NEXT}[^#\s])*)?",
+    re.IGNORECASE,
 )
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -185,6 +191,12 @@ def _web(url: str, sha256: str | None) -> Reference:
 
 
 def _bucket(rest: str, sha256: str | None) -> Reference:
+    if "?" in rest:
+        raise InputError(
+            "s3://...: has a query (?...), and a bucket is asked with credentials; give them as "
+            "any client of S3 takes them (AWS_ACCESS_KEY_ID, AWS_PROFILE), or the signed address, "
+            "https://..."
+        )
     bucket, _, path = rest.rstrip("/").partition("/")
     shown = f"s3://{bucket}/{path}"
     if not bucket or "@" in bucket or not path or not is_safe(path):

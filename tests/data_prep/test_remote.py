@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from fault_server import FaultServer
 
+import voxelith
 from data_prep import download
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import CorruptionError, InputError, UnreachableError
+from data_prep.references import without_secrets
 from data_prep.remote import Remote, Shelf
 from data_prep.shards import read_table
 
@@ -227,6 +229,48 @@ def test_what_is_not_there_or_not_for_us_is_told_without_secrets(
     server.password = ""
     with pytest.raises(InputError, match=r"corpus\.json: is not there"):
         Corpus.open(f"{address}/elsewhere")
+
+
+ADDRESSES = [
+    "{scheme}://me:hush@{host}/ct?token=secret&X-Amz-Signature=s1gn",
+    "{SCHEME}://me:hush@{host}/ct?token=secret",
+    "{scheme}:/me:hush@{host}/ct",
+    "{scheme}://me:hu/sh-hush@{host}/ct",
+    "{scheme}://me:hush@hush@{host}/ct",
+    "s3://me:hush@scans/ct",
+    "s3://me:hu+/hush@scans/ct?X-Amz-Signature=s1gn",
+    "s3://scans/ct?X-Amz-Signature=s1gn&token=secret",
+    "gs://me:hush@scans/ct?token=secret",
+]
+
+
+@pytest.mark.parametrize("form", ADDRESSES)
+def test_no_form_of_an_address_tells_its_secrets(
+    form: str, impatient: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nobody answers there, or it is no address; also among others, and where words fail."""
+    address = form.format(scheme="http", SCHEME="HTTP", host="127.0.0.1:9")
+    for words in (
+        ["inspect", address],
+        ["fetch", address],
+        ["pretrain", f"corpus={address}", "run=a", "experiment=mae_small", f"runs={tmp_path}"],
+        ["pretrain", f"corpus=[{address},{tmp_path}]", "run=a", f"runs={tmp_path}"],
+        ["pretrain", f"corpsu={address}", "run=a"],
+        ["finetune", f"corpus={address}", f"ckpt={address}", "run=a", "task=hippocampus"],
+    ):
+        assert voxelith.main(words) in (1, 2)
+        told = "".join(capsys.readouterr())
+        assert told and not [s for s in ("hush", "secret", "s1gn") if s in told], told
+
+
+def test_what_is_shown_of_an_address_still_leads_there() -> None:
+    found = without_secrets("https://me:a@h/x?q=1,https://c:d@h/y?z and s3://b/z")
+    assert found == "https://h/x,https://h/y and s3://b/z"
+    for text in (
+        "hf://org/repo@main/x.pt, /data/a@b, C:/x@y, file:/data/a@b",
+        "https://host:8080/pkg@1.0/x#sha256=ab",
+    ):
+        assert without_secrets(text) == text
 
 
 def test_a_server_without_ranges_is_told_apart(server: FaultServer, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_odd_numbers_train_to_the_end_with_the_samples_of_the_schedule(
     done = run(chosen, tmp_path, KEYS.format(file=str(tmp_path / "odd.keys")))
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path / "odd") == [1, 2, 3, 4, 6, 7]
-    schedule = Schedule(np.asarray(corpus.shards), chosen.seed, chosen.lanes)
+    schedule = Schedule(np.asarray(corpus.shards), chosen.seed, chosen.mixed_lanes)
     for step, found in keys(tmp_path / "odd.keys").items():
         places = range(6 * step, 6 * (step + 1))  # each but the first begins within an epoch
         assert found == sorted(str(corpus.keys[schedule.sample(p)[2]]) for p in places)
