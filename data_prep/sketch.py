@@ -418,12 +418,14 @@ def _share(a: Bits, b: Bits, turn: int) -> float:
     """Features that are each other's nearest, and the same, as a share of the smaller set."""
     one, other = (2 * _unpacked(bits, t).astype(np.float32) - 1 for bits, t in ((a, turn), (b, 0)))
     differ = (_BITS - one @ other.T) / 2
-    nearest = differ.argmin(axis=1)
+    nearest, back = differ.argmin(axis=1), differ.argmin(axis=0)
     rows = np.arange(len(a))
     least = differ[rows, nearest]
-    same = (differ.argmin(axis=0)[nearest] == rows) & (least <= _SAME)
-    # The next best, in either direction: where it is hardly worse, both are found anywhere.
+    same = (back[nearest] == rows) & (least <= _SAME)
+    # The next best, in either direction: where it is hardly worse, both are found anywhere. What
+    # is nearest to any is set aside on both sides, so that it matters not who asks whom.
     differ[rows, nearest] = np.inf
+    differ[back, np.arange(len(b))] = np.inf
     second = np.minimum(differ.min(axis=1), differ.min(axis=0)[nearest])
     same &= least <= _CLEARLY * second
     return int(same.sum()) / max(min(len(a), len(b)), _FLOOR)

@@ -40,6 +40,7 @@ from pretrain.augment import Augment
 from pretrain.backbones.backbone import Backbone
 from pretrain.loader import CropDataset
 from pretrain.objective import Batch
+from pretrain.preemption import heed
 from pretrain.run_folder import RunFolder
 
 
@@ -233,16 +234,19 @@ class Segmenting(Kind):
         return said
 
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
-        """Label maps in predictions/, and their rows."""
+        """Label maps in predictions/, and their rows; those of a start that was ended stay."""
         corpus, segmenter = plan.corpus, self._segmenter(plan, model)
         write_network(segmenter, plan.release.config["backbone"], self.settings.decoder, run.path)
         folder = run.path / "predictions"
         folder.mkdir(exist_ok=True)
 
         def predict(key: str) -> Labels:
-            volume = corpus.volume(corpus.position(key))
+            heed(self.settings.steps)
+            volume, file = corpus.volume(corpus.position(key)), folder / f"{key}.nii.gz"
+            if file.exists():
+                return read_label(file, volume)
             labels = segmenter.label_values(segmenter.segment(volume))
-            write_nifti(labels, volume.native, folder / f"{key}.nii.gz")
+            write_nifti(labels, volume.native, file)
             return labels
 
         return score(corpus, plan.test, self.task, predict, plan.origin)

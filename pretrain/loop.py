@@ -40,7 +40,7 @@ from pretrain.health import CollapseError, Health
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, to_device
 from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.optim import Moments, make_optimizer, rate, with_moments
-from pretrain.preemption import Ask, Preempted, Preemption, no_longer
+from pretrain.preemption import Ask, Preempted, Preemption
 from pretrain.ranks import Neighbours, Ranks
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import generator
@@ -269,7 +269,6 @@ class Loop:
         elif moments:
             optimizer = with_moments(self.make_optimizer(objective), objective, moments)
         if self.step >= self.settings.steps:
-            no_longer()
             return
         if self.step and self.step == self.stretch().steps.start:
             optimizer = None  # of the stretch before, which ended with this checkpoint

@@ -48,32 +48,34 @@ SIGNALS = {
 }
 
 
-_early: dict[int, Any] = {}
-_asked_early = Ask.NOTHING
+_asked = Ask.NOTHING
 
 
 def listen() -> None:
-    """Hears signals from a task's first moment on, before there is a training that could stop.
+    """Hears signals from a task's first moment to its last, also where no training could stop.
 
-    Imports and checks take longer than some jobs have: a signal that arrived meanwhile would end
-    the process, which is a crash and not what was asked for. The training heeds it at its first
-    step; `Preemption` takes over from here. Outside of a job's task nothing changes.
+    Imports and checks take longer than some jobs have, and what follows a training takes long as
+    well: a signal that arrived meanwhile would end the process, which is a crash and not what was
+    asked for. A training heeds it at its first step (`Preemption` takes over meanwhile), and what
+    follows by `heed`. Outside of a job's task nothing changes.
     """
     for number in SIGNALS if in_slurm() else ():
-        _early[number] = signal.signal(number, _hear_early)
+        signal.signal(number, _hear)
 
 
-def _hear_early(number: int, frame: FrameType | None) -> None:
-    global _asked_early
-    _asked_early = max(_asked_early, SIGNALS[signal.Signals(number)])
+def _hear(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = max(_asked, SIGNALS[signal.Signals(number)])
 
 
-def no_longer() -> None:
-    """Signals do again what they did before `listen`; for what comes without a training."""
-    for number, handler in _early.items():
-        if signal.getsignal(number) is _hear_early:
-            signal.signal(number, handler)
-    _early.clear()
+def heed(step: int) -> None:
+    """Ends a run between two pieces of the work that follows its last step, if it was asked to.
+
+    Raises:
+        Preempted: a signal has come, and all that is done is kept.
+    """
+    if _asked is not Ask.NOTHING:
+        raise Preempted(_asked, step)
 
 
 class Preempted(SystemExit):
@@ -100,7 +102,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self.asked = _asked_early
+        self.asked = _asked
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -112,6 +114,9 @@ class Preemption:
         if kind is None or not issubclass(kind, Preempted):
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            if _hear in self._before.values():
+                global _asked
+                _asked = max(_asked, self.asked)  # in the last step, too late for it
 
     def install(self) -> None:
         """Hears the signals, also where Lightning has put its own handler there since."""
@@ -122,7 +127,7 @@ class Preemption:
             # nohup and the like: who started us does not want us to hear it.
             if current == signal.SIG_IGN and number not in self._before:
                 continue
-            self._before.setdefault(number, _early.pop(number, current))
+            self._before.setdefault(number, current)
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -163,6 +163,22 @@ def test_the_index_finds_what_looking_at_all_of_them_finds(seed: int) -> None:
     assert index.find_all(sketches) == [index.find(wanted) for wanted in sketches]
 
 
+def test_it_matters_not_who_asks_whom(scans: list[Volume], seed: int) -> None:
+    looks = [sketch(scan) for scan in scans]
+    rng = np.random.default_rng(seed)
+    for grid, bits in [pair for look in looks for pair in look.sets if len(pair[1]) >= FEWEST][:4]:
+        # Copies with many bits changed, and others near to them, so that ties are frequent.
+        near = [
+            Sketch(((grid, np.packbits(np.unpackbits(bits, axis=1) ^ flips, axis=1)),))
+            for flips in (rng.random((3, len(bits), 144)) < 0.06).astype(np.uint8)
+        ]
+        both = Sketch(
+            ((grid, np.unique(np.concatenate([n.sets[0][1] for n in near[:2]]), axis=0)),)
+        )
+        for one, other in ((near[0], near[2]), (both, near[2]), (both, Sketch(((grid, bits),)))):
+            assert similarity(one, other, {0}) == similarity(other, one, {0})
+
+
 def test_what_most_scans_have_makes_no_candidates(seed: int) -> None:
     rng = np.random.default_rng(seed)
     common = rng.integers(0, 256, (20, 18), dtype=np.uint8)

@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from finetune.rows import read_rows, write_rows
 from finetune.settings import EvaluateSettings, FinetuneSettings
 from finetune.table import read_table
 from finetune.train import finetune, is_finished, make_plan
+from pretrain.preemption import REQUEUE_CODE
 from pretrain.run_folder import RunFolder
 
 TASK = {
@@ -270,3 +276,28 @@ def test_scores_of_an_older_metric_are_made_anew_without_training(
     (run / "predictions" / f"{stage.test_keys[0]}.nii.gz").unlink()
     with pytest.raises(InputError, match=r"(?s)cannot be made anew.*" + stage.test_keys[0]):
         finetune(chosen)
+
+
+def test_a_signal_while_it_predicts_keeps_what_is_predicted(stage: Stage, tmp_path: Path) -> None:
+    """As a task of a job: preempted between two cases, it goes on with the next of them."""
+    add_split(stage.corpus, "long", 2, 16)
+    words = [
+        f"corpus={stage.corpus}", f"ckpt={stage.release}", "task=hippocampus", "labels=2",
+        "split=long", "steps=2", "warmup=1", "batch_size=2", "crop_size=[32,48,32]", "trainer=cpu",
+        "trainer.workers=0", f"runs={tmp_path}", "lr=5e-3",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "voxelith", "finetune", *words]
+    job = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}
+    assert subprocess.run([*command, "run=whole"]).returncode == 0
+    predicted = tmp_path / "cut" / "predictions"
+    process = subprocess.Popen([*command, "run=cut"], env=os.environ | job)
+    while process.poll() is None and not list(predicted.glob("[!.]*")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait() == REQUEUE_CODE
+    first = {path.name: path.stat().st_mtime_ns for path in predicted.glob("[!.]*")}
+    assert 0 < len(first) < 16 and not (tmp_path / "cut" / "rows.csv").exists()
+    assert subprocess.run([*command, "run=cut"], env=os.environ | job).returncode == 0
+    assert {name: (predicted / name).stat().st_mtime_ns for name in first} == first
+    whole, cut = (read_rows(tmp_path / name / "rows.csv") for name in ("whole", "cut"))
+    assert len(whole) == 32 and str(cut) == str(whole)
