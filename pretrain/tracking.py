@@ -159,15 +159,16 @@ def check_loggers(settings: LoopSettings) -> None:
 
         if not _offline() and not wandb.api.api_key:
             problems.append(
-                "loggers: wandb has no login on this machine; run `wandb login`, set "
-                "WANDB_API_KEY, or WANDB_MODE=offline and sync later"
+                "loggers: wandb has no login on this machine, and WANDB_MODE=online asks for one; "
+                "run `wandb login`, set WANDB_API_KEY, or leave WANDB_MODE out and sync later"
             )
     if problems:
         raise InputError(problems)
 
 
 def _offline() -> bool:
-    return os.environ.get("WANDB_MODE", "") in ("offline", "dryrun", "disabled")
+    """Unless it is said otherwise: nodes of clusters often reach nothing, and would wait for it."""
+    return os.environ.get("WANDB_MODE", "") not in ("online", "run")
 
 
 def make_loggers(settings: LoopSettings, run: RunFolder, step: int = 0) -> list[Logger]:
@@ -222,6 +223,11 @@ class _Wandb(WandbLogger):
 
 
 def _wandb(run: RunFolder, step: int) -> Logger:
+    if not step and _offline():
+        print(
+            f"wandb: is written to {run.path / 'wandb'}; `wandb sync` sends it, and with "
+            "WANDB_MODE=online it goes there while the run trains"
+        )
     return _Wandb(
         project="voxelith",
         name=run.path.name,

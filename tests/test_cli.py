@@ -169,8 +169,8 @@ def test_w_and_b_without_a_login_is_refused_up_front(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     words = [
@@ -179,8 +179,13 @@ def test_w_and_b_without_a_login_is_refused_up_front(
         "objective.block=8", "batch_size=2", "steps=1", "loggers=[wandb]",
     ]  # fmt: skip
     assert main(["pretrain", *words]) == 2
-    assert "WANDB_MODE=offline" in capsys.readouterr().err
+    assert "WANDB_MODE=online asks for one" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+    monkeypatch.delenv("WANDB_MODE")  # offline, unless it is said otherwise
+    command = [sys.executable, "-m", "voxelith", "pretrain", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "`wandb sync` sends it" in done.stdout
+    assert list((tmp_path / "runs" / "x" / "wandb").glob("offline-run-*"))
 
 
 def test_what_the_words_name_is_looked_at_together(
