@@ -221,7 +221,7 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
 def foretell(job: Job, cluster: ClusterSettings, *, planned: bool) -> list[str]:
     """What a pretraining takes, if it is `planned`, and where the cluster leaves too little time."""
     # There are none of a finetuning.
-    saves = list(map(Save.of, job.checkpoints, job.runs))
+    saves = [Save.of(size, run) for size, run in zip(job.checkpoints, job.runs, strict=False)]
     said = []
     if planned and saves:
         plans = [plan(one, cluster, save) for one, save in zip(job.stages, saves, strict=True)]
