@@ -219,7 +219,7 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
 
 
 def foretell(job: Job, cluster: ClusterSettings, *, planned: bool) -> list[str]:
-    """What a pretraining takes, if it is `planned`, and where the cluster leaves too little time."""
+    """What a pretraining takes, if it is `planned`, and where the cluster leaves it no time."""
     # There are none of a finetuning.
     saves = [Save.of(size, run) for size, run in zip(job.checkpoints, job.runs, strict=False)]
     said = []
@@ -333,7 +333,7 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
 
 def _forget(folder: Path) -> None:
     """Removes what earlier jobs have noted in a launch folder: this one begins anew."""
-    for old in ("crashes", "crashed-after", "done"):
+    for old in ("crashes", "crashed-after", "done", "running", "told", "saved"):
         (folder / old).unlink(missing_ok=True)
 
 
