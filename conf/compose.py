@@ -111,6 +111,21 @@ def stages_for(command: str, words: list[str]) -> dict[str, Any]:
     return {name: _fetched(model, lines[name], made) for name, made in found.items()}
 
 
+def stage_names(command: str, words: list[str]) -> list[str]:
+    """The names of the stages that `stages_for` would give, whatever else is wrong with the words.
+
+    Raises:
+        InputError: nothing can be composed of them.
+    """
+    line = read_words(command, words)
+    try:
+        line.compose([])
+    except Exception as error:
+        raise InputError(line.unreadable(error)) from error
+    stages = line.config.get(STAGES)
+    return [str(name) for name in stages] if isinstance(stages, dict) else [""]
+
+
 def recipes(*, small: bool) -> list[str]:
     """Names of the recipes in conf/experiment: as the papers state them, or for two CPU cores."""
     found = (file.stem for file in (HERE / RECIPE).glob("*.yaml"))

@@ -13,6 +13,7 @@ code: so the state is saved, and the process waits to be killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -22,11 +23,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 REQUEUE_CODE = 85
 """Exit code of a run that is to be started again: the batch script requeues by it."""
+
+SAVED = "VOXELITH_SAVED"
+"""Environment variable with the path of the note that a preempted run has saved its state."""
 
 PATIENCE_SECONDS = 3600
 """How long a job waits for the end that SLURM has announced."""
@@ -163,6 +168,9 @@ def end_of_job(
     """
     said = f"preempted at step {preempted.step}: the state is saved"
     first = environment.get("SLURM_PROCID", "0") == "0"
+    if first and SAVED in environment:
+        with contextlib.suppress(OSError):  # not there in a container that does not mount it
+            Path(environment[SAVED]).touch()  # for the batch script, which may not live to be told
     if not in_slurm(environment):
         print(f"{said}; the same command goes on", file=sys.stderr)
         return preempted.exit_code

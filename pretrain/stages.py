@@ -29,26 +29,7 @@ def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
     Raises:
         InputError: something is wrong with any of them; all problems of all stages.
     """
-    prepared: list[Prepared] = []
-    said: dict[str, list[str]] = {}
-    before: Prepared | None = None
-    path: Path | None = None
-    first = next(iter(stages.values())).init
-    for name, settings in stages.items():
-        goes_on = follows(settings, first, path)
-        if goes_on:
-            settings = settings.model_copy(update={"init": path})
-        state = before.shapes() if goes_on and before is not None else None
-        try:
-            before = prepare(settings, follows=goes_on, before=state)
-            prepared.append(before)
-        except InputError as error:
-            before = None
-            for problem in error.problems:
-                said.setdefault(problem, []).append(name)
-        path = settings.runs / settings.run
-    if said:
-        raise InputError(by_stage(said, list(stages)))
+    prepared = prepare_stages(stages)
     main, several = rank_zero_only.rank == 0, len(prepared) > 1
     for number, one in enumerate(prepared, start=1):
         done = several and one.finished
@@ -60,6 +41,41 @@ def pretrain_stages(stages: Mapping[str, PretrainSettings]) -> list[Path]:
     if main:
         print(f"Next: voxelith export {prepared[-1].run.path} release/")
     return [one.run.path for one in prepared]
+
+
+def prepare_stages(
+    stages: Mapping[str, PretrainSettings], *, elsewhere: bool = False
+) -> list[Prepared]:
+    """Looks whether all stages can start, each from the one before.
+
+    Args:
+        stages: what `stages_for` composed.
+        elsewhere: whether they are to be trained on another machine than this one.
+
+    Raises:
+        InputError: something is wrong with any of them; all problems of all stages.
+    """
+    prepared: list[Prepared] = []
+    said: dict[str, list[str]] = {}
+    before: Prepared | None = None
+    path: Path | None = None
+    first = next(iter(stages.values())).init
+    for name, settings in stages.items():
+        goes_on = follows(settings, first, path)
+        if goes_on:
+            settings = settings.model_copy(update={"init": path})
+        state = before.shapes() if goes_on and before is not None else None
+        try:
+            before = prepare(settings, follows=goes_on, before=state, elsewhere=elsewhere)
+            prepared.append(before)
+        except InputError as error:
+            before = None
+            for problem in error.problems:
+                said.setdefault(problem, []).append(name)
+        path = settings.runs / settings.run
+    if said:
+        raise InputError(by_stage(said, list(stages)))
+    return prepared
 
 
 def follows(settings: PretrainSettings, first: Path | None, before: Path | None) -> bool:

@@ -167,6 +167,7 @@ def prepare(
     *,
     follows: bool = False,
     before: Mapping[str, Tensor] | None = None,
+    elsewhere: bool = False,
 ) -> Prepared:
     """Looks whether a pretraining can start.
 
@@ -174,6 +175,8 @@ def prepare(
         settings: of it.
         follows: whether what it begins from, `settings.init`, is a run that is still to be trained.
         before: that run's state without values, if it is known.
+        elsewhere: whether it is to start on another machine, whose devices and packages are not
+            those of this one.
 
     Raises:
         InputError: wrong settings, corpus or run folder; all problems that can be seen together.
@@ -181,8 +184,9 @@ def prepare(
     main = rank_zero_only.rank == 0
     run = RunFolder(settings.runs / settings.run)
     problems: list[str] = []
-    attempt(problems, check_machine, settings.trainer)
-    attempt(problems, check_loggers, settings)
+    if not elsewhere:
+        attempt(problems, check_machine, settings.trainer)
+        attempt(problems, check_loggers, settings)
     given = settings
     settings = attempt(problems, on_these_ranks, settings) or settings
     if main:

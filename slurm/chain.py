@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.compose import stage_names
 from data_prep.errors import InputError, near
 from data_prep.files import make_folder, read_note, write_json
 from slurm.launch import (
@@ -44,6 +45,9 @@ from slurm.launch import (
 from slurm.settings import cluster_of
 
 CHAIN = "chain.json"
+
+CLUSTER = ("cluster=", "cluster.")
+"""What words of the cluster begin with."""
 
 STEPS = ("export", "check", "table", "report", "evaluate", "predict", "features")
 """Commands without a run that goes on: done, or to be done again."""
@@ -95,7 +99,8 @@ class Stage:
         if self.sweep is not None:
             return submit_sweep(self.sweep, self.words, *options)
         make_folder(self.folder / "launch", "output")
-        return submit(self.folder / "launch", self.script, self.words, *options)
+        stages = self.makes if self.words[0] in LAUNCHED else ()
+        return submit(self.folder / "launch", self.script, self.words, *options, stages=stages)
 
 
 def chain(file: Path, output: Path | None = None, *, dry_run: bool = False) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def _read(file: Path) -> tuple[list[str], list[str]]:
     problems += [
         f"{file}: cluster: {word}: expected cluster=NAME, cluster.KEY=VALUE or --config-dir=DIR"
         for word in common
-        if not word.startswith(("cluster=", "cluster.", "--config-dir="))
+        if not word.startswith((*CLUSTER, "--config-dir="))
     ]
     if problems or not told["stages"]:
         raise InputError(problems or f"{file}: stages: is empty; {expected}")
@@ -224,7 +229,7 @@ def _plan(
 
 def _plan_run(name: str, command: str, words: list[str], before: list[Stage]) -> Stage:
     try:
-        job, cluster, settings = plan_job(command, words)
+        job, cluster = plan_job(command, words)
     except InputError as error:
         later = _later(error, before)
         cluster, said = machine_words(words)
@@ -234,22 +239,25 @@ def _plan_run(name: str, command: str, words: list[str], before: list[Stage]) ->
                 "run: missing; a run that is launched needs a name, run=NAME"
             ) from None
         run = (Path(told.get("runs", "runs")) / told["run"]).resolve()
-        script = render(run, (command, *said), cluster)
-        return Stage(name, [command, *said], run, script, makes=[run], later=later)
+        makes = _makes(command, said)
+        script = render(run, (command, *said), cluster, stages=makes)
+        return Stage(name, [command, *said], run, script, makes=makes, later=later)
     _local_is_none(cluster)
     ready = all(stage.finished for stage in before)
-    done = _is_done(command, job.run, settings)
+    done = all(
+        _is_done(command, run, one.steps) for run, one in zip(job.runs, job.stages, strict=True)
+    )
     return Stage(
-        name, list(job.words), job.run, job.script, makes=[job.run], finished=done and ready
+        name, list(job.words), job.run, job.script, makes=job.runs, finished=done and ready
     )
 
 
-def _is_done(command: str, run: Path, settings: Any) -> bool:
+def _is_done(command: str, run: Path, steps: int) -> bool:
     from pretrain.run_folder import Checkpoints
 
     if command == "finetune":
         return (run / "rows.csv").is_file()
-    return Checkpoints(run / "checkpoints").last_step() >= settings.steps
+    return Checkpoints(run / "checkpoints").last_step() >= steps
 
 
 def _plan_sweep(name: str, command: str, words: list[str], before: list[Stage]) -> Stage:
@@ -325,12 +333,22 @@ def element(number: int, words: Sequence[str]) -> dict[str, Any]:
 def _makes(command: str, words: Sequence[str]) -> list[Path]:
     told = dict(word.split("=", 1) for word in words if "=" in word)
     if command in LAUNCHED:
-        runs = Path(told.get("runs", "runs"))
-        return [(runs if "-m" in words else runs / told.get("run", "")).resolve()]
+        runs = Path(told.get("runs", "runs")).resolve()
+        if "-m" in words or "run" not in told:
+            return [runs]
+        try:
+            names = stage_names(command, [word for word in words if not word.startswith(CLUSTER)])
+        except InputError:
+            names = [""]
+        return [runs / (f"{told['run']}.{name}" if name else told["run"]) for name in names]
     plain = [word for word in words if "=" not in word and not word.startswith("--")]
     if command == "export":
         return [Path(plain[1]).resolve()] if len(plain) > 1 else []
     return [Path(told["output"]).resolve()] if "output" in told else []
+
+
+def _resolved(path: str) -> Path:
+    return Path(path).resolve()
 
 
 def _made(path: str, before: Sequence[Stage]) -> bool:
@@ -343,7 +361,7 @@ def _later(error: InputError, before: Sequence[Stage]) -> list[str]:
     missing = {}
     rest = []
     for problem in error.problems:
-        found = re.match(r"(\w+)=(.*?): ", problem)
+        found = re.match(r"(?:[\w, -]+: )?(\w+)=(.*?): ", problem)  # of some stages of a recipe
         if found and _made(found[2], before) and not Path(found[2]).exists():
             missing[found[1]] = found[2]
         else:
@@ -374,6 +392,10 @@ def _check_step(command: str, words: Sequence[str], before: Sequence[Stage]) -> 
     ]
     if not plain:
         problems.append("says nothing to work on")
+    for stage in before:
+        if len(stage.makes) > 1 and stage.folder in map(_resolved, plain):
+            named = " or ".join(one.name for one in stage.makes)
+            problems.append(f"{stage.folder}: is trained in stages, each a run: give {named}")
     if problems:
         raise InputError(problems)
 

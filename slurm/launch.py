@@ -15,15 +15,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conf.compose import settings_for
+from conf.compose import stages_for
 from data_prep.errors import InputError
 from data_prep.files import make_folder, read_note, write_json, write_text
 from pretrain.preemption import REQUEUE_CODE
-from slurm.plan import Save, plan
+from slurm.plan import Save, added_up, plan
 from slurm.settings import ClusterSettings, cluster_of
 
 LAUNCHED = ("pretrain", "finetune")
@@ -37,24 +37,31 @@ class Job:
     """A job before it is submitted.
 
     Attributes:
-        run: folder of the run.
+        run: folder of the run; of a recipe in stages that of its name, in which nothing is trained.
         words: of the command.
         script: text of the batch script; empty without a scheduler.
-        checkpoint: bytes of one; of a pretraining alone.
+        stages: settings of each stage, in order; of a recipe without stages those of the run.
+        checkpoints: bytes of one of each stage; of a pretraining alone.
     """
 
     run: Path
     words: tuple[str, ...]
     script: str
-    checkpoint: int | None = None
+    stages: tuple[Any, ...]
+    checkpoints: tuple[int, ...] = ()
 
     @property
     def folder(self) -> Path:
         """Where script and logs lie."""
         return self.run / "launch"
 
+    @property
+    def runs(self) -> list[Path]:
+        """The folders that are trained in, in order."""
+        return [(one.runs / str(one.run)).resolve() for one in self.stages]
 
-def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, Any]:
+
+def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings]:
     """What would be submitted; settings of command and cluster are checked as they would be there.
 
     Raises:
@@ -65,20 +72,22 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings, 
     problems: list[str] = []
     cluster, rest, machine = _machine(words, problems)
     try:
-        settings = settings_for(command, [*rest, *([] if problems else machine)])
+        stages = stages_for(command, [*rest, *([] if problems else machine)])
     except InputError as error:
         raise InputError([*problems, *error.problems]) from error
-    if settings.run is None:
+    name, first = next(iter(stages.items()))
+    if first.run is None:
         problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
-    size = None
+    run = (first.runs / first.run.removesuffix(f".{name}")).resolve()
+    job = Job(run, (command, *rest, *machine), "", tuple(stages.values()))
     if command == "pretrain":
-        settings, size = _fitting(settings)
-    run = (settings.runs / str(settings.run)).resolve()
-    said = (command, *rest, *machine)
-    script = render(run, said, cluster) if cluster.kind == "slurm" else ""
-    return Job(run, said, script, size), cluster, settings
+        settings, sizes = _fitting(stages)
+        job = replace(job, stages=settings, checkpoints=sizes)
+    if cluster.kind == "slurm":
+        job = replace(job, script=render(run, job.words, cluster, stages=job.runs))
+    return job, cluster
 
 
 def _machine(
@@ -103,24 +112,29 @@ def _machine(
     return cluster, rest, machine
 
 
-def _fitting(settings: Any) -> tuple[Any, int]:
-    """Settings of this start and bytes of a checkpoint, if corpus, backbone and objective fit.
+def _fitting(stages: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Settings of this start and bytes of a checkpoint of each stage, if all of it fits together.
 
     Said here, not in a queue's log hours later.
     """
     import torch
 
     from pretrain.estimate import checkpoint_bytes
-    from pretrain.train import corpus_channels, corpus_for, on_these_ranks, plan_objective
+    from pretrain.stages import prepare_stages
 
-    settings = on_these_ranks(settings)
-    corpus = corpus_for(settings)
-    make = plan_objective(settings, corpus_channels(corpus))
+    prepared = prepare_stages(stages, elsewhere=True)
     with torch.device("meta"):
-        return settings, checkpoint_bytes(make(), settings.optimizer)
+        sizes = tuple(checkpoint_bytes(one.make(), one.settings.optimizer) for one in prepared)
+    return tuple(one.settings for one in prepared), sizes
 
 
-def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: int = 0) -> str:
+def render(
+    run: Path,
+    words: Sequence[str],
+    cluster: ClusterSettings,
+    elements: int = 0,
+    stages: Sequence[Path] = (),
+) -> str:
     """The batch script of a run, or of the runs of a sweep as the elements of an array.
 
     Args:
@@ -128,6 +142,7 @@ def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: 
         words: of the command; of a sweep they are in files.
         cluster: what it gives.
         elements: runs of a sweep.
+        stages: folders that are trained in, in order, where that is not `run`.
     """
     limit = f"%{cluster.array_limit}" if cluster.array_limit else ""
     return rendered(
@@ -137,6 +152,7 @@ def render(run: Path, words: Sequence[str], cluster: ClusterSettings, elements: 
         array=f"0-{elements - 1}{limit}" if elements else "",
         folder=shlex.quote(str(run / "launch")),
         run=shlex.quote(str(run)),
+        stages=[shlex.quote(str(stage)) for stage in stages or [run]],
         words=[shlex.quote(word) for word in words],
     )
 
@@ -186,18 +202,10 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
         InputError: wrong words, no SLURM, or a job of this run is under way.
         RuntimeError: SLURM refuses it.
     """
-    job, cluster, settings = plan_job(command, words)
-    print(summary(job, cluster, settings))
-    if job.checkpoint is not None:
-        save = Save.of(job.checkpoint, job.run)
-        print(
-            "\n".join(
-                [
-                    *([plan(settings, cluster, save)] if dry_run else []),
-                    *(save.warnings(cluster) if cluster.kind == "slurm" else []),
-                ]
-            )
-        )
+    job, cluster = plan_job(command, words)
+    print(summary(job, cluster))
+    for line in foretell(job, cluster, planned=dry_run):
+        print(line)
     if dry_run:
         print(job.script, end="")
         return {"run": str(job.run), "script": job.script, "job": None}
@@ -205,9 +213,25 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
         return _here(job)
     refuse_second(job.run)
     make_folder(job.folder, "runs")
-    number = submit(job.folder, job.script, list(job.words))
+    number = submit(job.folder, job.script, list(job.words), stages=job.runs)
     print(f"job {number}; voxelith launch status {job.run}")
     return {"run": str(job.run), "script": job.script, "job": number}
+
+
+def foretell(job: Job, cluster: ClusterSettings, *, planned: bool) -> list[str]:
+    """What a pretraining takes, if it is `planned`, and where the cluster leaves it no time."""
+    # There are none of a finetuning.
+    saves = [Save.of(size, run) for size, run in zip(job.checkpoints, job.runs, strict=False)]
+    said = []
+    if planned and saves:
+        plans = [plan(one, cluster, save) for one, save in zip(job.stages, saves, strict=True)]
+        for run, one in zip(job.runs, plans, strict=True):
+            said += [f"  {run.name}:"] if len(plans) > 1 else []
+            said.append(str(one))
+        said += [added_up(plans)] if len(plans) > 1 else []
+    if cluster.kind == "slurm":
+        said += dict.fromkeys(line for save in saves for line in save.warnings(cluster))
+    return said
 
 
 @dataclass(frozen=True)
@@ -309,7 +333,7 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
 
 def _forget(folder: Path) -> None:
     """Removes what earlier jobs have noted in a launch folder: this one begins anew."""
-    for old in ("crashes", "crashed-after", "done"):
+    for old in ("crashes", "crashed-after", "done", "running", "told", "saved"):
         (folder / old).unlink(missing_ok=True)
 
 
@@ -331,7 +355,9 @@ def require_slurm() -> None:
         raise InputError("launch: sbatch is not here; start it where jobs are submitted")
 
 
-def submit(folder: Path, text: str, words: list[str], *options: str) -> str:
+def submit(
+    folder: Path, text: str, words: list[str], *options: str, stages: Sequence[Path] = ()
+) -> str:
     """Writes a batch script into the folder and submits it; returns the job's number.
 
     Args:
@@ -339,6 +365,7 @@ def submit(folder: Path, text: str, words: list[str], *options: str) -> str:
         text: the script.
         words: that it was made of, for whoever asks.
         options: of sbatch beside those in the script, for this submission alone.
+        stages: folders that are trained in, in order; where that is not the run's own alone.
 
     Raises:
         RuntimeError: SLURM refuses it.
@@ -347,7 +374,8 @@ def submit(folder: Path, text: str, words: list[str], *options: str) -> str:
     write_text(script, text)
     _forget(folder)
     number = sbatch(script, *options)
-    write_json(folder / NOTE, {"job": number, "words": words})
+    named = [stage.name for stage in stages]
+    write_json(folder / NOTE, {"job": number, "words": words, "stages": named})
     return number
 
 
@@ -370,7 +398,7 @@ def _here(job: Job) -> dict[str, Any]:
     return {"run": str(job.run), "script": None, "job": None}
 
 
-def summary(job: Job, cluster: ClusterSettings, settings: Any) -> str:
+def summary(job: Job, cluster: ClusterSettings) -> str:
     """What is going to happen, in lines."""
     ranks = cluster.tasks * cluster.nodes
     lines = [f"{job.words[0]}: {job.run}"]
@@ -381,12 +409,14 @@ def summary(job: Job, cluster: ClusterSettings, settings: Any) -> str:
             f"  {devices}, {ranks} {kind}; {cluster.time} a start, at most "
             f"{ranks * cluster.hours:.3g} {'GPU' if cluster.gpus_per_node else 'task'}-hours each"
         )
-    micro = settings.batch_size // (ranks * settings.micro_steps)
-    lines.append(
-        f"  {settings.steps:,} steps of {settings.batch_size} samples: {micro} for each task, "
-        f"{settings.micro_steps} times a step; saved every {settings.save_every} steps, "
-        f"{settings.save_minutes:g} minutes at most"
-    )
+    for settings in job.stages:
+        micro = settings.batch_size // (ranks * settings.micro_steps)
+        name = f"{settings.run}: " if len(job.stages) > 1 else ""
+        lines.append(
+            f"  {name}{settings.steps:,} steps of {settings.batch_size} samples: {micro} for each "
+            f"task, {settings.micro_steps} times a step; saved every {settings.save_every} steps, "
+            f"{settings.save_minutes:g} minutes at most"
+        )
     return "\n".join(lines)
 
 
@@ -401,14 +431,19 @@ def status(run: Path) -> dict[str, Any]:
     if (run / "launch" / "jobs").is_dir():
         return _status_of_sweep(run, str(note["job"]))
     facts = facts_of(str(note["job"]))
-    steps = sorted((run / "checkpoints").glob("step-*.pt"))
-    config = read_note(run / "config.json")
+    stages = [run.with_name(name) for name in note.get("stages") or [run.name]]
+    begun = [stage for stage in stages if (stage / "config.json").is_file()]
+    now = (begun or stages)[-1]
+    steps = sorted((now / "checkpoints").glob("step-*.pt"))
+    config = read_note(now / "config.json")
+    staged = {"stage": f"{now.name}, {stages.index(now) + 1} of {len(stages)}"}
     return {
         "run": str(run),
         "job": str(note["job"]),
         "state": facts.get("JobState", "unknown: SLURM does not know it any more"),
         "reason": facts.get("Reason", ""),
         "restarts": int(facts.get("Restarts", 0)),
+        **(staged if len(stages) > 1 else {}),
         "saved_step": int(steps[-1].stem.removeprefix("step-")) if steps else 0,
         "steps": config.get("steps"),
         "crashes": int((run / "launch" / "crashes").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,44 @@ class Save:
         return found
 
 
-def plan(settings: Any, cluster: ClusterSettings, save: Save) -> str:
-    """Data, steps, operations, memory and disk of a pretraining, in lines; takes some seconds."""
+@dataclass(frozen=True)
+class Plan:
+    """What a pretraining takes.
+
+    Attributes:
+        steps: of it.
+        operations: of all of them.
+        disk: bytes in its folder at most.
+        lines: data, steps, operations, memory and disk, to read.
+    """
+
+    steps: int
+    operations: float
+    disk: int
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def added_up(plans: Sequence[Plan]) -> str:
+    """What several stages take together, in a line."""
+    operations = sum(one.operations for one in plans)
+    return (
+        f"  together {sum(one.steps for one in plans):,} steps, {_compute(operations)}; "
+        f"disk {sum(one.disk for one in plans) / 1e9:.3g} GB"
+    )
+
+
+def _compute(operations: float) -> str:
+    return (
+        f"{operations / 1e18:.3g} EFLOP, {operations / SPEED / 3600:,.3g} GPU-hours at "
+        f"{SPEED / 1e12:.0f} TFLOP/s a GPU"
+    )
+
+
+def plan(settings: Any, cluster: ClusterSettings, save: Save) -> Plan:
+    """Data, steps, operations, memory and disk of a pretraining; takes some seconds."""
     from pretrain.estimate import GIB, estimate
     from pretrain.run_folder import Checkpoints
     from pretrain.train import corpus_channels, corpus_for
@@ -99,13 +136,11 @@ def plan(settings: Any, cluster: ClusterSettings, save: Save) -> str:
     keep = Checkpoints.KEEP
     (memory,) = told.memory
     where = f"a {'GPU' if on_gpus else 'task'} ({memory.precision}, estimated; libraries add to it)"
-    return "\n".join(
-        (
-            f"  corpus   {len(corpus):,} volumes in {len(shards):,} shards, {size / 1e9:.3g} GB",
-            f"  training {seen:,} samples, {seen / len(corpus):,.3g} epochs",
-            f"  compute  {operations / 1e18:.3g} EFLOP, "
-            + f"{operations / SPEED / 3600:,.3g} GPU-hours at {SPEED / 1e12:.0f} TFLOP/s a GPU",
-            f"  memory   {memory.peak / GIB:.3g} GiB of {where}",
-            f"  disk     {keep} checkpoints, {keep + 1} while one is written, each {save}",
-        )
+    lines = (
+        f"  corpus   {len(corpus):,} volumes in {len(shards):,} shards, {size / 1e9:.3g} GB",
+        f"  training {seen:,} samples, {seen / len(corpus):,.3g} epochs",
+        f"  compute  {_compute(operations)}",
+        f"  memory   {memory.peak / GIB:.3g} GiB of {where}",
+        f"  disk     {keep} checkpoints, {keep + 1} while one is written, each {save}",
     )
+    return Plan(settings.steps, operations, (keep + 1) * save.bytes, lines)

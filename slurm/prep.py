@@ -75,8 +75,9 @@ def launch_prep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any
             f"`voxelith launch cancel {settings.output}` ends them"
         )
     make_folder(folder, "output")
-    for old in folder.glob("*.crash*"):
-        old.unlink()
+    for note in ("crashes", "crashed-after", "running", "told", "saved"):
+        for old in folder.glob(f"*.{note}"):
+            old.unlink()
     jobs = _submit(folder, scripts)
     write_json(folder / NOTE, {"jobs": jobs, "cases": cases, "words": ["prep", *rest]})
     print(f"jobs {', '.join(jobs.values())}; voxelith launch status {settings.output}")

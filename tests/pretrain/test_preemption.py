@@ -150,6 +150,10 @@ def test_a_job_ends_as_the_scheduler_wants_it(
     assert (ended(Ask.STOP, **TASK), slept, calls.exists()) == (143, [PATIENCE_SECONDS], False)
     assert (ended(Ask.REQUEUE, **TASK), slept) == (85, [PATIENCE_SECONDS])
     assert calls.read_text() == "requeue 7\n"
+    note = tmp_path / "saved"  # for the next start of the batch script
+    ended(Ask.STOP, **TASK, VOXELITH_SAVED=str(note))
+    assert note.exists()
+    ended(Ask.STOP, **TASK, VOXELITH_SAVED=str(tmp_path / "absent" / "saved"))
     ended(Ask.REQUEUE, **{**TASK, "SLURM_PROCID": "1"})
     assert slept and not calls.exists()  # one rank asks for all
     tool.write_text("#!/bin/sh\nexit 1\n")

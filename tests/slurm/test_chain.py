@@ -161,3 +161,28 @@ def test_a_sweep_has_room_for_every_run_it_may_come_to() -> None:
     assert sweep.size == len(sweep.elements) == 2 * 2 * 3 * 2
     assert unknown_sweep([*words, "init=scratch"]).size == 12
     assert sweep.elements[3][1:4] == ["launch", "element", "3"]
+
+
+def test_a_chain_knows_the_runs_of_a_recipe_in_stages(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (
+        f"pretrain corpus={pretrain_corpus} run=s runs={tmp_path} experiment=dino_3dino_small "
+        "backbone.embed_dim=48 objective.prototypes=4"
+    )
+    file = tmp_path / "work.yaml"
+    file.write_text(
+        f"cluster: {CPUS}\nstages:\n  - {recipe}\n  - export {tmp_path}/s.highres {tmp_path}/r\n"
+    )
+    found = chain(file, dry_run=True)
+    assert found["to_start"] == ["1-pretrain", "2-export"]
+    file.write_text(file.read_text().replace("s.highres", "s"))
+    with pytest.raises(InputError, match=r"in stages, each a run: give s\.base or s\.highres"):
+        chain(file, dry_run=True)
+    # What it will make is known where the recipe itself cannot be checked yet.
+    first = f"pretrain corpus={pretrain_corpus} run=a runs={tmp_path} steps=9 {TINY}"
+    later = f"pretrain init={tmp_path}/a init_covers=0.1 {recipe.removeprefix('pretrain ')}"
+    last = f"export {tmp_path}/s.highres {tmp_path}/r"
+    file.write_text(f"cluster: {CPUS}\nstages:\n  - {first}\n  - {later}\n  - {last}\n")
+    assert chain(file, dry_run=True)["to_start"] == ["1-pretrain", "2-pretrain", "3-export"]
+    assert "checked when it starts: init=" in capsys.readouterr().out

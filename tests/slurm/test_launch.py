@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -68,12 +70,12 @@ def test_the_script_says_what_the_cluster_gives(
     case: str, pretrain_corpus: Path, tmp_path: Path
 ) -> None:
     more, wanted, said = CASES[case]
-    job, cluster, settings = plan_job("pretrain", words(pretrain_corpus, tmp_path, *more))
+    job, cluster = plan_job("pretrain", words(pretrain_corpus, tmp_path, *more))
     found = options(job.script)
     assert {key: found.get(key) for key in wanted} == wanted
     assert ("gpus-per-node" in found) == (case in ("gpus", "apptainer", "pyxis"))
     assert all(text in job.script for text in said), job.script
-    assert settings.trainer.devices == cluster.tasks
+    assert job.stages[0].trainer.devices == cluster.tasks
     script = tmp_path / "job.sh"
     script.write_text(job.script)
     subprocess.run(["bash", "-n", script], check=True)
@@ -117,6 +119,55 @@ def test_mistakes_are_told_before_anything_waits_in_a_queue(
         cluster_of(["cluster.environment=[a() { b; }]"])
     with pytest.raises(InputError, match="launches pretrain or finetune"):
         plan_job("predict", [])
+
+
+STAGED = [
+    "run=s", "experiment=dino_3dino_small", "backbone.embed_dim=48", "objective.prototypes=4",
+    "cluster.gpus_per_node=0",
+]  # fmt: skip
+
+
+def test_a_recipe_in_stages_is_one_job_of_all_of_them(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*STAGED, f"corpus={pretrain_corpus}", f"runs={tmp_path / 'runs'}"]
+    assert voxelith.main(["launch", "pretrain", *given, "--dry-run", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["run"] == str(tmp_path / "runs" / "s")
+    assert f"--output={tmp_path}/runs/s/launch/job-%j.log" in result["script"]
+    for name in ("base", "highres"):
+        assert f"    {tmp_path}/runs/s.{name}\n" in result["script"]
+    # What does not fit in the second stage alone is told before the first one waits.
+    with pytest.raises(InputError, match=r"highres: .*crop_size"):
+        plan_job("pretrain", [*given, "stages.highres.crop_size=[41,40,40]"])
+
+
+def test_the_plan_of_stages_is_that_of_all(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*STAGED, f"corpus={pretrain_corpus}", f"runs={tmp_path / 'runs'}"]
+    assert voxelith.main(["launch", "pretrain", *given, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "s.base: 300 steps" in said and "s.highres: 60 steps" in said
+    found = [float(n) for n in re.findall(r"([\d.e-]+) EFLOP", said)]
+    assert "together 360 steps" in said and len(found) == 3
+    assert found[2] == pytest.approx(found[0] + found[1], rel=0.01)
+
+
+def test_a_run_in_stages_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.launch._shown", lambda job: "JobState=RUNNING Restarts=2")
+    for name, step, steps in (("base", 300, 300), ("highres", 20, 60)):
+        folder = tmp_path / f"s.{name}"
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / f"step-{step:08d}.pt").touch()
+        (folder / "config.json").write_text(json.dumps({"steps": steps}))
+    (tmp_path / "s" / "launch").mkdir(parents=True)
+    note = {"job": "7", "stages": ["s.base", "s.highres", "s.last"]}
+    (tmp_path / "s" / "launch" / "job.json").write_text(json.dumps(note))
+    found = status(tmp_path / "s")
+    assert (found["stage"], found["saved_step"], found["steps"]) == ("s.highres, 2 of 3", 20, 60)
 
 
 def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
