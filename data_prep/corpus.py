@@ -12,9 +12,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import blosc2
 import numpy as np
@@ -37,6 +37,8 @@ FORMAT = 1
 CORPUS_FILE = "corpus.json"
 INDEX_FILE = "index.parquet"
 FINGERPRINTS_FILE = "fingerprints.parquet"
+
+T = TypeVar("T")
 
 _SHARD = re.compile(r"shards/\d{6,}\.tar")
 
@@ -256,6 +258,9 @@ class Corpus:
 
     def meta(self, i: int) -> dict[str, Any]:
         """KEY.json of sample `i`, verified."""
+        return self._renewed(i, partial(self._meta, i))
+
+    def _meta(self, i: int) -> dict[str, Any]:
         shard = int(self.shards[i])
         if self._storage.is_ranged(shard):
             self._frame(i, "image")  # which comes next, and brings this along
@@ -295,6 +300,18 @@ class Corpus:
             last = tuple(full)
         if any(a < 0 or a >= b or b > n for a, b, n in zip(first, last, full, strict=True)):
             raise ValueError(f"box {first} to {last} does not lie inside {tuple(full)}")
+        return self._renewed(i, partial(self._box, i, payload, lead, full, first, last))
+
+    def _box(
+        self,
+        i: int,
+        payload: str,
+        lead: tuple[int, ...],
+        full: Sequence[int],
+        first: tuple[int, ...],
+        last: tuple[int, ...],
+    ) -> np.ndarray:
+        """Voxels [first, last) of a payload, of a shape `full` after `lead`."""
         frame, table = self._frame(i, payload)
         ends = (0, len(table) - 1)
         frame.need(ends)
@@ -396,6 +413,15 @@ class Corpus:
             channels = self.meta(int(i))["channels"]
             found[self.keys[i]] |= {as_text(c["fingerprint"]) for c in channels}
         return found
+
+    def _renewed(self, i: int, read: Callable[[], T]) -> T:
+        """What `read` gives; where the disk has changed a shard that came here, it comes again."""
+        try:
+            return read()
+        except CorruptionError:
+            if not self._storage.renew(int(self.shards[i])):
+                raise
+            return read()
 
     def _frame(self, i: int, payload: str) -> tuple[Frame, np.ndarray]:
         def read(data: bytes) -> np.ndarray:
@@ -597,13 +623,22 @@ def _read_info(root: Root) -> dict[str, Any]:
             f"{root}: not a corpus, it has no {CORPUS_FILE}; `voxelith prep input={root} "
             "output=...` makes one from scans"
         )
+    wanted = root.sha256 if isinstance(root, Remote) else None
+    found = hashlib.sha256(data).hexdigest()
+    if wanted not in (None, found):
+        raise CorruptionError(
+            f"{path}: sha256 is {found}, the address says #sha256={wanted}; it is another corpus, "
+            "or was changed on its way; look at where the address is from"
+        )
     try:
         info = json.loads(data)
     except ValueError as error:
         raise CorruptionError(f"{path}: not JSON ({error})") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else None
-        raise InputError(f"{path}: format {found!r}, this program reads {FORMAT}; update voxelith")
+        version = info.get("format") if isinstance(info, dict) else None
+        raise InputError(
+            f"{path}: format {version!r}, this program reads {FORMAT}; update voxelith"
+        )
     missing = [
         name for name in ("kind", "classes", "shards", "index", "fingerprints") if name not in info
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import shutil
 import ssl
 import time
@@ -15,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from data_prep.errors import InputError, UnreachableError
 from data_prep.files import read_note
@@ -26,7 +27,11 @@ LIMIT = 32 * 2**30
 """Bytes that a file, or all of a release, may have."""
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries; after the last one no other is made, unless bytes have come."""
+"""Seconds between tries, about; after the last one no other is made, unless enough has come."""
+
+ENOUGH = 2**20
+"""Bytes of a file after which tries are counted anew: so a server may break off now and then, and
+one that gives little each time is given up."""
 
 DENIED = "a signed address may have run out; a password goes before the host, USER:PASSWORD@"
 
@@ -36,6 +41,10 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Answers that another try may change."""
 
 T = TypeVar("T")
+
+
+class TooLargeError(InputError):
+    """A file has more bytes than it may."""
 
 
 class PassingError(Exception):
@@ -188,7 +197,14 @@ class Bucket:
 
 
 def download(
-    source: Source, name: str, to: Path, *, shown: str, limit: int = LIMIT, quiet: bool = False
+    source: Source,
+    name: str,
+    to: Path,
+    *,
+    shown: str,
+    limit: int = LIMIT,
+    quiet: bool = False,
+    key: str = "VOXELITH_CACHE",
 ) -> None:
     """Downloads a file; what an earlier try left is gone on with.
 
@@ -201,6 +217,7 @@ def download(
         shown: what to call it in messages.
         limit: bytes that it may have.
         quiet: without a bar.
+        key: what says where the folder of `to` lies.
 
     Raises:
         InputError: it is not there, not for us or too large.
@@ -214,7 +231,7 @@ def download(
         got = source.open(name, start, before.get("tag"))
         with closing(got.stream):
             try:
-                _check_room(got, to.parent, shown, limit)
+                _check_room(got, to.parent, shown, limit, key)
             except InputError:
                 part.unlink(missing_ok=True)
                 raise
@@ -228,7 +245,7 @@ def download(
     def size() -> int:
         return part.stat().st_size if part.exists() else 0
 
-    retried(attempt, shown, size)
+    retried(attempt, shown, size, enough=ENOUGH)
     part.replace(to)
     note.unlink()
 
@@ -245,14 +262,17 @@ def retried(
     shown: str,
     progress: Callable[[], int] = lambda: 0,
     pauses: Sequence[float] = (),
+    enough: int = 1,
 ) -> T:
     """What `work` returns, tried again while it is `PassingError`.
 
     Args:
         work: what is tried.
         shown: what it is about, for messages.
-        progress: what has come so far; where that grew, the count of tries begins anew.
-        pauses: seconds between tries; by default `PAUSES`.
+        progress: what has come so far; where `enough` more has, the count of tries begins anew.
+        pauses: seconds between tries, about, so that not all who failed at once come back at once;
+            by default `PAUSES`.
+        enough: of progress. What there is to come bounds all tries.
 
     Raises:
         UnreachableError: the last try came to nothing either.
@@ -264,7 +284,7 @@ def retried(
             return work()
         except PassingError as error:
             now = progress()
-            if now > before:
+            if now >= before + enough:
                 left, before = iter(pauses), now
             pause = next(left, None)
             if pause is None:
@@ -273,7 +293,7 @@ def retried(
                     f"{shown}: {error}, {len(pauses) + 1} tries in a row{kept}; check the network "
                     "and start again"
                 ) from None
-            time.sleep(pause)
+            time.sleep(pause * random.uniform(0.5, 1.5))
 
 
 def _copy(got: Part, part: Path, shown: str, limit: int, quiet: bool) -> None:
@@ -298,7 +318,7 @@ def _copy(got: Part, part: Path, shown: str, limit: int, quiet: bool) -> None:
                 written += len(block)
                 if written > allowed:
                     part.unlink(missing_ok=True)
-                    raise InputError(
+                    raise TooLargeError(
                         f"{shown}: sends more than the {allowed:,} bytes that it may have"
                     )
                 file.write(block)
@@ -317,17 +337,19 @@ def _read(stream: IO[bytes]) -> bytes:
         raise PassingError(reason(error)) from None
 
 
-def _check_room(got: Part, folder: Path, shown: str, limit: int) -> None:
+def _check_room(got: Part, folder: Path, shown: str, limit: int, key: str) -> None:
     """Refuses what is too large before a byte of it is written."""
     if got.total is None:
         return
     if got.total > limit:
-        raise InputError(f"{shown}: has {got.total:,} bytes, more than the {limit:,} that it may")
+        raise TooLargeError(
+            f"{shown}: has {got.total:,} bytes, more than the {limit:,} that it may"
+        )
     free = shutil.disk_usage(folder).free
     if got.total - got.start > free:
         raise InputError(
             f"{shown}: has {got.total:,} bytes, and {folder} has room for {free:,}; make room or "
-            "set VOXELITH_CACHE to another folder"
+            f"set {key} to another folder"
         )
 
 
@@ -349,6 +371,24 @@ def reason(error: BaseException) -> str:
     return f"no answer ({said or type(inner).__name__})"
 
 
+def check_redirect(url: str, to: str) -> None:
+    """Refuses to go on to what is not safe to follow.
+
+    Args:
+        url: of a server.
+        to: where it redirects to; a path stays on that server.
+
+    Raises:
+        InputError: to neither http nor https, or from the latter to the former.
+    """
+    before, after = urlsplit(url), urlsplit(urljoin(url, to))
+    if after.scheme not in ("http", "https") or (before.scheme, after.scheme) == ("https", "http"):
+        raise InputError(
+            f"{before.scheme}://{before.hostname}: redirects to {after.scheme}://, which is not "
+            "safe to follow"
+        )
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows to http and https alone, never from the latter to the former.
 
@@ -358,15 +398,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
+        check_redirect(req.full_url, newurl)
         before, after = urlsplit(req.full_url), urlsplit(newurl)
-        if after.scheme not in ("http", "https") or (before.scheme, after.scheme) == (
-            "https",
-            "http",
-        ):
-            raise InputError(
-                f"{before.scheme}://{before.hostname}: redirects to {after.scheme}://, which is "
-                "not safe to follow"
-            )
         made = super().redirect_request(req, fp, code, msg, headers, newurl)
         if made is not None and (before.scheme, before.netloc) != (after.scheme, after.netloc):
             for name in ("Authorization", "Cookie"):

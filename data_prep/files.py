@@ -116,6 +116,38 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
 
 
+def append_line(path: Path, value: Any) -> None:
+    """Appends a line of JSON, by one write; it is on the disk before the program goes on."""
+    with path.open("a") as file:
+        # What a killed process left of a line is none, and must not swallow this one.
+        file.write(("" if _ends_whole(path) else "\n") + json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The tables in a file of lines of JSON, without what is no such line; empty without a file."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # of a process that was killed while it wrote
+    return [one for one in found if isinstance(one, dict)]
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
 def read_note(path: Path) -> dict[str, Any]:
     """The table in a small JSON file; empty where there is none, or no table that can be read."""
     try:

@@ -13,20 +13,23 @@ import fcntl
 import hashlib
 import mmap
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from data_prep.download import (
     Bucket,
     PassingError,
     Source,
+    TooLargeError,
+    check_redirect,
     download,
     folder_source,
     reason,
@@ -46,8 +49,15 @@ PAUSES = (0.05, 0.25, 1.0, 2.0, 4.0, 8.0)
 GAP = 2**16
 """Ranges with fewer bytes between them are asked for as one."""
 
+_NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(?P<kind>tar|arrived(\.part(\.json)?)?)")
+"""Of files on a shelf."""
+
 WAIT_SECONDS = 0.2
 TOUCH_SECONDS = 30.0
+
+
+class _ShortError(PassingError):
+    """An answer that is whole and has less than was asked for: the file may be shorter."""
 
 
 class Remote:
@@ -70,6 +80,11 @@ class Remote:
 
     def __str__(self) -> str:
         return self._wanted.shown
+
+    @property
+    def sha256(self) -> str | None:
+        """Of corpus.json, if the address says what it must be."""
+        return self._wanted.sha256
 
     def shown(self, name: str) -> str:
         """The address of a file, without what is secret."""
@@ -103,11 +118,12 @@ class Remote:
 
         return retried(attempt, self.shown(name))
 
-    def ranges(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes [start, stop) of a file, for each span, asked for together.
+    def ranges(self, name: str, spans: Sequence[tuple[int, int]], size: int) -> list[bytes]:
+        """Bytes [start, stop) of a file of `size` bytes, for each span, asked for together.
 
         Raises:
             InputError: the file is not there, or not for us, or the server gives no ranges.
+            CorruptionError: the server has less of it, or more.
             UnreachableError: tries came to nothing.
         """
         merged = _merged(spans)
@@ -116,20 +132,36 @@ class Remote:
         def attempt() -> None:
             missing = [span for span in merged if span not in came]
             problem: PassingError | None = None
+            lengths.append(None)
             for span, answer in zip(missing, self._asked(name, missing), strict=True):
                 try:
                     came[span] = self._checked(name, span, answer)
+                except _ShortError as error:
+                    problem, lengths[-1] = error, self._length(name)
                 except PassingError as error:
                     problem = error
+            now = lengths[-1]
+            if now not in (None, size) and lengths[-2:-1] == [now]:  # nor did it last time
+                raise CorruptionError(
+                    f"{self.shown(name)}: has {now} bytes, corpus.json says {size}; copy the shard "
+                    "there again"
+                )
             if problem is not None:
                 raise problem
 
+        lengths: list[int | None] = []
         retried(attempt, self.shown(name), lambda: len(came), PAUSES)
         out = []
         for start, stop in spans:
             low, data = next((a, came[a, b]) for a, b in merged if a <= start and stop <= b)
             out.append(data[start - low : stop - low])
         return out
+
+    def _length(self, name: str) -> int | None:
+        """Bytes that the server says a file has."""
+        got = self.source.open(name, 0, None)
+        got.stream.close()
+        return got.total
 
     def _asked(self, name: str, spans: Sequence[tuple[int, int]]) -> list[Any]:
         paths = [self._wanted.url_of(name)] * len(spans)
@@ -144,8 +176,10 @@ class Remote:
         code = getattr(answer, "status", None)
         if isinstance(answer, PermissionError) or code in (401, 403):
             raise InputError(f"{shown}: access is denied; a signed address may have run out")
+        if code == 416:  # it begins behind the file's end
+            raise _ShortError(f"0 of {wanted:,} bytes came")
         if isinstance(answer, BaseException):
-            if not isinstance(answer, Exception):
+            if isinstance(answer, InputError) or not isinstance(answer, Exception):
                 raise answer
             raise PassingError(f"the server answers {code}" if code else reason(answer))
         if len(answer) > wanted:
@@ -154,7 +188,7 @@ class Remote:
                 "so it gives no ranges; give shards room on this machine: remote.cache_gb=N"
             )
         if len(answer) < wanted:
-            raise PassingError(f"{len(answer):,} of {wanted:,} bytes came")
+            raise _ShortError(f"{len(answer):,} of {wanted:,} bytes came")
         return bytes(answer)
 
     def _filesystem(self) -> Any:
@@ -170,6 +204,11 @@ def _http(headers: Mapping[str, str]) -> Any:
     import aiohttp
     import fsspec
 
+    async def redirected(session: Any, context: Any, found: Any) -> None:
+        check_redirect(str(found.url), str(found.response.headers.get("Location", "")))
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(redirected)
     return fsspec.filesystem(
         "http",
         skip_instance_cache=True,
@@ -178,6 +217,7 @@ def _http(headers: Mapping[str, str]) -> Any:
         client_kwargs={
             "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30),
             "trust_env": True,
+            "trace_configs": [trace],
         },
     )
 
@@ -273,22 +313,41 @@ class Shelf:
         except OSError:
             pass  # evicted, or of a cache that others may write
 
+    def drop(self, sha256: str, file: IO[bytes], shown: str) -> None:
+        """Removes an opened file whose bytes have changed, unless another has its place by now."""
+        print(
+            f"WARNING: {self.folder}: {shown} is no longer what came from there, and comes again; "
+            "look after this disk",
+            file=sys.stderr,
+        )
+        path = self.folder / f"{sha256}.tar"
+        with self._alone(sha256), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                path.unlink()
+
     def _fetch(self, remote: Remote, name: str, path: Path, size: int, sha256: str) -> None:
         shown = remote.shown(name)
         arrived = path.with_suffix(".arrived")
-        for last in (False, True):
-            download(remote.source, name, arrived, shown=shown, limit=size, quiet=True)
+        for _ in range(2):
+            try:
+                download(
+                    remote.source, name, arrived, shown=shown, limit=size, quiet=True,
+                    key="remote.folder",
+                )  # fmt: skip
+            except TooLargeError as error:
+                problems = error.problems
+                continue
             with arrived.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found == sha256 and arrived.stat().st_size == size:
                 arrived.replace(path)
                 return
             arrived.unlink()
-            if last:
-                raise CorruptionError(
-                    f"{shown}: came twice with other bytes than corpus.json says (sha256 "
-                    f"{found[:12]}..., expected {sha256[:12]}...); it is damaged where it lies"
-                )
+            problems = [
+                f"{shown}: came twice with other bytes than corpus.json says (sha256 "
+                f"{found[:12]}..., expected {sha256[:12]}...); it is damaged where it lies"
+            ]
+        raise CorruptionError(problems)
 
     def check(self, largest: int) -> None:
         """Looks whether a corpus's largest shard fits.
@@ -308,10 +367,13 @@ class Shelf:
         while True:
             with self._alone("room"):
                 others = [path for path in self.folder.glob("*.coming") if path != coming]
-                under_way = sum(map(self._under_way, others))
-                # Afterwards: one that was done in between counts twice rather than not at all.
-                kept = sorted(_facts(self.folder.glob("*.tar")))
-                taken = under_way + sum(bytes_ for _, bytes_, _ in kept)
+                under_way = {path.stem: self._under_way(path) for path in others}
+                mine = {coming.stem, *(stem for stem, bytes_ in under_way.items() if bytes_)}
+                # Afterwards: one that was done in between counts twice rather than not at all. What
+                # a fetch left that failed is as good as a shard; nobody goes on with it unless it
+                # is said to be coming, which only who has this lock can say.
+                kept = sorted(_facts(self._kept(mine)))
+                taken = sum(under_way.values()) + sum(bytes_ for _, bytes_, _ in kept)
                 while kept and taken + size > self.limit:
                     _, freed, oldest = kept.pop(0)
                     oldest.unlink(missing_ok=True)
@@ -320,6 +382,13 @@ class Shelf:
                     coming.write_text(str(size))
                     return
             time.sleep(WAIT_SECONDS)
+
+    def _kept(self, mine: Collection[str]) -> Iterator[Path]:
+        """Shards, and what came of others but these."""
+        for path in self.folder.iterdir():
+            found = _NAME.fullmatch(path.name)
+            if found and (found["kind"] == "tar" or found["sha256"] not in mine):
+                yield path
 
     def _under_way(self, coming: Path) -> int:
         """Bytes that a process fetches; none where it was killed, and what it left is removed."""

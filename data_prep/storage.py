@@ -5,6 +5,7 @@ What a process has open is its own: after a fork it is opened anew.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import sys
@@ -117,6 +118,7 @@ class Storage:
     def __init__(self, shards: Sequence[Shard], shelf: Shelf | None = None) -> None:
         self.shards = list(shards)
         self.shelf = shelf
+        self._refused: dict[int, list[str]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -153,7 +155,7 @@ class Storage:
             mine = [shard for shard in self.shards if shard.root is root]
             largest = max(mine, key=lambda shard: shard.bytes)
             if self.shelf is None:
-                root.ranges(mine[0].name, [(0, 512)])
+                root.ranges(mine[0].name, [(0, 512)], mine[0].bytes)
             else:
                 self.shelf.check(largest.bytes)
 
@@ -170,7 +172,7 @@ class Storage:
     def _ranges(self, number: int, spans: Sequence[Span]) -> list[bytes]:
         shard = self.shards[number]
         assert isinstance(shard.root, Remote)
-        return shard.root.ranges(shard.name, spans)
+        return shard.root.ranges(shard.name, spans, shard.bytes)
 
     def has(self, number: int) -> bool:
         """Whether a shard is here, or on the shelf."""
@@ -181,9 +183,26 @@ class Storage:
 
     def bring(self, number: int) -> None:
         """Has a remote shard come to the shelf, if there is one."""
+        if self.shelf is not None and isinstance(self.shards[number].root, Remote):
+            self._shelved(number)
+
+    def renew(self, number: int) -> bool:
+        """Takes a shard off the shelf that is no longer what came; False where there is none such.
+
+        Whoever reads it next has it come again.
+        """
         shard = self.shards[number]
-        if self.shelf is not None and isinstance(shard.root, Remote):
-            self.shelf.get(shard.root, shard.name, shard.bytes, shard.sha256)
+        if self.shelf is None or isinstance(shard.root, Path):
+            return False
+        with self._lock:
+            opened = self._opened.get(number)
+            if opened is None:
+                return True  # of another thread, by now
+            if hashlib.sha256(opened.view).hexdigest() == shard.sha256:
+                return False
+            self.shelf.drop(shard.sha256, opened.file, str(shard))
+            del self._opened[number]
+        return True
 
     def is_ranged(self, number: int) -> bool:
         """Whether of a shard only ranges come."""
@@ -271,7 +290,7 @@ class Storage:
             if self.shelf is not None and isinstance(shard.root, Remote):
                 self.shelf.touch(shard.sha256)
             return self._opened[number]
-        opened = _map(shard, self._file(shard))
+        opened = _map(shard, self._file(number))
         if isinstance(shard.root, Remote):
             # What was evicted meanwhile takes room for as long as it is open.
             for old in [n for n, one in self._opened.items() if not one.is_kept()]:
@@ -284,7 +303,20 @@ class Storage:
             self._opened.popitem(last=False)
         return opened
 
-    def _file(self, shard: Shard) -> IO[bytes]:
+    def _shelved(self, number: int) -> Path:
+        """The path of a remote shard, which comes if it must; one that is refused is not again."""
+        shard = self.shards[number]
+        assert self.shelf is not None and isinstance(shard.root, Remote)
+        if number in self._refused:
+            raise CorruptionError(self._refused[number])
+        try:
+            return self.shelf.get(shard.root, shard.name, shard.bytes, shard.sha256)
+        except CorruptionError as error:
+            self._refused[number] = error.problems
+            raise
+
+    def _file(self, number: int) -> IO[bytes]:
+        shard = self.shards[number]
         if isinstance(shard.root, Path):
             try:
                 return (shard.root / shard.name).open("rb")
@@ -292,11 +324,14 @@ class Storage:
                 raise CorruptionError(f"{shard} is missing; copy the shard again") from None
         assert self.shelf is not None
         for _ in range(10):
-            path = self.shelf.get(shard.root, shard.name, shard.bytes, shard.sha256)
             try:
-                return path.open("rb")
+                file = self._shelved(number).open("rb")
             except FileNotFoundError:
                 continue  # evicted between the two
+            if os.fstat(file.fileno()).st_size == shard.bytes:
+                return file
+            self.shelf.drop(shard.sha256, file, str(shard))
+            file.close()
         raise InputError(
             f"{self.shelf.folder}: shards go as fast as they come; raise remote.cache_gb, or give 0"
         )

@@ -6,6 +6,7 @@ on these threads but the time that they wait.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class Ahead:
         self._over = threading.Event()
         self._turn = threading.Lock()
         self._early: deque[int] = deque()
+        self._told = False
         self._needed = self.needed()
         if dataset.corpus.shelf is not None:
             for _ in range(SHARDS):
@@ -81,11 +83,24 @@ class Ahead:
                 yield step, shard
 
     def _run(self) -> None:
-        try:
-            while (shard := self._next()) is not None:
+        while (shard := self._next()) is not None:
+            try:
                 self.dataset.corpus.bring(shard)
-        except (InputError, UnreachableError, OSError):
-            self.end()  # whoever reads it says what is wrong
+            except (InputError, UnreachableError, OSError) as error:
+                self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        """Says for the first shard that does not come that others are gone on with."""
+        with self._turn:
+            if self._over.is_set() or self._told:
+                return
+            self._told = True
+        said = str(error).splitlines()[0]
+        print(
+            f"WARNING: a shard does not come ahead of time and is left to its readers, and so are "
+            f"others like it: {said}",
+            file=sys.stderr,
+        )
 
     def _next(self) -> int | None:
         """A shard that is not there, once its time has come; None at the end."""

@@ -6,7 +6,6 @@ was killed, or is under way.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_prep.files import append_line, read_lines
 
 EVENTS = "events.jsonl"
 
@@ -54,12 +55,8 @@ class Events:
 
     def write(self, what: str, step: int, **facts: Any) -> None:
         """Appends a line; it is on the disk before the run goes on."""
-        line = json.dumps({"time": round(time.time(), 3), "event": what, "step": step, **facts})
-        with self.path.open("a") as file:
-            # What a killed process left of a line is none, and must not swallow this one.
-            file.write(line + "\n" if _ends_whole(self.path) else f"\n{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        at = round(time.time(), 3)
+        append_line(self.path, {"time": at, "event": what, "step": step, **facts})
 
     @contextmanager
     def start(self, step: int, ranks: int) -> Iterator[None]:
@@ -121,24 +118,5 @@ class Events:
 
     def read(self) -> list[dict[str, Any]]:
         """All events, the first one first."""
-        events = []
-        try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return []
-        for line in text.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # of a process that was killed while it wrote
-            if isinstance(event, dict) and {"time", "event", "step"} <= event.keys():
-                events.append(event)
-        return events
-
-
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        known = {"time", "event", "step"}
+        return [event for event in read_lines(self.path) if known <= event.keys()]

@@ -113,12 +113,13 @@ class CropDataset(Dataset[dict[str, Any]]):
     def _undamaged(self, position: int, numbers: list[int]) -> list[dict[str, Any]]:
         """Crops of a sample, all of one volume: the scheduled one, or the first that is whole."""
         epoch, within, sample = self.schedule.sample(position)
-        damage: list[str] = []
+        damage: list[tuple[str, str]] = []
         for attempt in range(TRIES):
             try:
                 crops = [self._read(self._drawn(epoch, within, sample, n)) for n in numbers]
             except CorruptionError as error:
-                damage += error.problems
+                key = self.corpus.keys[int(self.samples[sample])]
+                damage += [(key, problem) for problem in error.problems]
                 again = generator("instead", self.schedule.seed, epoch, within, attempt)
                 order = self.schedule.order(epoch)
                 sample = int(order[again.integers(len(order))])
@@ -126,7 +127,7 @@ class CropDataset(Dataset[dict[str, Any]]):
                 if damage:
                     crops[0]["damage"] = damage
                 return crops
-        raise CorruptionError(damage)
+        raise CorruptionError([problem for _, problem in damage])
 
     def draw(self, index: int) -> Draw:
         """Where the crop of an index lies and the seed of all else in it; no voxel is read."""
@@ -270,8 +271,9 @@ class _Crops(Sampler[list[int]]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks crops into a raw batch; keys stay a list, and seeds are known to the host as well.
 
-    Where a crop is still a box, voxels stay a list too, with the move of each beside it. Further
-    groups are raw batches of their own in `others`, under their names.
+    Where a crop is still a box, voxels stay a list too, with the move of each beside it. For each
+    sample whose place another volume took, `damage` lists keys and problems of those that could
+    not. Further groups are raw batches of their own in `others`, under their names.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
@@ -303,7 +305,7 @@ def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
     batch["modality"] = [item["modality"] for item in items]
     batch["seeds"] = [item["seed"] for item in items]
     batch["key"] = [item["key"] for item in items]
-    damage = [problem for item in items for problem in item.get("damage", ())]
+    damage = [item["damage"] for item in items if "damage" in item]
     if damage:
         batch["damage"] = damage
     return batch

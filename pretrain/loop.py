@@ -8,7 +8,6 @@ derives from (seed, step), so there is nothing else to restore.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from data_prep.errors import CorruptionError, InputError, differences, last_error
+from data_prep.files import append_line, read_lines
 from data_prep.progress import bar
 from pretrain.ahead import Ahead
 from pretrain.augment import Augment
@@ -62,7 +62,9 @@ class Stretch(NamedTuple):
 
 
 MOST_DAMAGED = 0.01
-"""Of the volumes, for each rank, may others replace; more of them is another corpus."""
+"""Of the volumes may others replace in a run, over all ranks and starts; more is another corpus."""
+
+DAMAGED = "damaged.jsonl"
 
 
 class Loop:
@@ -96,7 +98,7 @@ class Loop:
         self.faults = Faults(settings.micro_steps)
         self._micro = 0
         self._skips = dataset is not None and dataset.skip  # a loop without data is measured
-        self._damage: list[str] = []
+        self._damaged: set[str] | None = None
         self._replaced = 0.0
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -140,20 +142,34 @@ class Loop:
             self._note_damage(raw["damage"], len(raw["key"]))
         return to_batch(raw, self.augment)
 
-    def _note_damage(self, found: Sequence[str], crops: int) -> None:
-        """Names damaged volumes whose place others took, once each, and counts them."""
+    def _note_damage(self, found: Sequence[Sequence[tuple[str, str]]], crops: int) -> None:
+        """Names damaged volumes whose place others took, once each in a run, and counts them.
+
+        The file of all ranks and starts is read where a rank meets a volume for the first time.
+        What it has met itself it remembers: nodes that append at once may lose a line.
+        """
         self._replaced += len(found) * self.dataset.crops.total / crops
-        new = [problem for problem in dict.fromkeys(found) if problem not in self._damage]
-        self._damage += new
-        rank = rank_zero_only.rank or 0
-        for problem in new:
-            print(f"WARNING: {problem}; another volume takes its place", file=sys.stderr)
-            line = json.dumps({"step": self.step, "rank": rank, "damage": problem}) + "\n"
-            with (self.run.path / "damaged.jsonl").open("a") as file:
-                file.write(line)
-        if len(self._damage) > max(1.0, MOST_DAMAGED * len(self.dataset.samples)):
+        path, rank = self.run.path / DAMAGED, rank_zero_only.rank or 0
+        met: dict[str, str] = {}
+        for key, problem in (one for sample in found for one in sample):
+            met.setdefault(key, problem)
+        if self._damaged is not None and met.keys() <= self._damaged:
+            return
+        lines = {str(line["key"]): line for line in read_lines(path) if "key" in line}
+        known = lines.keys() | (self._damaged or set())
+        for key in [key for key in met if key not in known]:
+            print(f"WARNING: {met[key]}; another volume takes its place", file=sys.stderr)
+            line = {"step": self.step, "rank": rank, "key": key, "damage": met[key]}
+            append_line(path, line)
+            lines[key] = line
+        self._damaged = known | met.keys()
+        if len(self._damaged) > max(1.0, MOST_DAMAGED * len(self.dataset.samples)):
             raise CorruptionError(
-                [*self._damage[:20], f"{len(self._damage)} in all, more than damaged=skip bears"]
+                [
+                    *[str(line["damage"]) for line in list(lines.values())[:20]],
+                    f"{len(self._damaged)} volumes in all, more than damaged=skip bears; they are "
+                    f"listed in {path}, which is to be removed when the shards are mended",
+                ]
             )
 
     def reseed(self, batch_idx: int, rank: int | None = None) -> None:

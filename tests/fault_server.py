@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -26,6 +28,11 @@ class FaultServer:
         ranges: whether it knows them.
         password: header Authorization that it needs.
         changed: bytes to send instead of files, by name.
+        tag: ETag of what it sends; empty: none. Of a range that is asked for with another one, all
+            comes.
+        wrong: by name, bytes that a header says a body has more than it has, or fewer.
+        redirects: where to go instead, by name.
+        secure: file of a key and a certificate; empty: it speaks no TLS.
         sent: bytes of bodies, by name.
         asked: requests, by name.
         faults: how often each fault came.
@@ -41,6 +48,10 @@ class FaultServer:
     ranges: bool = True
     password: str = ""
     changed: dict[str, bytes] = field(default_factory=dict)
+    tag: str = ""
+    wrong: dict[str, int] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    secure: str = ""
     sent: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -52,6 +63,10 @@ class FaultServer:
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        if self.secure:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.secure)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -65,7 +80,7 @@ class FaultServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.secure else ''}://127.0.0.1:{self.port}"
 
     def draw(self) -> str:
         """Which fault the next answer has, if any."""
@@ -106,6 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, mine: FaultServer, name: str, fault: str) -> None:
         file = mine.folder / name
+        if name in mine.redirects:
+            self._refuse(302, mine.redirects[name])
+            return
         if name not in mine.changed and not file.is_file():
             self._refuse(404)
             return
@@ -113,7 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
         size = file.stat().st_size if content is None else len(content)
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         first, last = 0, size - 1
-        if span and mine.ranges:
+        if span and int(span[1]) >= size:
+            self._refuse(416)
+            return
+        if span and mine.ranges and self.headers.get("If-Range", mine.tag) == mine.tag:
             first, last = int(span[1]), min(int(span[2] or size), size - 1)
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
@@ -125,17 +146,24 @@ class _Handler(BaseHTTPRequestHandler):
                 data = opened.read(last + 1 - first)
         else:
             data = content[first : last + 1]
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + mine.wrong.get(name, 0)))
+        if mine.tag:
+            self.send_header("ETag", mine.tag)
         self.end_headers()
         if fault == "cut":
             data = data[: len(data) // 2]
             self.close_connection = True
         with mine._lock:  # before the client can know of them
             mine.sent[name] += len(data)
-        self.wfile.write(data)
+        if mine.wrong.get(name, 0):
+            self.close_connection = True
+        with contextlib.suppress(ConnectionError):  # the client has seen enough
+            self.wfile.write(data)
 
-    def _refuse(self, code: int) -> None:
+    def _refuse(self, code: int, to: str = "") -> None:
         self.send_response(code)
+        if to:
+            self.send_header("Location", to)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import hashlib
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -301,13 +304,13 @@ def test_threads_may_read_at_once(
 
 
 def test_a_remote_is_sent_to_another_process_by_its_address(server: FaultServer) -> None:
-    remote = Remote(server.url)
-    remote.ranges("corpus.json", [(0, 1)])
+    remote, size = Remote(server.url), (server.folder / "corpus.json").stat().st_size
+    remote.ranges("corpus.json", [(0, 1)], size)
     copy = pickle.loads(pickle.dumps(remote))
-    assert copy.ranges("corpus.json", [(0, 1), (3, 9)])[0] == b"{"
+    assert copy.ranges("corpus.json", [(0, 1), (3, 9)], size)[0] == b"{"
     child = os.fork()
     if child == 0:  # connections of the parent must not be used
-        os._exit(0 if remote.ranges("corpus.json", [(0, 1)]) == [b"{"] else 1)
+        os._exit(0 if remote.ranges("corpus.json", [(0, 1)], size) == [b"{"] else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -341,3 +344,212 @@ def test_a_worker_forked_while_a_shard_comes_holds_no_lock_of_it(tmp_path: Path)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def shelves(tmp_path: Path) -> list[Shelf | None]:
+    return [None, Shelf(tmp_path / "shelf", 10**9)]
+
+
+@pytest.mark.parametrize("cut", ["before", "within"])
+def test_a_shard_that_is_cut_there_is_damaged(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, impatient: None, cut: str
+) -> None:
+    """Where a range begins behind its end the server refuses, otherwise it gives less."""
+    here = Corpus.open(pretrain_corpus)
+    last = int(np.flatnonzero(here.shards == 0)[-1])
+    start, stop = here._span(last, "image")
+    size = start - 4096 if cut == "before" else (start + stop) // 2
+    whole = (pretrain_corpus / SHARDS).read_bytes()
+    server.changed[SHARDS] = whole[:size]
+    said = f"{server.url}/{SHARDS}: has {size} bytes, corpus.json says {len(whole)}"
+    for shelf in shelves(tmp_path):
+        there = Corpus.open(server.url, shelf=shelf)
+        with pytest.raises(CorruptionError, match="came twice" if shelf else said):
+            there.read(last)
+        other = int(np.flatnonzero(here.shards == 1)[0])
+        np.testing.assert_array_equal(there.read(other), here.read(other))
+
+
+def test_a_shard_that_is_not_there_is_named(
+    server: FaultServer, tmp_path: Path, impatient: None, pretrain_corpus: Path
+) -> None:
+    server.folder = tmp_path / "www"
+    shutil.copytree(pretrain_corpus, server.folder)
+    (server.folder / SHARDS).unlink()
+    for shelf in shelves(tmp_path):
+        there = Corpus.open(server.url, shelf=shelf)
+        with pytest.raises(InputError, match=f"{server.url}/{SHARDS}: is not there"):
+            there.read(0)
+        assert server.asked[SHARDS] <= 2  # places in it that are far apart; none is tried again
+        server.asked.clear()
+    with pytest.raises(InputError, match=f"^corpus={server.url}: {server.url}/{SHARDS}: is not"):
+        open_corpus(Path(server.url), "corpus")
+
+
+@pytest.mark.parametrize("more", [-100, 100])
+def test_a_wrong_length_brings_no_wrong_voxels(
+    server: FaultServer, tmp_path: Path, impatient: None, more: int
+) -> None:
+    """The server says that a body has another length than it has."""
+    server.wrong[SHARDS] = more
+    for shelf in shelves(tmp_path):
+        there = Corpus.open(server.url, shelf=shelf)
+        with pytest.raises((CorruptionError, UnreachableError), match=f"{server.url}/{SHARDS}: "):
+            there.read(0)
+    assert not list((tmp_path / "shelf").glob("*.tar"))
+
+
+def test_a_download_that_is_gone_on_with_is_of_one_file(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, impatient: None
+) -> None:
+    """Its ETag tells; where that has changed meanwhile, all comes anew."""
+    whole, shelf = (pretrain_corpus / SHARDS).read_bytes(), Shelf(tmp_path, 10**9)
+    here = Corpus.open(pretrain_corpus).read(0)
+    for before in (whole, bytes(len(whole))):
+        there = Corpus.open(server.url, shelf=shelf)
+        server.tag, server.cut, server.changed[SHARDS] = '"before"', 1.0, before
+        with pytest.raises(UnreachableError, match="bytes are kept"):
+            there.read(0)
+        server.tag, server.cut = '"before"' if before == whole else '"after"', 0
+        server.changed.clear()
+        asked, sent = server.asked[SHARDS], server.sent[SHARDS]
+        np.testing.assert_array_equal(there.read(0), here)
+        assert server.asked[SHARDS] == asked + 1
+        assert (server.sent[SHARDS] - sent == len(whole)) == (before != whole)
+        (kept,) = tmp_path.glob("*.tar")
+        kept.unlink()
+
+
+def test_a_server_that_gives_little_each_time_is_given_up(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, impatient: None
+) -> None:
+    """Half of what is missing each time would take as many tries as its size has bits."""
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+    server.tag, server.cut = '"a"', 1.0
+    assert (pretrain_corpus / SHARDS).stat().st_size < 2 * download.ENOUGH
+    with pytest.raises(UnreachableError, match="9 tries in a row"):
+        there.read(0)
+    assert server.asked[SHARDS] <= 2 * len(download.PAUSES) + 1
+
+
+def test_those_who_fail_at_once_do_not_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def busy() -> None:
+        raise download.PassingError("the server answers 503")
+
+    with pytest.raises(UnreachableError):
+        download.retried(busy, "x", pauses=(1.0,) * 20)
+    assert len(set(pauses)) > 10 and all(0.5 <= pause <= 1.5 for pause in pauses)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_what_the_disk_has_changed_on_the_shelf_comes_again(
+    pretrain_corpus: Path,
+    server: FaultServer,
+    tmp_path: Path,
+    how: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And where the server's own is damaged by now, that is the one to be named."""
+    here = Corpus.open(pretrain_corpus)
+    start, stop = here._span(0, "image")
+    shelf = Shelf(tmp_path, 10**9)
+    Corpus.open(server.url, shelf=shelf).read(0)
+    (kept,) = tmp_path.glob("*.tar")
+
+    def harm() -> None:
+        data = bytearray(kept.read_bytes())
+        data[(start + stop) // 2] ^= 1
+        kept.write_bytes(data if how == "flipped" else data[:-512])
+
+    harm()
+    there = Corpus.open(server.url, shelf=shelf)
+    np.testing.assert_array_equal(there.read(0), here.read(0))
+    assert server.asked[SHARDS] == 2 and kept.read_bytes() == here.shard_files()[0].read_bytes()
+    said = f"WARNING: {tmp_path}: {server.url}/{SHARDS} is no longer what came from there"
+    assert capsys.readouterr().err.count(said) == 1
+    harm()
+    server.changed[SHARDS] = b"x" * kept.stat().st_size
+    with pytest.raises(CorruptionError, match=f"{server.url}/{SHARDS}: came twice"):
+        Corpus.open(server.url, shelf=shelf).read(0)
+
+
+def test_a_shard_that_is_refused_is_not_fetched_again(
+    server: FaultServer, tmp_path: Path, impatient: None
+) -> None:
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+    server.changed[SHARDS] = b"x" * there.info["shards"][0]["bytes"]
+    for i in np.flatnonzero(there.shards == 0):
+        with pytest.raises(CorruptionError, match="came twice with other bytes"):
+            there.read(int(i))
+    with pytest.raises(CorruptionError, match="came twice with other bytes"):
+        there.bring(0)
+    assert server.asked[SHARDS] == 2
+
+
+def test_what_failed_fetches_leave_is_within_the_bound_of_the_shelf(
+    server: FaultServer, tmp_path: Path, impatient: None
+) -> None:
+    sizes = [shard["bytes"] for shard in Corpus.open(server.url).info["shards"]]
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, max(sizes)))
+    (tmp_path / "mine.tar").write_bytes(b"not of a shelf")
+    first = [int(np.flatnonzero(there.shards == n)[0]) for n in range(len(sizes))]
+    server.tag, server.cut = '"a"', 1.0
+    for i in first:
+        with pytest.raises(UnreachableError):
+            there.read(i)
+        kept = [file for file in tmp_path.glob("*.arrived*") if file.suffix != ".json"]
+        assert 0 < sum(file.stat().st_size for file in kept) <= max(sizes)
+    server.cut = 0
+    for i in first:
+        there.read(i)
+        kept = [file for file in tmp_path.iterdir() if file.is_file() and file.suffix != ".json"]
+        assert sum(file.stat().st_size for file in kept) <= max(sizes) + 14
+    assert (tmp_path / "mine.tar").exists()
+
+
+def test_an_address_says_what_corpus_it_is(pretrain_corpus: Path, server: FaultServer) -> None:
+    sha256 = hashlib.sha256((pretrain_corpus / "corpus.json").read_bytes()).hexdigest()
+    there = Corpus.open(f"{server.url}#sha256={sha256}")
+    assert there.keys == pickle.loads(pickle.dumps(there)).keys
+    with pytest.raises(
+        CorruptionError, match=rf"corpus\.json: sha256 is {sha256}, the address says"
+    ):
+        Corpus.open(f"{server.url}#sha256={'0' * 64}")
+
+
+@pytest.mark.parametrize("kept", ["ranges", "shelf"])
+def test_from_https_none_is_sent_to_http(
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, kept: str
+) -> None:
+    pair = tmp_path / "pair.pem"
+    words = (
+        "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
+    )
+    for part in ("-keyout", "-out"):
+        words += f" {part} {tmp_path}/{part}"
+    subprocess.run(["openssl", *words.split()], check=True, capture_output=True)
+    pair.write_bytes((tmp_path / "-keyout").read_bytes() + (tmp_path / "-out").read_bytes())
+    with FaultServer(pretrain_corpus, secure=str(pair)) as secure:
+        secure.changed["copy"] = (pretrain_corpus / SHARDS).read_bytes()
+        for to in (f"{secure.url}/copy", f"{server.url}/{SHARDS}"):
+            secure.redirects = {SHARDS: to}
+            shelf = f"Shelf(Path({str(tmp_path)!r}) / {to[:5]!r}, 10**9)"
+            shelf = "None" if kept == "ranges" else shelf
+            program = (
+                "from pathlib import Path\n"
+                "from data_prep.corpus import Corpus\n"
+                "from data_prep.remote import Shelf\n"
+                f"print(Corpus.open({secure.url!r}, shelf={shelf}).read(0).sum())\n"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", program], text=True, capture_output=True,
+                env=os.environ | {"SSL_CERT_FILE": str(tmp_path / "-out")},
+            )  # fmt: skip
+            if to.startswith("https"):
+                assert done.stdout.strip() == str(Corpus.open(pretrain_corpus).read(0).sum())
+            else:
+                assert "redirects to http://, which is not safe to follow" in done.stderr
+    assert not server.asked[SHARDS]

@@ -5,15 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from scipy import ndimage
 from test_loop import settings
 
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError
 from pretrain.crops import Pairs
 from pretrain.loader import CropDataset, make_loader
+from pretrain.loop import Loop
+from pretrain.run_folder import RunFolder
 from pretrain.train import make_dataset
 from voxelith import main
 
@@ -67,7 +74,7 @@ def test_others_take_the_place_and_it_is_told(
         assert main(["pretrain", *words, f"run={run.name}", f"trainer.workers={workers}"]) == 0
         assert capsys.readouterr().err.count("another volume takes its place") == 1
         (line,) = map(json.loads, (run / "damaged.jsonl").read_text().splitlines())
-        assert f"sample {key}," in line["damage"] and line["rank"] == 0
+        assert line["key"] == key and f"sample {key}," in line["damage"] and line["rank"] == 0
         with (run / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         losses[workers] = [row["loss"] for row in rows]
@@ -116,3 +123,93 @@ def test_more_than_a_little_damage_ends_the_run_all_the_same(
     dataset.skip, dataset.samples = True, dataset.samples[7:8].repeat(36)  # nothing else is there
     with pytest.raises(CorruptionError, match="is damaged in"):
         dataset.__getitems__([0])
+
+
+@pytest.fixture(scope="module")
+def chunky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of volumes of many chunks each, of which crops touch different ones."""
+    folder, rng = tmp_path_factory.mktemp("chunky"), np.random.default_rng(0)
+    (folder / "in").mkdir()
+    for number in range(12):
+        coarse = rng.normal(size=(22, 22, 22))
+        voxels = (ndimage.zoom(coarse, 3, order=1) * 300).astype(np.int16)
+        image = nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 1.0, 1.0]))
+        nib.save(image, folder / "in" / f"v{number:02d}.nii.gz")
+    words = [f"input={folder}/in", f"output={folder}/c", "keys=names", "modality=CT"]
+    # A process of its own: prep forks, and this one has trained, with threads that a fork lacks.
+    subprocess.run([sys.executable, "-m", "voxelith", "prep", *words], check=True)
+    return folder / "c"
+
+
+def loop_over(corpus: Corpus, run: Path) -> Loop:
+    """A start of a run on a corpus, of one of its ranks; nothing is trained."""
+    run.mkdir(exist_ok=True)
+    dataset = make_dataset(settings(corpus.path, run.parent, run.name), corpus)
+    dataset.skip = True
+    return Loop(settings(corpus.path, run.parent, run.name), dataset, RunFolder(run))
+
+
+def read(loop: Loop, first: int, last: int) -> float:
+    """Has a loop take batches as its training would; returns samples that others took the place of.
+
+    Once an epoch each volume comes, and crops of 8x12x8 touch one or two of its eight chunks.
+    """
+    before = loop._replaced
+    for batch in make_loader(loop.dataset, batch_size=4, first_step=first, last_step=last):
+        loop.to_batch(batch)
+    return 4 * (loop._replaced - before)
+
+
+def keys_in(run: Path) -> list[str]:
+    lines = (run / "damaged.jsonl").read_text().splitlines()
+    return [json.loads(line)["key"] for line in lines if line.endswith("}")]
+
+
+def test_a_volume_counts_once_however_many_of_its_chunks_are_damaged(
+    chunky: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second volume would be one too many of twelve."""
+    shutil.copytree(chunky, tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    _, table = corpus._frame(7, "image")
+    assert sum(table[1:-1]["bytes"] > 0) >= 8
+    damage(corpus, 7)
+    loop = loop_over(corpus, tmp_path / "x")
+    assert round(read(loop, 0, 60)) == 20  # epochs of twelve volumes
+    assert keys_in(tmp_path / "x") == [corpus.keys[7]]
+    assert capsys.readouterr().err.count("another volume takes its place") == 1
+
+
+def test_another_start_goes_on_counting(
+    chunky: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chunky, tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    damage(corpus, 7)
+    read(loop_over(corpus, tmp_path / "x"), 0, 3)
+    file = tmp_path / "x" / "damaged.jsonl"
+    file.write_text(file.read_text() + '{"step": 4, "ra')  # what a kill left
+    read(loop_over(corpus, tmp_path / "x"), 0, 6)
+    assert keys_in(tmp_path / "x") == [corpus.keys[7]]
+    assert capsys.readouterr().err.count("another volume takes its place") == 1
+    damage(corpus, 7)  # mends it
+    damage(corpus, 3)
+    with pytest.raises(CorruptionError, match="2 volumes in all, more than damaged=skip bears"):
+        read(loop_over(corpus, tmp_path / "x"), 6, 9)
+    assert keys_in(tmp_path / "x") == [corpus.keys[7], corpus.keys[3]]
+
+
+def test_ranks_count_together(chunky: Path, tmp_path: Path) -> None:
+    """Also where no rank has met as many as are too many."""
+    corpus = Corpus.open(chunky)
+    first, second = (loop_over(corpus, tmp_path / "x") for _ in range(2))
+    one, two = ((key, f"sample {key} is damaged") for key in corpus.keys[:2])
+    first._note_damage([[one], [one, one]], 4)
+    assert first._replaced == 2 / 4  # samples, not what was tried for them
+    second._note_damage([[one]], 4)
+    with pytest.raises(CorruptionError, match=rf"{one[1]}\n{two[1]}\n2 volumes in all"):
+        second._note_damage([[two]], 4)
+    third = loop_over(corpus, tmp_path / "x")
+    with pytest.raises(CorruptionError, match=rf"{one[1]}\n{two[1]}\n2 volumes in all"):
+        third._note_damage([[two]], 4)
+    assert len(keys_in(tmp_path / "x")) == 2

@@ -10,6 +10,7 @@ import pytest
 from fault_server import FaultServer
 from test_loop import settings
 
+from data_prep import download
 from data_prep.corpus import Corpus
 from data_prep.remote import Shelf
 from pretrain.ahead import SHARDS, Ahead
@@ -132,3 +133,38 @@ def test_nodes_fetch_their_own_lanes(pretrain_corpus: Path, tmp_path: Path) -> N
     shards = set(map(int, np.unique(corpus.shards)))
     assert needed[0] | needed[1] == shards
     assert max(map(len, needed)) < 0.8 * len(shards)
+
+
+def test_a_shard_that_does_not_come_ahead_of_time_stops_no_other(
+    pretrain_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(download, "PAUSES", (0.01,))
+    with FaultServer(pretrain_corpus) as server:
+        corpus = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+        dataset = make_dataset(settings(pretrain_corpus, tmp_path, "x"), corpus)
+        now = 0
+        ahead = Ahead(dataset, lambda: now, last=36, batch_size=4)
+        order = list(dict.fromkeys(shard for _, shard in ahead.needed()))
+        ahead.end()
+        bad = order[1:3]
+        for shard in bad:
+            server.changed[f"shards/{shard:06d}.tar"] = b"x"
+        for file in tmp_path.glob("*.tar"):
+            file.unlink()
+        dataset = make_dataset(settings(pretrain_corpus, tmp_path, "x"), corpus)
+        ahead = Ahead(dataset, lambda: now, last=36, batch_size=4)
+        until = time.monotonic() + 60
+        try:
+            while not all(corpus.has_shard(shard) for shard in order if shard not in bad):
+                assert time.monotonic() < until
+                now = min(now + 1, 8)  # each shard's time comes within an epoch of nine
+                time.sleep(0.1)
+        finally:
+            ahead.end()
+        assert not any(corpus.has_shard(shard) for shard in bad)
+    said = capsys.readouterr().err
+    assert said.count("WARNING: a shard does not come ahead of time") == 1
+    assert "came twice with other bytes" in said
