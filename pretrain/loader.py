@@ -271,7 +271,9 @@ class _Crops(Sampler[list[int]]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks crops into a raw batch; keys stay a list, and seeds are known to the host as well.
 
-    Where a crop is still a box, voxels stay a list too, with the move of each beside it. For each
+    Where a crop is still a box, voxels stay a list too, with the move of each beside it. Most crops
+    lie within their scan, so that all of their voxels are valid: of a batch of such there is no
+    `valid`, which would be a third of its bytes; `valid_of` makes it where it is needed. For each
     sample whose place another volume took, `damage` lists keys and problems of those that could
     not. Further groups are raw batches of their own in `others`, under their names.
     """
@@ -286,14 +288,18 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
     moves = [item.get("move") for item in items]
-    boxed = ("image", "valid", "label") if any(moves) else ()
+    boxed = ("image", "label") if any(moves) else ()
     batch: dict[str, Any] = {
         name: [item[name] for item in items]
         if name in boxed
         else torch.stack([item[name] for item in items])
-        for name in ("image", "valid", "label", "value", "window", "spacing", "box")
+        for name in ("image", "label", "value", "window", "spacing", "box")
         if name in items[0]
     }
+    if boxed:
+        batch["valid"] = [item["valid"] for item in items]
+    elif any(item["valid"] is not None for item in items):
+        batch["valid"] = torch.stack([valid_of(item) for item in items])
     if boxed:
         batch["move"] = moves
     for name in ("seed", "pose"):
@@ -309,6 +315,15 @@ def _stacked(items: list[dict[str, Any]]) -> dict[str, Any]:
     if damage:
         batch["damage"] = damage
     return batch
+
+
+def valid_of(raw: dict[str, Any]) -> Tensor:
+    """Which voxels of a raw crop or batch are valid, bool [(B,) 1, D, H, W]."""
+    valid: Tensor | None = raw.get("valid")
+    if valid is not None:
+        return valid
+    *lead, _, d, h, w = raw["image"].shape
+    return torch.ones(*lead, 1, d, h, w, dtype=torch.bool, device=raw["image"].device)
 
 
 class _Loader(DataLoader[dict[str, Any]]):
@@ -411,7 +426,7 @@ def to_batch(raw: dict[str, Any], augment: Augment | None = None) -> Batch:
     if "move" in raw:
         raw = _straightened(raw)
     image = normalised(raw["image"], raw["value"], raw["window"])
-    valid: Tensor = raw["valid"]
+    valid = valid_of(raw)
     label: Tensor | None = raw["label"].long() if "label" in raw else None
     if augment is not None:
         image, valid, label = mirrored(image, valid, label, raw.get("pose", raw["seed"]), augment)
@@ -489,7 +504,10 @@ def _straightened(raw: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, list[Tensor]] = {name: [] for name in names}
     for number, move in enumerate(raw["move"]):
         item: dict[str, Any] = {name: raw[name][number] for name in names}
-        item = item if move is None else settled({**item, "move": move})
+        if move is None:
+            item["valid"] = valid_of(item)
+        else:
+            item = settled({**item, "move": move})
         item["image"] = item["image"].float()
         for name in names:
             made[name].append(item[name])

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
-from pretrain.loader import CropDataset, collate, to_batch, to_device
+from pretrain.loader import CropDataset, collate, to_batch, to_device, valid_of
 from pretrain.schedule import Schedule, generator
 
 Encode = Callable[[Tensor], list[Tensor]]
@@ -201,7 +201,7 @@ class _Case:
         self.label = np.zeros(stored.shape, np.int64)
         for index, value in enumerate(values, start=1):
             self.label[stored == value] = index
-        self.counted = raw["valid"][0].numpy() & ~np.isin(stored, ignored)
+        self.counted = valid_of(raw)[0].numpy() & ~np.isin(stored, ignored)
         rng = generator("probe", item)
         present = [c for c in range(len(values) + 1) if (self.counted & (self.label == c)).any()]
         self.usable = len(present) > 1

@@ -111,11 +111,12 @@ def _read(corpus: Corpus, draw: Draw, lowest: list[int], label: bool) -> dict[st
     size, where = _triple(stop - inside), _triple(inside)
     pad = [(int(a), int(b)) for a, b in zip(inside - start, start + crop - stop, strict=True)]
     image = _padded(corpus.read(item, "image", where, size), pad, lowest)
-    valid = _padded(np.ones((1, *size), dtype=bool), pad, [0])
+    out: dict[str, Any] = {"image": torch.from_numpy(image), "valid": None}
     if corpus.sample_has(item, "mask"):
         hidden = corpus.read(item, "mask", where, size)
-        valid &= _padded((hidden == 0)[None], pad, [0])
-    out = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid)}
+        out["valid"] = torch.from_numpy(_padded((hidden == 0)[None], pad, [0]))
+    elif any(a or b for a, b in pad):
+        out["valid"] = torch.from_numpy(_padded(np.ones((1, *size), dtype=bool), pad, [0]))
     if label:
         values = _signed(corpus.read(item, "seg", where, size))
         out["label"] = torch.from_numpy(_padded(values[None], pad, [0])[0])

@@ -20,7 +20,7 @@ from finetune.rows import read_rows
 from finetune.segmentation import Segmentation
 from finetune.settings import TaskSettings
 from finetune.train import finetune
-from pretrain.loader import CropDataset
+from pretrain.loader import CropDataset, valid_of
 from pretrain.probe import NEIGHBOURS, Moments, apply, choose_voxels, counted_maps, ridge, sample
 from pretrain.schedule import Schedule, generator
 
@@ -56,7 +56,7 @@ def test_a_ridge_probe_is_the_watching_probes_rule(kind: str, dataset: CropDatas
         with torch.no_grad():
             found = model.encoder(image[None])
         maps = [found[i][0] for i in counted_maps(model.encoder.strides)]
-        counted = raw["valid"][0].numpy()
+        counted = valid_of(raw)[0].numpy()
         present = [int(c) for c in np.unique(label[counted])]
         rng = generator("probe", 3, position)
         voxels, weight = choose_voxels(label, counted, present, rng)

@@ -14,7 +14,7 @@ from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
 from pretrain.augment import Augment
 from pretrain.crops import Crops
-from pretrain.loader import CropDataset, collate, make_loader, to_batch
+from pretrain.loader import CropDataset, collate, make_loader, to_batch, valid_of
 from pretrain.schedule import Schedule
 
 CROP = (16, 24, 16)
@@ -56,7 +56,7 @@ def test_crops_are_boxes_of_their_volume(pretrain_corpus: Path) -> None:
         whole = dataset.corpus.read(item)[0]
         crop = raw["image"][0].numpy()
         assert crop.shape == CROP
-        where = raw["valid"][0].numpy()
+        where = valid_of(raw)[0].numpy()
         size = [int(where.any(axis=axes).sum()) for axes in ((1, 2), (0, 2), (0, 1))]
         inner = crop[where].reshape(size)
         corner = np.argwhere(whole == inner[0, 0, 0])
