@@ -295,7 +295,7 @@ def unknown_sweep(words: Sequence[str]) -> Sweep:
         [str(runs / "launch" / f"element-{n}"), "launch", "element", str(n), *said]
         for n in range(most)
     ]
-    return Sweep(runs, render(runs, (), cluster, most), elements, most)
+    return Sweep(runs, render(runs, said, cluster, most), elements, most)
 
 
 def element(number: int, words: Sequence[str]) -> dict[str, Any]:

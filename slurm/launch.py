@@ -148,22 +148,37 @@ def render(
     return rendered(
         "job.sbatch.j2",
         cluster,
+        words,
+        run / "launch",
         name=f"voxelith-{run.name}",
         array=f"0-{elements - 1}{limit}" if elements else "",
-        folder=shlex.quote(str(run / "launch")),
         run=shlex.quote(str(run)),
         stages=[shlex.quote(str(stage)) for stage in stages or [run]],
-        words=[shlex.quote(word) for word in words],
     )
 
 
-def rendered(template: str, cluster: ClusterSettings, **facts: Any) -> str:
-    """A batch script: a template with its own facts and those that all of them need."""
+def rendered(
+    template: str, cluster: ClusterSettings, words: Sequence[str], folder: Path, **facts: Any
+) -> str:
+    """A batch script: a template with its own facts and those that all of them need.
+
+    Args:
+        template: a file of this package.
+        cluster: what it gives.
+        words: of the command.
+        folder: of the script, its logs and notes.
+        facts: what else the template asks for.
+
+    Raises:
+        InputError: a container cannot see what the command works on.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # In a container it is the image's own.
-    ours = cluster.container == "none" and Path(sys.argv[0]).name == "voxelith"
-    program = str(Path(sys.argv[0]).resolve()) if ours else "voxelith"
+    program, installed = "voxelith", ""  # in a container the image's own
+    if cluster.container == "none" and Path(sys.argv[0]).name == "voxelith":
+        program = shlex.quote(str(Path(sys.argv[0]).resolve()))
+        if cluster.environment:
+            program, installed = '"${program}"', program
     environment = Environment(
         loader=PackageLoader("slurm", "."),
         trim_blocks=True,
@@ -174,25 +189,61 @@ def rendered(template: str, cluster: ClusterSettings, **facts: Any) -> str:
     return environment.get_template(template).render(
         cluster=cluster,
         directory=shlex.quote(str(Path.cwd())),
-        container=_container(cluster),
-        program=shlex.quote(program),
+        container=_container(cluster, [*words, str(folder)]),
+        words=[shlex.quote(word) for word in words],
+        folder=shlex.quote(str(folder)),
+        program=program,
+        installed=installed,
         requeue_code=REQUEUE_CODE,
         **facts,
     )
 
 
-def _container(cluster: ClusterSettings) -> str:
+def _container(cluster: ClusterSettings, words: Sequence[str]) -> str:
+    """What stands between srun and the command; in it paths mean what they mean here."""
     if cluster.container == "none":
         return ""
     assert cluster.image is not None
-    image = shlex.quote(cluster.image)
-    mounts = shlex.quote(cluster.mounts) if cluster.mounts else ""
+    image, directory = shlex.quote(cluster.image), shlex.quote(str(Path.cwd()))
+    mounts = shlex.quote(_mounts(cluster, words))
     if cluster.container == "pyxis":
-        more = f" --container-mounts={mounts}" if mounts else ""
-        return f" \\\n    --container-image={image}{more}"
-    more = f" --bind {mounts}" if mounts else ""
-    nvidia = " --nv" if cluster.gpus_per_node else ""
-    return f" \\\n    apptainer exec{nvidia}{more} {image}"
+        lines = (
+            f"--container-image={image}",
+            f"--container-workdir={directory} --container-mounts={mounts}",
+        )
+    else:
+        nvidia = " --nv" if cluster.gpus_per_node else ""
+        lines = (f"apptainer exec{nvidia} --pwd {directory}", f"--bind {mounts} {image}")
+    return "".join(f" \\\n    {line}" for line in lines)
+
+
+def _mounts(cluster: ClusterSettings, words: Sequence[str]) -> str:
+    """`cluster.mounts`, and what they leave out of what the command reads and writes.
+
+    That is the working directory and each path in its words; of one that is still to be made, the
+    folder that is there. Links lead out of a folder that is mounted, so their ends are as well.
+    """
+    given = cluster.mounts.split(",") if cluster.mounts else []
+    seen = [Path(mount.split(":")[1 if ":" in mount else 0]) for mount in given]
+    wanted = {Path.cwd()}
+    for text in re.split(r"[\[\],]", ",".join(word.partition("=")[2] or word for word in words)):
+        place = Path(os.path.normpath(Path.cwd() / text.strip(" '\"")))
+        if not place.exists() and not text.startswith(("/", "..")):
+            continue  # a word, or to be made in the working directory
+        while not place.exists():
+            place = place.parent
+        wanted |= {place, place.resolve()}
+    for place in sorted(wanted - {Path("/")}):  # a folder before what is in it
+        if any(place.is_relative_to(other) for other in seen):
+            continue
+        if re.search("[:,]", str(place)):
+            raise InputError(
+                f"{place}: the container cannot mount a path with `:` or `,` in it; mount a folder "
+                "above it with cluster.mounts, or rename it"
+            )
+        seen.append(place)
+        given.append(f"{place}:{place}")
+    return ",".join(given)
 
 
 def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
@@ -268,7 +319,7 @@ def plan_sweep(words: Sequence[str]) -> Sweep:
         for job in found
         if not is_finished(job.folder, job.plan)
     ]
-    script = render(runs, (), cluster, len(elements)) if elements else ""
+    script = render(runs, said, cluster, len(elements)) if elements else ""
     return Sweep(runs, script, elements, len(found))
 
 

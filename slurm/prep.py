@@ -114,14 +114,14 @@ def _script(
     return rendered(
         "prep.sbatch.j2",
         cluster,
+        ("prep", *words, f"step={step}"),
+        launch_folder(output),
         name=f"voxelith-{re.sub(r'[^A-Za-z0-9_.-]', '-', output.name)}",
         step=step,
         parts=parts if STEPS[step] else 0,
         limit=f"%{cluster.array_limit}" if cluster.array_limit else "",
-        folder=shlex.quote(str(launch_folder(output))),
         work=shlex.quote(str(work_root(output.resolve()))),
         finished=STEPS[step],
-        words=[shlex.quote(word) for word in ("prep", *words, f"step={step}")],
     )
 
 

@@ -55,12 +55,14 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "apptainer": (
         ["cluster.container=apptainer", "cluster.image=/i m.sif", "cluster.mounts=/data:/data"],
         {},
-        ["apptainer exec --nv --bind /data:/data '/i m.sif'", "    voxelith \"${words[@]}\""],
+        ["apptainer exec --nv --pwd ", "--bind /data:/data,", "'/i m.sif'",
+         "    voxelith \"${words[@]}\""],
     ),
     "pyxis": (
         ["cluster.container=pyxis", "cluster.image=org/image:1", "cluster.mounts=/data:/data"],
         {},
-        ["--container-image=org/image:1 --container-mounts=/data:/data"],
+        ["--container-image=org/image:1 ", "--container-workdir=",
+         "--container-mounts=/data:/data,"],
     ),
 }  # fmt: skip
 
@@ -227,6 +229,66 @@ def test_rendering_quotes_what_a_shell_would_read(tmp_path: Path) -> None:
     file.write_text(script)
     subprocess.run(["bash", "-n", file], check=True)
     assert "'run=$(touch x)'" in script and "'a=`b`'" in script
+
+
+def mounted(script: str) -> list[str]:
+    (found,) = re.findall(r"--(?:container-mounts=|bind )(\S+)", script)
+    return [mount.partition(":")[0] for mount in found.split(",")]
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_a_container_sees_what_the_command_works_on(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, data, other = tmp_path / "work", tmp_path / "data", tmp_path / "other"
+    for folder in (work, data / "c", other / "runs", tmp_path / "b"):
+        folder.mkdir(parents=True)
+    (work / "linked").symlink_to(other / "runs")
+    monkeypatch.chdir(work)
+    cluster = ClusterSettings(
+        kind="slurm", container=kind, image="/i.sif", mounts=f"/mnt/x:{data}:ro"
+    )
+    said = [
+        "pretrain", f"corpus=[{data}/c,{tmp_path}/b]", "runs=linked", "run=a", "steps=10",
+        f"health.probe={tmp_path}/absent/probe",
+    ]  # fmt: skip
+    script = render(other / "runs" / "a", said, cluster)
+    assert (f"--pwd {work} " if kind == "apptainer" else f"--container-workdir={work} ") in script
+    # Of what is still to be made, the folder above; all else lies below that one.
+    assert mounted(script) == ["/mnt/x", str(tmp_path)]
+    del said[-1]
+    script = render(other / "runs" / "a", said, cluster)
+    # The corpus is covered already, and links lead to where they lead on the node.
+    assert mounted(script) == ["/mnt/x", *sorted(map(str, [tmp_path / "b", work, other / "runs"]))]
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(InputError, match=r"a:b: the container cannot mount a path"):
+        render(other / "runs" / "a", ["pretrain", f"corpus={tmp_path}/a:b"], cluster)
+
+
+def test_the_program_is_that_which_the_environment_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {name: tmp_path / name / "bin" / "voxelith" for name in ("mine", "other")}
+    for program in programs.values():
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/bash\necho {program} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(programs["mine"])])
+
+    def ran(*lines: str) -> str:
+        cluster = ClusterSettings(kind="slurm", environment=list(lines))
+        script = render(tmp_path / "run", ("pretrain",), cluster)
+        shell = 'srun() { shift 2; "$@"; }; scontrol() { :; }; ' + script
+        environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n",
+                       "SLURM_CPUS_PER_TASK": "1"}  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", shell], capture_output=True, text=True, env=environment
+        )
+        return done.stdout.splitlines()[-1]
+
+    assert ran() == f"{programs['mine']} pretrain"
+    assert ran(f"export PATH={programs['other'].parent}:$PATH") == f"{programs['other']} pretrain"
+    assert ran("export A=1") == f"{programs['mine']} pretrain"  # there is no other
 
 
 def test_lines_of_an_environment_may_read_what_nobody_has_set(
