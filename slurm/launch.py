@@ -80,6 +80,7 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings]:
         problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
+    _refuse_idle(cluster, list(stages.values()))
     run = (first.runs / first.run.removesuffix(f".{name}")).resolve()
     job = Job(run, (command, *rest, *machine), "", tuple(stages.values()))
     if command == "pretrain":
@@ -110,6 +111,17 @@ def _machine(
     if "trainer.workers" not in typed:
         machine.append(f"trainer.workers={cluster.cpus_per_task - 1}")
     return cluster, rest, machine
+
+
+def _refuse_idle(cluster: ClusterSettings, runs: Sequence[Any]) -> None:
+    """Raises InputError where GPUs are asked for, and the settings of a run leave them idle."""
+    asked = [f"cluster.gpus_per_node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
+    asked += [f"cluster.gres={cluster.gres}"] if "gpu" in (cluster.gres or "") else []
+    if asked and any(one.trainer.accelerator == "cpu" for one in runs):
+        raise InputError(
+            f"trainer.accelerator=cpu with {' and '.join(asked)}: the GPUs would be idle; give "
+            "cluster.gpus_per_node=0 and no gres of GPUs, or trainer=auto where the recipe says cpu"
+        )
 
 
 def _fitting(stages: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -313,6 +325,7 @@ def plan_sweep(words: Sequence[str]) -> Sweep:
 
     cluster, said = machine_words(words)
     found = plan_jobs(expanded(said))
+    _refuse_idle(cluster, [job.plan.settings for job in found])
     runs = found[0].plan.settings.runs.resolve()
     elements = [
         [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]

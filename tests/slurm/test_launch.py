@@ -13,7 +13,7 @@ import pytest
 
 import voxelith
 from data_prep.errors import InputError
-from slurm.launch import cancel, logs, plan_job, render, status
+from slurm.launch import cancel, logs, plan_job, plan_sweep, render, status
 from slurm.settings import ClusterSettings, cluster_of
 
 
@@ -121,6 +121,32 @@ def test_mistakes_are_told_before_anything_waits_in_a_queue(
         cluster_of(["cluster.environment=[a() { b; }]"])
     with pytest.raises(InputError, match="launches pretrain or finetune"):
         plan_job("predict", [])
+
+
+@pytest.mark.parametrize(
+    "more", [["cluster.gpus_per_node=8"], [], ["cluster.gpus_per_node=0", "cluster.gres=gpu:8"]]
+)
+def test_no_gpus_are_asked_for_that_the_training_would_not_use(
+    more: list[str], pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    given = [*words(pretrain_corpus, tmp_path, *more), "trainer=cpu"]
+    with pytest.raises(InputError, match=r"trainer.accelerator=cpu .*cluster.gpus_per_node=0"):
+        plan_job("pretrain", given)
+
+
+def test_a_sweep_asks_for_no_gpus_that_it_would_not_use(
+    labelled_corpus: Path, tmp_path: Path
+) -> None:
+    release = Path(__file__).parent.parent / "releases" / "encoder-7253723"
+    given = [
+        "task=hippocampus", f"corpus={labelled_corpus}", f"ckpt={release}", "labels=2",
+        f"runs={tmp_path}", "trainer=cpu", "crop_size=[16,24,16]", "batch_size=1",
+        "cluster.gpus_per_node=1",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"trainer.accelerator=cpu .*cluster.gpus_per_node=0"):
+        plan_sweep(given)
+    given[-1] = "cluster.gpus_per_node=0"
+    assert len(plan_sweep(given).elements) == 2
 
 
 STAGED = [
@@ -241,15 +267,16 @@ def test_a_container_sees_what_the_command_works_on(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, data, other = tmp_path / "work", tmp_path / "data", tmp_path / "other"
-    for folder in (work, data / "c", other / "runs", tmp_path / "b"):
+    for folder in (work, data / "c", other / "runs", other / "start", tmp_path / "b"):
         folder.mkdir(parents=True)
     (work / "linked").symlink_to(other / "runs")
+    (work / "begin").symlink_to(other / "start")
     monkeypatch.chdir(work)
     cluster = ClusterSettings(
         kind="slurm", container=kind, image="/i.sif", mounts=f"/mnt/x:{data}:ro"
     )
     said = [
-        "pretrain", f"corpus=[{data}/c,{tmp_path}/b]", "runs=linked", "run=a", "steps=10",
+        "pretrain", f"corpus=[{data}/c,{tmp_path}/b]", "runs=linked", "run=a", "steps=10", "init=begin",
         f"health.probe={tmp_path}/absent/probe",
     ]  # fmt: skip
     script = render(other / "runs" / "a", said, cluster)
@@ -259,7 +286,8 @@ def test_a_container_sees_what_the_command_works_on(
     del said[-1]
     script = render(other / "runs" / "a", said, cluster)
     # The corpus is covered already, and links lead to where they lead on the node.
-    assert mounted(script) == ["/mnt/x", *sorted(map(str, [tmp_path / "b", work, other / "runs"]))]
+    more = [tmp_path / "b", work, other / "runs", other / "start"]
+    assert mounted(script) == ["/mnt/x", *sorted(map(str, more))]
     (tmp_path / "a:b").mkdir()
     with pytest.raises(InputError, match=r"a:b: the container cannot mount a path"):
         render(other / "runs" / "a", ["pretrain", f"corpus={tmp_path}/a:b"], cluster)
