@@ -363,6 +363,8 @@ def submit_sweep(sweep: Sweep, words: list[str], *options: str) -> str:
         if any("\n" in line for line in lines):
             raise InputError(f"{lines[0]}: a word has a line's end in it; leave it out")
     make_folder(folder, "runs")
+    for old in folder.glob("*.txt"):  # elements of an earlier launch, which may have had more
+        old.unlink()
     for number, lines in enumerate(sweep.elements):
         write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
         _forget(Path(lines[0]) / "launch")
@@ -489,13 +491,65 @@ def summary(job: Job, cluster: ClusterSettings) -> str:
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A job that was submitted.
+
+    Attributes:
+        run: folder of the run, or of all runs of a sweep.
+        job: its number; of a run of a sweep that of its element.
+        folder: with its logs.
+        stages: folders that are trained in, in order.
+    """
+
+    run: Path
+    job: str
+    folder: Path
+    stages: list[Path]
+
+    @classmethod
+    def of(cls, run: Path) -> Launched:
+        """The job of a run, of a sweep, of a run of one, or of a stage of a recipe.
+
+        Raises:
+            InputError: there is none.
+        """
+        note = read_note(run / "launch" / NOTE)
+        if "job" in note:
+            stages = [run.with_name(name) for name in note.get("stages") or [run.name]]
+            return cls(run, str(note["job"]), run / "launch", stages)
+        sweep = run.parent / "launch"
+        job = read_note(sweep / NOTE).get("job")
+        for file in (sweep / "jobs").glob("*.txt"):
+            element = Path(file.read_text().partition("\n")[0])
+            # Of a chain, which run an element is was found when it started: see `element` there.
+            places = (element.resolve(), (element / "checkpoints").resolve().parent)
+            if job and run.resolve() in places:
+                return cls(run, f"{job}_{file.stem}", sweep, [run])
+        whole = run.with_name(run.name.rpartition(".")[0] or run.name)
+        if run.name in read_note(whole / "launch" / NOTE).get("stages", []):
+            return cls.of(whole)
+        raise InputError(f"{run}: no job of it was launched; `voxelith launch` does that")
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is an array of runs."""
+        return (self.folder / "jobs").is_dir() and "_" not in self.job
+
+    @property
+    def logs(self) -> list[Path]:
+        """What its starts have said, of a sweep each of its runs; the newest last."""
+        return _by_time(
+            [*self.folder.glob(f"job-{self.job}.log"), *self.folder.glob(f"job-{self.job}_*.log")]
+        )
+
+
 def status(run: Path) -> dict[str, Any]:
     """The job of a run: SLURM's state of it, starts, and how far the run has come."""
-    note = _note(run)
-    if (run / "launch" / "jobs").is_dir():
-        return _status_of_sweep(run, str(note["job"]))
-    facts = facts_of(str(note["job"]))
-    stages = [run.with_name(name) for name in note.get("stages") or [run.name]]
+    launched = Launched.of(run)
+    if launched.is_sweep:
+        return _status_of_sweep(run, launched.job)
+    facts, stages, notes = facts_of(launched.job), launched.stages, launched.run / "launch"
     begun = [stage for stage in stages if (stage / "config.json").is_file()]
     now = (begun or stages)[-1]
     steps = sorted((now / "checkpoints").glob("step-*.pt"))
@@ -503,17 +557,15 @@ def status(run: Path) -> dict[str, Any]:
     staged = {"stage": f"{now.name}, {stages.index(now) + 1} of {len(stages)}"}
     return {
         "run": str(run),
-        "job": str(note["job"]),
+        "job": launched.job,
         "state": facts.get("JobState", "unknown: SLURM does not know it any more"),
         "reason": facts.get("Reason", ""),
         "restarts": int(facts.get("Restarts", 0)),
         **(staged if len(stages) > 1 else {}),
         "saved_step": int(steps[-1].stem.removeprefix("step-")) if steps else 0,
         "steps": config.get("steps"),
-        "crashes": int((run / "launch" / "crashes").read_text())
-        if (run / "launch" / "crashes").exists()
-        else 0,
-        "log": str(log_of(run, str(note["job"]))),
+        "crashes": int((notes / "crashes").read_text()) if (notes / "crashes").exists() else 0,
+        "log": str(launched.folder / f"job-{launched.job}.log"),
     }
 
 
@@ -531,16 +583,27 @@ def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
 
 
 def logs(run: Path, lines: int = 40) -> str:
-    """The end of what the job has said."""
-    file = log_of(run, str(_note(run)["job"]))
-    if not file.exists():
-        raise InputError(f"{file}: is not there yet; the job has not started")
-    return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
+    """The end of what the job has said; of a sweep, the run that spoke last, and its file."""
+    launched = Launched.of(run)
+    text = last_words(launched.logs, f"{launched.folder}/job-{launched.job}", lines)
+    return text if launched.is_sweep else text.partition("\n")[2]
+
+
+def last_words(files: Sequence[Path], missing: str, lines: int = 40) -> str:
+    """The file that was written last, and its end; InputError, with a name of it, if none is."""
+    if not files:
+        raise InputError(f"{missing}: has no log yet; the job has not started")
+    file = _by_time(files)[-1]
+    return "\n".join([f"{file}:", *file.read_text(errors="replace").splitlines()[-lines:]])
+
+
+def _by_time(files: Sequence[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def cancel(run: Path) -> str:
     """Ends a run's job for good; its state is saved first, where SLURM leaves time for it."""
-    number = str(_note(run)["job"])
+    number = Launched.of(run).job
     cancel_job(number)
     return number
 
@@ -550,13 +613,6 @@ def cancel_job(*numbers: str) -> None:
     done = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"scancel {' '.join(numbers)}: {done.stderr.strip()}")
-
-
-def _note(run: Path) -> dict[str, Any]:
-    note = read_note(run / "launch" / NOTE)
-    if "job" not in note:
-        raise InputError(f"{run}: no job of it was launched; `voxelith launch` does that")
-    return note
 
 
 def log_of(run: Path, job: str) -> Path:

@@ -13,7 +13,17 @@ import pytest
 
 import voxelith
 from data_prep.errors import InputError
-from slurm.launch import cancel, logs, plan_job, plan_sweep, render, status
+from slurm.launch import (
+    Launched,
+    Sweep,
+    cancel,
+    logs,
+    plan_job,
+    plan_sweep,
+    render,
+    status,
+    submit_sweep,
+)
 from slurm.settings import ClusterSettings, cluster_of
 
 
@@ -238,6 +248,80 @@ def test_what_was_not_launched_is_said(tmp_path: Path) -> None:
             asked(tmp_path)
 
 
+def launched(folder: Path, job: str, said: dict[str, str], **note: object) -> None:
+    """What a submission leaves, and logs from the oldest to the newest."""
+    (folder / "launch").mkdir(parents=True)
+    (folder / "launch" / "job.json").write_text(json.dumps({"job": job, **note}))
+    for time, (name, text) in enumerate(said.items()):
+        log = folder / "launch" / f"job-{name}.log"
+        log.write_text(text)
+        os.utime(log, (time, time))
+
+
+def test_each_run_of_a_sweep_has_its_job_and_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("slurm.launch._shown", lambda job: asked.append(job) or "JobState=RUNNING")
+    sweep = tmp_path / "sweep"
+    launched(sweep, "7", {"7_1": "I am one\n", "7_0": "I am zero\n", "3_2": "an earlier job\n"})
+    (sweep / "launch" / "jobs").mkdir()
+    # A chain's element is known by the run that it has begun.
+    (sweep / "launch" / "element-1").mkdir()
+    (sweep / "launch" / "element-1" / "checkpoints").symlink_to(sweep / "b" / "checkpoints")
+    for number, run in enumerate((sweep / "a", sweep / "launch" / "element-1")):
+        (sweep / "launch" / "jobs" / f"{number}.txt").write_text(f"{run}\nfinetune\nrun=x\n")
+    (sweep / "b" / "checkpoints").mkdir(parents=True)
+    (sweep / "b" / "checkpoints" / "step-00000030.pt").touch()
+    assert logs(sweep) == f"{sweep}/launch/job-7_0.log:\nI am zero"
+    assert (logs(sweep / "a"), logs(sweep / "b")) == ("I am zero", "I am one")
+    found = status(sweep / "b")
+    assert (found["job"], found["saved_step"]) == ("7_1", 30)
+    assert found["log"] == f"{sweep}/launch/job-7_1.log" and asked == ["7_1"]
+    with pytest.raises(InputError, match="no job of it was launched"):
+        status(sweep / "c")
+    assert voxelith.main(["launch", "logs", str(sweep)]) == 0
+    assert "I am zero" in capsys.readouterr().out
+
+
+def test_a_sweep_launched_again_has_forgotten_its_former_elements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 8\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    elements = [[str(tmp_path / "runs" / name), "finetune"] for name in "abc"]
+    submit_sweep(Sweep(tmp_path / "runs", "", elements, 3), [])
+    assert Launched.of(tmp_path / "runs" / "c").job == "8_2"
+    submit_sweep(Sweep(tmp_path / "runs", "", elements[1:2], 3), [])
+    assert Launched.of(tmp_path / "runs" / "b").job == "8_0"
+    with pytest.raises(InputError, match="no job of it was launched"):
+        Launched.of(tmp_path / "runs" / "c")
+
+
+def test_a_stage_of_a_recipe_is_watched_by_its_own_name_too(tmp_path: Path) -> None:
+    launched(tmp_path / "s", "7", {"7": "all stages\n"}, stages=["s.base", "s.highres"])
+    assert logs(tmp_path / "s.highres") == logs(tmp_path / "s") == "all stages"
+
+
+def test_the_log_of_a_chain_is_that_of_the_stage_that_spoke_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(tmp_path / "runs" / "a", "7", {"7": "trains\n"})
+    launched(tmp_path / "sweep", "9", {"0": "", "1": "", "9_4": "scores\n"})
+    launched(tmp_path / "work" / "4-table", "10", {})
+    stages = [
+        ("1", "runs/a", "7"),
+        ("2", "r", None),
+        ("3", "sweep", "9"),
+        ("4", "work/4-table", "10"),
+    ]
+    told = [{"name": n, "folder": str(tmp_path / f), "job": job} for n, f, job in stages]
+    (tmp_path / "work" / "chain.json").write_text(json.dumps({"stages": told}))
+    assert voxelith.main(["launch", "logs", str(tmp_path / "work")]) == 0
+    assert f"{tmp_path}/sweep/launch/job-9_4.log:\nscores" in capsys.readouterr().out
+
+
 def test_without_a_scheduler_the_command_runs_here(pretrain_corpus: Path, tmp_path: Path) -> None:
     given = words(
         pretrain_corpus, tmp_path, "cluster=local", "trainer=cpu", "trainer.workers=0", "steps=2",
@@ -276,7 +360,8 @@ def test_a_container_sees_what_the_command_works_on(
         kind="slurm", container=kind, image="/i.sif", mounts=f"/mnt/x:{data}:ro"
     )
     said = [
-        "pretrain", f"corpus=[{data}/c,{tmp_path}/b]", "runs=linked", "run=a", "steps=10", "init=begin",
+        "pretrain", f"corpus=[{data}/c,{tmp_path}/b]", "runs=linked", "run=a", "steps=10",
+        "init=begin",
         f"health.probe={tmp_path}/absent/probe",
     ]  # fmt: skip
     script = render(other / "runs" / "a", said, cluster)
