@@ -334,7 +334,7 @@ def _launched(asked: str, run: Path) -> Any:
         _show(as_text(facts))
         return facts
     if asked == "logs":
-        text = launcher.logs(run)
+        text = chain.logs(run) if chain.is_chain(run) else launcher.logs(run)
         _show(text)
         return {"run": str(run), "log": text}
     jobs = chain.cancel(run) if chain.is_chain(run) else [launcher.cancel(run)]

@@ -30,9 +30,11 @@ from data_prep.files import make_folder, read_note, write_json
 from slurm.launch import (
     LAUNCHED,
     NOTE,
+    Launched,
     Sweep,
     cancel_job,
     facts_of,
+    last_words,
     machine_words,
     plan_job,
     plan_sweep,
@@ -295,7 +297,7 @@ def unknown_sweep(words: Sequence[str]) -> Sweep:
         [str(runs / "launch" / f"element-{n}"), "launch", "element", str(n), *said]
         for n in range(most)
     ]
-    return Sweep(runs, render(runs, (), cluster, most), elements, most)
+    return Sweep(runs, render(runs, said, cluster, most), elements, most)
 
 
 def element(number: int, words: Sequence[str]) -> dict[str, Any]:
@@ -436,6 +438,13 @@ def _state(stage: dict[str, Any]) -> str:
     else:
         said = " and ".join(f"{number} {state}" for state, number in Counter(states).items())
     return f"{said}, job {stage['job']}, {stage['folder']}"
+
+
+def logs(folder: Path, lines: int = 40) -> str:
+    """The end of what the stage that spoke last has said, and its file."""
+    jobs = [stage for stage in read_note(folder / CHAIN)["stages"] if stage["job"]]
+    files = [file for one in jobs for file in Launched.of(Path(one["folder"])).logs]
+    return last_words(files, str(folder), lines)
 
 
 def cancel(folder: Path) -> list[str]:

@@ -80,6 +80,7 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings]:
         problems.append("run: missing; a run that is launched needs a name, run=NAME")
     if problems or cluster is None:
         raise InputError(problems)
+    _refuse_idle(cluster, list(stages.values()))
     run = (first.runs / first.run.removesuffix(f".{name}")).resolve()
     job = Job(run, (command, *rest, *machine), "", tuple(stages.values()))
     if command == "pretrain":
@@ -110,6 +111,17 @@ def _machine(
     if "trainer.workers" not in typed:
         machine.append(f"trainer.workers={cluster.cpus_per_task - 1}")
     return cluster, rest, machine
+
+
+def _refuse_idle(cluster: ClusterSettings, runs: Sequence[Any]) -> None:
+    """Raises InputError where GPUs are asked for, and the settings of a run leave them idle."""
+    asked = [f"cluster.gpus_per_node={cluster.gpus_per_node}"] if cluster.gpus_per_node else []
+    asked += [f"cluster.gres={cluster.gres}"] if "gpu" in (cluster.gres or "") else []
+    if asked and any(one.trainer.accelerator == "cpu" for one in runs):
+        raise InputError(
+            f"trainer.accelerator=cpu with {' and '.join(asked)}: the GPUs would be idle; give "
+            "cluster.gpus_per_node=0 and no gres of GPUs, or trainer=auto where the recipe says cpu"
+        )
 
 
 def _fitting(stages: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -148,22 +160,37 @@ def render(
     return rendered(
         "job.sbatch.j2",
         cluster,
+        words,
+        run / "launch",
         name=f"voxelith-{run.name}",
         array=f"0-{elements - 1}{limit}" if elements else "",
-        folder=shlex.quote(str(run / "launch")),
         run=shlex.quote(str(run)),
         stages=[shlex.quote(str(stage)) for stage in stages or [run]],
-        words=[shlex.quote(word) for word in words],
     )
 
 
-def rendered(template: str, cluster: ClusterSettings, **facts: Any) -> str:
-    """A batch script: a template with its own facts and those that all of them need."""
+def rendered(
+    template: str, cluster: ClusterSettings, words: Sequence[str], folder: Path, **facts: Any
+) -> str:
+    """A batch script: a template with its own facts and those that all of them need.
+
+    Args:
+        template: a file of this package.
+        cluster: what it gives.
+        words: of the command.
+        folder: of the script, its logs and notes.
+        facts: what else the template asks for.
+
+    Raises:
+        InputError: a container cannot see what the command works on.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # In a container it is the image's own.
-    ours = cluster.container == "none" and Path(sys.argv[0]).name == "voxelith"
-    program = str(Path(sys.argv[0]).resolve()) if ours else "voxelith"
+    program, installed = "voxelith", ""  # in a container the image's own
+    if cluster.container == "none" and Path(sys.argv[0]).name == "voxelith":
+        program = shlex.quote(str(Path(sys.argv[0]).resolve()))
+        if cluster.environment:
+            program, installed = '"${program}"', program
     environment = Environment(
         loader=PackageLoader("slurm", "."),
         trim_blocks=True,
@@ -174,25 +201,61 @@ def rendered(template: str, cluster: ClusterSettings, **facts: Any) -> str:
     return environment.get_template(template).render(
         cluster=cluster,
         directory=shlex.quote(str(Path.cwd())),
-        container=_container(cluster),
-        program=shlex.quote(program),
+        container=_container(cluster, [*words, str(folder)]),
+        words=[shlex.quote(word) for word in words],
+        folder=shlex.quote(str(folder)),
+        program=program,
+        installed=installed,
         requeue_code=REQUEUE_CODE,
         **facts,
     )
 
 
-def _container(cluster: ClusterSettings) -> str:
+def _container(cluster: ClusterSettings, words: Sequence[str]) -> str:
+    """What stands between srun and the command; in it paths mean what they mean here."""
     if cluster.container == "none":
         return ""
     assert cluster.image is not None
-    image = shlex.quote(cluster.image)
-    mounts = shlex.quote(cluster.mounts) if cluster.mounts else ""
+    image, directory = shlex.quote(cluster.image), shlex.quote(str(Path.cwd()))
+    mounts = shlex.quote(_mounts(cluster, words))
     if cluster.container == "pyxis":
-        more = f" --container-mounts={mounts}" if mounts else ""
-        return f" \\\n    --container-image={image}{more}"
-    more = f" --bind {mounts}" if mounts else ""
-    nvidia = " --nv" if cluster.gpus_per_node else ""
-    return f" \\\n    apptainer exec{nvidia}{more} {image}"
+        lines = (
+            f"--container-image={image}",
+            f"--container-workdir={directory} --container-mounts={mounts}",
+        )
+    else:
+        nvidia = " --nv" if cluster.gpus_per_node else ""
+        lines = (f"apptainer exec{nvidia} --pwd {directory}", f"--bind {mounts} {image}")
+    return "".join(f" \\\n    {line}" for line in lines)
+
+
+def _mounts(cluster: ClusterSettings, words: Sequence[str]) -> str:
+    """`cluster.mounts`, and what they leave out of what the command reads and writes.
+
+    That is the working directory and each path in its words; of one that is still to be made, the
+    folder that is there. Links lead out of a folder that is mounted, so their ends are as well.
+    """
+    given = cluster.mounts.split(",") if cluster.mounts else []
+    seen = [Path(mount.split(":")[1 if ":" in mount else 0]) for mount in given]
+    wanted = {Path.cwd()}
+    for text in re.split(r"[\[\],]", ",".join(word.partition("=")[2] or word for word in words)):
+        place = Path(os.path.normpath(Path.cwd() / text.strip(" '\"")))
+        if not place.exists() and not text.startswith(("/", "..")):
+            continue  # a word, or to be made in the working directory
+        while not place.exists():
+            place = place.parent
+        wanted |= {place, place.resolve()}
+    for place in sorted(wanted - {Path("/")}):  # a folder before what is in it
+        if any(place.is_relative_to(other) for other in seen):
+            continue
+        if re.search("[:,]", str(place)):
+            raise InputError(
+                f"{place}: the container cannot mount a path with `:` or `,` in it; mount a folder "
+                "above it with cluster.mounts, or rename it"
+            )
+        seen.append(place)
+        given.append(f"{place}:{place}")
+    return ",".join(given)
 
 
 def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
@@ -262,13 +325,14 @@ def plan_sweep(words: Sequence[str]) -> Sweep:
 
     cluster, said = machine_words(words)
     found = plan_jobs(expanded(said))
+    _refuse_idle(cluster, [job.plan.settings for job in found])
     runs = found[0].plan.settings.runs.resolve()
     elements = [
         [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
         for job in found
         if not is_finished(job.folder, job.plan)
     ]
-    script = render(runs, (), cluster, len(elements)) if elements else ""
+    script = render(runs, said, cluster, len(elements)) if elements else ""
     return Sweep(runs, script, elements, len(found))
 
 
@@ -299,6 +363,8 @@ def submit_sweep(sweep: Sweep, words: list[str], *options: str) -> str:
         if any("\n" in line for line in lines):
             raise InputError(f"{lines[0]}: a word has a line's end in it; leave it out")
     make_folder(folder, "runs")
+    for old in folder.glob("*.txt"):  # elements of an earlier launch, which may have had more
+        old.unlink()
     for number, lines in enumerate(sweep.elements):
         write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
         _forget(Path(lines[0]) / "launch")
@@ -425,13 +491,65 @@ def summary(job: Job, cluster: ClusterSettings) -> str:
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A job that was submitted.
+
+    Attributes:
+        run: folder of the run, or of all runs of a sweep.
+        job: its number; of a run of a sweep that of its element.
+        folder: with its logs.
+        stages: folders that are trained in, in order.
+    """
+
+    run: Path
+    job: str
+    folder: Path
+    stages: list[Path]
+
+    @classmethod
+    def of(cls, run: Path) -> Launched:
+        """The job of a run, of a sweep, of a run of one, or of a stage of a recipe.
+
+        Raises:
+            InputError: there is none.
+        """
+        note = read_note(run / "launch" / NOTE)
+        if "job" in note:
+            stages = [run.with_name(name) for name in note.get("stages") or [run.name]]
+            return cls(run, str(note["job"]), run / "launch", stages)
+        sweep = run.parent / "launch"
+        job = read_note(sweep / NOTE).get("job")
+        for file in (sweep / "jobs").glob("*.txt"):
+            element = Path(file.read_text().partition("\n")[0])
+            # Of a chain, which run an element is was found when it started: see `element` there.
+            places = (element.resolve(), (element / "checkpoints").resolve().parent)
+            if job and run.resolve() in places:
+                return cls(run, f"{job}_{file.stem}", sweep, [run])
+        whole = run.with_name(run.name.rpartition(".")[0] or run.name)
+        if run.name in read_note(whole / "launch" / NOTE).get("stages", []):
+            return cls.of(whole)
+        raise InputError(f"{run}: no job of it was launched; `voxelith launch` does that")
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is an array of runs."""
+        return (self.folder / "jobs").is_dir() and "_" not in self.job
+
+    @property
+    def logs(self) -> list[Path]:
+        """What its starts have said, of a sweep each of its runs; the newest last."""
+        return _by_time(
+            [*self.folder.glob(f"job-{self.job}.log"), *self.folder.glob(f"job-{self.job}_*.log")]
+        )
+
+
 def status(run: Path) -> dict[str, Any]:
     """The job of a run: SLURM's state of it, starts, and how far the run has come."""
-    note = _note(run)
-    if (run / "launch" / "jobs").is_dir():
-        return _status_of_sweep(run, str(note["job"]))
-    facts = facts_of(str(note["job"]))
-    stages = [run.with_name(name) for name in note.get("stages") or [run.name]]
+    launched = Launched.of(run)
+    if launched.is_sweep:
+        return _status_of_sweep(run, launched.job)
+    facts, stages, notes = facts_of(launched.job), launched.stages, launched.run / "launch"
     begun = [stage for stage in stages if (stage / "config.json").is_file()]
     now = (begun or stages)[-1]
     steps = sorted((now / "checkpoints").glob("step-*.pt"))
@@ -439,17 +557,15 @@ def status(run: Path) -> dict[str, Any]:
     staged = {"stage": f"{now.name}, {stages.index(now) + 1} of {len(stages)}"}
     return {
         "run": str(run),
-        "job": str(note["job"]),
+        "job": launched.job,
         "state": facts.get("JobState", "unknown: SLURM does not know it any more"),
         "reason": facts.get("Reason", ""),
         "restarts": int(facts.get("Restarts", 0)),
         **(staged if len(stages) > 1 else {}),
         "saved_step": int(steps[-1].stem.removeprefix("step-")) if steps else 0,
         "steps": config.get("steps"),
-        "crashes": int((run / "launch" / "crashes").read_text())
-        if (run / "launch" / "crashes").exists()
-        else 0,
-        "log": str(log_of(run, str(note["job"]))),
+        "crashes": int((notes / "crashes").read_text()) if (notes / "crashes").exists() else 0,
+        "log": str(launched.folder / f"job-{launched.job}.log"),
     }
 
 
@@ -467,16 +583,27 @@ def _status_of_sweep(runs: Path, job: str) -> dict[str, Any]:
 
 
 def logs(run: Path, lines: int = 40) -> str:
-    """The end of what the job has said."""
-    file = log_of(run, str(_note(run)["job"]))
-    if not file.exists():
-        raise InputError(f"{file}: is not there yet; the job has not started")
-    return "\n".join(file.read_text(errors="replace").splitlines()[-lines:])
+    """The end of what the job has said; of a sweep, the run that spoke last, and its file."""
+    launched = Launched.of(run)
+    text = last_words(launched.logs, f"{launched.folder}/job-{launched.job}", lines)
+    return text if launched.is_sweep else text.partition("\n")[2]
+
+
+def last_words(files: Sequence[Path], missing: str, lines: int = 40) -> str:
+    """The file that was written last, and its end; InputError, with a name of it, if none is."""
+    if not files:
+        raise InputError(f"{missing}: has no log yet; the job has not started")
+    file = _by_time(files)[-1]
+    return "\n".join([f"{file}:", *file.read_text(errors="replace").splitlines()[-lines:]])
+
+
+def _by_time(files: Sequence[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def cancel(run: Path) -> str:
     """Ends a run's job for good; its state is saved first, where SLURM leaves time for it."""
-    number = str(_note(run)["job"])
+    number = Launched.of(run).job
     cancel_job(number)
     return number
 
@@ -486,13 +613,6 @@ def cancel_job(*numbers: str) -> None:
     done = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"scancel {' '.join(numbers)}: {done.stderr.strip()}")
-
-
-def _note(run: Path) -> dict[str, Any]:
-    note = read_note(run / "launch" / NOTE)
-    if "job" not in note:
-        raise InputError(f"{run}: no job of it was launched; `voxelith launch` does that")
-    return note
 
 
 def log_of(run: Path, job: str) -> Path:

@@ -22,7 +22,16 @@ from conf.compose import settings_for
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder, read_note, write_json, write_text
 from data_prep.work import work_root
-from slurm.launch import ACTIVE, NOTE, cancel_job, rendered, require_slurm, sbatch, states_of
+from slurm.launch import (
+    ACTIVE,
+    NOTE,
+    cancel_job,
+    last_words,
+    rendered,
+    require_slurm,
+    sbatch,
+    states_of,
+)
 from slurm.settings import ClusterSettings, cluster_of
 
 STEPS = {"scan": "scanned", "plan": "", "write": "written", "publish": ""}
@@ -114,14 +123,14 @@ def _script(
     return rendered(
         "prep.sbatch.j2",
         cluster,
+        ("prep", *words, f"step={step}"),
+        launch_folder(output),
         name=f"voxelith-{re.sub(r'[^A-Za-z0-9_.-]', '-', output.name)}",
         step=step,
         parts=parts if STEPS[step] else 0,
         limit=f"%{cluster.array_limit}" if cluster.array_limit else "",
-        folder=shlex.quote(str(launch_folder(output))),
         work=shlex.quote(str(work_root(output.resolve()))),
         finished=STEPS[step],
-        words=[shlex.quote(word) for word in ("prep", *words, f"step={step}")],
     )
 
 
@@ -186,11 +195,7 @@ def status(output: Path) -> dict[str, Any]:
 def logs(output: Path, lines: int = 40) -> str:
     """The end of what the job that spoke last has said."""
     folder = launch_folder(output)
-    file = max(folder.glob("*.log"), key=_changed, default=None)
-    if file is None:
-        raise InputError(f"{folder}: has no log yet; no job has started")
-    said = file.read_text(errors="replace").splitlines()[-lines:]
-    return "\n".join([f"{file}:", *said])
+    return last_words(list(folder.glob("*.log")), str(folder), lines)
 
 
 def cancel(output: Path) -> str:

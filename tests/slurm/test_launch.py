@@ -13,7 +13,17 @@ import pytest
 
 import voxelith
 from data_prep.errors import InputError
-from slurm.launch import cancel, logs, plan_job, render, status
+from slurm.launch import (
+    Launched,
+    Sweep,
+    cancel,
+    logs,
+    plan_job,
+    plan_sweep,
+    render,
+    status,
+    submit_sweep,
+)
 from slurm.settings import ClusterSettings, cluster_of
 
 
@@ -55,12 +65,14 @@ CASES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "apptainer": (
         ["cluster.container=apptainer", "cluster.image=/i m.sif", "cluster.mounts=/data:/data"],
         {},
-        ["apptainer exec --nv --bind /data:/data '/i m.sif'", "    voxelith \"${words[@]}\""],
+        ["apptainer exec --nv --pwd ", "--bind /data:/data,", "'/i m.sif'",
+         "    voxelith \"${words[@]}\""],
     ),
     "pyxis": (
         ["cluster.container=pyxis", "cluster.image=org/image:1", "cluster.mounts=/data:/data"],
         {},
-        ["--container-image=org/image:1 --container-mounts=/data:/data"],
+        ["--container-image=org/image:1 ", "--container-workdir=",
+         "--container-mounts=/data:/data,"],
     ),
 }  # fmt: skip
 
@@ -119,6 +131,32 @@ def test_mistakes_are_told_before_anything_waits_in_a_queue(
         cluster_of(["cluster.environment=[a() { b; }]"])
     with pytest.raises(InputError, match="launches pretrain or finetune"):
         plan_job("predict", [])
+
+
+@pytest.mark.parametrize(
+    "more", [["cluster.gpus_per_node=8"], [], ["cluster.gpus_per_node=0", "cluster.gres=gpu:8"]]
+)
+def test_no_gpus_are_asked_for_that_the_training_would_not_use(
+    more: list[str], pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    given = [*words(pretrain_corpus, tmp_path, *more), "trainer=cpu"]
+    with pytest.raises(InputError, match=r"trainer.accelerator=cpu .*cluster.gpus_per_node=0"):
+        plan_job("pretrain", given)
+
+
+def test_a_sweep_asks_for_no_gpus_that_it_would_not_use(
+    labelled_corpus: Path, tmp_path: Path
+) -> None:
+    release = Path(__file__).parent.parent / "releases" / "encoder-7253723"
+    given = [
+        "task=hippocampus", f"corpus={labelled_corpus}", f"ckpt={release}", "labels=2",
+        f"runs={tmp_path}", "trainer=cpu", "crop_size=[16,24,16]", "batch_size=1",
+        "cluster.gpus_per_node=1",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"trainer.accelerator=cpu .*cluster.gpus_per_node=0"):
+        plan_sweep(given)
+    given[-1] = "cluster.gpus_per_node=0"
+    assert len(plan_sweep(given).elements) == 2
 
 
 STAGED = [
@@ -210,6 +248,80 @@ def test_what_was_not_launched_is_said(tmp_path: Path) -> None:
             asked(tmp_path)
 
 
+def launched(folder: Path, job: str, said: dict[str, str], **note: object) -> None:
+    """What a submission leaves, and logs from the oldest to the newest."""
+    (folder / "launch").mkdir(parents=True)
+    (folder / "launch" / "job.json").write_text(json.dumps({"job": job, **note}))
+    for time, (name, text) in enumerate(said.items()):
+        log = folder / "launch" / f"job-{name}.log"
+        log.write_text(text)
+        os.utime(log, (time, time))
+
+
+def test_each_run_of_a_sweep_has_its_job_and_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("slurm.launch._shown", lambda job: asked.append(job) or "JobState=RUNNING")
+    sweep = tmp_path / "sweep"
+    launched(sweep, "7", {"7_1": "I am one\n", "7_0": "I am zero\n", "3_2": "an earlier job\n"})
+    (sweep / "launch" / "jobs").mkdir()
+    # A chain's element is known by the run that it has begun.
+    (sweep / "launch" / "element-1").mkdir()
+    (sweep / "launch" / "element-1" / "checkpoints").symlink_to(sweep / "b" / "checkpoints")
+    for number, run in enumerate((sweep / "a", sweep / "launch" / "element-1")):
+        (sweep / "launch" / "jobs" / f"{number}.txt").write_text(f"{run}\nfinetune\nrun=x\n")
+    (sweep / "b" / "checkpoints").mkdir(parents=True)
+    (sweep / "b" / "checkpoints" / "step-00000030.pt").touch()
+    assert logs(sweep) == f"{sweep}/launch/job-7_0.log:\nI am zero"
+    assert (logs(sweep / "a"), logs(sweep / "b")) == ("I am zero", "I am one")
+    found = status(sweep / "b")
+    assert (found["job"], found["saved_step"]) == ("7_1", 30)
+    assert found["log"] == f"{sweep}/launch/job-7_1.log" and asked == ["7_1"]
+    with pytest.raises(InputError, match="no job of it was launched"):
+        status(sweep / "c")
+    assert voxelith.main(["launch", "logs", str(sweep)]) == 0
+    assert "I am zero" in capsys.readouterr().out
+
+
+def test_a_sweep_launched_again_has_forgotten_its_former_elements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 8\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    elements = [[str(tmp_path / "runs" / name), "finetune"] for name in "abc"]
+    submit_sweep(Sweep(tmp_path / "runs", "", elements, 3), [])
+    assert Launched.of(tmp_path / "runs" / "c").job == "8_2"
+    submit_sweep(Sweep(tmp_path / "runs", "", elements[1:2], 3), [])
+    assert Launched.of(tmp_path / "runs" / "b").job == "8_0"
+    with pytest.raises(InputError, match="no job of it was launched"):
+        Launched.of(tmp_path / "runs" / "c")
+
+
+def test_a_stage_of_a_recipe_is_watched_by_its_own_name_too(tmp_path: Path) -> None:
+    launched(tmp_path / "s", "7", {"7": "all stages\n"}, stages=["s.base", "s.highres"])
+    assert logs(tmp_path / "s.highres") == logs(tmp_path / "s") == "all stages"
+
+
+def test_the_log_of_a_chain_is_that_of_the_stage_that_spoke_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(tmp_path / "runs" / "a", "7", {"7": "trains\n"})
+    launched(tmp_path / "sweep", "9", {"0": "", "1": "", "9_4": "scores\n"})
+    launched(tmp_path / "work" / "4-table", "10", {})
+    stages = [
+        ("1", "runs/a", "7"),
+        ("2", "r", None),
+        ("3", "sweep", "9"),
+        ("4", "work/4-table", "10"),
+    ]
+    told = [{"name": n, "folder": str(tmp_path / f), "job": job} for n, f, job in stages]
+    (tmp_path / "work" / "chain.json").write_text(json.dumps({"stages": told}))
+    assert voxelith.main(["launch", "logs", str(tmp_path / "work")]) == 0
+    assert f"{tmp_path}/sweep/launch/job-9_4.log:\nscores" in capsys.readouterr().out
+
+
 def test_without_a_scheduler_the_command_runs_here(pretrain_corpus: Path, tmp_path: Path) -> None:
     given = words(
         pretrain_corpus, tmp_path, "cluster=local", "trainer=cpu", "trainer.workers=0", "steps=2",
@@ -227,6 +339,69 @@ def test_rendering_quotes_what_a_shell_would_read(tmp_path: Path) -> None:
     file.write_text(script)
     subprocess.run(["bash", "-n", file], check=True)
     assert "'run=$(touch x)'" in script and "'a=`b`'" in script
+
+
+def mounted(script: str) -> list[str]:
+    (found,) = re.findall(r"--(?:container-mounts=|bind )(\S+)", script)
+    return [mount.partition(":")[0] for mount in found.split(",")]
+
+
+@pytest.mark.parametrize("kind", ["pyxis", "apptainer"])
+def test_a_container_sees_what_the_command_works_on(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, data, other = tmp_path / "work", tmp_path / "data", tmp_path / "other"
+    for folder in (work, data / "c", other / "runs", other / "start", tmp_path / "b"):
+        folder.mkdir(parents=True)
+    (work / "linked").symlink_to(other / "runs")
+    (work / "begin").symlink_to(other / "start")
+    monkeypatch.chdir(work)
+    cluster = ClusterSettings(
+        kind="slurm", container=kind, image="/i.sif", mounts=f"/mnt/x:{data}:ro"
+    )
+    said = [
+        "pretrain", f"corpus=[{data}/c,{tmp_path}/b]", "runs=linked", "run=a", "steps=10",
+        "init=begin",
+        f"health.probe={tmp_path}/absent/probe",
+    ]  # fmt: skip
+    script = render(other / "runs" / "a", said, cluster)
+    assert (f"--pwd {work} " if kind == "apptainer" else f"--container-workdir={work} ") in script
+    # Of what is still to be made, the folder above; all else lies below that one.
+    assert mounted(script) == ["/mnt/x", str(tmp_path)]
+    del said[-1]
+    script = render(other / "runs" / "a", said, cluster)
+    # The corpus is covered already, and links lead to where they lead on the node.
+    more = [tmp_path / "b", work, other / "runs", other / "start"]
+    assert mounted(script) == ["/mnt/x", *sorted(map(str, more))]
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(InputError, match=r"a:b: the container cannot mount a path"):
+        render(other / "runs" / "a", ["pretrain", f"corpus={tmp_path}/a:b"], cluster)
+
+
+def test_the_program_is_that_which_the_environment_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {name: tmp_path / name / "bin" / "voxelith" for name in ("mine", "other")}
+    for program in programs.values():
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/bash\necho {program} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(programs["mine"])])
+
+    def ran(*lines: str) -> str:
+        cluster = ClusterSettings(kind="slurm", environment=list(lines))
+        script = render(tmp_path / "run", ("pretrain",), cluster)
+        shell = 'srun() { shift 2; "$@"; }; scontrol() { :; }; ' + script
+        environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n",
+                       "SLURM_CPUS_PER_TASK": "1"}  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", shell], capture_output=True, text=True, env=environment
+        )
+        return done.stdout.splitlines()[-1]
+
+    assert ran() == f"{programs['mine']} pretrain"
+    assert ran(f"export PATH={programs['other'].parent}:$PATH") == f"{programs['other']} pretrain"
+    assert ran("export A=1") == f"{programs['mine']} pretrain"  # there is no other
 
 
 def test_lines_of_an_environment_may_read_what_nobody_has_set(

@@ -108,8 +108,9 @@ def test_what_slurm_requeues_without_a_word_is_a_crash(
         assert "not started again" not in said
     said = node.start(script, KILLED, restart=3)  # it had saved: again
     assert "not started again" not in said
-    said = node.start(script, "touch started", restart=4)
+    said = node.start(script, f"touch {tmp_path}/begun", restart=4)
     assert "ended without a word, the second time after" in said and said.endswith("code 1")
+    assert not (tmp_path / "begun").exists()
     node.start(script, "exit 0")  # submitted by hand: a job that was never requeued
     assert (tmp_path / "run" / "launch" / "done").exists()
 
