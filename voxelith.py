@@ -84,12 +84,14 @@ def _check(words: list[str]) -> Any:
         return {"release": folder, "problems": [], "golden_error": error}
     from data_prep.check import check
     from data_prep.errors import CorruptionError
+    from data_prep.references import without_secrets
 
-    problems = check(Path(folder))
+    problems = check(folder)
     if problems:
         raise CorruptionError(problems)
-    print(f"{folder}: whole, every byte is what was written")
-    return {"corpus": folder, "problems": []}
+    shown = without_secrets(folder)
+    print(f"{shown}: whole, every byte is what was written")
+    return {"corpus": shown, "problems": []}
 
 
 def _pretrain(words: list[str]) -> Any:
@@ -510,9 +512,9 @@ example: voxelith prep input=scans/ output=corpora/abdomen""",
         "check CORPUS|RELEASE",
         _check,
         """
-CORPUS is a folder that `voxelith prep` wrote. Each damaged or missing part is named, exit code 2.
-Of a release the golden scan is computed too: whether this machine and these versions give what was
-released.
+CORPUS is a folder that `voxelith prep` wrote, or its address. Each damaged or missing part is
+named, exit code 2. Of a release the golden scan is computed too: whether this machine and these
+versions give what was released.
 
 example: voxelith check corpora/abdomen
          voxelith check release/""",

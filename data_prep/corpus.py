@@ -218,6 +218,10 @@ class Corpus:
         """
         self._storage.require()
 
+    def shard(self, number: int) -> Shard:
+        """Where a shard lies, and what it must be."""
+        return self._storage.shards[number]
+
     def shard_files(self) -> list[Path]:
         """The shards that are files here, in order."""
         shards = self._storage.shards

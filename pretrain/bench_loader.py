@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from data_prep.errors import InputError, last_error
+from data_prep.errors import InputError
 from data_prep.progress import bar
 from pretrain.bench import machine, written
-from pretrain.loader import CropDataset, make_loader
+from pretrain.loader import Batches, CropDataset, make_loader
 from pretrain.run_folder import versions
 from pretrain.settings import BenchSettings
 from pretrain.train import corpus_channels, corpus_for, make_dataset, plan_objective
@@ -85,25 +85,23 @@ def _measure(
         dataset, batch_size=batch, first_step=step, last_step=step + 10**5, workers=workers
     )
     batches = iter(loader)
-    processes = [worker.pid for worker in batches._workers]  # type: ignore[attr-defined]
+    assert isinstance(batches, Batches)
+    processes = batches.pids
     began, before, given = time.perf_counter(), 0, 0
-    try:
-        if not cold:
-            for _ in range(workers):
-                next(batches)
-            began, before = time.perf_counter(), _read(processes)
-        while given == 0 or time.perf_counter() - began < seconds:
+    if not cold:
+        for _ in range(workers):
             next(batches)
-            given += 1
-        spent = time.perf_counter() - began
-        return {
-            "samples_per_second": given * batch / spent,
-            "storage_bytes_per_second": (_read(processes) - before) / spent,
-            "memory_per_worker": max(map(private_bytes, processes)),
-            "batches": given + (0 if cold else workers),
-        }
-    except InputError as error:  # with a worker's traceback as its text
-        raise type(error)([last_error(problem) for problem in error.problems]) from error
+        began, before = time.perf_counter(), _read(processes)
+    while given == 0 or time.perf_counter() - began < seconds:
+        next(batches)
+        given += 1
+    spent = time.perf_counter() - began
+    return {
+        "samples_per_second": given * batch / spent,
+        "storage_bytes_per_second": (_read(processes) - before) / spent,
+        "memory_per_worker": max(map(private_bytes, processes)),
+        "batches": given + (0 if cold else workers),
+    }
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_prep.corpus import Corpus
-from data_prep.errors import CorruptionError
+from data_prep.errors import CorruptionError, InputError, UnreachableError, last_error
 from data_prep.preprocess import Preprocess
 from pretrain.augment import Augment, biased, gained, mirrored, varied
 from pretrain.crops import ONE, Crops
@@ -335,9 +335,34 @@ class _Loader(DataLoader[dict[str, Any]]):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        if self.num_workers:
-            _running.add(batches)
-        return batches
+        if not self.num_workers:
+            return batches
+        _running.add(batches)
+        return Batches(batches)
+
+
+class Batches:
+    """What workers deliver; their errors say what is wrong, as if they were this process's own.
+
+    Attributes:
+        pids: of the workers.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self.pids: list[int] = [worker.pid for worker in batches._workers]
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            batch: dict[str, Any] = next(self._batches)
+        except InputError as error:  # its text is the worker's traceback
+            raise type(error)([last_error(problem) for problem in error.problems]) from None
+        except UnreachableError as error:
+            raise UnreachableError(last_error(str(error))) from None
+        return batch
 
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -26,7 +26,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from data_prep.errors import CorruptionError, InputError, differences, last_error
+from data_prep.errors import CorruptionError, InputError, differences
 from data_prep.files import append_line, read_lines
 from data_prep.progress import bar
 from pretrain.ahead import Ahead
@@ -294,21 +294,16 @@ class Loop:
             compile_parts(objective)
         main = rank_zero_only.rank in (None, 0)
         self.start_number = len(self.events.starts()) + 1
-        try:
-            told = self.events.start(self.step, self.settings.ranks) if main else nullcontext()
-            together = Neighbours(self.run.path, self.settings.ranks, machine.wait_minutes)
-            with self.preemption, told, together as self.neighbours:
-                while self.step < self.settings.steps:
-                    self.begin(objective)
-                    # One of its own: DDP learns once, at its start, which weights have gradients.
-                    self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
-                    optimizer = None
-                if main:
-                    self.events.write("finished", self.step)
-        except InputError as error:
-            # A worker's error arrives with the worker's traceback as its text; its last line says
-            # what the user needs.
-            raise type(error)([last_error(problem) for problem in error.problems]) from error
+        told = self.events.start(self.step, self.settings.ranks) if main else nullcontext()
+        together = Neighbours(self.run.path, self.settings.ranks, machine.wait_minutes)
+        with self.preemption, told, together as self.neighbours:
+            while self.step < self.settings.steps:
+                self.begin(objective)
+                # One of its own: DDP learns once, at its start, which weights have gradients.
+                self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
+                optimizer = None
+            if main:
+                self.events.write("finished", self.step)
 
     def restore(self) -> dict[str, Any] | None:
         """The newest checkpoint, or None; nothing is written.

@@ -33,7 +33,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from data_prep.errors import CorruptionError, InputError, NeighbourError, last_error
+from data_prep.errors import CorruptionError, InputError, NeighbourError
 from data_prep.files import read_note, write_json
 from data_prep.references import without_secrets
 from pretrain.collectives import is_of_another_rank
@@ -158,9 +158,7 @@ class Neighbours:
         if not isinstance(error, Exception):
             self._over.set()  # preempted: all end, each in its time and with a code of its own
         elif self.ranks > 1 and not is_of_another_rank(error):
-            problems = None
-            if isinstance(error, InputError):
-                problems = [last_error(problem) for problem in error.problems]
+            problems = error.problems if isinstance(error, InputError) else None
             said = "\n".join(problems) if problems else f"{type(error).__name__}: {error}"
             self._write(self.rank, said, problems)
 

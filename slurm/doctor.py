@@ -19,6 +19,7 @@ from typing import Any, Literal
 from conf.compose import take_option
 from data_prep.errors import FailedError, InputError, near
 from data_prep.files import make_folder, write_json
+from data_prep.references import is_reference
 from slurm import discover
 from slurm.examine import MARK, NOTES, malicious, versions
 from slurm.launch import facts_of, log_of, refuse_second, render, submit
@@ -124,10 +125,13 @@ def _read(words: Sequence[str]) -> tuple[ClusterSettings, dict[str, str]]:
 def _examine_words(
     folder: Path, cluster: ClusterSettings, told: Mapping[str, str]
 ) -> tuple[str, ...]:
-    corpus = [f"corpus={Path(told['corpus']).resolve()}"] if told["corpus"] else []
+    corpus = told["corpus"]
+    if corpus and not is_reference(corpus):
+        corpus = str(Path(corpus).resolve())
     return (
         "launch", "examine", f"folder={folder}", f"gpus={cluster.gpus_per_node}",
-        f"workers={cluster.cpus_per_task - 1}", f"crop_size={told['crop_size']}", *corpus,
+        f"workers={cluster.cpus_per_task - 1}", f"crop_size={told['crop_size']}",
+        *([f"corpus={corpus}"] if corpus else []),
     )  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_server import FaultServer
 
 from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
+from voxelith import main
 
 
 @pytest.fixture
@@ -151,3 +154,26 @@ def test_index_fingerprints_and_splits(copy: Path) -> None:
 def test_no_corpus_is_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         check(tmp_path / "none")
+
+
+def test_a_corpus_elsewhere_is_checked_as_one_here(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each shard comes once; damage has the same names, at the server's address."""
+    with FaultServer(copy) as server:
+        address = f"http://me:hush@127.0.0.1:{server.port}?token=secret"
+        assert main(["check", address]) == 0
+        said = capsys.readouterr()
+        assert "every byte is what was written" in said.out
+        assert not {"hush", "secret"} & set(re.split(r"\W", said.out + said.err))
+        shards = Corpus.open(copy).shard_files()
+        assert all(server.asked[f"shards/{shard.name}"] == 1 for shard in shards)
+        first, second = (int(n) for n in Corpus.open(copy).column("image_offset")[[40, 41]])
+        flip(shards[int(Corpus.open(copy).shards[40])], (first + second) // 2)
+        shards[0].unlink()
+        cut(shards[2], 3000)
+        here, there = check(copy), check(server.url)
+        gone = f"{server.url}/shards/{shards[0].name}: is not there (404); check the address"
+        assert here[0] == f"{shards[0]}: missing; copy the shard again" and there[0] == gone
+        assert [problem.replace(server.url, str(copy)) for problem in there[1:]] == here[1:]
+        assert len(here) > 4

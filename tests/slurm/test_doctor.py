@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 from lab import Lab, call
 
 import voxelith
-from data_prep.errors import FailedError, InputError
+from data_prep.corpus import Corpus
+from data_prep.errors import CorruptionError, FailedError, InputError
 from slurm.doctor import doctor
-from slurm.examine import malicious
+from slurm.examine import CHECKS, Task, malicious
 
 BIN = Path(sys.executable).parent
 CLUSTER = [
@@ -185,3 +187,28 @@ def test_words_are_checked_before_a_job_waits(tmp_path: Path) -> None:
 def test_outside_of_a_job_nothing_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
     assert voxelith.main(["launch", "examine", "folder=/tmp"]) == 2
     assert "a job that `voxelith launch doctor` made" in capsys.readouterr().err
+
+
+def test_what_a_worker_finds_damaged_is_named(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """Not by a traceback, whose beginning is all that would fit into a line."""
+    shutil.copytree(pretrain_corpus, tmp_path / "c")
+    for shard in Corpus.open(tmp_path / "c").shard_files():
+        data = bytearray(shard.read_bytes())
+        data[600::600] = bytes(byte ^ 1 for byte in data[600::600])
+        shard.write_bytes(data)
+    task = Task(
+        folder=tmp_path, number=0, tasks=1, nodes=1, start=0, job="1", gpus=0, workers=1,
+        corpus=tmp_path / "c", crop_size=(16, 16, 16),
+    )  # fmt: skip
+    with pytest.raises(
+        CorruptionError, match=rf"^{tmp_path}/c/shards/\d+\.tar: sample \w+, payload"
+    ):
+        CHECKS["corpus"](task)
+
+
+@pytest.mark.parametrize("corpus", ["https://host/a/b", "s3://bucket/a", "here"])
+def test_the_address_of_a_corpus_stays_one(corpus: str, tmp_path: Path) -> None:
+    words = [*CLUSTER, f"output={tmp_path / 'new'}", f"corpus={corpus}"]
+    script = doctor(words, dry_run=True)["script"]
+    wanted = str(Path("here").resolve()) if corpus == "here" else corpus
+    assert f"corpus={wanted}" in script
