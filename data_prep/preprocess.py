@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from scipy import ndimage, sparse
 
 from data_prep.errors import InputError
-from data_prep.images import Reject
+from data_prep.images import MAX_VOXELS, Reject
 from data_prep.intensity import Statistics, encode, volume_statistics
 from data_prep.volume import Volume
 
@@ -26,8 +26,6 @@ VERSION = 1
 SPACING_TOLERANCE = 0.01
 # Floor of the standard deviation, in physical units, for scans that are constant after clipping.
 EPSILON = 1e-8
-MAX_VOXELS = 2**32
-"""Of a channel that is resampled: a whole body at half a millimetre; 16 GiB of float32."""
 MAX_PAD = 2**27
 """Voxels that the smallest scan is padded to, at most: 512 cubed."""
 
