@@ -101,8 +101,17 @@ class Scanned:
 
 def scan_case(job: ScanJob) -> None:
     """Scans a case and notes what came of it; with that it is done."""
-    note = canonical_json(asdict(scan(job)))
-    write_bytes(job.work.case_note(job.number), note, mode=0o600)
+    begun = job.work.begun_note(job.number)
+    begun.touch()
+    try:
+        note_case(job, scan(job))
+    finally:  # only a process that dies leaves it
+        begun.unlink(missing_ok=True)
+
+
+def note_case(job: ScanJob, found: Scanned | LeftOut) -> None:
+    """Notes what came of a case."""
+    write_bytes(job.work.case_note(job.number), canonical_json(asdict(found)), mode=0o600)
 
 
 def read_case(work: WorkFolder, number: int) -> Scanned | LeftOut:
@@ -112,18 +121,41 @@ def read_case(work: WorkFolder, number: int) -> Scanned | LeftOut:
 
 
 def scan(job: ScanJob) -> Scanned | LeftOut:
-    """Judge and encode one case."""
+    """Judge and encode one case; whatever fails is a reason to leave it out, but for writing."""
     try:
-        volume, label, mask = _read(job)
-        check_plausible(volume)
-        if job.deface is not None:
-            volume, mask = defaced(volume, mask, job.deface)
+        meta, payloads, look = _judged(job)
     except Reject as error:
         return LeftOut(job.case.name, error.code, error.detail)
+    except MemoryError:
+        return LeftOut(job.case.name, "too_large", "there is not the memory that it needs")
+    except Exception as error:  # one scan must not stop the others
+        return LeftOut(job.case.name, "crashed", f"{type(error).__name__}: {error}")
+    sizes = {}
+    with atomic(job.work.payloads(job.number), mode=0o600) as file:
+        for name in (name for name in PAYLOADS if name in payloads):
+            frame, table = encode_array(payloads[name])
+            for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
+                sizes[suffix] = file.write(data)
+    return Scanned(
+        job.number,
+        job.key,
+        meta,
+        sizes,
+        guessed=job.modality is None and job.case.series is None,
+        sketch=base64.b64encode(look).decode(),
+    )
+
+
+def _judged(job: ScanJob) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]:
+    """Of a case KEY.json, payloads and sketch; Reject says why it cannot be used."""
+    volume, label, mask = _read(job)
+    check_plausible(volume)
+    if job.deface is not None:
+        volume, mask = defaced(volume, mask, job.deface)
     coded = encode(volume)
     values = min(int(ranks(channel).max()) + 1 for channel in coded.array)
     if values < MINIMUM_VALUES:
-        return LeftOut(job.case.name, "looks_like_a_label", f"it holds only {values} values")
+        raise Reject("looks_like_a_label", f"it holds only {values} values")
     statistics = volume_statistics(coded)
     found = fingerprint(coded.array, coded.slope)
     look = sketch(coded).to_bytes()
@@ -185,20 +217,7 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             # A structure without a mask was not looked for: it is not absent.
             have = {name for name, _ in job.case.organs}
             meta["annotated"] = [value for name, value in job.organs if name in have]
-    sizes = {}
-    with atomic(job.work.payloads(job.number), mode=0o600) as file:
-        for name in (name for name in PAYLOADS if name in payloads):
-            frame, table = encode_array(payloads[name])
-            for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
-                sizes[suffix] = file.write(data)
-    return Scanned(
-        job.number,
-        job.key,
-        meta,
-        sizes,
-        guessed=job.modality is None and job.case.series is None,
-        sketch=base64.b64encode(look).decode(),
-    )
+    return meta, payloads, look
 
 
 def check_plausible(volume: Volume) -> None:
@@ -321,7 +340,7 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
         volume = read_channels(
             images, job.modality, case.channels, job.minimum, case.frame, job.upright
         )
-    except Reject:
+    except (Reject, MemoryError):
         raise
     except Exception as error:
         # Headers in the wild break nibabel in many ways; one scan must not stop the others.
@@ -392,5 +411,7 @@ def _on_grid_of(
         if error.code.startswith("label_"):
             raise Reject(error.code.replace("label", what, 1), error.detail) from error
         raise Reject(f"{what}_unreadable", f"{error.code}: {error.detail}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise Reject(f"{what}_unreadable", f"{type(error).__name__}: {error}") from error
