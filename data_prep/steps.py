@@ -6,6 +6,7 @@ tasks one after another. Bytes do not depend on who did what.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import FailedError, InputError
 from data_prep.files import write_bytes
 from data_prep.layouts.case import Layout, LeftOut
 from data_prep.naming import DUPLICATES_FILE
@@ -33,6 +34,8 @@ from data_prep.write import WriteJob, read_shard_note, write_shard
 
 # Below this many cases starting processes costs more than it saves.
 CASES_PER_PROCESS = 4
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Mapper = Callable[..., Iterable[Any]]
 
@@ -180,9 +183,17 @@ def _missing(what: str, numbers: Sequence[int], total: int, done: str, step: str
 
 
 def _each(each: Mapper, work: Callable[[Any], None], jobs: Sequence[Any], what: str) -> None:
-    if jobs:
-        for _ in bar(iterable=each(work, jobs), desc=what, total=len(jobs)):
-            pass
+    try:
+        if jobs:
+            for _ in bar(iterable=each(work, jobs), desc=what, total=len(jobs)):
+                pass
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise FailedError(
+            f"{what}: there is no room left to write to ({error.strerror}); make some beside the "
+            "output and start the same command again"
+        ) from error
 
 
 @contextmanager
