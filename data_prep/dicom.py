@@ -4,7 +4,8 @@ Slices are grouped by series and sorted by where they lie, never by name or numb
 has several volumes (echoes, b-values, times) is taken apart where one field of its headers does so
 exactly. What cannot be one volume on one grid is refused with what was found. Of a header nothing
 is read but numbers, modality and the codes named here, and of the patient's number a digest, by
-which scans of one subject are known as such; no name, date or text leaves this file.
+which scans of one subject are known as such; no name, date or text leaves this file, also not in
+what pydicom warns of. Whatever is wrong with a header is a refusal of its file or series.
 
 Frames of a multi-frame object are slices as well. Frames that pydicom cannot decompress by itself
 (JPEG, JPEG-LS, JPEG 2000) are SimpleITK's to read.
@@ -13,16 +14,21 @@ Frames of a multi-frame object are slices as well. Frames that pydicom cannot de
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.images import Reject, SeriesFiles
+from data_prep.images import HEADER_BYTES, MAX_VOXELS, TIGHT_BYTES, Reject, SeriesFiles
 from data_prep.progress import bar
 
 MAGIC_OFFSET, MAGIC = 128, b"DICM"
@@ -44,10 +50,10 @@ APART = (
 """Fields that tell the volumes of one series apart, in the order in which they are tried."""
 
 HEADER = (
-    "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "Modality", "Rows",
-    "Columns", "SamplesPerPixel", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
-    "RescaleSlope", "RescaleIntercept", "NumberOfFrames", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "BitsAllocated", *APART,
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID",
+    "Modality", "Rows", "Columns", "SamplesPerPixel", "PixelSpacing", "ImagePositionPatient",
+    "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "NumberOfFrames",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", *APART,
 )  # fmt: skip
 
 
@@ -79,6 +85,12 @@ class Slice:
     def normal(self) -> NDArray[np.float64]:
         """Direction that the slice faces."""
         return np.cross(*self.directions)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """All that is said of it; equal for copies."""
+        numbers = [self.position, self.directions, np.array([*self.spacing, *self.scale])]
+        return self.frame, self.shape, self.apart, *(part.tobytes() for part in numbers)
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,11 @@ class Found:
 
 
 def find_series(files: Sequence[Path]) -> list[Found]:
-    """Takes DICOM files apart by series, whatever their names and folders; in order of names."""
-    series: dict[tuple[str, str], list[_Read]] = defaultdict(list)
+    """Takes DICOM files apart by series, whatever their names and folders; in order of names.
+
+    Of copies of a slice the first counts, and the others are refused one by one.
+    """
+    series: dict[tuple[str, ...], list[_Read]] = defaultdict(list)
     found = []
     for path in bar(iterable=files, desc="DICOM", unit="file"):
         try:
@@ -184,9 +199,12 @@ def find_series(files: Sequence[Path]) -> list[Found]:
             found.append(Found((path,), "", refusal=error))
         else:
             series[read.series].append(read)
-    for reads in series.values():
-        reads.sort(key=lambda one: one.file)
+    for all_reads in series.values():
+        reads, copies = _once(sorted(all_reads, key=lambda one: one.file))
         own, subject = tuple(one.file for one in reads), reads[-1].subject
+        for copy, first in copies:
+            said = f"the same slice as {first.file.parent.name}/{first.file.name}"
+            found.append(Found((copy.file,), subject, refusal=Reject("duplicate", said)))
         try:
             volumes = tuple(_files_of(_volumes(reads)))
         except Reject as error:
@@ -194,6 +212,29 @@ def find_series(files: Sequence[Path]) -> list[Found]:
         else:
             found.append(Found(own, subject, volumes))
     return sorted(found, key=lambda one: one.files)
+
+
+def _once(reads: Sequence[_Read]) -> tuple[list[_Read], list[tuple[_Read, _Read]]]:
+    """Files each of which says something of its own; and copies, with what they are copies of."""
+    kept, copies = [], []
+    same: dict[tuple[object, ...], list[_Read]] = defaultdict(list)
+    for read in reads:
+        alike = same[read.instance, *(one.place for one in read.slices)] if read.slices else []
+        first = next((one for one in alike if _same_pixels(one.file, read.file)), None)
+        if first is not None:
+            copies.append((read, first))
+            continue
+        kept.append(read)
+        alike.append(read)
+    return kept, copies
+
+
+def _same_pixels(one: Path, other: Path) -> bool:
+    try:
+        values = [_dataset(path, specific_tags=["PixelData"]).PixelData for path in (one, other)]
+    except Exception:  # whatever is wrong with it, reading finds and says
+        return False
+    return bool(values[0] == values[1])
 
 
 def _files_of(volumes: Sequence[Series]) -> Iterable[SeriesFiles]:
@@ -215,38 +256,79 @@ def read_series(files: Sequence[Path]) -> list[Series]:
 
 
 class _Read(NamedTuple):
-    """What the header of a file says; `refusal` is why it is part of no volume."""
+    """What the header of a file says; `refusal` is why it is part of no volume.
+
+    Series are kept apart by the patient too, and without a number of their own by the folder: some
+    who remove names give one number to all, or none.
+    """
 
     file: Path
-    series: tuple[str, str]
+    series: tuple[str, ...]
+    instance: str
     subject: str
     modality: str = ""
     slices: tuple[Slice, ...] = ()
     refusal: Reject | None = None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without pydicom's warnings, which print what headers hold."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_quiet()
 def _read(path: Path) -> _Read:
     header = _header(path)
-    series = str(header.get("StudyInstanceUID", "")), str(header.get("SeriesInstanceUID", ""))
-    patient = str(header.get("PatientID", "") or "")
-    subject = hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else ""
-    modality = str(header.get("Modality", ""))
+    study, series, instance, patient = (
+        str(_value(header, name) or "")
+        for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID")
+    )
+    subject = ""
+    if patient:
+        subject = hashlib.sha256(patient.encode(errors="surrogateescape")).hexdigest()[:16]
+    key = (study, series, subject, "" if series else str(path.parent))
     try:
+        modality = str(_value(header, "Modality") or "")
         if modality not in MODALITIES:
             shown = modality if modality.isalpha() and len(modality) <= 16 else "unknown"
             raise Reject("unsupported_modality", f"{shown} is neither CT nor MR")
-        if int(header.get("SamplesPerPixel", 1)) != 1:
+        if _whole(header, "SamplesPerPixel", 1) != 1:
             raise Reject("rgb_or_complex", "voxels have several values, one real number is needed")
         slices = tuple(_frames(path, header))
     except Reject as error:
-        return _Read(path, series, subject, refusal=error)
-    return _Read(path, series, subject, modality, slices)
+        return _Read(path, key, instance, subject, refusal=error)
+    return _Read(path, key, instance, subject, modality, slices)
+
+
+def _value(place: Any, name: str) -> Any:
+    """A field, or None; Reject names the field alone, as its value may be anything."""
+    try:
+        return place.get(name)
+    except Exception as error:  # values in the wild break pydicom in many ways
+        raise Reject("unreadable", f"{name} cannot be read ({type(error).__name__})") from error
+
+
+def _whole(header: Any, name: str, otherwise: int | None = None) -> int:
+    value: Any = _value(header, name) if name in header else otherwise
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Reject("unreadable", f"{name} is not a whole number") from error
+    if number < 1:
+        raise Reject("unreadable", f"{name} is less than 1")
+    return number
 
 
 def _volumes(reads: Sequence[_Read]) -> list[Series]:
-    for one in reads:
-        if one.refusal is not None:
-            raise one.refusal
+    refusals = [(one.file.name, one.refusal) for one in reads if one.refusal is not None]
+    if refusals:
+        name, refusal = refusals[0]
+        # One of many spoils them all, so it is named.
+        where = f"{name}: " if len(refusals) < len(reads) else ""
+        raise Reject(refusal.code, where + refusal.detail)
     modalities = {one.modality for one in reads}
     if len(modalities) > 1:
         raise Reject("mixed_series", "it holds CT and MR")
@@ -259,6 +341,8 @@ def _volumes(reads: Sequence[_Read]) -> list[Series]:
     if max(float(np.abs(s.directions - slices[0].directions).max()) for s in slices) > TURNED:
         kinds = len({tuple(np.round(s.directions, 2).ravel()) for s in slices})
         raise Reject("mixed_orientation", f"its slices face {kinds} ways, as a localizer's do")
+    if len(slices) * float(np.prod(slices[0].shape)) > MAX_VOXELS:
+        raise Reject("too_large", f"{len(slices)} slices, more than {MAX_VOXELS} voxels")
     spacings = np.array([one.spacing for one in slices])
     if np.ptp(spacings, axis=0).max() > 1e-3 * spacings.min():
         raise Reject("mixed_series", "its slices have several spacings")
@@ -267,9 +351,12 @@ def _volumes(reads: Sequence[_Read]) -> list[Series]:
 
 def _frames(path: Path, header: Any) -> list[Slice]:
     """One slice of a plain file, one for each frame of a multi-frame object."""
-    count = int(header.get("NumberOfFrames", 1) or 1)
-    each = header.get("PerFrameFunctionalGroupsSequence") or [None] * count
-    shared = header.get("SharedFunctionalGroupsSequence") or [None]
+    count = _whole(header, "NumberOfFrames", 1)
+    voxels = count * _whole(header, "Columns") * _whole(header, "Rows")
+    if voxels > max(TIGHT_BYTES, 1000 * path.stat().st_size):
+        raise Reject("truncated", f"the header claims {voxels} voxels")
+    each = _value(header, "PerFrameFunctionalGroupsSequence") or [None]
+    shared = _value(header, "SharedFunctionalGroupsSequence") or [None]
     if count > 1 and each[0] is None:
         raise Reject("bad_geometry", f"its {count} frames do not say where they lie")
     if len(each) != count:
@@ -302,8 +389,8 @@ def _slice(path: Path, frame: int, places: list[Any]) -> Slice:
             for key in (name, OF_FRAMES.get(name, name)):
                 if place is None:
                     continue
-                group = place.get(GROUPS.get(key, ""))
-                value = group[0].get(key) if group else place.get(key)
+                group = _value(place, GROUPS[key]) if key in GROUPS else None
+                value = _value(group[0] if group else place, key)
                 if value is not None:
                     return value
         return None
@@ -323,19 +410,26 @@ def _slice(path: Path, frame: int, places: list[Any]) -> Slice:
     if np.abs(gram - np.eye(2)).max() > 1e-2:
         raise Reject("bad_geometry", "the directions of a slice are not at right angles")
     between_rows, between_columns = numbers("PixelSpacing", 2)
-    slope, intercept = told("RescaleSlope"), told("RescaleIntercept")
+
+    def number(name: str, otherwise: float) -> float:
+        value = told(name)
+        try:
+            return otherwise if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise Reject("unreadable", f"{name} is not a number") from error
+
+    slope, intercept = number("RescaleSlope", 1.0), number("RescaleIntercept", 0.0)
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise Reject("nan_or_inf", "the slope or intercept of a slice is no finite number, or 0")
     header = places[-1]
     return Slice(
         file=path,
         frame=frame,
-        shape=(int(header.get("Columns", 0)), int(header.get("Rows", 0))),
+        shape=(_whole(header, "Columns"), _whole(header, "Rows")),
         position=numbers("ImagePositionPatient", 3),
         directions=directions,
         spacing=(float(between_columns), float(between_rows)),
-        scale=(
-            1.0 if slope is None else float(slope),
-            0.0 if intercept is None else float(intercept),
-        ),
+        scale=(slope, intercept),
         apart=tuple("" if (v := told(name)) is None else str(v) for name in APART),
     )
 
@@ -392,40 +486,77 @@ def _sorted(slices: list[Slice]) -> tuple[Slice, ...]:
 # Files.
 
 
-def _header(path: Path) -> Any:
+_LENGTH = re.compile(rb"\x02\0\0\0UL\x04\0(....)", re.DOTALL)
+_DEFLATED = re.compile(rb"(\x02\0\x10\0UI..1\.2\.840\.10008\.1\.2\.1)\.99", re.DOTALL)
+"""Transfer syntax of files that are compressed as a whole, but for what tells that."""
+
+
+def _dataset(path: Path, **options: Any) -> Any:
     import pydicom
 
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+        deflated = _DEFLATED.search(head) is not None
+        file.seek(0)
+        return pydicom.dcmread(_inflated(file, head) if deflated else file, force=True, **options)
+
+
+def _inflated(file: BinaryIO, head: bytes) -> BinaryIO:
+    """The same as a file that is not compressed: pydicom would unpack whatever there is."""
+    length = _LENGTH.search(head)
+    if length is None:
+        raise Reject("unreadable", "it is deflated, and does not say from where on")
+    file.seek(length.end() + int.from_bytes(length[1], "little"))
+    start, stream = file.tell(), zlib.decompressobj(-zlib.MAX_WBITS)
+    plain = _DEFLATED.sub(rb"\1\0\0\0", head[:start])
+    whole = BytesIO()
+    whole.write(plain)
+    while not stream.eof:
+        packed = stream.unconsumed_tail or file.read(2**20)
+        piece = stream.decompress(packed, 2**24)
+        if not (packed or piece):
+            raise Reject("truncated", "the compressed stream ends too early")
+        if whole.write(piece) and whole.tell() > TIGHT_BYTES:
+            raise Reject("too_large", f"it would unpack to more than {TIGHT_BYTES} bytes")
+    whole.seek(0)
+    return whole
+
+
+def _header(path: Path) -> Any:
     try:
-        header = pydicom.dcmread(
-            path, stop_before_pixels=True, force=True, specific_tags=list(HEADER)
-        )
+        header = _dataset(path, stop_before_pixels=True, specific_tags=list(HEADER))
         if "SOPClassUID" not in header or "Rows" not in header:
             raise Reject("not_an_image", "the file is DICOM without an image, or none")
     except Reject:
         raise
     except Exception as error:  # headers in the wild break pydicom in many ways
-        raise Reject("unreadable", type(error).__name__) from error
+        raise Reject("unreadable", f"its header cannot be read ({type(error).__name__})") from error
     return header
 
 
+@_quiet()
 def _pixels(path: Path) -> tuple[np.ndarray, bool]:
     """`[frames, rows, columns]`, and whether they are as stored: else slope and all are applied."""
     import pydicom
 
+    named = "unknown transfer syntax"
     try:
-        data = pydicom.dcmread(path, force=True)
+        data = _dataset(path)
         syntax = getattr(data.file_meta, "TransferSyntaxUID", None)
         if syntax is None:  # a file without its first part, as some scanners write
             data.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-        elif syntax.is_compressed and syntax != pydicom.uid.RLELossless:
-            return _decompressed(path), False
+        elif syntax.is_transfer_syntax:
+            named = syntax.name
+            if syntax.is_compressed and syntax != pydicom.uid.RLELossless:
+                return _decompressed(path), False
         pixels = data.pixel_array
-    except Reject:
+    except (Reject, MemoryError):
         raise
     except Exception as error:
         said = str(error)
         code = "truncated" if "bytes" in said or "end of" in said.lower() else "unreadable"
-        raise Reject(code, f"{path.name}: {type(error).__name__}") from error
+        kind = type(error).__name__
+        raise Reject(code, f"{path.name}: its pixels cannot be read ({named}, {kind})") from error
     return (pixels[None] if pixels.ndim == 2 else pixels), True
 
 

@@ -1,13 +1,14 @@
 """Image files of any format, opened without their voxels: NIfTI, NRRD, MetaImage, DICOM series.
 
 Whatever a header says is looked at before a byte of voxels is read, so a file that claims more than
-it can hold costs nothing. NIfTI is nibabel's to read, NRRD and MetaImage are SimpleITK's, DICOM is
-`data_prep.dicom`.
+it can hold costs nothing. NIfTI is nibabel's to read, NRRD is SimpleITK's, MetaImage is
+`data_prep.metaimage`, DICOM is `data_prep.dicom`.
 """
 
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import zlib
@@ -22,8 +23,9 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 NIFTI = (".nii.gz", ".nii")
-ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-SUFFIXES = (*NIFTI, *ITK)
+NRRD = (".nrrd", ".nhdr")
+META = (".mha", ".mhd")
+SUFFIXES = (*NIFTI, *NRRD, *META)
 DETACHED = (".nhdr", ".mhd")
 BESIDE = (".raw", ".raw.gz", ".zraw", ".img.raw")
 """Of headers that are files of their own, and of their voxels."""
@@ -31,7 +33,12 @@ BESIDE = (".raw", ".raw.gz", ".zraw", ".img.raw")
 PACKED = (".gz", ".bz2", ".zst")
 # deflate cannot pack more than about 1032 to 1, so a header that claims more is lying.
 GZIP_MAXIMUM_RATIO = 1100
-_HEADER_BYTES = 2**16
+MAX_VOXELS = 2**32
+"""Of one file, or one channel after resampling: 8 volumes of 512x512x2000."""
+# What is packed more tightly than any image may become this large.
+IMAGE_RATIO, TIGHT_BYTES = 200, 2**30
+HEADER_BYTES = 2**16
+"""Within which a header in words has to end."""
 # Of metres and micrometres, as NIfTI headers count units; one that names none means millimetres.
 _MILLIMETRES = {1: 1000.0, 3: 0.001}
 _MORE_BYTES = 2**26
@@ -94,9 +101,14 @@ def open_image(source: Path | SeriesFiles) -> Image:
     """
     if isinstance(source, SeriesFiles):
         return _dicom(source)
-    if source.name.lower().endswith(ITK):
-        return _itk(source)
-    return _nifti(source)
+    try:
+        if source.name.lower().endswith(META):
+            from data_prep.metaimage import open_metaimage
+
+            return open_metaimage(source)
+        return _nrrd(source) if source.name.lower().endswith(NRRD) else _nifti(source)
+    except OSError as error:
+        raise Reject("unreadable", _plain(error, source)) from error
 
 
 def _dicom(source: SeriesFiles) -> Image:
@@ -128,10 +140,10 @@ def _nifti(path: Path) -> Image:
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind == "c":
         raise Reject("rgb_or_complex", f"voxels are {dtype}, one real number each is needed")
-    shape = _shape(image.shape)
+    shape = four_sides(image.shape)
     if isinstance(image, nib.Nifti1Image):
         packed = path.name.lower().endswith(PACKED)
-        _check_claim(shape, dtype.itemsize, size, packed)
+        check_claim(shape, dtype.itemsize, size, packed)
     forms = int(image.header["qform_code"]), int(image.header["sform_code"])
     affine = np.array(image.affine, dtype=np.float64)
     affine[:3] *= _MILLIMETRES.get(int(image.header["xyzt_units"]) & 7, 1.0)
@@ -163,10 +175,12 @@ def _check_stream(path: Path) -> None:
     """Says what is wrong with a compressed stream whose header nibabel could not find."""
     with path.open("rb") as file:
         if file.read(2) != b"\x1f\x8b":
-            return
+            raise Reject(
+                "not_an_image", "it is not compressed, as its name says; plain NIfTI is named .nii"
+            )
     try:
         with gzip.open(path) as stream:
-            stream.read(_HEADER_BYTES)
+            stream.read(HEADER_BYTES)
     except EOFError as error:
         raise Reject("truncated", "the compressed stream ends too early") from error
     except (zlib.error, gzip.BadGzipFile) as error:
@@ -190,75 +204,96 @@ def _nifti_values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
     return raw, float(image.dataobj.slope), float(image.dataobj.inter)
 
 
-# NRRD and MetaImage.
+# NRRD.
 
 
-def _itk(path: Path) -> Image:
+def _nrrd(path: Path) -> Image:
     import SimpleITK
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    voxels = _voxel_file(path)
+    fields = _nrrd_header(path)
+    voxels = beside(path, fields["datafile"]) if "datafile" in fields else path
     reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if re.search("parsing spac(e|ings)", str(error)):
+            raise Reject("bad_geometry", "its header does not say where its voxels lie") from error
         raise Reject("not_an_image", f"the file is no {path.suffix} image") from error
     components, axes = reader.GetNumberOfComponents(), reader.GetDimension()
     pixel = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
-    if components > 1 or "complex" in pixel:
+    volumes = components if "list" in fields.get("kinds", "").split() and axes == 3 else 1
+    if components > volumes or "complex" in pixel:
         raise Reject("rgb_or_complex", f"voxels are {pixel}, one real number each is needed")
-    shape = _shape(reader.GetSize())
+    shape = four_sides((*reader.GetSize(), volumes) if volumes > 1 else reader.GetSize())
     bits = int((re.search(r"\d+", pixel) or ["64"])[0])
-    claimed = voxels or path
-    _check_claim(shape, bits // 8, claimed.stat().st_size, _is_packed(path, claimed))
+    packed = fields.get("encoding", "")[:2].lower() in ("gz", "bz")
+    check_claim(shape, bits // 8, voxels.stat().st_size, packed)
     affine = np.eye(4)
     space = min(axes, 3)
     directions = np.array(reader.GetDirection()).reshape(axes, axes)[:space, :space]
     affine[:space, :space] = directions * np.array(reader.GetSpacing()[:space])
     affine[:space, 3] = reader.GetOrigin()[:space]
     affine[:2] *= -1  # ITK counts to left and posterior
-    return Image(shape, axes < 3, affine, (0, 2), None, lambda: _itk_values(reader, path))
+    if not np.isfinite(affine).all() or np.linalg.det(affine) == 0:
+        raise Reject("bad_geometry", "the affine is not invertible")
+    return Image(shape, axes < 3, affine, (0, 2), None, lambda: _nrrd_values(reader, path))
 
 
-def _itk_values(reader: Any, path: Path) -> tuple[np.ndarray, float, float]:
+def _nrrd_values(reader: Any, path: Path) -> tuple[np.ndarray, float, float]:
     import SimpleITK
 
     try:
-        array = SimpleITK.GetArrayFromImage(reader.Execute())
+        array = np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))
     except RuntimeError as error:
         raise Reject("truncated", f"the voxels of {path.name} cannot all be read") from error
-    return np.asarray(array).transpose(), 1.0, 0.0
+    several = reader.GetNumberOfComponents() > 1
+    return (array.transpose(2, 1, 0, 3) if several else array.transpose()), 1.0, 0.0
 
 
-_DETACHED = re.compile(rb"(?im)^[ \t]*(?:ElementDataFile[ \t]*=|data file:)[ \t]*(.+?)[ \t]*\r?$")
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES)
-    if path.name.lower().endswith((".nrrd", ".nhdr")):
-        return head.replace(b"\r\n", b"\n").split(b"\n\n")[0]
-    end = re.search(rb"(?im)^[ \t]*ElementDataFile[^\n]*", head)
-    return head[: end.end()] if end else head[:0]
-
-
-def _voxel_file(path: Path) -> Path | None:
-    """The file beside a header that has its voxels; None: they follow in the same file.
+def _nrrd_header(path: Path) -> dict[str, str]:
+    """Fields by their names in lower case, without spaces.
 
     Raises:
-        Reject: the header names one that is not there, or lies elsewhere, or several.
+        Reject: it has no end, or says a thing twice.
     """
-    try:
-        found = _DETACHED.search(_header(path))
-    except OSError as error:
-        raise Reject("unreadable", _plain(error, path)) from error
-    if found is None or found[1].upper() == b"LOCAL":
-        return None
-    name = found[1].decode("utf-8", "replace")
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+    if not head.startswith(b"NRRD"):
+        raise Reject("not_an_image", f"the file is no {path.suffix} image")
+    top, end, _ = head.replace(b"\r\n", b"\n").replace(b"\r", b"\n").partition(b"\n\n")
+    if not end and len(head) == HEADER_BYTES:
+        raise Reject("unreadable", f"its header does not end within {HEADER_BYTES} bytes")
+    fields: dict[str, str] = {}
+    for line in top.decode("utf-8", "replace").split("\n")[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or value.startswith("=") or line.startswith("#"):
+            continue
+        name = re.sub(r"\s", "", name.lower())
+        if name in fields:
+            raise Reject("unreadable", "its header says a thing twice")
+        fields[name] = value.strip()
+    return fields
+
+
+# All.
+
+
+def beside(path: Path, name: str) -> Path:
+    """The file beside a header that has its voxels.
+
+    Raises:
+        Reject: it is not there, or lies elsewhere, or is several.
+    """
+    if not path.name.lower().endswith(DETACHED):
+        raise Reject(
+            "unreadable", f"its voxels are not in it, as those of {path.suffix} have to be"
+        )
     if name.upper().startswith("LIST") or "%" in name:
         raise Reject("unreadable", "its voxels are in a list of files; join them into one")
-    if name in (".", "..") or "/" in name or "\\" in name:
+    if name in ("", "-", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise Reject(
             "unreadable", "its voxels lie in another folder; only those beside it are read"
         )
@@ -268,26 +303,26 @@ def _voxel_file(path: Path) -> Path | None:
     return voxels
 
 
-def _is_packed(path: Path, voxels: Path) -> bool:
-    if voxels.name.lower().endswith((*PACKED, ".zraw")):
-        return True
-    words = rb"(?im)^[ \t]*(?:CompressedData[ \t]*=[ \t]*true|encoding:[ \t]*(?:gz|bz))"
-    return re.search(words, _header(path)) is not None
-
-
-# All.
-
-
-def _shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
+def four_sides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Voxels along three axes, and the number of volumes."""
     sides = [int(n) for n in shape] + [1] * (3 - len(shape))
-    volumes = [n for n in sides[3:] if n > 1]
-    return sides[0], sides[1], sides[2], int(np.prod(volumes, dtype=np.int64))
+    return sides[0], sides[1], sides[2], math.prod(sides[3:])
 
 
-def _check_claim(shape: Sequence[int], itemsize: int, size: int, packed: bool) -> None:
-    claimed = int(np.prod(np.array(shape, dtype=object))) * itemsize
+def check_claim(shape: Sequence[int], itemsize: int, size: int, packed: bool) -> None:
+    """Refuses a header that claims more than a file of this size can hold, or anybody needs.
+
+    Raises:
+        Reject: `truncated` or `too_large`.
+    """
+    voxels = math.prod(int(n) for n in shape)
+    claimed = voxels * itemsize
     if claimed > size * (GZIP_MAXIMUM_RATIO if packed else 1):
         raise Reject("truncated", f"the header claims {claimed} bytes, the file has {size}")
+    if voxels > MAX_VOXELS:
+        raise Reject("too_large", f"{voxels} voxels, more than {MAX_VOXELS}")
+    if claimed > max(TIGHT_BYTES, size * IMAGE_RATIO):
+        raise Reject("too_large", f"{size} bytes would unpack to {claimed}: no image is packed so")
 
 
 def _plain(error: Exception, path: Path) -> str:

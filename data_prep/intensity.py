@@ -69,14 +69,22 @@ def encode(volume: Volume) -> Volume:
     )
 
 
-def channel_statistics(codes: np.ndarray, slope: float, intercept: float) -> Statistics:
+def channel_statistics(
+    codes: np.ndarray, slope: float, intercept: float, counts: np.ndarray | None = None
+) -> Statistics:
     """Robust statistics of one channel in physical units, exact from the histogram of its codes.
+
+    Args:
+        codes: int16, of any shape.
+        slope: of the codes.
+        intercept: of the codes.
+        counts: their `histogram`, if it is there already.
 
     Returns:
         min, max, p0_5, p50, p99_5 (percentiles with linear interpolation, as numpy's default) and
         clipped_mean, clipped_std: mean and standard deviation after clipping to [p0_5, p99_5].
     """
-    counts = _histogram(codes)
+    counts = histogram(codes) if counts is None else counts
     present = np.flatnonzero(counts)
     values = (present.astype(np.float64) + INT16.min) * slope + intercept
     weights = counts[present]
@@ -119,16 +127,38 @@ def volume_statistics(volume: Volume) -> list[Statistics]:
 
 def ranks(codes: np.ndarray) -> np.ndarray:
     """For each of the 65536 codes, its rank among the distinct codes present; uint16 `[65536]`."""
-    counts = _histogram(codes)
+    counts = histogram(codes)
     return (np.cumsum(counts > 0) - 1).clip(min=0).astype(np.uint16)
 
 
-def _histogram(codes: np.ndarray) -> np.ndarray:
+def histogram(codes: np.ndarray) -> np.ndarray:
     """Counts of the 65536 codes, one slab at a time to keep the index array small."""
     counts = np.zeros(65536, dtype=np.int64)
     for slab in codes:
         counts += np.bincount(slab.astype(np.int32).ravel() - INT16.min, minlength=65536)
     return counts
+
+
+def equal_neighbours(codes: np.ndarray, counts: np.ndarray) -> float:
+    """Share of neighbours that are equal, in up to 64 slabs: high in label maps of any kind.
+
+    The commonest value, which is what is around, and the ends, where windows clip, do not count.
+
+    Args:
+        codes: int16 `[D, H, W]`.
+        counts: their `histogram`.
+    """
+    present = np.flatnonzero(counts)
+    counted = np.ones(65536, dtype=bool)
+    counted[[present[0], present[-1], counts.argmax()]] = False
+    equal = pairs = 0
+    for slab in codes[:: max(1, len(codes) // 64)]:
+        inside = counted[slab.astype(np.int32) - INT16.min]
+        for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+            both = inside[one] & inside[other]
+            pairs += int(np.count_nonzero(both))
+            equal += int(np.count_nonzero(both & (slab[one] == slab[other])))
+    return equal / pairs if pairs else 0.0
 
 
 def _rounded(values: np.ndarray, factor: float, offset: float) -> np.ndarray:

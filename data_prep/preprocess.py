@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from scipy import ndimage, sparse
 
 from data_prep.errors import InputError
-from data_prep.images import Reject
+from data_prep.images import MAX_VOXELS, Reject
 from data_prep.intensity import Statistics, encode, volume_statistics
 from data_prep.volume import Volume
 
@@ -26,8 +26,6 @@ VERSION = 1
 SPACING_TOLERANCE = 0.01
 # Floor of the standard deviation, in physical units, for scans that are constant after clipping.
 EPSILON = 1e-8
-MAX_VOXELS = 2**32
-"""Of a channel that is resampled: a whole body at half a millimetre; 16 GiB of float32."""
 MAX_PAD = 2**27
 """Voxels that the smallest scan is padded to, at most: 512 cubed."""
 
@@ -286,6 +284,13 @@ def resampled_shape(shape: Sequence[int], factors: Sequence[float] | np.ndarray)
     return [max(1, round(int(n) / f)) for n, f in zip(shape, factors, strict=True)]
 
 
+def _checked_shape(shape: Sequence[int], factors: np.ndarray) -> list[int]:
+    made = resampled_shape(shape, factors)
+    if math.prod(made) > MAX_VOXELS:
+        raise Reject("too_large", f"{tuple(shape)} voxels become {made}, more than {MAX_VOXELS}")
+    return made
+
+
 def smoothing(factors: np.ndarray) -> np.ndarray:
     """Sigma (d, h, w), in voxels of the volume, of the Gaussian that goes before resampling."""
     return np.maximum(0.0, (factors - 1) / 2)
@@ -297,11 +302,14 @@ def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     The near face of the field of view stays where it is; the far face moves by less than a voxel.
     Axes that shrink by a factor f are smoothed first by a Gaussian of (f - 1) / 2 voxels, as
     scikit-image's anti-aliasing does. An axis whose spacing fits within 1 % stays untouched.
+
+    Raises:
+        Reject: it would become larger than any scan is.
     """
     factors = spacing_factors(volume.spacing, spacing_mm)
     if (factors == 1).all():
         return volume
-    shape = resampled_shape(volume.array.shape[1:], factors)
+    shape = _checked_shape(volume.array.shape[1:], factors)
     # Voxel i of the result is centred at source index (i + 1/2) f - 1/2.
     offset = factors / 2 - 0.5
     sigma = smoothing(factors)
@@ -321,11 +329,14 @@ def resample_cubic(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
 
     Smoothing and interpolation along an axis are one sparse matrix, made of what scipy does with
     unit vectors; axes that shrink come first. The values stay within those of the volume.
+
+    Raises:
+        Reject: it would become larger than any scan is.
     """
     factors = spacing_factors(volume.spacing, spacing_mm)
     if (factors == 1).all():
         return volume
-    shape = resampled_shape(volume.array.shape[1:], factors)
+    shape = _checked_shape(volume.array.shape[1:], factors)
     sigmas = smoothing(factors)
     array = np.empty((len(volume.array), *shape), dtype=np.float32)
     for c, channel in enumerate(volume.array.astype(np.float32, copy=False)):

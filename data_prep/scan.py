@@ -19,18 +19,29 @@ from data_prep.deface import defaced
 from data_prep.files import atomic, write_bytes
 from data_prep.fingerprint import fingerprint
 from data_prep.images import Reject
-from data_prep.intensity import Statistics, encode, ranks, volume_statistics
+from data_prep.intensity import (
+    INT16,
+    Statistics,
+    channel_statistics,
+    encode,
+    equal_neighbours,
+    histogram,
+)
 from data_prep.layouts.case import Case, LeftOut
 from data_prep.preprocess import as_physical, resample, resample_cubic
 from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
 from data_prep.sketch import Sketch, sketch
-from data_prep.volume import Volume, read_channels, read_label
+from data_prep.volume import CT_PADDING_HU, Volume, read_channels, read_label
 from data_prep.work import WorkFolder
 
 FORMAT = 1
-# A picture with fewer distinct values is a label map or a mask that goes by another name.
+# A picture with fewer distinct values is a label map or a mask that goes by another name. So is one
+# with not many more of which neighbours are mostly equal: 0.75 of those in a map of 150 parts of
+# the brain at 1 mm, at most 0.25 of those in scans.
 MINIMUM_VALUES = 8
+LABEL_VALUES = 1024
+LABEL_EQUAL = 0.65
 # Voxels kept per class for drawing crops around it; more would only repeat each other.
 CLASS_VOXELS = 64
 # The body on CT, and the share of the robust range that counts as signal on MR.
@@ -41,6 +52,11 @@ SLAB_SHARE = 0.001
 # Of one voxel, and of the whole volume along an axis: from small animals to whole bodies.
 SPACING_MM = (0.02, 50.0)
 EXTENT_MM = (1.0, 3000.0)
+# Of CT without its padding: values above are those of metal alone, and fat is below 0 HU in all
+# that has bone. A share of the voxels may be anything.
+METAL_HU = 5000.0
+BONE_HU = 500.0
+FEW = 1e-3
 
 
 Overlap = Literal["refuse", "last", "bits"]
@@ -70,6 +86,11 @@ class ScanJob:
     deface: str | None = None
     crop: bool = False
     empty_labels: bool = False
+
+    @property
+    def guessed(self) -> bool:
+        """Whether nothing but its values says of which modality it is."""
+        return self.modality is None and self.case.series is None
 
 
 @dataclass(frozen=True)
@@ -101,8 +122,17 @@ class Scanned:
 
 def scan_case(job: ScanJob) -> None:
     """Scans a case and notes what came of it; with that it is done."""
-    note = canonical_json(asdict(scan(job)))
-    write_bytes(job.work.case_note(job.number), note, mode=0o600)
+    begun = job.work.begun_note(job.number)
+    begun.touch()
+    try:
+        note_case(job, scan(job))
+    finally:  # only a process that dies leaves it
+        begun.unlink(missing_ok=True)
+
+
+def note_case(job: ScanJob, found: Scanned | LeftOut) -> None:
+    """Notes what came of a case."""
+    write_bytes(job.work.case_note(job.number), canonical_json(asdict(found)), mode=0o600)
 
 
 def read_case(work: WorkFolder, number: int) -> Scanned | LeftOut:
@@ -112,19 +142,44 @@ def read_case(work: WorkFolder, number: int) -> Scanned | LeftOut:
 
 
 def scan(job: ScanJob) -> Scanned | LeftOut:
-    """Judge and encode one case."""
+    """Judge and encode one case; whatever fails is a reason to leave it out, but for writing."""
     try:
-        volume, label, mask = _read(job)
-        check_plausible(volume)
-        if job.deface is not None:
-            volume, mask = defaced(volume, mask, job.deface)
+        meta, payloads, look = _judged(job)
     except Reject as error:
         return LeftOut(job.case.name, error.code, error.detail)
+    except MemoryError:
+        return LeftOut(job.case.name, "too_large", "there is not the memory that it needs")
+    except Exception as error:  # one scan must not stop the others
+        return LeftOut(job.case.name, "crashed", f"{type(error).__name__}: {error}")
+    sizes = {}
+    with atomic(job.work.payloads(job.number), mode=0o600) as file:
+        for name in (name for name in PAYLOADS if name in payloads):
+            frame, table = encode_array(payloads[name])
+            for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
+                sizes[suffix] = file.write(data)
+    return Scanned(
+        job.number,
+        job.key,
+        meta,
+        sizes,
+        guessed=job.guessed,
+        sketch=base64.b64encode(look).decode(),
+    )
+
+
+def _judged(job: ScanJob) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]:
+    """Of a case KEY.json, payloads and sketch; Reject says why it cannot be used."""
+    volume, label, mask = _read(job)
+    check_plausible(volume)
+    if job.deface is not None:
+        volume, mask = defaced(volume, mask, job.deface)
     coded = encode(volume)
-    values = min(int(ranks(channel).max()) + 1 for channel in coded.array)
-    if values < MINIMUM_VALUES:
-        return LeftOut(job.case.name, "looks_like_a_label", f"it holds only {values} values")
-    statistics = volume_statistics(coded)
+    counts = [histogram(channel) for channel in coded.array]
+    check_values(coded, counts)
+    statistics = [
+        channel_statistics(coded.array[c], coded.slope[c], coded.intercept[c], counts[c])
+        for c in range(len(counts))
+    ]
     found = fingerprint(coded.array, coded.slope)
     look = sketch(coded).to_bytes()
     alone = [
@@ -172,6 +227,8 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
         "foreground_box": box,
         "fingerprint": found,
     }
+    if job.guessed:
+        meta["modality_guessed"] = True
     payloads = {"image": coded.array}
     if label is not None:
         payloads["seg"] = label
@@ -185,27 +242,14 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
             # A structure without a mask was not looked for: it is not absent.
             have = {name for name, _ in job.case.organs}
             meta["annotated"] = [value for name, value in job.organs if name in have]
-    sizes = {}
-    with atomic(job.work.payloads(job.number), mode=0o600) as file:
-        for name in (name for name in PAYLOADS if name in payloads):
-            frame, table = encode_array(payloads[name])
-            for suffix, data in ((table_suffix(name), table), (array_suffix(name), frame)):
-                sizes[suffix] = file.write(data)
-    return Scanned(
-        job.number,
-        job.key,
-        meta,
-        sizes,
-        guessed=job.modality is None and job.case.series is None,
-        sketch=base64.b64encode(look).decode(),
-    )
+    return meta, payloads, look
 
 
 def check_plausible(volume: Volume) -> None:
     """Refuses what a header or unit must have got wrong.
 
     Raises:
-        Reject: spacing or extent is that of no scan, or values said to be HU are none.
+        Reject: spacing or extent is that of no scan.
     """
     spacing = volume.spacing
     # A single slice is as thick as it is.
@@ -214,17 +258,49 @@ def check_plausible(volume: Volume) -> None:
         raise Reject("implausible_spacing", wrong)
     if wrong := _outside(extent, EXTENT_MM):
         raise Reject("implausible_extent", wrong)
-    for c, modality in enumerate(volume.modality):
-        if modality != "CT":
-            continue
-        ends = np.array([volume.array[c].min(), volume.array[c].max()], dtype=np.float64)
-        low, high = sorted(float(v) for v in ends * volume.slope[c] + volume.intercept[c])
-        if low >= 0 or high <= BODY_HU:
+
+
+def check_values(coded: Volume, counts: Sequence[np.ndarray]) -> None:
+    """Refuses label maps that go by another name, and what is said to be CT and is not in HU.
+
+    Args:
+        coded: The scan as int16 codes.
+        counts: The `histogram` of each channel.
+
+    Raises:
+        Reject: values are those of no scan.
+    """
+    for channel, found, modality in zip(coded.array, counts, coded.modality, strict=True):
+        values = int(np.count_nonzero(found))
+        if values < MINIMUM_VALUES:
+            raise Reject("looks_like_a_label", f"it holds only {values} values")
+        if values <= LABEL_VALUES and (equal := equal_neighbours(channel, found)) > LABEL_EQUAL:
+            raise Reject(
+                "looks_like_a_label",
+                f"it holds {values} values, and {equal:.0%} of what lies side by side is equal",
+            )
+        if modality == "CT" and (wrong := _wrong_units(found)):
             raise Reject(
                 "implausible_values",
-                f"values from {low:g} to {high:g} are said to be CT; fat is at -100 HU and the "
-                f"body above {BODY_HU:g}: another window or intercept, or modality=MR",
+                f"{wrong} and are said to be CT; fat is at -100 HU and the body above "
+                f"{BODY_HU:g}: another window or intercept, or modality=MR",
             )
+
+
+def _wrong_units(counts: np.ndarray) -> str:
+    """Why values are no HU, from the histogram of CT; empty if they may be."""
+    hu = np.arange(INT16.min, INT16.max + 1)
+    low, high = hu[counts > 0][[0, -1]]
+    if low >= 0 or high <= BODY_HU:
+        return f"values go from {low} to {high}"
+    seen = np.where(hu > CT_PADDING_HU, counts, 0)  # without what is padding, or air
+    below = np.cumsum(seen) / seen.sum()
+    top = int(hu[np.searchsorted(below, 0.995)])
+    if top > METAL_HU:
+        return f"values of one voxel in 200 are {top} and more"
+    if below[hu == -1] < FEW and top > BONE_HU:
+        return f"values are hardly ever below 0 but for padding, and go to {top}"
+    return ""
 
 
 def _outside(values: Sequence[float], limits: tuple[float, float]) -> str:
@@ -321,7 +397,7 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
         volume = read_channels(
             images, job.modality, case.channels, job.minimum, case.frame, job.upright
         )
-    except Reject:
+    except (Reject, MemoryError):
         raise
     except Exception as error:
         # Headers in the wild break nibabel in many ways; one scan must not stop the others.
@@ -392,5 +468,7 @@ def _on_grid_of(
         if error.code.startswith("label_"):
             raise Reject(error.code.replace("label", what, 1), error.detail) from error
         raise Reject(f"{what}_unreadable", f"{error.code}: {error.detail}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise Reject(f"{what}_unreadable", f"{type(error).__name__}: {error}") from error

@@ -6,33 +6,36 @@ tasks one after another. Bytes do not depend on who did what.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import FailedError, InputError
 from data_prep.files import write_bytes
-from data_prep.layouts.case import Layout
+from data_prep.layouts.case import Layout, LeftOut
 from data_prep.naming import DUPLICATES_FILE
 from data_prep.pictures import draw_pairs
 from data_prep.plan import Plan, make_plan, read_plan, write_plan
 from data_prep.progress import bar
 from data_prep.publish import Say, complete, publish, report
-from data_prep.scan import ScanJob, Scanned, read_case, scan_case
+from data_prep.scan import ScanJob, Scanned, note_case, read_case, scan_case
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.work import WorkFolder
 from data_prep.write import WriteJob, read_shard_note, write_shard
 
 # Below this many cases starting processes costs more than it saves.
 CASES_PER_PROCESS = 4
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Mapper = Callable[..., Iterable[Any]]
 
@@ -61,12 +64,48 @@ class Done:
 
 
 def scan_cases(prep: Prep, each: Mapper) -> Done:
-    """Scans the cases that are not scanned."""
+    """Scans the cases that are not scanned; of one that ends processes a row is all that remains.
+
+    Who was being scanned when a process died is scanned alone: whoever dies then was the cause.
+    """
     mine = prep.jobs[prep.settings.share]
+    todo = _not_scanned(prep, mine)
+    done = len(mine) - len(todo)
+    while todo:
+        suspects = prep.work.begun()
+        for job in [job for job in todo if job.number in suspects]:
+            _scan_alone(job)
+        left = _not_scanned(prep, todo)
+        try:
+            _each(each, scan_case, left, "scan")
+            break
+        except BrokenProcessPool:
+            todo = _not_scanned(prep, left)
+            if len(todo) == len(left) and not prep.work.begun():
+                raise  # no case is to blame
+    return Done("scan", prep.settings.part or "1/1", len(mine), done)
+
+
+def _not_scanned(prep: Prep, jobs: Sequence[ScanJob]) -> list[ScanJob]:
     there = prep.work.scanned()
-    todo = [job for job in mine if job.number not in there]
-    _each(each, scan_case, todo, "scan")
-    return Done("scan", prep.settings.part or "1/1", len(mine), len(mine) - len(todo))
+    return [job for job in jobs if job.number not in there]
+
+
+def _scan_alone(job: ScanJob) -> None:
+    """Scans a case in a process of its own, and leaves it out if that dies too."""
+    try:
+        with _pool(1) as pool:
+            pool.submit(scan_case, job).result()
+    except BrokenProcessPool:
+        note_case(
+            job,
+            LeftOut(
+                job.case.name,
+                "crashed",
+                "its process died twice, the second time with nothing else to do: it is damaged as "
+                "no reader expects, or needs more memory than there is",
+            ),
+        )
 
 
 def plan_shards(prep: Prep) -> Plan:
@@ -144,29 +183,55 @@ def _missing(what: str, numbers: Sequence[int], total: int, done: str, step: str
 
 
 def _each(each: Mapper, work: Callable[[Any], None], jobs: Sequence[Any], what: str) -> None:
-    if jobs:
-        for _ in bar(iterable=each(work, jobs), desc=what, total=len(jobs)):
-            pass
+    try:
+        if jobs:
+            for _ in bar(iterable=each(work, jobs), desc=what, total=len(jobs)):
+                pass
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise FailedError(
+            f"{what}: there is no room left to write to ({error.strerror}); make some beside the "
+            "output and start the same command again"
+        ) from error
 
 
 @contextmanager
 def workers(settings: PrepSettings, cases: int) -> Iterator[Mapper]:
-    """A `map` over worker processes, in order; over this process if there is to be only one."""
+    """A `map` over worker processes, in order; over this process if there is to be only one.
+
+    After a worker has died the next call has new ones.
+    """
     processes = _processes(settings, cases)
     if processes == 1:
         yield map
         return
-    # Spawned, not forked: whatever threads the parent runs cannot hang a child.
-    with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_end_with_parent
-    ) as pool:
+    with ExitStack() as stack:
+        pools: list[ProcessPoolExecutor] = []
+
+        def each(work: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+            if not pools:
+                pools.append(stack.enter_context(_pool(processes)))
+            try:
+                yield from pools[0].map(work, jobs)
+            except BrokenProcessPool:
+                pools.clear()
+                raise
+
         try:
-            yield pool.map
+            yield each
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a worker process died, most likely for want of memory; try fewer "
                 f"(processes={processes // 2})"
             ) from error
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: whatever threads the parent runs cannot hang a child.
+    return ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_end_with_parent
+    )
 
 
 def _processes(settings: PrepSettings, cases: int) -> int:

@@ -3,7 +3,8 @@
 Beside the output lies `.OUTPUT.prep/`, closed to everybody else since it holds image data; in it a
 folder for each request: input listing, options, versions. A case that is done is a file of payloads
 and a note, a shard that is done its tar and a note; the note comes last, and each file appears
-whole or not at all. What is in them follows from the request alone, so tasks can work side by side.
+whole or not at all. A case that is begun has a note of that until its end, by which one that ends
+processes is known. What is in them follows from the request alone, so tasks can work side by side.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class WorkFolder:
         """What scanning found out about a case; there if and only if it is done."""
         return self.path / "scanned" / f"{case:09d}.json"
 
+    def begun_note(self, case: int) -> Path:
+        """There while a case is scanned, and for good if its process died of it."""
+        return self.path / "begun" / f"{case:09d}.json"
+
     def payloads(self, case: int) -> Path:
         """The encoded payloads of a case, one after another, until they are in their shard."""
         return self.path / "payloads" / f"{case:09d}"
@@ -68,13 +73,17 @@ class WorkFolder:
         """Cases that are done."""
         return _numbers(self.path / "scanned")
 
+    def begun(self) -> set[int]:
+        """Cases that are being scanned, or were when a process died."""
+        return _numbers(self.path / "begun")
+
     def written(self) -> set[int]:
         """Shards that are done."""
         return _numbers(self.path / "written")
 
     def make(self) -> None:
         """Makes the folders, where they are not there yet."""
-        for folder in ("scanned", "payloads", "written", "corpus/shards"):
+        for folder in ("begun", "scanned", "payloads", "written", "corpus/shards"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
 
     @property

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.tag import Tag
 from pydicom.uid import (
     CTImageStorage,
     EnhancedMRImageStorage,
@@ -116,4 +118,14 @@ def changed(path: Path, values: Mapping[str, Any]) -> None:
             delattr(made, name)
         else:
             setattr(made, name, value)
+    made.save_as(path)
+
+
+def written_raw(path: Path, name: str, value: bytes, kind: str = "") -> None:
+    """Sets the bytes of a field, whatever DICOM says of them; under another type if given."""
+    tag = Tag(pydicom.datadict.tag_for_keyword(name))
+    kind = kind or pydicom.datadict.dictionary_VR(tag)
+    value += b" " * (len(value) % 2)
+    made = pydicom.dcmread(path)
+    made._dict[tag] = RawDataElement(tag, kind, len(value), value, 0, False, True)
     made.save_as(path)

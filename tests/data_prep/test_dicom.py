@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from dicom_series import changed, write_frames, write_series
+from dicom_series import changed, write_frames, write_series, written_raw
 from phantoms import oriented, ras_array
 from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
@@ -179,7 +181,14 @@ def _placeless(files: list[Path]) -> None:
 
 
 def _repeated(files: list[Path]) -> None:
+    """Another picture in the place of one that is there."""
     (files[0].parent / "again").write_bytes(files[0].read_bytes())
+    pixels = dcmread(files[3]).PixelData
+    changed(files[0].parent / "again", {"PixelData": pixels, "SOPInstanceUID": "1.2.3.4.5"})
+
+
+def _no_slope(files: list[Path]) -> None:
+    changed(files[4], {"RescaleSlope": "0", "RescaleIntercept": "5"})
 
 
 @pytest.mark.parametrize(
@@ -188,7 +197,7 @@ def _repeated(files: list[Path]) -> None:
         (_one_moved, "missing_slices"), (_one_turned, "mixed_orientation"),
         (_one_larger, "mixed_series"), (_one_wide, "mixed_series"), (_cut, "truncated"),
         (_pet, "unsupported_modality"), (_placeless, "bad_geometry"),
-        (_repeated, "repeated_slices"),
+        (_repeated, "repeated_slices"), (_no_slope, "nan_or_inf"),
     ],
     ids=lambda value: value.__name__ if callable(value) else value,
 )  # fmt: skip
@@ -204,6 +213,96 @@ def test_what_makes_no_volume_is_refused_by_code(
         read_channels(found.volumes)
     assert refusal.value.code == code
     assert str(tmp_path) not in refusal.value.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("RescaleSlope", b"1,0", "unreadable"), ("RescaleSlope", b"1\\2", "unreadable"),
+        ("RescaleIntercept", b"abc", "unreadable"), ("RescaleSlope", b"nan", "nan_or_inf"),
+        ("SamplesPerPixel", b"", "unreadable"), ("Rows", b"", "unreadable"),
+        ("Columns", b"", "unreadable"), ("NumberOfFrames", b"abc", "unreadable"),
+        ("NumberOfFrames", b"-3", "unreadable"), ("NumberOfFrames", b"99999999999", "truncated"),
+        ("PixelSpacing", b"0,5\\0,5", "bad_geometry"), ("Modality", b"CT", "unreadable"),
+        ("ImagePositionPatient", b"1\\2\\x", "bad_geometry"),
+    ],
+)  # fmt: skip
+def test_a_broken_field_costs_its_series_and_nothing_else(
+    name: str, value: bytes, code: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """It is told by its name alone, with the file that has it; whatever pydicom makes of it."""
+    files = write_series(tmp_path / "bad", ras_array(), square(OBLIQUE))
+    write_series(tmp_path / "good", ras_array(), square(OBLIQUE))
+    written_raw(files[4], name, value, "ZZ" if name == "Modality" else "")
+    bad, good = find_series(sorted(tmp_path.glob("*/*")))
+    assert len(good.volumes) == 1 and len(bad.files) == 11
+    assert bad.refusal is not None and bad.refusal.code == code
+    assert bad.refusal.detail.startswith("5.dcm: ")
+    assert not value or value.decode() not in bad.refusal.detail
+    assert not recwarn.list
+
+
+def test_warnings_do_not_print_what_headers_hold(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for path in write_series(tmp_path, ras_array(), square(OBLIQUE), SeriesInstanceUID="1.2.9"):
+        for name in ("SeriesInstanceUID", "SOPInstanceUID", "PatientID", "AcquisitionNumber"):
+            written_raw(path, name, b"Zzmueller^Hans \xff")
+    (found,) = find_series(sorted(tmp_path.iterdir()))
+    assert found.refusal is None or "ueller" not in found.refusal.detail
+    assert not recwarn.list
+
+
+def test_patients_stay_apart_whatever_numbers_series_have(tmp_path: Path) -> None:
+    """Their slices adjoin, so nothing but the patient, or the folder, tells them apart."""
+    for number, patient in enumerate(("A", "B")):
+        affine = square(OBLIQUE)
+        affine[:3, 3] += 11 * number * affine[:3, 2]
+        same = {"SeriesInstanceUID": "1.2.9", "StudyInstanceUID": "1.2.8"}
+        write_series(tmp_path / "same" / patient, ras_array(), affine, PatientID=patient, **same)
+        for path in write_series(tmp_path / "none" / patient, ras_array(), affine, PatientID=""):
+            changed(path, {"SeriesInstanceUID": None, "StudyInstanceUID": None})
+    for kind in ("same", "none"):
+        assert [len(volume.files) for volume in volumes(tmp_path / kind)] == [11, 11]
+
+
+def test_of_equal_slices_one_counts(tmp_path: Path) -> None:
+    """A series that was saved twice, and a file that was copied, are a scan and its copies."""
+    files = write_series(tmp_path / "a", ras_array(), square(OBLIQUE))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copy(files[3], tmp_path / "a" / "copy")
+    changed(tmp_path / "a" / "copy", {"SeriesDescription": "saved anew"})
+    found = find_series([path for path in sorted(tmp_path.rglob("*")) if path.is_file()])
+    (series,) = (one for one in found if one.refusal is None)
+    assert len(series.volumes) == 1 and series.files == tuple(sorted(files))
+    copies = {one.files: one.refusal for one in found if one.refusal is not None}
+    assert len(copies) == 12
+    assert {refusal.code for refusal in copies.values()} == {"duplicate"}
+    refusal = copies[tmp_path / "b" / "7.dcm",]
+    assert refusal.detail == "the same slice as a/7.dcm"
+
+
+@pytest.mark.parametrize("bomb", [False, True])
+def test_deflated_files_unpack_to_no_more_than_a_limit(
+    bomb: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below it they are what they were."""
+    monkeypatch.setattr("data_prep.dicom.TIGHT_BYTES", 2**22)
+    plain = write_series(tmp_path / "plain", ras_array(), square(OBLIQUE))
+    (tmp_path / "packed").mkdir()
+    for path in plain:
+        made = dcmread(path)
+        made.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        if bomb:
+            block = made.private_block(0x0019, "mine", create=True)
+            block.add_new(1, "OB", bytes(2**23))
+        made.save_as(tmp_path / "packed" / path.name)
+    found = find_series(sorted((tmp_path / "packed").iterdir()))
+    if bomb:
+        assert {one.refusal and one.refusal.code for one in found} == {"too_large"}
+        return
+    one, other = read_channels(found[0].volumes), read_channels(volumes(tmp_path / "plain"))
+    np.testing.assert_array_equal(one.array, other.array)
 
 
 def test_gaps_and_tilts_are_found_by_place(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
-from dicom_series import write_series
+from dicom_series import write_series, written_raw
 from phantoms import SHAPE_RAS, ras_affine, save
 from scipy import ndimage
 
@@ -230,6 +231,67 @@ def elsewhere(folder: Path, rng: Rng) -> None:
     voxels.unlink()
 
 
+def unnoticed(folder: Path, rng: Rng) -> None:
+    """A byte of the voxels is another, and the library that reads them does not mind."""
+    path = folder / "unnoticed.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise(rng, (20, 20, 20))), str(path), True)
+    data = bytearray(path.read_bytes())
+    data[int(rng.integers(len(data) // 2, len(data) - 20))] ^= int(rng.integers(1, 256))
+    path.write_bytes(data)
+
+
+def deadly(folder: Path, rng: Rng) -> None:
+    """A header that ends the process of the library that reads it."""
+    path = folder / "deadly.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise(rng)), str(path))
+    path.write_bytes(path.read_bytes().replace(b"NDims = 3", b"NDims = -1"))
+
+
+def outside(folder: Path, rng: Rng) -> None:
+    """A file outside the input, by the other spelling of the field that names voxels."""
+    image = SimpleITK.GetImageFromArray(noise(rng))
+    SimpleITK.WriteImage(image, str(folder / "outside.nhdr"))
+    (voxels,) = folder.glob("outside.raw*")
+    voxels.rename(folder.parent / voxels.name)
+    header = folder / "outside.nhdr"
+    text = header.read_text().replace("data file: ", f"# {'x' * 5000}\ndatafile: ../")
+    header.write_text(text)
+
+
+def vast(folder: Path, rng: Rng) -> None:
+    """A file with holes, which takes no room on the disk."""
+    image = nib.Nifti1Image(noise(rng), ras_affine())
+    data = bytearray(image.to_bytes())
+    struct.pack_into("<4h", data, 40, 3, 2048, 2048, 1025)
+    path = folder / "vast.nii"
+    path.write_bytes(data)
+    os.truncate(path, 352 + 2 * 2048 * 2048 * 1025)
+
+
+def parcels(folder: Path, rng: Rng) -> None:
+    """Many classes, under a name that says nothing."""
+    blocks = rng.permutation(64).reshape(4, 4, 4) * 7
+    save(folder / "parcels.nii.gz", blocks.repeat(6, 0).repeat(6, 1).repeat(6, 2).astype(np.int16))
+
+
+def offset(folder: Path, rng: Rng) -> None:
+    """CT without its intercept, which padding would hide."""
+    array = noise(rng, (14, 14, 14)) + 300
+    array[:3] = -2000
+    save(folder / "offset_ct.nii.gz", array)
+
+
+def copied(folder: Path, rng: Rng) -> None:
+    files = series(folder, rng, "copied")
+    (folder / "copied" / "copy.dcm").write_bytes(files[int(rng.integers(len(files)))].read_bytes())
+
+
+def comma(folder: Path, rng: Rng) -> None:
+    """A number as it is written in some countries."""
+    files = series(folder, rng, "comma")
+    written_raw(files[int(rng.integers(len(files)))], "RescaleSlope", b"1,0")
+
+
 FAULTS: dict[Plant, tuple[str, str]] = {
     damaged: ("damaged.nii.gz", "unreadable"),
     cut: ("cut.nii.gz", "truncated"),
@@ -262,6 +324,14 @@ FAULTS: dict[Plant, tuple[str, str]] = {
     letter: ("letter/1.dcm", "not_an_image"),
     headless: ("headless.nhdr", "missing_file"),
     elsewhere: ("elsewhere.nhdr", "unreadable"),
+    unnoticed: ("unnoticed.mha", "unreadable"),
+    deadly: ("deadly.mha", "not_3d"),
+    outside: ("outside.nhdr", "unreadable"),
+    vast: ("vast.nii", "too_large"),
+    parcels: ("parcels.nii.gz", "looks_like_a_label"),
+    offset: ("offset_ct.nii.gz", "implausible_values"),
+    copied: ("copied/copy.dcm", "duplicate"),
+    comma: ("comma/1.dcm", "unreadable"),
 }
 
 
@@ -284,7 +354,10 @@ def test_each_fault_has_its_own_code_and_good_scans_stay(tmp_path: Path, seed: i
     found = {name: rows.get(name, "kept") for name, _ in FAULTS.values()}
     assert found == dict(FAULTS.values())
     corpus = Corpus.open(tmp_path / "c")
-    assert corpus.keys == ["good0", "good1", "good2", "good3", "head"] and check(corpus.path) == []
+    assert (
+        corpus.keys == ["copied-1", "good0", "good1", "good2", "good3", "head"]
+        and check(corpus.path) == []
+    )
     # Every file is a sample, a part of one, or a row.
     files = result.files
     assert files["total"] == sum(not p.is_dir() for p in folder.rglob("*"))

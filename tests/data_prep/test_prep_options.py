@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 from phantoms import ras_affine, save
 from pydantic import ValidationError
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.images import Reject, open_image
+from data_prep.intensity import encode, histogram
 from data_prep.layouts.case import files_below
 from data_prep.layouts.find import find_cases
-from data_prep.scan import EXTENT_MM, SPACING_MM, check_plausible
+from data_prep.scan import EXTENT_MM, SPACING_MM, check_plausible, check_values
 from data_prep.settings import PrepSettings
 from data_prep.volume import (
     NativeGrid,
+    Volume,
     check_label_grid,
     read_channels,
     read_label,
@@ -491,6 +495,11 @@ def test_grids_of_no_scan_are_refused(
     assert caught.value.code == code and "mm" in caught.value.detail
 
 
+def check_all_values(volume: Volume) -> None:
+    coded = encode(volume)
+    check_values(coded, [histogram(channel) for channel in coded.array])
+
+
 @pytest.mark.parametrize(
     ("low", "high", "plausible"),
     [
@@ -507,13 +516,77 @@ def test_values_of_no_ct_are_refused_by_what_they_mean(
         image = nib.Nifti1Image(((values - intercept) // slope).astype(np.int16), ras_affine())
         image.header.set_slope_inter(slope, intercept)
         nib.save(image, tmp_path / "a.nii.gz")
-        check_plausible(read_nifti(tmp_path / "a.nii.gz", "MR"))
+        check_all_values(read_nifti(tmp_path / "a.nii.gz", "MR"))
         volume = read_nifti(tmp_path / "a.nii.gz", "CT")
         if plausible:
-            check_plausible(volume)
+            check_all_values(volume)
         else:
             with pytest.raises(Reject, match=r"implausible_values.*modality=MR"):
-                check_plausible(volume)
+                check_all_values(volume)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "strange", "plausible"),
+    [
+        (-900, 1500, {}, True),
+        # Metal on an extended scale, and padding that some scanners write.
+        (-900, 1500, {30_000: 8, -2000: 2000}, True),
+        (-900, 1500, {9_000: 80}, False),
+        # An intercept is missing, which padding hides; a skull that was taken away hides nothing.
+        (100, 2500, {-2000: 2000}, False), (100, 2500, {-3024: 1}, False),
+        (100, 2500, {-1500: 3000, -100: 2}, False),
+        (1, 90, {-1024: 5000}, True),
+    ],
+)  # fmt: skip
+def test_values_of_ct_are_judged_without_padding_and_by_shares(
+    low: int, high: int, strange: dict[int, int], plausible: bool, tmp_path: Path, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(low, high, 8000).astype(np.int16)
+    first = 0
+    for value, count in strange.items():
+        values[first : first + count] = value
+        first += count
+    save(tmp_path / "a.nii.gz", values.reshape(20, 20, 20))
+    check_all_values(read_nifti(tmp_path / "a.nii.gz", "MR"))
+    volume = read_nifti(tmp_path / "a.nii.gz", "CT")
+    if plausible:
+        check_all_values(volume)
+    else:
+        with pytest.raises(Reject, match=r"implausible_values.*modality=MR"):
+            check_all_values(volume)
+
+
+def test_label_maps_of_many_classes_are_known_by_their_values(tmp_path: Path, seed: int) -> None:
+    """And scans of few values are not taken for them: of 8 bits, windowed, with slices doubled."""
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform(0, 40, (60, 3))
+    places = np.stack(np.meshgrid(*[np.arange(40)] * 3, indexing="ij"), axis=-1)
+    classes = rng.permutation(900)[:60] + 1
+    parcels = classes[cKDTree(centres).query(places)[1]]
+    parcels[np.linalg.norm(places - 20, axis=-1) > 18] = 0
+    smooth = ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 3)
+    smooth = (smooth - smooth.min()) / np.ptp(smooth) * 250
+    grainy = smooth + rng.normal(0, 4, smooth.shape)
+    window = np.clip(grainy * 3 - 250, 0, 255)
+    scans = (smooth, grainy, window, grainy[::2].repeat(2, axis=0))
+    for array in scans:
+        save(tmp_path / "a.nii.gz", array.round().astype(np.int16))
+        check_all_values(read_nifti(tmp_path / "a.nii.gz", "MR"))
+    for kind in (np.int16, np.float32):
+        save(tmp_path / "a.nii.gz", parcels.astype(kind))
+        with pytest.raises(Reject, match=r"looks_like_a_label: it holds \d\d values, and \d\d%"):
+            check_all_values(read_nifti(tmp_path / "a.nii.gz", "MR"))
+
+
+def test_a_sample_says_that_its_modality_was_guessed(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    save(tmp_path / "in" / "x.nii.gz", noise(rng))
+    save(tmp_path / "in" / "t1" / "y.nii.gz", noise(rng))
+    corpus = made(tmp_path / "in", tmp_path / "c")
+    said = {key: corpus.meta(i).get("modality_guessed", False) for i, key in enumerate(corpus.keys)}
+    assert said == {"x": True, "y": False}
 
 
 def test_implausible_scans_are_in_the_books(tmp_path: Path, rng: np.random.Generator) -> None:

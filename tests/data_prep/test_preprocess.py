@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from scipy import ndimage
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.images import Reject
 from data_prep.preprocess import (
     Preprocess,
     intensity_coefficients,
@@ -39,6 +41,13 @@ def volume(array: np.ndarray, spacing: tuple[float, float, float] = (2.0, 1.0, 1
     d, h, w = array.shape
     native = NativeGrid((d, h, w), affine, "SPL", 0, 1, np.eye(4))
     return Volume(array[None].astype(np.float32), affine, ("MR",), ("MR",), native)
+
+
+@pytest.mark.parametrize("way", [resample, resample_cubic])
+def test_a_volume_does_not_grow_beyond_all_scans(way: Callable[..., Volume]) -> None:
+    large = volume(np.zeros((60, 60, 60)), (5.0, 5.0, 5.0))
+    with pytest.raises(Reject, match=r"too_large.*\[6000, 6000, 6000\]"):
+        way(large, (0.05, 0.05, 0.05))
 
 
 def test_window_maps_its_ends_to_minus_one_and_one() -> None:

@@ -24,6 +24,7 @@ from data_prep.build import prep, prep_step
 from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.fingerprint import fingerprint
 from data_prep.naming import keyed_hash
 from data_prep.settings import PrepSettings
 from voxelith import main
@@ -214,9 +215,7 @@ def test_parts_are_checked() -> None:
             PrepSettings(input="a", output="b", step=step, part="1/2")
 
 
-def test_killed_at_any_moment_it_goes_on(
-    folder: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path, seed: int) -> None:
     """kill -9 of a prep with two workers, again and again; what was done is never done again."""
     rng = np.random.default_rng(seed)
     for i in range(10, 20):
@@ -237,14 +236,11 @@ def test_killed_at_any_moment_it_goes_on(
         assert len(after) > len(before)
         assert {path: after[path] for path in before} == before
         before = after
-    import data_prep.steps as steps
-
-    calls: list[int] = []
-    real = steps.scan_case
-    monkeypatch.setattr(steps, "scan_case", lambda job: (calls.append(job.number), real(job)))
+    prep_step(settings(folder, output, step="scan"), say=lambda _: None)
+    after = notes(output)
+    assert {path: after[path] for path in before} == before
+    assert sum(path.parent.name == "scanned" for path in after) == 18
     prep(settings(folder, output), say=lambda _: None)
-    scanned = sum(path.parent.name == "scanned" for path in before)
-    assert len(calls) == 18 - scanned
     assert whole(output) == whole(tmp_path / "quiet" / "c")
     assert not (tmp_path / ".c.prep").exists()
 
@@ -317,7 +313,7 @@ def count_moments(source: Path, output: Path) -> int:
     return int((output.parent / "moments").read_text())
 
 
-def test_a_worker_that_dies_leaves_a_clear_end(folder: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_of_no_case_leaves_a_clear_end(folder: Path, tmp_path: Path) -> None:
     process = start(folder, tmp_path / "c", "processes=2")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
@@ -325,8 +321,8 @@ def test_a_worker_that_dies_leaves_a_clear_end(folder: Path, tmp_path: Path) -> 
         found = [int(pid) for pid in children.read_text().split()] if children.exists() else []
         return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    until(lambda: notes(tmp_path / "c") or process.poll() is not None)
-    os.kill(workers()[0], signal.SIGKILL)
+    until(lambda: workers() or process.poll() is not None)
+    os.kill(workers()[0], signal.SIGKILL)  # it still imports
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "a worker process died" in said and "What is done is kept in" in said
@@ -334,6 +330,67 @@ def test_a_worker_that_dies_leaves_a_clear_end(folder: Path, tmp_path: Path) -> 
     prep(settings(folder, tmp_path / "c"), say=lambda _: None)
     prep(settings(folder, tmp_path / "quiet" / "c"), say=lambda _: None)
     assert whole(tmp_path / "c") == whole(tmp_path / "quiet" / "c")
+
+
+MORTAL = """
+import os, pathlib, signal
+import numpy as np
+
+def front(values, affine):
+    marked = values.max() > 5000
+    deaths = pathlib.Path(__file__).with_name("deaths")
+    if marked and len(deaths.read_bytes()) < int(os.environ["DEATHS"]):
+        with deaths.open("ab") as file:
+            file.write(b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.arange(values.size).reshape(values.shape) < 9
+"""
+"""A part of the scan of one case that ends its process, as often as it is told to."""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_case_whose_process_dies_twice_is_a_row(
+    processes: int, deaths: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """One that dies once was not the cause; the others go on either way."""
+    rng = np.random.default_rng(seed)
+    for number in range(5):
+        array = scan(rng)
+        array[3, 3, 3] = 6000 if number == 2 else 900
+        save(tmp_path / "in" / f"p{number}.nii.gz", array)
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    (tmp_path / "deaths").touch()
+    monkeypatch.setenv("DEATHS", str(deaths))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    words = (f"processes={processes}", "deface=mortal:front")
+    for _ in range(2 if processes == 1 else 1):  # alone it takes the prep with it
+        process = start(tmp_path / "in", tmp_path / "c", *words)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert len((tmp_path / "deaths").read_bytes()) == deaths
+    corpus = Corpus.open(tmp_path / "c")
+    kept = [f"p{number}" for number in range(5) if number != 2 or deaths == 1]
+    assert corpus.keys == kept and check(corpus.path) == []
+    assert corpus.info["counts"]["rejected"] == ({} if deaths == 1 else {"crashed": 1})
+    assert not (tmp_path / ".c.prep").exists()
+
+
+def test_what_fails_in_the_middle_of_a_scan_costs_that_scan(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of a library that nobody foresaw, and memory that is not there."""
+    errors = iter([ZeroDivisionError("by zero"), MemoryError()])
+
+    def fails(*args: Any) -> Any:
+        for error in errors:
+            raise error
+        return fingerprint(*args)
+
+    monkeypatch.setattr("data_prep.scan.fingerprint", fails)
+    result = prep(settings(folder, tmp_path / "c"), say=lambda _: None)
+    assert result.rejected["crashed"] == 1 and result.rejected["too_large"] == 1
+    assert result.samples == 5 and result.files["total"] == 16
 
 
 def test_two_preps_of_one_output_do_not_fight(folder: Path, tmp_path: Path) -> None:
@@ -387,7 +444,8 @@ def test_a_full_disk_is_a_clear_end_and_the_same_command_goes_on(
     done = subprocess.run(
         [sys.executable, "-c", limited, *words], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1 and "File too large" in done.stderr
+    assert done.returncode == 1 and "no room left to write to (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "the same command goes on" in done.stdout
     assert not (tmp_path / "c").exists()
     assert main(words) == 0
