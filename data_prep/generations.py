@@ -7,7 +7,6 @@ run that is under way goes on only with the generation that it began with.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -31,14 +30,16 @@ from data_prep.corpus import (
     shard_name,
 )
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic, read_note, write_bytes, write_csv
+from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
     QUARANTINE_FILE,
+    QUARANTINE_HEADER,
     REQUEST_FILE,
     private_folder,
 )
+from data_prep.progress import tell
 from data_prep.publish import Say, counts_of, label_counts, take_place
 from data_prep.settings import PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
@@ -50,7 +51,7 @@ WITHDRAWN_FILE = "withdrawn.txt"
 """In the private folder: what was withdrawn, so that it never comes back by appending."""
 
 
-def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
+def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
     """Withdraws subjects or single samples from a corpus; only their shards are written again.
 
     Raises:
@@ -88,7 +89,7 @@ def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
     }
 
 
-def append(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
+def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
     """Adds the scans of another input as a new generation: prepared beside it, then put together.
 
     What the corpus has already, or had before it was withdrawn, stays out, copies too.
@@ -177,11 +178,9 @@ def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
     """Samples by key, subject, or what the input called one of them."""
     keymap = private_folder(output) / KEYMAP_FILE
     called: dict[str, set[str]] = {}
-    if keymap.is_file():
-        with keymap.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for column in KEYMAP_COLUMNS[2:]:
-                    called.setdefault(row[column], set()).add(row["key"])
+    for row in read_csv(keymap):
+        for column in KEYMAP_COLUMNS[2:]:
+            called.setdefault(row.get(column) or "", set()).add(row["key"])
     found: set[int] = set()
     problems = []
     before = _withdrawn(private_folder(output))
@@ -394,28 +393,25 @@ def _note_withdrawn(private: Path, corpus: Corpus, gone: set[int]) -> None:
 def _forget_names(private: Path) -> None:
     """Takes the names of what was withdrawn out of the private folder."""
     gone = _withdrawn(private)
-    header, rows = _read_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS)
+    rows = _rows(private / KEYMAP_FILE, KEYMAP_COLUMNS)
     if any(row[0] in gone for row in rows):
-        write_csv(private / KEYMAP_FILE, header, [row for row in rows if row[0] not in gone])
+        kept = [row for row in rows if row[0] not in gone]
+        write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, kept)
 
 
 def _join_private(private: Path, more: Path) -> None:
     """Adds names and quarantine of an addition to those of its corpus."""
     for name, columns in (
         (KEYMAP_FILE, KEYMAP_COLUMNS),
-        (QUARANTINE_FILE, ["input", "code", "detail"]),
+        (QUARANTINE_FILE, QUARANTINE_HEADER),
     ):
-        header, rows = _read_csv(private / name, columns)
-        _, new = _read_csv(more / name, columns)
-        write_csv(private / name, header, [*rows, *(row for row in new if row not in rows)])
+        rows = _rows(private / name, columns)
+        new = _rows(more / name, columns)
+        write_csv(private / name, columns, [*rows, *(row for row in new if row not in rows)])
 
 
-def _read_csv(path: Path, header: list[str]) -> tuple[list[str], list[list[str]]]:
-    if not path.is_file():
-        return header, []
-    with path.open(newline="", encoding="utf-8") as file:
-        first, *rows = csv.reader(file)
-    return first, rows
+def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    return [[row.get(column) or "" for column in columns] for row in read_csv(path)]
 
 
 def _note_index(output: Path, result: dict[str, Any]) -> None:

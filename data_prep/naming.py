@@ -46,7 +46,7 @@ def slug(text: str) -> str:
     plain = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "x"
     if len(plain) <= 64 and KEY_PATTERN.fullmatch(plain):
         return plain
-    return f"{plain[:47]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    return f"{plain[:47]}-{hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()}"
 
 
 def key_names(cases: Sequence[Case]) -> dict[str, str]:
@@ -65,14 +65,14 @@ def key_names(cases: Sequence[Case]) -> dict[str, str]:
     return {
         name: key
         if again[key] == 1
-        else f"{key[:47]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+        else f"{key[:47]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
         for name, key in keys.items()
     }
 
 
 def keyed_hash(salt: bytes, purpose: str, text: str) -> str:
     """HMAC-SHA256, 128 bits in hex; `purpose` keeps keys and subjects apart."""
-    return hmac.new(salt, f"{purpose}\0{text}".encode(), hashlib.sha256).hexdigest()[:32]
+    return hmac.new(salt, os.fsencode(f"{purpose}\0{text}"), hashlib.sha256).hexdigest()[:32]
 
 
 def read_salt(path: Path | None) -> bytes | None:

@@ -221,7 +221,9 @@ class RemoveSettings(BaseModel):
         given = [self.remove] if isinstance(self.remove, str) else list(self.remove)
         found = []
         for one in given:
-            lines = Path(one).read_text().splitlines() if Path(one).is_file() else [one]
+            path, lines = Path(one), [one]
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
             found += [line.strip() for line in lines if line.strip()]
         return found
 

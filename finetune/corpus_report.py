@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from data_prep.corpus import Corpus
-from data_prep.files import write_text
+from data_prep.files import legible, read_csv, write_text
 from data_prep.licences import strictest_first
 from data_prep.naming import DUPLICATES_FILE, QUARANTINE_FILE, private_folder
 from data_prep.pictures import middle_slice
@@ -83,12 +82,11 @@ def _reasons(corpus: Corpus, path: Path) -> list[tuple[str, int, list[str]]]:
     """Code, count and examples of what was left out."""
     examples: dict[str, list[str]] = {}
     file = private_folder(path) / QUARANTINE_FILE
-    if corpus.info["options"]["keys"] == "names" and file.is_file():
-        with file.open(newline="", encoding="utf-8") as opened:
-            for row in csv.DictReader(opened):
-                found = examples.setdefault(row["code"], [])
-                if len(found) < EXAMPLES:
-                    found.append(f"{row['input']}: {row['detail']}")
+    if corpus.info["options"]["keys"] == "names":
+        for row in read_csv(file):
+            found = examples.setdefault(row["code"], [])
+            if len(found) < EXAMPLES:
+                found.append(legible(f"{row['input']}: {row['detail']}"))
     rejected = Counter(corpus.info["counts"]["rejected"])
     return [(code, n, examples.get(code, [])) for code, n in rejected.most_common()]
 
