@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.images import BESIDE, DETACHED, SUFFIXES, SeriesFiles
@@ -173,6 +175,42 @@ def subject_from_name(name: str) -> str:
     """The subject of a BIDS path (`sub-01/...`), or an empty string."""
     found = re.search(r"(?:^|[/_])sub-([A-Za-z0-9]+)", name)
     return found.group(1) if found else ""
+
+
+def below(folder: Path, stated: str) -> Path | None:
+    """The path that a data set's own list states; None if it leads out of the folder, or is none.
+
+    Links in the folder may lead anywhere: who can put them there can read what they lead to.
+    """
+    path, whole = Path(stated), folder.absolute()
+    if path.is_absolute() and path.is_relative_to(whole):
+        path = path.relative_to(whole)
+    if not stated or path.is_absolute() or ".." in path.parts:
+        return None
+    return folder / path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is there; of a name that no file can have too."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def read_description(path: Path) -> Any:
+    """What is in the JSON file that describes a data set.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or of more levels or other characters than one can work with.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode()  # halves of characters cannot be stored
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    return data
 
 
 def files_below(root: Path) -> list[Path]:
