@@ -20,6 +20,7 @@ import numpy as np
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import read_csv, write_bytes
+from data_prep.layouts.case import read_description
 from data_prep.naming import KEYMAP_FILE, private_folder
 from data_prep.settings import SplitSettings
 from data_prep.splits import split_from, write_split
@@ -157,7 +158,7 @@ def splits_of_folds(
 def read_folds(path: Path) -> Folds:
     """The content of a splits_final.json; InputError if it is something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_description(path)
         folds = [
             {part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in data
         ]

@@ -89,7 +89,16 @@ class Case:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file of the case."""
-        return (*self.image_files, *self.label_files, *((self.mask,) if self.mask else ()))
+        return (*self.image_files, *self._beside_images)
+
+    @property
+    def stated_files(self) -> tuple[Path, ...]:
+        """Those that a list can state; of a DICOM series the first."""
+        return (*self.images, *self._beside_images)
+
+    @property
+    def _beside_images(self) -> tuple[Path, ...]:
+        return (*self.label_files, *((self.mask,) if self.mask else ()))
 
 
 @dataclass(frozen=True)
@@ -190,10 +199,10 @@ def below(folder: Path, stated: str) -> Path | None:
     return folder / path
 
 
-def is_there(path: Path) -> bool:
-    """Whether a file is there; of a name that no file can have too."""
+def is_there(path: Path, folder: bool = False) -> bool:
+    """Whether a file or folder is there; of a name that none can have too."""
     try:
-        return path.is_file()
+        return path.is_dir() if folder else path.is_file()
     except OSError:
         return False
 

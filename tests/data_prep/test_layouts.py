@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-from phantoms import ras_array, save
+from phantoms import ras_array, save, scan
 
+from data_prep.build import prep
 from data_prep.errors import InputError
 from data_prep.layouts.case import modality_from_name, subject_from_name
 from data_prep.layouts.find import find_cases
+from data_prep.settings import PrepSettings
 
 
 def test_images_beside_labels_are_paired(tmp_path: Path) -> None:
@@ -144,3 +148,63 @@ def test_modality_words(name: str, modality: str | None) -> None:
 def test_bids_subject() -> None:
     assert subject_from_name("data/sub-A1/ses-2/anat/sub-A1_T1w.nii.gz") == "A1"
     assert subject_from_name("data/subject/x.nii") == ""
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("keys", ["hmac", "names"])
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("list.csv", b"image\n" + b"x" * 300 + b".nii.gz\ns.nii.gz\n", None),
+        ("list.csv", b"image\n" + b"x/" * 3000 + b"x.nii.gz\ns.nii.gz\n", None),
+        ("list.csv", b"image\na\0b.nii.gz\ns.nii.gz\n", None),
+        (
+            "list.csv",
+            b"image,source\ns.nii.gz," + b"x" * 200_000,
+            "after line 1: not readable",
+        ),
+        ("dataset.json", DEEP.encode(), None),
+        ("pretrain_data.json", DEEP.encode(), None),
+        ("splits_final.json", DEEP.encode(), "nested too deep"),
+        ("imagesTr/../dataset.json", DEEP.encode(), "nested too deep"),
+        ("dataset.json", b'{"training": [{"image": "\\ud800.nii", "label": "x"}]}', None),
+    ],
+)
+def test_strange_lists_end_in_words(
+    name: str, content: bytes, told: str | None, keys: str, tmp_path: Path, seed: int
+) -> None:
+    folder = tmp_path / "in"
+    save(folder / "s.nii.gz", scan(np.random.default_rng(seed)))
+    if "imagesTr" in name:
+        for sub in ("imagesTr", "labelsTr"):
+            save(folder / sub / "a_0000.nii.gz", ras_array())
+    (folder / name).write_bytes(content)
+    source = folder / name if name.endswith(".csv") else folder
+    settings = PrepSettings(input=source, output=tmp_path / "c", processes=1, keys=keys)  # type: ignore[arg-type]
+    if told is None:
+        result = prep(settings, say=lambda line: None)
+        left_out = {"missing_file": 1} if name.endswith(".csv") else {}
+        assert (result.samples, result.rejected) == (1, left_out)
+    else:
+        with pytest.raises(InputError, match=told):
+            prep(settings, say=lambda line: None)
+
+
+def test_meta_csv_of_another_encoding_and_with_short_rows(tmp_path: Path) -> None:
+    for name in (b"s1", b"M\xfcller"):
+        folder = tmp_path / os.fsdecode(name)
+        save(folder / "ct.nii.gz", ras_array())
+        save(folder / "segmentations" / "liver.nii.gz", (ras_array() > 500).astype(np.uint8))
+    meta = b"split;image_id;note\ntest;s1;M\xfcller\nval\n;;\ntrain;M\xfcller;\n"
+    (tmp_path / "meta.csv").write_bytes(meta)
+    layout = find_cases(tmp_path)
+    assert {case.id: case.split for case in layout.cases} == {
+        "s1": "test",
+        os.fsdecode(b"M\xfcller"): "train",
+    }
+    assert not layout.left_out
+    (tmp_path / "meta.csv").write_text("image_id,note\ns1," + "x" * 200_000)
+    with pytest.raises(InputError, match=r"meta\.csv: not readable as CSV"):
+        find_cases(tmp_path)
