@@ -29,13 +29,14 @@ from data_prep.corpus import (
     read_parquet,
     shard_name,
 )
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, config_text
 from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
     QUARANTINE_FILE,
     QUARANTINE_HEADER,
+    REFUSED_FILE,
     REQUEST_FILE,
     private_folder,
 )
@@ -105,8 +106,8 @@ def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
     more = Corpus.open(beside) if beside.exists() else None
     if more is None or not _has(corpus, more):
         _refuse_other_options(settings, corpus)
-        prep(_beside(settings, corpus, beside), say, generation=_generation(corpus))
-        more = Corpus.open(beside)
+        more = _prepared(settings, corpus, beside, say)
+        _refuse_other_classes(settings, corpus, more)  # before anything is put together
     with hold(output, request, alone=True) as work:
         corpus = Corpus.open(output)
         if not _has(corpus, more):
@@ -131,6 +132,28 @@ def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
         "generation": number,
         "index_hash": corpus.index_hash,
     }
+
+
+def _prepared(settings: PrepSettings, corpus: Corpus, beside: Path, say: Say) -> Corpus:
+    """The addition as a corpus beside it; what is said names the places where things will stay."""
+    private, theirs = private_folder(settings.output), private_folder(beside)
+
+    def lasting(text: str) -> str:
+        return text.replace(str(theirs), str(private)).replace(str(beside), str(settings.output))
+
+    try:
+        prep(
+            _beside(settings, corpus, beside),
+            lambda line: say(f"addition: {lasting(line)}"),
+            generation=_generation(corpus),
+        )
+    except InputError as error:
+        if (theirs / REFUSED_FILE).is_file():
+            private.mkdir(mode=0o700, exist_ok=True)
+            (theirs / REFUSED_FILE).replace(private / REFUSED_FILE)
+            shutil.rmtree(theirs)
+        raise type(error)([lasting(problem) for problem in error.problems]) from error
+    return Corpus.open(beside)
 
 
 def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSettings:
@@ -247,13 +270,15 @@ def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]
     print_file = write_parquet(root / FINGERPRINTS_FILE, pa.concat_tables(prints))
     first = parts[0].corpus.info
     before = first["generations"]
+    classes = _classes(parts)
     info = {
         **first,
         "shards": shards,
         "index": {"file": INDEX_FILE, "sha256": index},
         "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": print_file},
         "generations": [*before, {"number": len(before) + 1, **generation}],
-        "counts": _counts(parts),
+        "classes": classes,
+        "counts": _counts(parts, classes),
     }
     for split in _splits(parts):
         write_split(split, root / "splits")
@@ -316,7 +341,13 @@ def _suffix(member: str) -> str:
     return table_suffix(payload) if payload != member else array_suffix(payload)
 
 
-def _counts(parts: Sequence[_Part]) -> dict[str, Any]:
+def _classes(parts: Sequence[_Part]) -> list[dict[str, Any]]:
+    """The class table of all: additions may have what was not there before."""
+    rows = {row["value"]: row for part in reversed(parts) for row in part.corpus.classes}
+    return [row for _, row in sorted(rows.items())]
+
+
+def _counts(parts: Sequence[_Part], classes: list[dict[str, Any]]) -> dict[str, Any]:
     """What corpus.json counts, of the wanted samples; what became of files is that of all preps."""
     metas = [part.corpus.meta(i) for part in parts for i in part.rows]
     told = [part.corpus.info["counts"] for part in parts]
@@ -328,7 +359,7 @@ def _counts(parts: Sequence[_Part]) -> dict[str, Any]:
     small = [key for one in told for key in one.get("not_comparable", [])]
     found["not_comparable"] = [key for key in small if key in keys]
     if parts[0].corpus.labelled:
-        found |= label_counts(metas, parts[0].corpus.classes)
+        found |= label_counts(metas, classes)
     return found
 
 
@@ -359,19 +390,44 @@ def _splits(parts: Sequence[_Part]) -> list[dict[str, Any]]:
 
 def _refuse_other_options(settings: PrepSettings, corpus: Corpus) -> None:
     """What all volumes of a corpus have in common, an addition must have as well."""
-    options = corpus.info["options"]
-    spacing = list(settings.spacing) if settings.spacing else None
+    mine = settings.shaping
+    if settings.labels is not None:
+        mine["labels"] = settings.labels
+    # Of before some options were not noted.
+    theirs = {name: value for name, value in corpus.info["options"].items() if name in mine}
     problems = [
-        f"{name}={mine}: {settings.output} was made with {name}={theirs}"
-        for name, mine, theirs in (
-            ("keys", settings.keys, options["keys"]),
-            ("spacing", spacing, options["spacing"]),
-            ("labels", settings.labels, corpus.labelled if settings.labels is not None else None),
-        )
-        if mine != theirs
+        f"{name}={config_text(mine[name])}: {settings.output} was made with "
+        f"{name}={config_text(value)}; an addition is made as that was"
+        for name, value in theirs.items()
+        if mine[name] != value
     ]
+    salt = private_folder(settings.output) / "salt"
+    if settings.keys == "hmac" and settings.salt is None and not salt.is_file():
+        problems.append(
+            f"salt: missing; {settings.output} was made with one that is not in {salt.parent}. "
+            "With another, subjects would get other names"
+        )
     if problems:
         raise InputError(problems)
+
+
+def _refuse_other_classes(settings: PrepSettings, corpus: Corpus, more: Corpus) -> None:
+    """A label value has one meaning in all of a corpus."""
+    names = {row["value"]: row["name"] for row in corpus.classes}
+    values = {row["name"]: row["value"] for row in corpus.classes}
+    strange = [
+        f"{row['value']}: {row['name']}"
+        for row in more.classes
+        if names.get(row["value"], row["name"]) != row["name"]
+        or values.get(row["name"], row["value"]) != row["value"]
+    ]
+    if strange:
+        for folder in (more.path, private_folder(more.path)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"classes={{{', '.join(strange[:5])}}}: {settings.output} has other names or values "
+            "for these; classes= gives the labels of an addition those of the corpus"
+        )
 
 
 def _withdrawn(private: Path) -> set[str]:

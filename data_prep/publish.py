@@ -70,11 +70,10 @@ def complete(
         "layout": _public_layout(layout),
         "classes": classes,
         "options": {
-            "keys": settings.keys,
+            **settings.shaping,
             "labels": labelled,
             "modality": settings.modality,
             "shard_mib": settings.shard_mib,
-            "spacing": list(settings.spacing) if settings.spacing else None,
         },
         "versions": versions(),
         "counts": counts,

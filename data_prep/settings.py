@@ -18,6 +18,11 @@ NEVER_RESAMPLED = (
     "leave it out, or set labels=false (finetune resamples on the way in)"
 )
 
+SHAPING = {
+    "keys", "spacing", "sheared", "crop", "deface", "minimum_slices", "empty_labels", "overlap",
+    "duplicates",
+}  # fmt: skip
+
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
 
@@ -193,6 +198,15 @@ class PrepSettings(BaseModel):
         if self.labels and self.resamples:
             raise ValueError(f"{self.resamples}: {NEVER_RESAMPLED}")
         return self
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The options that decide what samples there are and what is in them.
+
+        What the input is (`layout`, `modality`, `channels`, ...) may differ from addition to
+        addition; these may not.
+        """
+        return self.model_dump(mode="json", include=SHAPING)
 
     @property
     def resamples(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,15 @@ def test_labels_and_splits_go_along(tmp_path: Path, seed: int) -> None:
     ("options", "match"),
     [
         ({"keys": "names"}, "keys=names"),
-        ({"spacing": 3}, "spacing="),
-        ({"labels": True}, "labels="),
+        ({"spacing": 3}, r"spacing=\[3.0,3.0,3.0\]: .*spacing=null"),
+        ({"labels": True}, "labels=true"),
+        ({"crop": "foreground"}, "crop=foreground: .*crop=none"),
+        ({"sheared": "resample"}, "sheared="),
+        ({"minimum_slices": 1}, "minimum_slices=1: .*minimum_slices=4"),
+        ({"deface": "os.path:join"}, "deface=os.path:join"),
+        ({"overlap": "last"}, "overlap="),
+        ({"empty_labels": "keep"}, "empty_labels="),
+        ({"duplicates": "exact"}, "duplicates="),
     ],
 )
 def test_an_addition_of_another_kind_is_refused(
@@ -200,6 +208,58 @@ def test_an_addition_of_another_kind_is_refused(
     with pytest.raises(InputError, match=match):
         run(more, output, append=True, **options)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_addition_goes_to_a_corpus_of_before_options_were_noted(
+    output: Path, tmp_path: Path, seed: int
+) -> None:
+    path = output / "corpus.json"
+    info = json.loads(path.read_text())
+    noted = ("keys", "labels", "modality", "shard_mib", "spacing")
+    info["options"] = {name: info["options"][name] for name in noted}
+    path.write_text(json.dumps(info))
+    run(scans(tmp_path / "more", seed + 1, 4), output, append=True, minimum_slices=1)
+    assert len(Corpus.open(output)) == 14
+
+
+def test_an_addition_without_the_salt_is_refused(output: Path, tmp_path: Path, seed: int) -> None:
+    (tmp_path / "c.private" / "salt").rename(tmp_path / "mine")
+    more = scans(tmp_path / "more", seed + 1, 4)
+    with pytest.raises(InputError, match="salt: missing"):
+        run(more, output, append=True)
+    run(more, output, append=True, salt=tmp_path / "mine")
+    assert len(set(Corpus.open(output).subjects)) == 5
+
+
+def test_a_label_value_has_one_meaning(tmp_path: Path, seed: int) -> None:
+    output = tmp_path / "c"
+    more = scans(tmp_path / "more", seed + 1, 4, True)
+    run(scans(tmp_path / "in", seed, 6, True), output, classes={1: "liver"})
+    with pytest.raises(InputError, match=r"classes=\{1: spleen\}"):
+        run(more, output, append=True, classes={1: "spleen"})
+    with pytest.raises(InputError, match=r"2: liver\}: .*has other names or values"):
+        run(more, output, append=True, classes={1: "spleen", 2: "liver"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.private", "in", "more"]
+    run(more, output, append=True, classes={1: "liver", 2: "spleen"})
+    info = Corpus.open(output).info
+    assert [row["name"] for row in info["classes"]] == ["background", "liver", "spleen"]
+    assert info["counts"]["cases_by_class"] == {"liver": 10, "spleen": 0}
+
+
+def test_what_an_addition_says_stays_where_it_says(output: Path, tmp_path: Path, seed: int) -> None:
+    more = scans(tmp_path / "more", seed + 1, 4)
+    (tmp_path / "more" / "s3.nii.gz").write_bytes(b"no scan")
+    lines = run(more, output, append=True)
+    (listed,) = {word for line in lines for word in line.split() if word.endswith(".csv")}
+    assert "s3.nii.gz,not_an_image" in Path(listed).read_text()
+    assert not any(".more" in line for line in lines)
+    for path in (tmp_path / "more").glob("*.gz"):
+        path.write_bytes(b"no scan")
+    with pytest.raises(InputError, match="no usable scan") as caught:
+        run(more, output, append=True)
+    refused = Path(str(caught.value).split()[-1])
+    assert refused.parent == tmp_path / "c.private" and len(refused.read_text().split("\n")) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.private", "in", "more"]
 
 
 @pytest.mark.parametrize("what", ["remove", "append"])
