@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -32,14 +33,20 @@ from data_prep.corpus import (
 from data_prep.errors import CorruptionError, InputError, config_text
 from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
+    DUPLICATES,
+    DUPLICATES_OF_BEFORE,
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
     QUARANTINE_FILE,
     QUARANTINE_HEADER,
     REFUSED_FILE,
     REQUEST_FILE,
+    keyed_hash,
     private_folder,
+    read_salt,
+    slug,
 )
+from data_prep.pictures import pictured
 from data_prep.progress import tell
 from data_prep.publish import Say, counts_of, label_counts, take_place
 from data_prep.settings import PrepSettings, RemoveSettings
@@ -50,6 +57,9 @@ from data_prep.write import write_parquet
 
 WITHDRAWN_FILE = "withdrawn.txt"
 """In the private folder: what was withdrawn, so that it never comes back by appending."""
+SUBJECT = "subject "
+"""Begins a line of it that names a subject: what there is besides samples goes too."""
+_COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)")
 
 
 def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
@@ -63,6 +73,7 @@ def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
     request = canonical_json(["remove", settings.names])
     with hold(output, hashlib.sha256(request).hexdigest(), alone=True) as work:
         corpus = Corpus.open(output)
+        names = _all_names(corpus, private, settings.names)
         gone = _rows_of(corpus, output, settings.names)
         kept = [i for i in range(len(corpus)) if i not in gone]
         written = 0
@@ -75,11 +86,11 @@ def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
             _note_index(output, result)
             take_place(work.corpus, output)
         work.remove()
-        _forget_names(private)
         after = Corpus.open(output)
+        forgotten = _forget(private, set(after.subjects), names)
     say(
         f"{output}: {len(gone)} samples withdrawn, {len(kept)} are left; {written} shards were "
-        "written again"
+        f"written again, {forgotten} rows of the quarantine are gone"
     )
     return {
         "output": str(output),
@@ -116,7 +127,7 @@ def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
             parts = [_Part(one, path, range(len(one))) for one, path in both]
             change = {"added": len(more), "removed": 0, "index": more.index_hash}
             result = _put_together(work.corpus, parts, change)
-            _join_private(private, private_folder(beside))
+            _join_private(private, private_folder(beside), _generation(corpus))
             _note_index(output, result)
             take_place(work.corpus, output)
         work.remove()
@@ -206,7 +217,10 @@ def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
             called.setdefault(row.get(column) or "", set()).add(row["key"])
     found: set[int] = set()
     problems = []
-    before = _withdrawn(private_folder(output))
+    private = private_folder(output)
+    before = _withdrawn(private)
+    left_out = read_csv(private / QUARANTINE_FILE)
+    quarantined = {row.get(column) for row in left_out for column in ("input", "subject")}
     for name in names:
         keys = called.get(name, set())
         rows = {
@@ -215,10 +229,11 @@ def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
             if name in (key, subject) or key in keys
         }
         # A start that was killed had withdrawn them, and not forgotten their names.
-        if not rows and not (keys and keys <= before):
+        known = keys and keys <= before
+        if not rows and not known and not quarantined & _all_names(corpus, private, [name]):
             problems.append(
-                f"remove={name}: is no key or subject of {output}, and no name in {keymap.name} of "
-                "its private folder"
+                f"remove={name}: is no key or subject of {output}, and no name in {keymap.name} or "
+                f"{QUARANTINE_FILE} of its private folder"
             )
         found |= rows
     if len(found) == len(corpus):
@@ -441,22 +456,61 @@ def _note_withdrawn(private: Path, corpus: Corpus, gone: set[int]) -> None:
     prints = corpus.scan_prints()
     keys = [corpus.keys[i] for i in gone]
     lines = _withdrawn(private) | {one for key in keys for one in (key, *prints[key])}
+    lines |= {f"{SUBJECT}{corpus.subjects[i]}" for i in gone}
     text = "".join(f"{line}\n" for line in sorted(lines))
     private.mkdir(mode=0o700, exist_ok=True)
     write_bytes(private / WITHDRAWN_FILE, text.encode(), mode=0o600)
 
 
-def _forget_names(private: Path) -> None:
-    """Takes the names of what was withdrawn out of the private folder."""
+def _forget(private: Path, left: set[str], names: set[str]) -> int:
+    """Takes what was withdrawn out of the private folder: names, rows and pictures.
+
+    Those of the withdrawn samples and of all that are copies of them; of subjects of whom nothing
+    is left all rows. Gives the number of rows of the quarantine that went.
+
+    Args:
+        private: the folder.
+        left: the subjects that the corpus still has.
+        names: what was asked for, which may be in the quarantine alone.
+    """
     gone = _withdrawn(private)
-    rows = _rows(private / KEYMAP_FILE, KEYMAP_COLUMNS)
-    if any(row[0] in gone for row in rows):
-        kept = [row for row in rows if row[0] not in gone]
-        write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, kept)
+    subjects = {one.removeprefix(SUBJECT) for one in gone if one.startswith(SUBJECT)} - left
+    keymap = _rows(private / KEYMAP_FILE, KEYMAP_COLUMNS)
+    names = names | {row[2] for row in keymap if row[0] in gone}
+    quarantine = _rows(private / QUARANTINE_FILE, QUARANTINE_HEADER)
+    kept = [
+        (name, code, detail, subject)
+        for name, code, detail, subject in quarantine
+        if name not in names
+        and subject not in names | subjects
+        and gone.isdisjoint(_COPY_OF.findall(detail))
+    ]
+    if len(kept) < len(quarantine):
+        write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, kept)
+    for picture in (private / DUPLICATES).glob("*.png"):
+        stays, subject = pictured(picture)
+        if stays in gone or subject in names | subjects:
+            picture.unlink()
+    for name in (DUPLICATES_OF_BEFORE, REFUSED_FILE):
+        (private / name).unlink(missing_ok=True)
+    # Last, since it says which names are to go.
+    if any(row[0] in gone for row in keymap):
+        known = [row for row in keymap if row[0] not in gone]
+        write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, known)
+    return len(quarantine) - len(kept)
 
 
-def _join_private(private: Path, more: Path) -> None:
-    """Adds names and quarantine of an addition to those of its corpus."""
+def _all_names(corpus: Corpus, private: Path, names: Sequence[str]) -> set[str]:
+    """Names, and what the corpus calls them if they are those of subjects."""
+    if corpus.info["options"]["keys"] == "names":
+        return {*names, *map(slug, names)}
+    salt = read_salt(private / "salt") if (private / "salt").is_file() else None
+    return {*names, *(keyed_hash(salt, "subject", name) for name in names if salt)}
+
+
+def _join_private(private: Path, more: Path, generation: int) -> None:
+    """Adds names, quarantine and pictures of an addition to those of its corpus."""
+    private.mkdir(mode=0o700, exist_ok=True)
     for name, columns in (
         (KEYMAP_FILE, KEYMAP_COLUMNS),
         (QUARANTINE_FILE, QUARANTINE_HEADER),
@@ -464,6 +518,10 @@ def _join_private(private: Path, more: Path) -> None:
         rows = _rows(private / name, columns)
         new = _rows(more / name, columns)
         write_csv(private / name, columns, [*rows, *(row for row in new if row not in rows)])
+
+    for picture in (more / DUPLICATES).glob("*.png"):
+        (private / DUPLICATES).mkdir(mode=0o700, exist_ok=True)
+        picture.replace(private / DUPLICATES / f"{generation}-{picture.name}")
 
 
 def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:

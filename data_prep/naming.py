@@ -20,18 +20,21 @@ KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
 KEYMAP_FILE = "keymap.csv"
 QUARANTINE_FILE = "quarantine.csv"
-QUARANTINE_HEADER = ("input", "code", "detail")
+QUARANTINE_HEADER = ("input", "code", "detail", "subject")
 REFUSED_FILE = "refused.csv"
 """As the quarantine, of an input that gave no sample at all."""
 REQUEST_FILE = "request.json"
-DUPLICATES_FILE = "duplicates.png"
+DUPLICATES = "duplicates"
+"""A folder of pictures of copies."""
+DUPLICATES_OF_BEFORE = "duplicates.png"
+"""Was one picture of all, from which no subject can be taken away."""
 PRIVATE_FILES = (
     "salt",
     KEYMAP_FILE,
     QUARANTINE_FILE,
     REFUSED_FILE,
     REQUEST_FILE,
-    DUPLICATES_FILE,
+    DUPLICATES_OF_BEFORE,
 )
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
@@ -73,6 +76,13 @@ def key_names(cases: Sequence[Case]) -> dict[str, str]:
 def keyed_hash(salt: bytes, purpose: str, text: str) -> str:
     """HMAC-SHA256, 128 bits in hex; `purpose` keeps keys and subjects apart."""
     return hmac.new(salt, os.fsencode(f"{purpose}\0{text}"), hashlib.sha256).hexdigest()[:32]
+
+
+def subject_name(settings: PrepSettings, salt: bytes, subject: str) -> str:
+    """What a corpus calls a subject of the input, the same in all inputs."""
+    if settings.keys == "names":
+        return slug(subject)
+    return keyed_hash(salt, "subject", subject)
 
 
 def read_salt(path: Path | None) -> bytes | None:

@@ -13,7 +13,7 @@ from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE,
 from data_prep.deface import may_be_head
 from data_prep.files import write_bytes, write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
-from data_prep.layouts.case import Case, Layout, LeftOut, case_id
+from data_prep.layouts.case import Case, Layout, LeftOut, case_id, subject_from_name
 from data_prep.naming import (
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
@@ -23,6 +23,7 @@ from data_prep.naming import (
     REFUSED_FILE,
     REQUEST_FILE,
     private_folder,
+    subject_name,
 )
 from data_prep.plan import Plan
 from data_prep.request import versions
@@ -276,13 +277,31 @@ def publish(
         for job in (jobs[sample.number] for sample in kept)
     ]
     write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
-    rows = sorted([row.name, row.code, row.detail] for row in left_out)
+    stored = {sample.number for sample in kept}
+    others = [job for job in jobs if job.number not in stored]
+    subjects = _subjects_left_out(settings, others, left_out, salt)
+    rows = sorted([row.name, row.code, row.detail, subjects.get(row.name, "")] for row in left_out)
     write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
     (private / REFUSED_FILE).unlink(missing_ok=True)
     note = canonical_json({"request": request, "index": result.index_hash})
     write_bytes(private / REQUEST_FILE, note, mode=0o600)
 
     take_place(work.corpus, settings.output)
+
+
+def _subjects_left_out(
+    settings: PrepSettings, jobs: Sequence[ScanJob], left_out: Sequence[LeftOut], salt: bytes
+) -> dict[str, str]:
+    """The subject of each file that was left out, as the corpus would call it, where it is known.
+
+    So that a subject that is withdrawn goes from the quarantine too.
+    """
+    found = {row.name: row.subject or subject_from_name(row.name) for row in left_out}
+    found = {n: subject_name(settings, salt, s) if s else "" for n, s in found.items()}
+    for job in jobs:
+        names = [job.case.name, *(_beside(job.case, path) for path in job.case.files[1:])]
+        found |= {name: job.subject for name in names if name in found}
+    return found
 
 
 def take_place(corpus: Path, output: Path) -> None:

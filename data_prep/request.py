@@ -311,7 +311,7 @@ def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[Left
     private = private_folder(settings.output)
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     rows = sorted([row.name, row.code, row.detail] for row in left_out)
-    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER, rows)
+    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER[:3], rows)
     return f"{said} Left out: {'; '.join(shown)}. All of them: {private / REFUSED_FILE}"
 
 

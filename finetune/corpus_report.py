@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from data_prep.corpus import Corpus
 from data_prep.files import legible, read_csv, write_text
 from data_prep.licences import strictest_first
-from data_prep.naming import DUPLICATES_FILE, QUARANTINE_FILE, private_folder
+from data_prep.naming import DUPLICATES, DUPLICATES_OF_BEFORE, QUARANTINE_FILE, private_folder
 from data_prep.pictures import middle_slice
 from finetune.figures import ARM_COLOURS, FAINT, STYLE, WIDTH, png, svg
 from finetune.pages import data_uri, render
@@ -40,7 +40,8 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
     info = corpus.info
     counts = info["counts"]
     path = output if output.suffix == ".html" else output / "report.html"
-    copies = private_folder(corpus_path) / DUPLICATES_FILE
+    private = private_folder(corpus_path)
+    copies = [private / DUPLICATES_OF_BEFORE, *sorted((private / DUPLICATES).glob("*.png"))]
     page = render(
         "corpus.html.j2",
         name=info["name"],
@@ -54,7 +55,7 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
         shapes=data_uri(_draw_sizes(corpus).encode(), "image/svg+xml"),
         intensities=data_uri(_draw_intensities(corpus).encode(), "image/svg+xml"),
         slices=data_uri(_draw_slices(corpus), "image/png"),
-        copies=data_uri(copies.read_bytes(), "image/png") if copies.is_file() else None,
+        copies=[data_uri(one.read_bytes(), "image/png") for one in copies if one.is_file()],
         not_comparable=len(counts.get("not_comparable", [])),
         generations=info["generations"],
         versions=info["versions"],

@@ -103,11 +103,15 @@ class Case:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is no sample: its name in the input, a stable code, and what was found."""
+    """A file that is no sample: its name in the input, a stable code, and what was found.
+
+    `subject` is known to the layout where no case is; of a case it is the case's.
+    """
 
     name: str
     code: str
     detail: str
+    subject: str = ""
 
 
 @dataclass

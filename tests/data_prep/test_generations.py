@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from phantoms import save, scan
@@ -18,9 +19,13 @@ from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
 from data_prep.generations import append, remove
+from data_prep.preprocess import as_physical, resample
 from data_prep.settings import PrepSettings, RemoveSettings
+from data_prep.volume import read_nifti
 from data_prep.work import replaced
 from voxelith import main
+
+SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 def run(source: Path, output: Path, **options: Any) -> list[str]:
@@ -61,6 +66,12 @@ def output(tmp_path: Path, seed: int) -> Path:
 def keymap(output: Path) -> list[dict[str, str]]:
     with (output.with_name(output.name + ".private") / "keymap.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def quarantine(output: Path) -> list[str]:
+    """Names of what was left out."""
+    with (output.with_name(output.name + ".private") / "quarantine.csv").open() as file:
+        return [row["input"] for row in csv.DictReader(file)]
 
 
 def test_a_subject_goes_and_only_its_shards_are_written_again(output: Path) -> None:
@@ -151,6 +162,52 @@ def test_what_was_withdrawn_does_not_come_back(output: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="no usable scan"):
         run(tmp_path / "in" / "list.csv", output, append=True)
     assert len(Corpus.open(output)) == 8 and check(output) == []
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of two heads, copies of both, and files that are no scans."""
+    folder = tmp_path_factory.mktemp("copies")
+    heads = ["IXI013-HH-1212", "IXI014-HH-1236"]
+    for number, head in enumerate(heads):
+        whole = read_nifti(SAMPLES / "ixi" / f"{head}_T1.nii.gz")
+        nib.save(nib.Nifti1Image(whole.array[0], whole.affine), folder / f"head{number}.nii.gz")
+        for step in (2.5, 2.6):
+            small = resample(as_physical(whole), (step,) * 3)
+            image = nib.Nifti1Image(np.rint(small.array[0]).astype(np.int16), small.affine)
+            nib.save(image, folder / f"small{number}{step}.nii.gz")
+        (folder / f"broken{number}.nii.gz").write_bytes(b"no scan")
+    (folder / "list.csv").write_text(
+        "image,subject\nhead0.nii.gz,Anna\nhead1.nii.gz,Bert\nsmall02.5.nii.gz,Cora\n"
+        "small02.6.nii.gz,Anna\nsmall12.5.nii.gz,Anna\nsmall12.6.nii.gz,Cora\n"
+        "broken0.nii.gz,Anna\nbroken1.nii.gz,Dora\n"
+    )
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("keys", ["hmac", "names"])
+def test_nothing_of_who_is_withdrawn_is_left(keys: str, copies: Path, tmp_path: Path) -> None:
+    output, private = tmp_path / "c", tmp_path / "c.private"
+    run(copies, output, keys=keys, shard_mib=1)
+    assert len(quarantine(output)) == 6 and len(list((private / "duplicates").iterdir())) == 4
+    (private / "duplicates.png").write_bytes(b"of before, with all of them")
+    (anna,) = [row for row in keymap(output) if row["input"] == "head0.nii.gz"]
+    said: list[str] = []
+    remove(RemoveSettings(output=output, remove=anna["key"]), said.append)
+    assert quarantine(output) == ["broken1.nii.gz", "small12.6.nii.gz"]
+    assert "4 rows of the quarantine are gone" in said[-1]
+    (picture,) = (private / "duplicates").iterdir()
+    (bert,) = keymap(output)
+    assert picture.name.split(".")[1] == bert["key"]
+    for path in (p for p in private.rglob("*") if p.is_file() and p.name != "withdrawn.txt"):
+        assert anna["key"] not in path.name and anna["key"].encode() not in path.read_bytes()
+        assert b"Anna" not in path.read_bytes() and b"head0" not in path.read_bytes()
+    # Who is known by what was left out alone, by name of subject or file.
+    before = Corpus.open(output).index_hash
+    remove(RemoveSettings(output=output, remove=("Dora", "small12.6.nii.gz")), said.append)
+    assert quarantine(output) == [] and Corpus.open(output).index_hash == before
+    with pytest.raises(InputError, match="remove=Dora: is no key"):
+        remove(RemoveSettings(output=output, remove="Dora"))
 
 
 def test_the_same_prep_knows_the_changed_corpus(output: Path, tmp_path: Path) -> None:
