@@ -106,7 +106,12 @@ def complete(
         modalities=_count(m["channels"][0]["modality"] for m in metas),
         splits=splits,
         index_hash=index_hash,
-        notes=[*_head_notes(metas), *_comparison_notes(counts), *_label_notes(counts)],
+        notes=[
+            *_book_notes(layout, left_out, files["total"]),
+            *_head_notes(metas),
+            *_comparison_notes(counts),
+            *_label_notes(counts),
+        ],
     )
     return result, left_out
 
@@ -231,13 +236,31 @@ def _account(
     return counts
 
 
+def _book_notes(layout: Layout, left_out: Sequence[LeftOut], total: int) -> list[str]:
+    """Whether what became of files is of all that were found in a folder, and of each once."""
+    if not layout.files:
+        return []
+    named = {row.name for row in left_out} - {case.name for case in layout.cases}
+    named |= {*layout.ignored, *(_beside(c, path) for c in layout.cases for path in c.files)}
+    lost = layout.files - named
+    if not lost and total == len(named):
+        return []
+    return [
+        f"the books do not add up, which is a mistake of voxelith: of {len(layout.files)} files "
+        f"{len(lost)} are in no row, and {total} are counted where {len(named)} are named"
+    ]
+
+
 def _beside(case: Case, path: Path) -> str:
     """A label's name in the terms of the input: relative to the same root as its image's."""
-    root = Path(str(case.images[0])[: -len(case.name)] or ".")
+    image, name = str(case.images[0]), str(Path(case.name))
+    if not image.endswith(name):
+        name = name.rpartition(" (volume")[0]
+    root = Path(image[: len(image) - len(name)] or ".")
     try:
         return path.relative_to(root).as_posix()
     except ValueError:
-        return path.name
+        return str(path)
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming
 from data_prep.folds import FOLDS_FILE, read_folds
 from data_prep.images import open_image
 from data_prep.layouts.bids import from_bids
@@ -57,6 +58,8 @@ def find_cases(
     """
     layout = _recognise(source, channels, forced)
     _leave_impossible(layout)
+    layout.cases = list(dict.fromkeys(layout.cases))
+    _refuse_twice(source, layout.cases)
     if subjects is not None:
         layout.cases = [replace(c, subject=_subject(c, subjects)) for c in layout.cases]
     if channels:
@@ -65,6 +68,16 @@ def find_cases(
     if volumes != "refuse":
         layout.cases = [part for case in layout.cases for part in _parts(case, volumes)]
     return layout
+
+
+def _refuse_twice(source: Path, cases: Sequence[Case]) -> None:
+    """Lists may state a case twice; not as two different ones."""
+    twice = sorted(name for name, n in Counter(case.name for case in cases).items() if n > 1)
+    if twice:
+        how = "listed twice, with other labels, subjects or parts of the split; keep one of each"
+        said = f"input={source}: {{}} {'is' if len(twice) == 1 else 'are'} {how}"
+        shown = ", ".join(twice[:5]) + (", ..." if len(twice) > 5 else "")
+        raise InputError(Naming(said.format(shown), said.format(f"{len(twice)} images")))
 
 
 def _leave_impossible(layout: Layout) -> None:
@@ -133,6 +146,7 @@ def _recognise(source: Path, channels: Sequence[str], forced: str) -> Layout:
         raise InputError(
             f"layout={forced}: {source} is not laid out like that; auto looks what fits"
         )
+    layout.files = frozenset(path.relative_to(source).as_posix() for path in files)
     if (source / FOLDS_FILE).is_file():
         layout.folds = read_folds(source / FOLDS_FILE)
     return layout

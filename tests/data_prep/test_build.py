@@ -39,7 +39,9 @@ ROOT = Path(__file__).parents[2]
 def run(source: Path, output: Path, **options: Any) -> tuple[PrepResult, list[str]]:
     lines: list[str] = []
     settings = PrepSettings(input=source, output=output, **{"processes": 1, **options})
-    return prep(settings, say=lines.append), lines
+    result = prep(settings, say=lines.append)
+    assert not any("books" in line for line in lines)
+    return result, lines
 
 
 def tree(root: Path) -> dict[str, bytes]:

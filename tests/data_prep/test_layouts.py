@@ -10,8 +10,9 @@ from phantoms import ras_array, save, scan
 
 from data_prep.build import prep
 from data_prep.errors import InputError
-from data_prep.layouts.case import modality_from_name, subject_from_name
-from data_prep.layouts.find import find_cases
+from data_prep.layouts.case import Layout, modality_from_name, subject_from_name
+from data_prep.layouts.find import READERS, find_cases
+from data_prep.layouts.piles import from_pile
 from data_prep.settings import PrepSettings
 
 
@@ -58,6 +59,47 @@ def test_decathlon_task_is_recognised(tmp_path: Path) -> None:
     assert layout.classes == {0: "background", 1: "Anterior"}
     assert [(row.name, row.code) for row in layout.left_out] == [("extra.nii.gz", "not_listed")]
     assert layout.ignored == ["dataset.json"]
+
+
+def test_a_case_that_is_listed_twice_counts_once(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for name in ("a", "b"):
+        save(tmp_path / "in" / f"{name}.nii.gz", scan(rng))
+    save(tmp_path / "in" / "l.nii.gz", (scan(rng) > 450).astype(np.uint8))
+    rows = [{"image": f"{name}.nii.gz", "label": "l.nii.gz"} for name in "aba"]
+    path = tmp_path / "in" / "dataset.json"
+    path.write_text(json.dumps({"modality": {"0": "MRI"}, "training": rows}))
+    settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
+    result = prep(settings, say=lambda line: None)
+    assert result.files == {
+        "images": 2, "labels": 1, "masks": 0, "left_out": 0, "ignored": 1, "total": 4,
+    }  # fmt: skip
+    assert not any("books" in note for note in result.notes)
+    rows[2]["label"] = "b.nii.gz"
+    path.write_text(json.dumps({"modality": {"0": "MRI"}, "training": rows}))
+    with pytest.raises(InputError, match=r"a\.nii\.gz is listed twice"):
+        find_cases(tmp_path / "in")
+
+
+def test_books_that_do_not_add_up_are_told(tmp_path: Path, seed: int) -> None:
+    """Files are counted as they are found, apart from what becomes of them."""
+    rng = np.random.default_rng(seed)
+    save(tmp_path / "in" / "a.nii.gz", scan(rng))
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    reader = READERS["pairs"]
+
+    def forgetful(root: Path, files: list[Path]) -> Layout | None:
+        return from_pile(root, [path for path in files if path.name != "notes.txt"])
+
+    try:
+        READERS["pairs"] = forgetful
+        settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
+        lines: list[str] = []
+        prep(settings, say=lines.append)
+    finally:
+        READERS["pairs"] = reader
+    (told,) = [line for line in lines if line.startswith("the books do not add up")]
+    assert "of 2 files 1 are in no row, and 1 are counted where 1 are named" in told
 
 
 def test_decathlon_paths_cannot_leave_the_folder(tmp_path: Path) -> None:
