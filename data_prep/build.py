@@ -14,7 +14,8 @@ from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.layouts.case import Layout
-from data_prep.naming import choose_salt, key_names, keyed_hash, private_folder, slug
+from data_prep.naming import choose_salt, key_names, keyed_hash, private_folder, subject_name
+from data_prep.progress import tell
 from data_prep.publish import Say
 from data_prep.request import check_request, class_table, existing_result
 from data_prep.scan import ScanJob
@@ -26,7 +27,7 @@ PATIENCE_SECONDS = 120
 """How long the last step waits for tasks whose machine died: its file server tells that late."""
 
 
-def prep(settings: PrepSettings, say: Say = print, generation: int = 1) -> PrepResult:
+def prep(settings: PrepSettings, say: Say = tell, generation: int = 1) -> PrepResult:
     """Write the corpus that `settings` describe; one that was killed goes on where it was.
 
     Args:
@@ -47,7 +48,7 @@ def prep(settings: PrepSettings, say: Say = print, generation: int = 1) -> PrepR
         return publish_corpus(begun, say)
 
 
-def prep_step(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
+def prep_step(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
     """Do the one step that `settings` name, or its part; what is done already stays.
 
     Raises:
@@ -173,12 +174,11 @@ def _jobs(
     for number, case in enumerate(layout.cases):
         if settings.keys == "names":
             key = names[case.name]
-            subject = slug(case.subject) if case.subject else key
+            subject = subject_name(settings, salt, case.subject) if case.subject else key
         else:
-            # A subject that has a name is one in all inputs.
             of = f"{generation}\0" if generation > 1 else ""
             key = keyed_hash(salt, "key", of + case.name)
-            subject = keyed_hash(salt, "subject", case.subject or f"\0{of}{case.name}")
+            subject = subject_name(settings, salt, case.subject or f"\0{of}{case.name}")
         jobs.append(
             ScanJob(
                 number=number,

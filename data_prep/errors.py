@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,6 +26,21 @@ class InputError(Exception):
 
     def __reduce__(self) -> tuple[type[InputError], tuple[list[str]]]:
         return type(self), (self.problems,)
+
+
+class Naming(str):
+    """A problem that names files or subjects of the input; `public` says it without them."""
+
+    public: str
+
+    def __new__(cls, text: str, public: str) -> Self:
+        """The problem in full, and as it is told where names must not be."""
+        problem = super().__new__(cls, text)
+        problem.public = public
+        return problem
+
+    def __reduce__(self) -> tuple[type[Naming], tuple[str, str]]:
+        return type(self), (str(self), self.public)
 
 
 class CorruptionError(InputError):

@@ -157,10 +157,23 @@ def read_note(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def legible(name: str) -> str:
+    """A text with names of files so that it can be shown: bytes that are no UTF-8 are replaced."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table that only its owner can read."""
+    """A table that only its owner can read; names of files keep bytes that are no UTF-8."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode("utf-8"), mode=0o600)
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"), mode=0o600)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table of `write_csv`; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))

@@ -7,7 +7,6 @@ a class from the largest label to the smallest, so that each fold gets its share
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -20,7 +19,8 @@ import numpy as np
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.files import write_bytes
+from data_prep.files import read_csv, write_bytes
+from data_prep.layouts.case import read_description
 from data_prep.naming import KEYMAP_FILE, private_folder
 from data_prep.settings import SplitSettings
 from data_prep.splits import split_from, write_split
@@ -158,7 +158,7 @@ def splits_of_folds(
 def read_folds(path: Path) -> Folds:
     """The content of a splits_final.json; InputError if it is something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_description(path)
         folds = [
             {part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in data
         ]
@@ -258,8 +258,7 @@ def _key_of(corpus: Corpus) -> dict[str, str]:
             f"{path}: missing, and the keys of {corpus.path} are hashes; only the key map that "
             "prep wrote tells which case is which"
         )
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     if rows and "case" not in rows[0]:
         raise InputError(
             f"{path}: has no column case; prepare the corpus again with overwrite=true"

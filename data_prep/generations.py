@@ -7,10 +7,10 @@ run that is under way goes on only with the generation that it began with.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -30,15 +30,24 @@ from data_prep.corpus import (
     read_parquet,
     shard_name,
 )
-from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic, read_note, write_bytes, write_csv
+from data_prep.errors import CorruptionError, InputError, config_text
+from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
+    DUPLICATES,
+    DUPLICATES_OF_BEFORE,
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
     QUARANTINE_FILE,
+    QUARANTINE_HEADER,
+    REFUSED_FILE,
     REQUEST_FILE,
+    keyed_hash,
     private_folder,
+    read_salt,
+    slug,
 )
+from data_prep.pictures import pictured
+from data_prep.progress import tell
 from data_prep.publish import Say, counts_of, label_counts, take_place
 from data_prep.settings import PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
@@ -48,9 +57,12 @@ from data_prep.write import write_parquet
 
 WITHDRAWN_FILE = "withdrawn.txt"
 """In the private folder: what was withdrawn, so that it never comes back by appending."""
+SUBJECT = "subject "
+"""Begins a line of it that names a subject: what there is besides samples goes too."""
+_COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)")
 
 
-def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
+def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
     """Withdraws subjects or single samples from a corpus; only their shards are written again.
 
     Raises:
@@ -61,6 +73,7 @@ def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
     request = canonical_json(["remove", settings.names])
     with hold(output, hashlib.sha256(request).hexdigest(), alone=True) as work:
         corpus = Corpus.open(output)
+        names = _all_names(corpus, private, settings.names)
         gone = _rows_of(corpus, output, settings.names)
         kept = [i for i in range(len(corpus)) if i not in gone]
         written = 0
@@ -73,11 +86,11 @@ def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
             _note_index(output, result)
             take_place(work.corpus, output)
         work.remove()
-        _forget_names(private)
         after = Corpus.open(output)
+        forgotten = _forget(private, set(after.subjects), names)
     say(
         f"{output}: {len(gone)} samples withdrawn, {len(kept)} are left; {written} shards were "
-        "written again"
+        f"written again, {forgotten} rows of the quarantine are gone"
     )
     return {
         "output": str(output),
@@ -88,7 +101,7 @@ def remove(settings: RemoveSettings, say: Say = print) -> dict[str, Any]:
     }
 
 
-def append(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
+def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
     """Adds the scans of another input as a new generation: prepared beside it, then put together.
 
     What the corpus has already, or had before it was withdrawn, stays out, copies too.
@@ -104,8 +117,8 @@ def append(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
     more = Corpus.open(beside) if beside.exists() else None
     if more is None or not _has(corpus, more):
         _refuse_other_options(settings, corpus)
-        prep(_beside(settings, corpus, beside), say, generation=_generation(corpus))
-        more = Corpus.open(beside)
+        more = _prepared(settings, corpus, beside, say)
+        _refuse_other_classes(settings, corpus, more)  # before anything is put together
     with hold(output, request, alone=True) as work:
         corpus = Corpus.open(output)
         if not _has(corpus, more):
@@ -114,7 +127,7 @@ def append(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
             parts = [_Part(one, path, range(len(one))) for one, path in both]
             change = {"added": len(more), "removed": 0, "index": more.index_hash}
             result = _put_together(work.corpus, parts, change)
-            _join_private(private, private_folder(beside))
+            _join_private(private, private_folder(beside), _generation(corpus))
             _note_index(output, result)
             take_place(work.corpus, output)
         work.remove()
@@ -130,6 +143,28 @@ def append(settings: PrepSettings, say: Say = print) -> dict[str, Any]:
         "generation": number,
         "index_hash": corpus.index_hash,
     }
+
+
+def _prepared(settings: PrepSettings, corpus: Corpus, beside: Path, say: Say) -> Corpus:
+    """The addition as a corpus beside it; what is said names the places where things will stay."""
+    private, theirs = private_folder(settings.output), private_folder(beside)
+
+    def lasting(text: str) -> str:
+        return text.replace(str(theirs), str(private)).replace(str(beside), str(settings.output))
+
+    try:
+        prep(
+            _beside(settings, corpus, beside),
+            lambda line: say(f"addition: {lasting(line)}"),
+            generation=_generation(corpus),
+        )
+    except InputError as error:
+        if (theirs / REFUSED_FILE).is_file():
+            private.mkdir(mode=0o700, exist_ok=True)
+            (theirs / REFUSED_FILE).replace(private / REFUSED_FILE)
+            shutil.rmtree(theirs)
+        raise type(error)([lasting(problem) for problem in error.problems]) from error
+    return Corpus.open(beside)
 
 
 def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSettings:
@@ -177,14 +212,15 @@ def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
     """Samples by key, subject, or what the input called one of them."""
     keymap = private_folder(output) / KEYMAP_FILE
     called: dict[str, set[str]] = {}
-    if keymap.is_file():
-        with keymap.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for column in KEYMAP_COLUMNS[2:]:
-                    called.setdefault(row[column], set()).add(row["key"])
+    for row in read_csv(keymap):
+        for column in KEYMAP_COLUMNS[2:]:
+            called.setdefault(row.get(column) or "", set()).add(row["key"])
     found: set[int] = set()
     problems = []
-    before = _withdrawn(private_folder(output))
+    private = private_folder(output)
+    before = _withdrawn(private)
+    left_out = read_csv(private / QUARANTINE_FILE)
+    quarantined = {row.get(column) for row in left_out for column in ("input", "subject")}
     for name in names:
         keys = called.get(name, set())
         rows = {
@@ -193,10 +229,11 @@ def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
             if name in (key, subject) or key in keys
         }
         # A start that was killed had withdrawn them, and not forgotten their names.
-        if not rows and not (keys and keys <= before):
+        known = keys and keys <= before
+        if not rows and not known and not quarantined & _all_names(corpus, private, [name]):
             problems.append(
-                f"remove={name}: is no key or subject of {output}, and no name in {keymap.name} of "
-                "its private folder"
+                f"remove={name}: is no key or subject of {output}, and no name in {keymap.name} or "
+                f"{QUARANTINE_FILE} of its private folder"
             )
         found |= rows
     if len(found) == len(corpus):
@@ -248,13 +285,15 @@ def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]
     print_file = write_parquet(root / FINGERPRINTS_FILE, pa.concat_tables(prints))
     first = parts[0].corpus.info
     before = first["generations"]
+    classes = _classes(parts)
     info = {
         **first,
         "shards": shards,
         "index": {"file": INDEX_FILE, "sha256": index},
         "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": print_file},
         "generations": [*before, {"number": len(before) + 1, **generation}],
-        "counts": _counts(parts),
+        "classes": classes,
+        "counts": _counts(parts, classes),
     }
     for split in _splits(parts):
         write_split(split, root / "splits")
@@ -317,7 +356,13 @@ def _suffix(member: str) -> str:
     return table_suffix(payload) if payload != member else array_suffix(payload)
 
 
-def _counts(parts: Sequence[_Part]) -> dict[str, Any]:
+def _classes(parts: Sequence[_Part]) -> list[dict[str, Any]]:
+    """The class table of all: additions may have what was not there before."""
+    rows = {row["value"]: row for part in reversed(parts) for row in part.corpus.classes}
+    return [row for _, row in sorted(rows.items())]
+
+
+def _counts(parts: Sequence[_Part], classes: list[dict[str, Any]]) -> dict[str, Any]:
     """What corpus.json counts, of the wanted samples; what became of files is that of all preps."""
     metas = [part.corpus.meta(i) for part in parts for i in part.rows]
     told = [part.corpus.info["counts"] for part in parts]
@@ -329,7 +374,7 @@ def _counts(parts: Sequence[_Part]) -> dict[str, Any]:
     small = [key for one in told for key in one.get("not_comparable", [])]
     found["not_comparable"] = [key for key in small if key in keys]
     if parts[0].corpus.labelled:
-        found |= label_counts(metas, parts[0].corpus.classes)
+        found |= label_counts(metas, classes)
     return found
 
 
@@ -360,19 +405,44 @@ def _splits(parts: Sequence[_Part]) -> list[dict[str, Any]]:
 
 def _refuse_other_options(settings: PrepSettings, corpus: Corpus) -> None:
     """What all volumes of a corpus have in common, an addition must have as well."""
-    options = corpus.info["options"]
-    spacing = list(settings.spacing) if settings.spacing else None
+    mine = settings.shaping
+    if settings.labels is not None:
+        mine["labels"] = settings.labels
+    # Of before some options were not noted.
+    theirs = {name: value for name, value in corpus.info["options"].items() if name in mine}
     problems = [
-        f"{name}={mine}: {settings.output} was made with {name}={theirs}"
-        for name, mine, theirs in (
-            ("keys", settings.keys, options["keys"]),
-            ("spacing", spacing, options["spacing"]),
-            ("labels", settings.labels, corpus.labelled if settings.labels is not None else None),
-        )
-        if mine != theirs
+        f"{name}={config_text(mine[name])}: {settings.output} was made with "
+        f"{name}={config_text(value)}; an addition is made as that was"
+        for name, value in theirs.items()
+        if mine[name] != value
     ]
+    salt = private_folder(settings.output) / "salt"
+    if settings.keys == "hmac" and settings.salt is None and not salt.is_file():
+        problems.append(
+            f"salt: missing; {settings.output} was made with one that is not in {salt.parent}. "
+            "With another, subjects would get other names"
+        )
     if problems:
         raise InputError(problems)
+
+
+def _refuse_other_classes(settings: PrepSettings, corpus: Corpus, more: Corpus) -> None:
+    """A label value has one meaning in all of a corpus."""
+    names = {row["value"]: row["name"] for row in corpus.classes}
+    values = {row["name"]: row["value"] for row in corpus.classes}
+    strange = [
+        f"{row['value']}: {row['name']}"
+        for row in more.classes
+        if names.get(row["value"], row["name"]) != row["name"]
+        or values.get(row["name"], row["value"]) != row["value"]
+    ]
+    if strange:
+        for folder in (more.path, private_folder(more.path)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"classes={{{', '.join(strange[:5])}}}: {settings.output} has other names or values "
+            "for these; classes= gives the labels of an addition those of the corpus"
+        )
 
 
 def _withdrawn(private: Path) -> set[str]:
@@ -386,36 +456,76 @@ def _note_withdrawn(private: Path, corpus: Corpus, gone: set[int]) -> None:
     prints = corpus.scan_prints()
     keys = [corpus.keys[i] for i in gone]
     lines = _withdrawn(private) | {one for key in keys for one in (key, *prints[key])}
+    lines |= {f"{SUBJECT}{corpus.subjects[i]}" for i in gone}
     text = "".join(f"{line}\n" for line in sorted(lines))
     private.mkdir(mode=0o700, exist_ok=True)
     write_bytes(private / WITHDRAWN_FILE, text.encode(), mode=0o600)
 
 
-def _forget_names(private: Path) -> None:
-    """Takes the names of what was withdrawn out of the private folder."""
+def _forget(private: Path, left: set[str], names: set[str]) -> int:
+    """Takes what was withdrawn out of the private folder: names, rows and pictures.
+
+    Those of the withdrawn samples and of all that are copies of them; of subjects of whom nothing
+    is left all rows. Gives the number of rows of the quarantine that went.
+
+    Args:
+        private: the folder.
+        left: the subjects that the corpus still has.
+        names: what was asked for, which may be in the quarantine alone.
+    """
     gone = _withdrawn(private)
-    header, rows = _read_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS)
-    if any(row[0] in gone for row in rows):
-        write_csv(private / KEYMAP_FILE, header, [row for row in rows if row[0] not in gone])
+    subjects = {one.removeprefix(SUBJECT) for one in gone if one.startswith(SUBJECT)} - left
+    keymap = _rows(private / KEYMAP_FILE, KEYMAP_COLUMNS)
+    names = names | {row[2] for row in keymap if row[0] in gone}
+    quarantine = _rows(private / QUARANTINE_FILE, QUARANTINE_HEADER)
+    kept = [
+        (name, code, detail, subject)
+        for name, code, detail, subject in quarantine
+        if name not in names
+        and subject not in names | subjects
+        and gone.isdisjoint(_COPY_OF.findall(detail))
+    ]
+    if len(kept) < len(quarantine):
+        write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, kept)
+    for picture in (private / DUPLICATES).glob("*.png"):
+        stays, subject = pictured(picture)
+        if stays in gone or subject in names | subjects:
+            picture.unlink()
+    for name in (DUPLICATES_OF_BEFORE, REFUSED_FILE):
+        (private / name).unlink(missing_ok=True)
+    # Last, since it says which names are to go.
+    if any(row[0] in gone for row in keymap):
+        known = [row for row in keymap if row[0] not in gone]
+        write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, known)
+    return len(quarantine) - len(kept)
 
 
-def _join_private(private: Path, more: Path) -> None:
-    """Adds names and quarantine of an addition to those of its corpus."""
+def _all_names(corpus: Corpus, private: Path, names: Sequence[str]) -> set[str]:
+    """Names, and what the corpus calls them if they are those of subjects."""
+    if corpus.info["options"]["keys"] == "names":
+        return {*names, *map(slug, names)}
+    salt = read_salt(private / "salt") if (private / "salt").is_file() else None
+    return {*names, *(keyed_hash(salt, "subject", name) for name in names if salt)}
+
+
+def _join_private(private: Path, more: Path, generation: int) -> None:
+    """Adds names, quarantine and pictures of an addition to those of its corpus."""
+    private.mkdir(mode=0o700, exist_ok=True)
     for name, columns in (
         (KEYMAP_FILE, KEYMAP_COLUMNS),
-        (QUARANTINE_FILE, ["input", "code", "detail"]),
+        (QUARANTINE_FILE, QUARANTINE_HEADER),
     ):
-        header, rows = _read_csv(private / name, columns)
-        _, new = _read_csv(more / name, columns)
-        write_csv(private / name, header, [*rows, *(row for row in new if row not in rows)])
+        rows = _rows(private / name, columns)
+        new = _rows(more / name, columns)
+        write_csv(private / name, columns, [*rows, *(row for row in new if row not in rows)])
+
+    for picture in (more / DUPLICATES).glob("*.png"):
+        (private / DUPLICATES).mkdir(mode=0o700, exist_ok=True)
+        picture.replace(private / DUPLICATES / f"{generation}-{picture.name}")
 
 
-def _read_csv(path: Path, header: list[str]) -> tuple[list[str], list[list[str]]]:
-    if not path.is_file():
-        return header, []
-    with path.open(newline="", encoding="utf-8") as file:
-        first, *rows = csv.reader(file)
-    return first, rows
+def _rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    return [[row.get(column) or "" for column in columns] for row in read_csv(path)]
 
 
 def _note_index(output: Path, result: dict[str, Any]) -> None:

@@ -20,18 +20,21 @@ KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
 KEYMAP_FILE = "keymap.csv"
 QUARANTINE_FILE = "quarantine.csv"
-QUARANTINE_HEADER = ("input", "code", "detail")
+QUARANTINE_HEADER = ("input", "code", "detail", "subject")
 REFUSED_FILE = "refused.csv"
 """As the quarantine, of an input that gave no sample at all."""
 REQUEST_FILE = "request.json"
-DUPLICATES_FILE = "duplicates.png"
+DUPLICATES = "duplicates"
+"""A folder of pictures of copies."""
+DUPLICATES_OF_BEFORE = "duplicates.png"
+"""Was one picture of all, from which no subject can be taken away."""
 PRIVATE_FILES = (
     "salt",
     KEYMAP_FILE,
     QUARANTINE_FILE,
     REFUSED_FILE,
     REQUEST_FILE,
-    DUPLICATES_FILE,
+    DUPLICATES_OF_BEFORE,
 )
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
@@ -46,7 +49,7 @@ def slug(text: str) -> str:
     plain = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "x"
     if len(plain) <= 64 and KEY_PATTERN.fullmatch(plain):
         return plain
-    return f"{plain[:47]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    return f"{plain[:47]}-{hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()}"
 
 
 def key_names(cases: Sequence[Case]) -> dict[str, str]:
@@ -65,14 +68,21 @@ def key_names(cases: Sequence[Case]) -> dict[str, str]:
     return {
         name: key
         if again[key] == 1
-        else f"{key[:47]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+        else f"{key[:47]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
         for name, key in keys.items()
     }
 
 
 def keyed_hash(salt: bytes, purpose: str, text: str) -> str:
     """HMAC-SHA256, 128 bits in hex; `purpose` keeps keys and subjects apart."""
-    return hmac.new(salt, f"{purpose}\0{text}".encode(), hashlib.sha256).hexdigest()[:32]
+    return hmac.new(salt, os.fsencode(f"{purpose}\0{text}"), hashlib.sha256).hexdigest()[:32]
+
+
+def subject_name(settings: PrepSettings, salt: bytes, subject: str) -> str:
+    """What a corpus calls a subject of the input, the same in all inputs."""
+    if settings.keys == "names":
+        return slug(subject)
+    return keyed_hash(salt, "subject", subject)
 
 
 def read_salt(path: Path | None) -> bytes | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import blosc2
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus
+from data_prep.files import write_bytes
 from data_prep.scan import Scanned
 from data_prep.shards import array_suffix
 from data_prep.work import WorkFolder
@@ -33,28 +36,46 @@ def draw_pairs(
     samples: Sequence[Scanned],
     work: WorkFolder,
     corpus: Corpus,
-) -> bytes:
-    """A PNG of copies (left) and of what stays (right).
+    folder: Path,
+) -> None:
+    """Makes a folder of pictures: copies (left) and what stays (right).
+
+    Each pair has its own, named by number, key of what stays and subject of the copy, so that the
+    pictures of a subject can go.
 
     Args:
         pairs: numbers of both cases, and their similarity.
         samples: the cases that were scanned, by number.
         work: has the voxels of what is left out.
         corpus: has those of what stays.
+        folder: what is in it goes first.
     """
+    shutil.rmtree(folder, ignore_errors=True)
+    if pairs:
+        folder.mkdir(mode=0o700, parents=True)
+    by_number = {sample.number: sample for sample in samples}
+    for n, (number, stays, share) in enumerate(pairs[:MOST_PAIRS]):
+        copy, key = by_number[number], by_number[stays].key
+        picture = _side_by_side(
+            (_left_out(copy, work), f"left out, {share:.0%} of features"),
+            (middle_slice(corpus, corpus.position(key)), key),
+        )
+        write_bytes(folder / f"{n:02}.{key}.{copy.meta['subject']}.png", picture, mode=0o600)
+
+
+def pictured(picture: Path) -> tuple[str, str]:
+    """Whom a picture of `draw_pairs` shows: key of what stays, subject of the copy."""
+    _, stays, subject, _ = picture.name.split(".")
+    return stays, subject
+
+
+def _side_by_side(*shown: tuple[Picture, str]) -> bytes:
     from matplotlib.figure import Figure
 
-    by_number = {sample.number: sample for sample in samples}
-    shown = pairs[:MOST_PAIRS]
-    figure = Figure(figsize=(7.2, 2.6 * len(shown)), layout="constrained")
-    axes = figure.subplots(len(shown), 2, squeeze=False)
-    for row, (number, stays, share) in zip(axes, shown, strict=True):
-        key = by_number[stays].key
-        row[0].imshow(_left_out(by_number[number], work), cmap="gray", vmin=0, vmax=1)
-        row[1].imshow(middle_slice(corpus, corpus.position(key)), cmap="gray", vmin=0, vmax=1)
-        row[0].set_title(f"left out, {share:.0%} of features", fontsize=9)
-        row[1].set_title(key, fontsize=9)
-    for axis in axes.flat:
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    for axis, (picture, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=9)
         axis.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)

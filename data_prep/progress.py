@@ -7,6 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.files import legible
+
+
+def tell(line: str) -> None:
+    """Prints a line, whatever names of files are in it."""
+    print(legible(line))
+
 
 class _Log:
     """A log file has no carriage to return: each state of the bar is a line of its own."""

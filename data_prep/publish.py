@@ -13,7 +13,7 @@ from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE,
 from data_prep.deface import may_be_head
 from data_prep.files import write_bytes, write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
-from data_prep.layouts.case import Case, Layout, LeftOut, case_id
+from data_prep.layouts.case import Case, Layout, LeftOut, case_id, subject_from_name
 from data_prep.naming import (
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
@@ -23,6 +23,7 @@ from data_prep.naming import (
     REFUSED_FILE,
     REQUEST_FILE,
     private_folder,
+    subject_name,
 )
 from data_prep.plan import Plan
 from data_prep.request import versions
@@ -70,11 +71,10 @@ def complete(
         "layout": _public_layout(layout),
         "classes": classes,
         "options": {
-            "keys": settings.keys,
+            **settings.shaping,
             "labels": labelled,
             "modality": settings.modality,
             "shard_mib": settings.shard_mib,
-            "spacing": list(settings.spacing) if settings.spacing else None,
         },
         "versions": versions(),
         "counts": counts,
@@ -106,7 +106,12 @@ def complete(
         modalities=_count(m["channels"][0]["modality"] for m in metas),
         splits=splits,
         index_hash=index_hash,
-        notes=[*_head_notes(metas), *_comparison_notes(counts), *_label_notes(counts)],
+        notes=[
+            *_book_notes(layout, left_out, files["total"]),
+            *_head_notes(metas),
+            *_comparison_notes(counts),
+            *_label_notes(counts),
+        ],
     )
     return result, left_out
 
@@ -231,13 +236,31 @@ def _account(
     return counts
 
 
+def _book_notes(layout: Layout, left_out: Sequence[LeftOut], total: int) -> list[str]:
+    """Whether what became of files is of all that were found in a folder, and of each once."""
+    if not layout.files:
+        return []
+    named = {row.name for row in left_out} - {case.name for case in layout.cases}
+    named |= {*layout.ignored, *(_beside(c, path) for c in layout.cases for path in c.files)}
+    lost = layout.files - named
+    if not lost and total == len(named):
+        return []
+    return [
+        f"the books do not add up, which is a mistake of voxelith: of {len(layout.files)} files "
+        f"{len(lost)} are in no row, and {total} are counted where {len(named)} are named"
+    ]
+
+
 def _beside(case: Case, path: Path) -> str:
     """A label's name in the terms of the input: relative to the same root as its image's."""
-    root = Path(str(case.images[0])[: -len(case.name)] or ".")
+    image, name = str(case.images[0]), str(Path(case.name))
+    if not image.endswith(name):
+        name = name.rpartition(" (volume")[0]
+    root = Path(image[: len(image) - len(name)] or ".")
     try:
         return path.relative_to(root).as_posix()
     except ValueError:
-        return path.name
+        return str(path)
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:
@@ -277,13 +300,31 @@ def publish(
         for job in (jobs[sample.number] for sample in kept)
     ]
     write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
-    rows = sorted([row.name, row.code, row.detail] for row in left_out)
+    stored = {sample.number for sample in kept}
+    others = [job for job in jobs if job.number not in stored]
+    subjects = _subjects_left_out(settings, others, left_out, salt)
+    rows = sorted([row.name, row.code, row.detail, subjects.get(row.name, "")] for row in left_out)
     write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
     (private / REFUSED_FILE).unlink(missing_ok=True)
     note = canonical_json({"request": request, "index": result.index_hash})
     write_bytes(private / REQUEST_FILE, note, mode=0o600)
 
     take_place(work.corpus, settings.output)
+
+
+def _subjects_left_out(
+    settings: PrepSettings, jobs: Sequence[ScanJob], left_out: Sequence[LeftOut], salt: bytes
+) -> dict[str, str]:
+    """The subject of each file that was left out, as the corpus would call it, where it is known.
+
+    So that a subject that is withdrawn goes from the quarantine too.
+    """
+    found = {row.name: row.subject or subject_from_name(row.name) for row in left_out}
+    found = {n: subject_name(settings, salt, s) if s else "" for n, s in found.items()}
+    for job in jobs:
+        names = [job.case.name, *(_beside(job.case, path) for path in job.case.files[1:])]
+        found |= {name: job.subject for name in names if name in found}
+    return found
 
 
 def take_place(corpus: Path, output: Path) -> None:

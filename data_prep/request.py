@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
     files = []
     for case in layout.cases:
         for path in case.files:
-            if path.exists():
+            with suppress(OSError, ValueError):  # what is not there, scanning finds and says
                 state = path.stat()
                 files.append([str(path), state.st_size, state.st_mtime_ns])
         told = [case.subject, case.sequence, case.source, case.licence, case.split, case.fold]
@@ -310,7 +311,7 @@ def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[Left
     private = private_folder(settings.output)
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     rows = sorted([row.name, row.code, row.detail] for row in left_out)
-    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER, rows)
+    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER[:3], rows)
     return f"{said} Left out: {'; '.join(shown)}. All of them: {private / REFUSED_FILE}"
 
 

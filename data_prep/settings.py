@@ -18,6 +18,11 @@ NEVER_RESAMPLED = (
     "leave it out, or set labels=false (finetune resamples on the way in)"
 )
 
+SHAPING = {
+    "keys", "spacing", "sheared", "crop", "deface", "minimum_slices", "empty_labels", "overlap",
+    "duplicates",
+}  # fmt: skip
+
 Millimetres = Annotated[float, Field(ge=0.05, le=100)]
 
 
@@ -195,6 +200,15 @@ class PrepSettings(BaseModel):
         return self
 
     @property
+    def shaping(self) -> dict[str, Any]:
+        """The options that decide what samples there are and what is in them.
+
+        What the input is (`layout`, `modality`, `channels`, ...) may differ from addition to
+        addition; these may not.
+        """
+        return self.model_dump(mode="json", include=SHAPING)
+
+    @property
     def resamples(self) -> str:
         """The settings that give volumes another grid, as words for a message; empty: none."""
         asked = {"spacing": self.spacing is not None, "sheared": self.sheared == "resample"}
@@ -221,7 +235,9 @@ class RemoveSettings(BaseModel):
         given = [self.remove] if isinstance(self.remove, str) else list(self.remove)
         found = []
         for one in given:
-            lines = Path(one).read_text().splitlines() if Path(one).is_file() else [one]
+            path, lines = Path(one), [one]
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
             found += [line.strip() for line in lines if line.strip()]
         return found
 

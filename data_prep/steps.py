@@ -20,9 +20,8 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import FailedError, InputError
-from data_prep.files import write_bytes
 from data_prep.layouts.case import Layout, LeftOut
-from data_prep.naming import DUPLICATES_FILE
+from data_prep.naming import DUPLICATES
 from data_prep.pictures import draw_pairs
 from data_prep.plan import Plan, make_plan, read_plan, write_plan
 from data_prep.progress import bar
@@ -161,12 +160,11 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
     result, left_out = complete(
         prep.settings, prep.layout, prep.jobs, kept, written, plan, work.corpus
     )
-    if plan.pairs:
-        numbers = {number for copy, stays, _ in plan.pairs for number in (copy, stays)}
-        told = [s for n in sorted(numbers) if isinstance(s := read_case(work, n), Scanned)]
-        picture = draw_pairs(plan.pairs, told, work, Corpus.open(work.corpus))
-        result.private.mkdir(mode=0o700, exist_ok=True)
-        write_bytes(result.private / DUPLICATES_FILE, picture, mode=0o600)
+    numbers = {number for copy, stays, _ in plan.pairs for number in (copy, stays)}
+    told = [s for n in sorted(numbers) if isinstance(s := read_case(work, n), Scanned)]
+    result.private.mkdir(mode=0o700, exist_ok=True)
+    copies = result.private / DUPLICATES
+    draw_pairs(plan.pairs, told, work, Corpus.open(work.corpus), copies)
     publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
     report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")
     return result

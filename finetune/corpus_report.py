@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from data_prep.corpus import Corpus
-from data_prep.files import write_text
+from data_prep.files import legible, read_csv, write_text
 from data_prep.licences import strictest_first
-from data_prep.naming import DUPLICATES_FILE, QUARANTINE_FILE, private_folder
+from data_prep.naming import DUPLICATES, DUPLICATES_OF_BEFORE, QUARANTINE_FILE, private_folder
 from data_prep.pictures import middle_slice
 from finetune.figures import ARM_COLOURS, FAINT, STYLE, WIDTH, png, svg
 from finetune.pages import data_uri, render
@@ -41,7 +40,8 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
     info = corpus.info
     counts = info["counts"]
     path = output if output.suffix == ".html" else output / "report.html"
-    copies = private_folder(corpus_path) / DUPLICATES_FILE
+    private = private_folder(corpus_path)
+    copies = [private / DUPLICATES_OF_BEFORE, *sorted((private / DUPLICATES).glob("*.png"))]
     page = render(
         "corpus.html.j2",
         name=info["name"],
@@ -55,7 +55,7 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
         shapes=data_uri(_draw_sizes(corpus).encode(), "image/svg+xml"),
         intensities=data_uri(_draw_intensities(corpus).encode(), "image/svg+xml"),
         slices=data_uri(_draw_slices(corpus), "image/png"),
-        copies=data_uri(copies.read_bytes(), "image/png") if copies.is_file() else None,
+        copies=[data_uri(one.read_bytes(), "image/png") for one in copies if one.is_file()],
         not_comparable=len(counts.get("not_comparable", [])),
         generations=info["generations"],
         versions=info["versions"],
@@ -83,12 +83,11 @@ def _reasons(corpus: Corpus, path: Path) -> list[tuple[str, int, list[str]]]:
     """Code, count and examples of what was left out."""
     examples: dict[str, list[str]] = {}
     file = private_folder(path) / QUARANTINE_FILE
-    if corpus.info["options"]["keys"] == "names" and file.is_file():
-        with file.open(newline="", encoding="utf-8") as opened:
-            for row in csv.DictReader(opened):
-                found = examples.setdefault(row["code"], [])
-                if len(found) < EXAMPLES:
-                    found.append(f"{row['input']}: {row['detail']}")
+    if corpus.info["options"]["keys"] == "names":
+        for row in read_csv(file):
+            found = examples.setdefault(row["code"], [])
+            if len(found) < EXAMPLES:
+                found.append(legible(f"{row['input']}: {row['detail']}"))
     rejected = Counter(corpus.info["counts"]["rejected"])
     return [(code, n, examples.get(code, [])) for code, n in rejected.most_common()]
 

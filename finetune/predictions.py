@@ -192,7 +192,7 @@ def _off_grid(file: Path, corpus: Corpus, key: str) -> str:
 def _read_keymap(path: Path, keys: Iterable[str]) -> dict[str, Scan]:
     """The scan of each case of the corpus, by key."""
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
         raise InputError(f"keymap={path}: cannot be read ({error})") from error

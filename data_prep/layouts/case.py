@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming
 from data_prep.images import BESIDE, DETACHED, SUFFIXES, SeriesFiles
 
 # Files that data sets ship beside their scans; they are counted, not judged.
@@ -87,16 +88,29 @@ class Case:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file of the case."""
-        return (*self.image_files, *self.label_files, *((self.mask,) if self.mask else ()))
+        return (*self.image_files, *self._beside_images)
+
+    @property
+    def stated_files(self) -> tuple[Path, ...]:
+        """Those that a list can state; of a DICOM series the first."""
+        return (*self.images, *self._beside_images)
+
+    @property
+    def _beside_images(self) -> tuple[Path, ...]:
+        return (*self.label_files, *((self.mask,) if self.mask else ()))
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that is no sample: its name in the input, a stable code, and what was found."""
+    """A file that is no sample: its name in the input, a stable code, and what was found.
+
+    `subject` is known to the layout where no case is; of a case it is the case's.
+    """
 
     name: str
     code: str
     detail: str
+    subject: str = ""
 
 
 @dataclass
@@ -107,6 +121,7 @@ class Layout:
         classes: Label values and their names, where the data set states them.
         regions: Names of unions of label values, where the data set states them.
         folds: The content of splits_final.json where the data set has one.
+        files: Names of all files of a folder, to be compared with what becomes of them.
     """
 
     description: str
@@ -116,6 +131,7 @@ class Layout:
     classes: dict[int, str] | None = None
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folds: list[dict[str, list[str]]] | None = None
+    files: frozenset[str] = frozenset()
 
 
 def case_id(case: Case) -> str:
@@ -175,34 +191,76 @@ def subject_from_name(name: str) -> str:
     return found.group(1) if found else ""
 
 
-def files_below(root: Path) -> list[Path]:
-    """All files below a folder but hidden ones, in a fixed order.
+def below(folder: Path, stated: str) -> Path | None:
+    """The path that a data set's own list states; None if it leads out of the folder, or is none.
 
-    Links are followed, since data is often linked together; never to a folder that holds them.
+    Links in the folder may lead anywhere: who can put them there can read what they lead to.
+    """
+    path, whole = Path(stated), folder.absolute()
+    if path.is_absolute() and path.is_relative_to(whole):
+        path = path.relative_to(whole)
+    if not stated or path.is_absolute() or ".." in path.parts:
+        return None
+    return folder / path
+
+
+def is_there(path: Path, folder: bool = False) -> bool:
+    """Whether a file or folder is there; of a name that none can have too."""
+    try:
+        return path.is_dir() if folder else path.is_file()
+    except OSError:
+        return False
+
+
+def read_description(path: Path) -> Any:
+    """What is in the JSON file that describes a data set.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or of more levels or other characters than one can work with.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode()  # halves of characters cannot be stored
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    return data
+
+
+def files_below(root: Path) -> list[Path]:
+    """All files below a folder, in a fixed order; not hidden ones, and no pipes or sockets.
+
+    Links are followed, since data is often linked together. A folder that several ways lead to is
+    seen once, by the shortest, and rather by its own name than by a link.
 
     Raises:
         InputError: with all folders that cannot be read.
     """
-    closed: list[OSError] = []
+    closed: list[str] = []
     found: list[Path] = []
-    above = {root: {_identity(root)}}
-    for folder, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
-        here = Path(folder)
-        inside = above.pop(here)
-        below: dict[str, tuple[int, int]] = {}
-        try:
-            shown = [here / name for name in names if not name.startswith(".")]
-            # A link to nothing counts too: it is a case whose file is missing, and has a name.
-            found += [path for path in shown if path.is_file() or path.is_symlink()]
-            below = {name: _identity(here / name) for name in folders if not name.startswith(".")}
-        except PermissionError as error:  # of a folder that can be listed and not entered
-            closed.append(OSError(error.errno, error.strerror, folder))
-        folders[:] = [name for name, place in below.items() if place not in inside]
-        above |= {here / name: inside | {below[name]} for name in folders}
+    level, seen = [root], {_identity(root)}
+    while level:
+        folders: list[Path] = []
+        for here in level:
+            try:
+                for path in sorted(p for p in here.iterdir() if not p.name.startswith(".")):
+                    if path.is_file():
+                        found.append(path)
+                    elif path.is_dir():
+                        folders.append(path)
+                    elif path.is_symlink():
+                        # A link to nothing counts too: it is a case whose file is missing.
+                        found.append(path)
+            except OSError as error:
+                closed.append(f"{here}: cannot be read ({error.strerror})")
+        level = []
+        for path in sorted(folders, key=lambda path: (path.is_symlink(), path)):
+            if (place := _identity(path)) not in seen:
+                seen.add(place)
+                level.append(path)
     if closed:
-        raise InputError(
-            [f"{error.filename}: cannot be read ({error.strerror})" for error in closed]
-        )
+        count = f"{len(closed)} folders of {root} cannot be read"
+        raise InputError([Naming(problem, count) for problem in closed])
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 

@@ -6,18 +6,18 @@ MONAI's lists add `validation` pairs. Several modalities are the volumes of one 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
     Case,
     Layout,
-    files_below,
+    below,
     leave_out,
     modality_from_name,
+    read_description,
     subject_from_name,
 )
 
@@ -29,7 +29,7 @@ def from_decathlon(root: Path, files: list[Path]) -> Layout | None:
     """
     path = root / "dataset.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_description(path)
         rows = [("training", row) for row in data["training"]]
         rows += [("validation", row) for row in data.get("validation", [])]
         rows += [("test", row) for row in data.get("test", [])]
@@ -44,10 +44,13 @@ def from_decathlon(root: Path, files: list[Path]) -> Layout | None:
     split = any(part != "training" and label for part, _, label in named)
     listed: set[Path] = set()
     problems = []
-    for part, image_name, label_name in named:
-        image, label = _inside(root, image_name), _inside(root, label_name)
+    for row, (part, image_name, label_name) in enumerate(named, start=1):
+        image, label = below(root, image_name), below(root, label_name)
         if image is None or (label_name and label is None):
-            problems.append(f"{path}: {image_name!r} or its label lies outside the folder")
+            outside = "or its label lies outside the folder"
+            problems.append(
+                Naming(f"{path}: {image_name!r} {outside}", f"{path}: image {row} {outside}")
+            )
             continue
         name = image.relative_to(root).as_posix()
         listed.update({image, label} if label else {image})
@@ -64,7 +67,7 @@ def from_decathlon(root: Path, files: list[Path]) -> Layout | None:
         )
     if problems:
         raise InputError(problems)
-    rest = [file for file in files_below(root) if file not in listed]
+    rest = [file for file in files if file not in listed]
     leave_out(root, rest, layout, "not_listed", "dataset.json does not list it")
     layout.cases.sort(key=lambda case: case.name)
     return layout
@@ -78,11 +81,3 @@ def _names(row: Any, part: str) -> tuple[str, str, str]:
         return part, row, ""
     label = row.get("label", "") if part == "test" else row["label"]
     return part, str(row["image"]), str(label)
-
-
-def _inside(root: Path, name: str) -> Path | None:
-    """A path below the root, or None if there is no name or it leads out of it."""
-    parts = Path(name).parts
-    if not name or Path(name).is_absolute() or ".." in parts:
-        return None
-    return root.joinpath(*parts)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming
 from data_prep.folds import FOLDS_FILE, read_folds
 from data_prep.images import open_image
 from data_prep.layouts.bids import from_bids
-from data_prep.layouts.case import BETWEEN_CHANNELS, Case, Layout, case_id, files_below
+from data_prep.layouts.case import BETWEEN_CHANNELS, Case, Layout, LeftOut, case_id, files_below
 from data_prep.layouts.decathlon import from_decathlon
 from data_prep.layouts.folders import from_folders
 from data_prep.layouts.lists import from_csv
 from data_prep.layouts.nnssl import from_nnssl
 from data_prep.layouts.nnunet import from_nnunet
 from data_prep.layouts.piles import from_pairs, from_pile
+
+# No file system has longer names, or paths.
+NAME_BYTES = 255
+PATH_BYTES = 4000
 
 READERS: dict[str, Callable[[Path, list[Path]], Layout | None]] = {
     "nnssl": from_nnssl,
@@ -51,6 +57,9 @@ def find_cases(
             once).
     """
     layout = _recognise(source, channels, forced)
+    _leave_impossible(layout)
+    layout.cases = list(dict.fromkeys(layout.cases))
+    _refuse_twice(source, layout.cases)
     if subjects is not None:
         layout.cases = [replace(c, subject=_subject(c, subjects)) for c in layout.cases]
     if channels:
@@ -59,6 +68,31 @@ def find_cases(
     if volumes != "refuse":
         layout.cases = [part for case in layout.cases for part in _parts(case, volumes)]
     return layout
+
+
+def _refuse_twice(source: Path, cases: Sequence[Case]) -> None:
+    """Lists may state a case twice; not as two different ones."""
+    twice = sorted(name for name, n in Counter(case.name for case in cases).items() if n > 1)
+    if twice:
+        how = "listed twice, with other labels, subjects or parts of the split; keep one of each"
+        said = f"input={source}: {{}} {'is' if len(twice) == 1 else 'are'} {how}"
+        shown = ", ".join(twice[:5]) + (", ..." if len(twice) > 5 else "")
+        raise InputError(Naming(said.format(shown), said.format(f"{len(twice)} images")))
+
+
+def _leave_impossible(layout: Layout) -> None:
+    """Cases with names that lists state and no file can have: to ask for one is an error."""
+    wrong = [case for case in layout.cases if not all(map(_can_be, case.stated_files))]
+    layout.left_out += [
+        LeftOut(case.name, "missing_file", "a name of its files is longer than any can be")
+        for case in wrong
+    ]
+    layout.cases = [case for case in layout.cases if case not in wrong]
+
+
+def _can_be(path: Path) -> bool:
+    parts = [len(os.fsencode(part)) for part in path.parts]
+    return max(parts, default=0) <= NAME_BYTES and sum(parts) + len(parts) <= PATH_BYTES
 
 
 def _parts(case: Case, volumes: str) -> list[Case]:
@@ -112,6 +146,7 @@ def _recognise(source: Path, channels: Sequence[str], forced: str) -> Layout:
         raise InputError(
             f"layout={forced}: {source} is not laid out like that; auto looks what fits"
         )
+    layout.files = frozenset(path.relative_to(source).as_posix() for path in files)
     if (source / FOLDS_FILE).is_file():
         layout.folds = read_folds(source / FOLDS_FILE)
     return layout

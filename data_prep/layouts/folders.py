@@ -121,10 +121,18 @@ def _read_meta(root: Path, layout: Layout) -> None:
     path = root / META
     if not path.is_file():
         return
-    text = path.read_text(encoding="utf-8-sig")
+    # Its notes may be of any encoding; names are those of folders, byte by byte.
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     first = text.splitlines()[0] if text.strip() else ""
-    rows = list(csv.DictReader(text.splitlines(), delimiter=";" if ";" in first else ","))
-    parts = {row.get("image_id", ""): (row.get("split") or "").strip().lower() for row in rows}
+    try:
+        rows = list(csv.DictReader(text.splitlines(), delimiter=";" if ";" in first else ","))
+    except csv.Error as error:
+        raise InputError(f"{path}: not readable as CSV ({error})") from error
+    parts = {
+        row["image_id"]: (row.get("split") or "").strip().lower()
+        for row in rows
+        if row.get("image_id")
+    }
     strange = sorted({part for part in parts.values() if part and part not in SPELLINGS})
     if strange:
         raise InputError(f"{path}: split {', '.join(strange)}; train, val or test is needed")

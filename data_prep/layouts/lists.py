@@ -17,6 +17,7 @@ from data_prep.layouts.case import (
     Case,
     Layout,
     files_below,
+    is_there,
     modality_from_name,
     subject_from_name,
 )
@@ -37,13 +38,7 @@ def from_csv(path: Path) -> Layout:
 
     Raises InputError with all mistakes of the list.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"input={path}: not readable as UTF-8 text ({error})") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    header = [str(name).strip() for name in reader.fieldnames or []]
-    reader.fieldnames = header
+    header, rows = _read(path)
     problems = []
     if "image" not in header:
         problems.append(f"{path}: has no column 'image'; the columns can be {', '.join(COLUMNS)}")
@@ -55,7 +50,7 @@ def from_csv(path: Path) -> Layout:
     layout = Layout(f"list {path.name}")
     seen: dict[str, int] = {}
     counts: dict[int, int] = {}
-    for line, row in enumerate(reader, start=2):
+    for line, row in enumerate(rows, start=2):
         cells = {str(name): (value or "").strip() for name, value in row.items() if name}
         if not any(cells.values()):
             continue
@@ -63,7 +58,7 @@ def from_csv(path: Path) -> Layout:
         problems += wrong
         if not wrong:
             case = _row_case(path.parent, cells)
-            if case.images[0].is_dir():
+            if is_there(case.images[0], folder=True):
                 found = _series_of(f"{path}, line {line}", case)
                 problems += found if isinstance(found, list) else []
                 case = case if isinstance(found, list) else replace(case, series=found)
@@ -77,6 +72,23 @@ def from_csv(path: Path) -> Layout:
     if not layout.cases:
         raise InputError(f"input={path}: the list is empty")
     return layout
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
+    """The header and the rows of a list."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"input={path}: not readable as UTF-8 text ({error})") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        reader.fieldnames = header = [str(name).strip() for name in reader.fieldnames or []]
+        return header, list(reader)
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, after line {reader.line_num}: not readable as CSV ({error}); is a quote "
+            "missing?"
+        ) from error
 
 
 def _row_problems(

@@ -6,12 +6,22 @@ an image was anonymised, which carries no loss, and where its anatomy is, which 
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.layouts.case import GROUPS, Case, Layout, leave_out, modality_from_name
+from data_prep.errors import InputError, Naming
+from data_prep.layouts.case import (
+    GROUPS,
+    Case,
+    Layout,
+    below,
+    is_there,
+    leave_out,
+    modality_from_name,
+    read_description,
+)
 
 FILE = "pretrain_data.json"
 # MR by the names of its sequences, as OpenMind has them: T1w, inplaneT2, MP2RAGE, FA, MD, ...
@@ -22,10 +32,13 @@ _OTHER = ("PET", "SPECT", "US", "XA", "MG")
 def from_nnssl(root: Path, files: list[Path]) -> Layout | None:
     """The images of pretrain_data.json; None if there is none or it is something else.
 
-    Paths may begin with `$name`: an environment variable, or where there is none this folder.
+    Paths may begin with `$name`: an environment variable, or where there is none this folder. They
+    lie in that folder.
+
+    Raises InputError if a path leads out of it.
     """
     try:
-        data = json.loads((root / FILE).read_text(encoding="utf-8"))
+        data = read_description(root / FILE)
         rows = [
             (str(name), str(subject_id), subject, image)
             for name, dataset in data["datasets"].items()
@@ -33,8 +46,12 @@ def from_nnssl(root: Path, files: list[Path]) -> Layout | None:
             for session in subject["sessions"].values()
             for image in session["images"]
         ]
-        cases = [_case(root, *row) for row in rows]
-        masks = {_file(root, str(mask)) for *_, image in rows for mask in _masks(image).values()}
+        stated = {path: number for number, row in enumerate(rows, 1) for path in _stated(row[-1])}
+        found = {path: _file(root, path) for path in stated}
+        _refuse_outside(root / FILE, {p: n for p, n in stated.items() if found[p] is None})
+        places = {path: file for path, file in found.items() if file is not None}
+        cases = [_case(root, places, *row) for row in rows]
+        masks = {places[mask] for *_, image in rows for mask in _masks(image).values()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None
     layout = Layout(f"nnssl collection ({FILE})", sorted(cases, key=lambda case: case.name))
@@ -45,8 +62,26 @@ def from_nnssl(root: Path, files: list[Path]) -> Layout | None:
     return layout
 
 
-def _case(root: Path, dataset: str, subject_id: str, subject: Any, image: Any) -> Case:
-    file = _file(root, str(image["image_path"]))
+def _refuse_outside(path: Path, outside: Mapping[str, int]) -> None:
+    where = "lies outside the folder that it may lie in; copy the file there, or link to it"
+    if outside:
+        raise InputError(
+            [
+                Naming(f"{path}: {stated!r} {where}", f"{path}: a path of image {number} {where}")
+                for stated, number in outside.items()
+            ]
+        )
+
+
+def _case(
+    root: Path,
+    places: Mapping[str, Path],
+    dataset: str,
+    subject_id: str,
+    subject: Any,
+    image: Any,
+) -> Case:
+    file = places[str(image["image_path"])]
     mask = _masks(image).get("anonymization_mask")
     name = file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
     told = subject.get("subject_info") or {}
@@ -54,7 +89,7 @@ def _case(root: Path, dataset: str, subject_id: str, subject: Any, image: Any) -
     return Case(
         name=name,
         images=(file,),
-        mask=None if mask is None else _file(root, str(mask)),
+        mask=None if mask is None else places[mask],
         id=str(image.get("name") or ""),
         # Numbers of subjects begin anew in each data set.
         subject=f"{dataset}/{subject_id}",
@@ -65,8 +100,13 @@ def _case(root: Path, dataset: str, subject_id: str, subject: Any, image: Any) -
     )
 
 
-def _masks(image: Any) -> dict[str, Any]:
-    return {k: v for k, v in (image.get("associated_masks") or {}).items() if v is not None}
+def _masks(image: Any) -> dict[str, str]:
+    return {k: str(v) for k, v in (image.get("associated_masks") or {}).items() if v is not None}
+
+
+def _stated(image: Any) -> list[str]:
+    """All paths of an image."""
+    return [str(image["image_path"]), *_masks(image).values()]
 
 
 def _modality(sequence: str, name: str) -> str | None:
@@ -78,14 +118,15 @@ def _modality(sequence: str, name: str) -> str | None:
     return "MR" if word else modality_from_name(name)
 
 
-def _file(root: Path, stated: str) -> Path:
+def _file(root: Path, stated: str) -> Path | None:
+    """Where a stated path is; None if it leads out of the folder that it may be in."""
     first, _, rest = stated.partition("/")
     if not first.startswith("$"):
-        return root / stated
+        return below(root, stated)
     place = os.environ.get(first[1:])
     if place is not None:
-        return Path(place) / rest
+        return below(Path(place), rest)
     # Of their own folders some last part is this one: $nnssl_raw/Dataset745_OpenMind/ds1/x.nii.gz.
     parts = Path(rest).parts
-    whole = [root.joinpath(*parts[n:]) for n in range(max(1, len(parts)))]
-    return next((one for one in whole if one.is_file()), root / rest)
+    whole = [below(root, "/".join(parts[n:])) for n in range(len(parts))]
+    return next((one for one in whole if one and is_there(one)), below(root, rest))

@@ -7,7 +7,6 @@ version 1 has `modality` and `labels` {value: name}.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,10 @@ from data_prep.layouts.case import (
     Layout,
     LeftOut,
     is_image,
+    is_there,
     leave_out,
     modality_from_name,
+    read_description,
     stem,
     subject_from_name,
 )
@@ -130,12 +131,12 @@ def _is_listed(root: Path, data: Mapping[str, Any]) -> bool:
         return False
     rows = data["training"]
     first = rows[0] if isinstance(rows, list) and rows else None
-    return isinstance(first, dict) and (root / str(first.get("image", ""))).is_file()
+    return isinstance(first, dict) and is_there(root / str(first.get("image", "")))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_description(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -166,7 +167,7 @@ def _described(
         name, value = (content, key) if isinstance(content, str) else (key, content)
         try:
             found = tuple(int(v) for v in (value if isinstance(value, list) else [value]))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{path}: label {name!r} has value {value!r}; whole numbers are needed")
             continue
         if name in values:

@@ -99,10 +99,10 @@ def _add_series(root: Path, files: list[Path], layout: Layout) -> None:
                 )
             )
         if found.refusal is not None:
-            first, *others = names
-            layout.left_out.append(LeftOut(first, found.refusal.code, found.refusal.detail))
+            code, detail = found.refusal.code, found.refusal.detail
             layout.left_out += [
-                LeftOut(name, found.refusal.code, f"of the series of {first}") for name in others
+                LeftOut(name, code, f"of the series of {names[0]}" if n else detail, found.subject)
+                for n, name in enumerate(names)
             ]
 
 

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from phantoms import (
 from pydantic import ValidationError
 
 from data_prep.build import prep
+from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.naming import KEY_PATTERN, slug
@@ -29,11 +33,15 @@ from data_prep.settings import PrepResult, PrepSettings
 from data_prep.volume import read_nifti
 from data_prep.write import assign_shards
 
+ROOT = Path(__file__).parents[2]
+
 
 def run(source: Path, output: Path, **options: Any) -> tuple[PrepResult, list[str]]:
     lines: list[str] = []
     settings = PrepSettings(input=source, output=output, **{"processes": 1, **options})
-    return prep(settings, say=lines.append), lines
+    result = prep(settings, say=lines.append)
+    assert not any("books" in line for line in lines)
+    return result, lines
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -84,6 +92,32 @@ def test_bytes_do_not_depend_on_the_number_of_processes(
     one, three = tree(tmp_path / "one" / "c"), tree(tmp_path / "three" / "c")
     assert one == three
     assert sum(name.startswith("shards/") for name in one) > 2
+
+
+@pytest.mark.parametrize("keys", ["hmac", "names"])
+def test_names_that_are_no_utf8_are_names(
+    keys: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As archives of old systems unpack to."""
+    for number, name in enumerate((b"M\xfcller", b"M\xe4ller")):
+        (folder / f"scan{number}.nii.gz").rename(folder / os.fsdecode(name + b".nii.gz"))
+    save_text(folder / os.fsdecode(b"K\xf6hler.nii.gz"))
+    command = [sys.executable, "-m", "voxelith", "prep", f"output={tmp_path / 'c'}"]
+    words = [f"input={folder}", "processes=1", f"keys={keys}"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as most locales have it
+    subprocess.run([*command, *words], cwd=ROOT, env=strict, check=True)
+    shown = capfd.readouterr().out
+    assert ("K\N{REPLACEMENT CHARACTER}hler.nii.gz" in shown) == (keys == "names")
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(corpus) == len(set(corpus.keys)) == 6 and check(tmp_path / "c") == []
+    private = tmp_path / "c.private"
+    assert b"M\xfcller.nii.gz" in (private / "keymap.csv").read_bytes()
+    assert b"K\xf6hler.nii.gz,not_an_image" in (private / "quarantine.csv").read_bytes()
+    (tmp_path / "gone.txt").write_bytes(b"M\xfcller.nii.gz\n")
+    withdrawn = [*command, f"remove={tmp_path / 'gone.txt'}"]
+    subprocess.run(withdrawn, cwd=ROOT, env=strict, check=True)
+    assert len(Corpus.open(tmp_path / "c")) == 5
+    assert b"M\xfcller" not in (private / "keymap.csv").read_bytes()
 
 
 def test_every_bad_file_is_left_out_with_its_reason(folder: Path, tmp_path: Path) -> None:

@@ -349,6 +349,7 @@ def test_each_fault_has_its_own_code_and_good_scans_stay(tmp_path: Path, seed: i
         processes=1,
     )  # fmt: skip
     result = prep(settings, say=lambda line: None)
+    assert not any("books" in note for note in result.notes)
     with (tmp_path / "c.private" / "quarantine.csv").open() as file:
         rows = {row["input"]: row["code"] for row in csv.DictReader(file)}
     found = {name: rows.get(name, "kept") for name, _ in FAULTS.values()}
@@ -406,5 +407,6 @@ def test_each_fault_of_a_label_has_its_code(fault: str, tmp_path: Path, seed: in
         input=folder, output=tmp_path / "c", keys="names", labels=True, processes=1
     )
     result = prep(settings, say=lambda line: None)
+    assert not any("books" in note for note in result.notes)
     assert Corpus.open(tmp_path / "c").keys == ["good"]
     assert LABEL_FAULTS[fault] in result.rejected

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from phantoms import save, scan
@@ -17,9 +19,13 @@ from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
 from data_prep.generations import append, remove
+from data_prep.preprocess import as_physical, resample
 from data_prep.settings import PrepSettings, RemoveSettings
+from data_prep.volume import read_nifti
 from data_prep.work import replaced
 from voxelith import main
+
+SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 def run(source: Path, output: Path, **options: Any) -> list[str]:
@@ -60,6 +66,12 @@ def output(tmp_path: Path, seed: int) -> Path:
 def keymap(output: Path) -> list[dict[str, str]]:
     with (output.with_name(output.name + ".private") / "keymap.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def quarantine(output: Path) -> list[str]:
+    """Names of what was left out."""
+    with (output.with_name(output.name + ".private") / "quarantine.csv").open() as file:
+        return [row["input"] for row in csv.DictReader(file)]
 
 
 def test_a_subject_goes_and_only_its_shards_are_written_again(output: Path) -> None:
@@ -152,6 +164,52 @@ def test_what_was_withdrawn_does_not_come_back(output: Path, tmp_path: Path) -> 
     assert len(Corpus.open(output)) == 8 and check(output) == []
 
 
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of two heads, copies of both, and files that are no scans."""
+    folder = tmp_path_factory.mktemp("copies")
+    heads = ["IXI013-HH-1212", "IXI014-HH-1236"]
+    for number, head in enumerate(heads):
+        whole = read_nifti(SAMPLES / "ixi" / f"{head}_T1.nii.gz")
+        nib.save(nib.Nifti1Image(whole.array[0], whole.affine), folder / f"head{number}.nii.gz")
+        for step in (2.5, 2.6):
+            small = resample(as_physical(whole), (step,) * 3)
+            image = nib.Nifti1Image(np.rint(small.array[0]).astype(np.int16), small.affine)
+            nib.save(image, folder / f"small{number}{step}.nii.gz")
+        (folder / f"broken{number}.nii.gz").write_bytes(b"no scan")
+    (folder / "list.csv").write_text(
+        "image,subject\nhead0.nii.gz,Anna\nhead1.nii.gz,Bert\nsmall02.5.nii.gz,Cora\n"
+        "small02.6.nii.gz,Anna\nsmall12.5.nii.gz,Anna\nsmall12.6.nii.gz,Cora\n"
+        "broken0.nii.gz,Anna\nbroken1.nii.gz,Dora\n"
+    )
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("keys", ["hmac", "names"])
+def test_nothing_of_who_is_withdrawn_is_left(keys: str, copies: Path, tmp_path: Path) -> None:
+    output, private = tmp_path / "c", tmp_path / "c.private"
+    run(copies, output, keys=keys, shard_mib=1)
+    assert len(quarantine(output)) == 6 and len(list((private / "duplicates").iterdir())) == 4
+    (private / "duplicates.png").write_bytes(b"of before, with all of them")
+    (anna,) = [row for row in keymap(output) if row["input"] == "head0.nii.gz"]
+    said: list[str] = []
+    remove(RemoveSettings(output=output, remove=anna["key"]), said.append)
+    assert quarantine(output) == ["broken1.nii.gz", "small12.6.nii.gz"]
+    assert "4 rows of the quarantine are gone" in said[-1]
+    (picture,) = (private / "duplicates").iterdir()
+    (bert,) = keymap(output)
+    assert picture.name.split(".")[1] == bert["key"]
+    for path in (p for p in private.rglob("*") if p.is_file() and p.name != "withdrawn.txt"):
+        assert anna["key"] not in path.name and anna["key"].encode() not in path.read_bytes()
+        assert b"Anna" not in path.read_bytes() and b"head0" not in path.read_bytes()
+    # Who is known by what was left out alone, by name of subject or file.
+    before = Corpus.open(output).index_hash
+    remove(RemoveSettings(output=output, remove=("Dora", "small12.6.nii.gz")), said.append)
+    assert quarantine(output) == [] and Corpus.open(output).index_hash == before
+    with pytest.raises(InputError, match="remove=Dora: is no key"):
+        remove(RemoveSettings(output=output, remove="Dora"))
+
+
 def test_the_same_prep_knows_the_changed_corpus(output: Path, tmp_path: Path) -> None:
     remove(RemoveSettings(output=output, remove="patient 1"))
     lines = run(tmp_path / "in" / "list.csv", output)
@@ -189,8 +247,15 @@ def test_labels_and_splits_go_along(tmp_path: Path, seed: int) -> None:
     ("options", "match"),
     [
         ({"keys": "names"}, "keys=names"),
-        ({"spacing": 3}, "spacing="),
-        ({"labels": True}, "labels="),
+        ({"spacing": 3}, r"spacing=\[3.0,3.0,3.0\]: .*spacing=null"),
+        ({"labels": True}, "labels=true"),
+        ({"crop": "foreground"}, "crop=foreground: .*crop=none"),
+        ({"sheared": "resample"}, "sheared="),
+        ({"minimum_slices": 1}, "minimum_slices=1: .*minimum_slices=4"),
+        ({"deface": "os.path:join"}, "deface=os.path:join"),
+        ({"overlap": "last"}, "overlap="),
+        ({"empty_labels": "keep"}, "empty_labels="),
+        ({"duplicates": "exact"}, "duplicates="),
     ],
 )
 def test_an_addition_of_another_kind_is_refused(
@@ -200,6 +265,58 @@ def test_an_addition_of_another_kind_is_refused(
     with pytest.raises(InputError, match=match):
         run(more, output, append=True, **options)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_addition_goes_to_a_corpus_of_before_options_were_noted(
+    output: Path, tmp_path: Path, seed: int
+) -> None:
+    path = output / "corpus.json"
+    info = json.loads(path.read_text())
+    noted = ("keys", "labels", "modality", "shard_mib", "spacing")
+    info["options"] = {name: info["options"][name] for name in noted}
+    path.write_text(json.dumps(info))
+    run(scans(tmp_path / "more", seed + 1, 4), output, append=True, minimum_slices=1)
+    assert len(Corpus.open(output)) == 14
+
+
+def test_an_addition_without_the_salt_is_refused(output: Path, tmp_path: Path, seed: int) -> None:
+    (tmp_path / "c.private" / "salt").rename(tmp_path / "mine")
+    more = scans(tmp_path / "more", seed + 1, 4)
+    with pytest.raises(InputError, match="salt: missing"):
+        run(more, output, append=True)
+    run(more, output, append=True, salt=tmp_path / "mine")
+    assert len(set(Corpus.open(output).subjects)) == 5
+
+
+def test_a_label_value_has_one_meaning(tmp_path: Path, seed: int) -> None:
+    output = tmp_path / "c"
+    more = scans(tmp_path / "more", seed + 1, 4, True)
+    run(scans(tmp_path / "in", seed, 6, True), output, classes={1: "liver"})
+    with pytest.raises(InputError, match=r"classes=\{1: spleen\}"):
+        run(more, output, append=True, classes={1: "spleen"})
+    with pytest.raises(InputError, match=r"2: liver\}: .*has other names or values"):
+        run(more, output, append=True, classes={1: "spleen", 2: "liver"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.private", "in", "more"]
+    run(more, output, append=True, classes={1: "liver", 2: "spleen"})
+    info = Corpus.open(output).info
+    assert [row["name"] for row in info["classes"]] == ["background", "liver", "spleen"]
+    assert info["counts"]["cases_by_class"] == {"liver": 10, "spleen": 0}
+
+
+def test_what_an_addition_says_stays_where_it_says(output: Path, tmp_path: Path, seed: int) -> None:
+    more = scans(tmp_path / "more", seed + 1, 4)
+    (tmp_path / "more" / "s3.nii.gz").write_bytes(b"no scan")
+    lines = run(more, output, append=True)
+    (listed,) = {word for line in lines for word in line.split() if word.endswith(".csv")}
+    assert "s3.nii.gz,not_an_image" in Path(listed).read_text()
+    assert not any(".more" in line for line in lines)
+    for path in (tmp_path / "more").glob("*.gz"):
+        path.write_bytes(b"no scan")
+    with pytest.raises(InputError, match="no usable scan") as caught:
+        run(more, output, append=True)
+    refused = Path(str(caught.value).split()[-1])
+    assert refused.parent == tmp_path / "c.private" and len(refused.read_text().split("\n")) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.private", "in", "more"]
 
 
 @pytest.mark.parametrize("what", ["remove", "append"])

@@ -33,7 +33,8 @@ shared = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not her
 
 def run(source: Path, output: Path, **options: Any) -> Corpus:
     settings = {"processes": 1, "keys": "names", **options}
-    prep(PrepSettings(input=source, output=output, **settings), say=lambda line: None)
+    result = prep(PrepSettings(input=source, output=output, **settings), say=lambda line: None)
+    assert not any("books" in note for note in result.notes)
     corpus = Corpus.open(output)
     if source.is_dir():
         # Every file of the input ended as something; a case that only a list knows is no file.

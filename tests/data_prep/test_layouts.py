@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-from phantoms import ras_array, save
+from phantoms import ras_array, save, scan
 
+from data_prep.build import prep
 from data_prep.errors import InputError
-from data_prep.layouts.case import modality_from_name, subject_from_name
-from data_prep.layouts.find import find_cases
+from data_prep.layouts.case import Layout, modality_from_name, subject_from_name
+from data_prep.layouts.find import READERS, find_cases
+from data_prep.layouts.piles import from_pile
+from data_prep.settings import PrepSettings
 
 
 def test_images_beside_labels_are_paired(tmp_path: Path) -> None:
@@ -54,6 +59,47 @@ def test_decathlon_task_is_recognised(tmp_path: Path) -> None:
     assert layout.classes == {0: "background", 1: "Anterior"}
     assert [(row.name, row.code) for row in layout.left_out] == [("extra.nii.gz", "not_listed")]
     assert layout.ignored == ["dataset.json"]
+
+
+def test_a_case_that_is_listed_twice_counts_once(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for name in ("a", "b"):
+        save(tmp_path / "in" / f"{name}.nii.gz", scan(rng))
+    save(tmp_path / "in" / "l.nii.gz", (scan(rng) > 450).astype(np.uint8))
+    rows = [{"image": f"{name}.nii.gz", "label": "l.nii.gz"} for name in "aba"]
+    path = tmp_path / "in" / "dataset.json"
+    path.write_text(json.dumps({"modality": {"0": "MRI"}, "training": rows}))
+    settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
+    result = prep(settings, say=lambda line: None)
+    assert result.files == {
+        "images": 2, "labels": 1, "masks": 0, "left_out": 0, "ignored": 1, "total": 4,
+    }  # fmt: skip
+    assert not any("books" in note for note in result.notes)
+    rows[2]["label"] = "b.nii.gz"
+    path.write_text(json.dumps({"modality": {"0": "MRI"}, "training": rows}))
+    with pytest.raises(InputError, match=r"a\.nii\.gz is listed twice"):
+        find_cases(tmp_path / "in")
+
+
+def test_books_that_do_not_add_up_are_told(tmp_path: Path, seed: int) -> None:
+    """Files are counted as they are found, apart from what becomes of them."""
+    rng = np.random.default_rng(seed)
+    save(tmp_path / "in" / "a.nii.gz", scan(rng))
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    reader = READERS["pairs"]
+
+    def forgetful(root: Path, files: list[Path]) -> Layout | None:
+        return from_pile(root, [path for path in files if path.name != "notes.txt"])
+
+    try:
+        READERS["pairs"] = forgetful
+        settings = PrepSettings(input=tmp_path / "in", output=tmp_path / "c", processes=1)
+        lines: list[str] = []
+        prep(settings, say=lines.append)
+    finally:
+        READERS["pairs"] = reader
+    (told,) = [line for line in lines if line.startswith("the books do not add up")]
+    assert "of 2 files 1 are in no row, and 1 are counted where 1 are named" in told
 
 
 def test_decathlon_paths_cannot_leave_the_folder(tmp_path: Path) -> None:
@@ -144,3 +190,63 @@ def test_modality_words(name: str, modality: str | None) -> None:
 def test_bids_subject() -> None:
     assert subject_from_name("data/sub-A1/ses-2/anat/sub-A1_T1w.nii.gz") == "A1"
     assert subject_from_name("data/subject/x.nii") == ""
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("keys", ["hmac", "names"])
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("list.csv", b"image\n" + b"x" * 300 + b".nii.gz\ns.nii.gz\n", None),
+        ("list.csv", b"image\n" + b"x/" * 3000 + b"x.nii.gz\ns.nii.gz\n", None),
+        ("list.csv", b"image\na\0b.nii.gz\ns.nii.gz\n", None),
+        (
+            "list.csv",
+            b"image,source\ns.nii.gz," + b"x" * 200_000,
+            "after line 1: not readable",
+        ),
+        ("dataset.json", DEEP.encode(), None),
+        ("pretrain_data.json", DEEP.encode(), None),
+        ("splits_final.json", DEEP.encode(), "nested too deep"),
+        ("imagesTr/../dataset.json", DEEP.encode(), "nested too deep"),
+        ("dataset.json", b'{"training": [{"image": "\\ud800.nii", "label": "x"}]}', None),
+    ],
+)
+def test_strange_lists_end_in_words(
+    name: str, content: bytes, told: str | None, keys: str, tmp_path: Path, seed: int
+) -> None:
+    folder = tmp_path / "in"
+    save(folder / "s.nii.gz", scan(np.random.default_rng(seed)))
+    if "imagesTr" in name:
+        for sub in ("imagesTr", "labelsTr"):
+            save(folder / sub / "a_0000.nii.gz", ras_array())
+    (folder / name).write_bytes(content)
+    source = folder / name if name.endswith(".csv") else folder
+    settings = PrepSettings(input=source, output=tmp_path / "c", processes=1, keys=keys)  # type: ignore[arg-type]
+    if told is None:
+        result = prep(settings, say=lambda line: None)
+        left_out = {"missing_file": 1} if name.endswith(".csv") else {}
+        assert (result.samples, result.rejected) == (1, left_out)
+    else:
+        with pytest.raises(InputError, match=told):
+            prep(settings, say=lambda line: None)
+
+
+def test_meta_csv_of_another_encoding_and_with_short_rows(tmp_path: Path) -> None:
+    for name in (b"s1", b"M\xfcller"):
+        folder = tmp_path / os.fsdecode(name)
+        save(folder / "ct.nii.gz", ras_array())
+        save(folder / "segmentations" / "liver.nii.gz", (ras_array() > 500).astype(np.uint8))
+    meta = b"split;image_id;note\ntest;s1;M\xfcller\nval\n;;\ntrain;M\xfcller;\n"
+    (tmp_path / "meta.csv").write_bytes(meta)
+    layout = find_cases(tmp_path)
+    assert {case.id: case.split for case in layout.cases} == {
+        "s1": "test",
+        os.fsdecode(b"M\xfcller"): "train",
+    }
+    assert not layout.left_out
+    (tmp_path / "meta.csv").write_text("image_id,note\ns1," + "x" * 200_000)
+    with pytest.raises(InputError, match=r"meta\.csv: not readable as CSV"):
+        find_cases(tmp_path)

@@ -101,6 +101,39 @@ def test_a_variable_says_where_files_are(
         run(collection, tmp_path / "d")
 
 
+@pytest.mark.parametrize("where", ["up", "whole", "variable", "unset", "mask"])
+def test_paths_stay_where_they_may_be(
+    where: str, collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = save(tmp_path / "secret" / "x.nii.gz", ras_array())
+    (tmp_path / "raw" / "in").mkdir(parents=True)
+    monkeypatch.setenv("raw", str(tmp_path / "raw"))
+    monkeypatch.delenv("nothing", raising=False)
+    path = collection / "pretrain_data.json"
+    data = json.loads(path.read_text())
+    sessions = data["datasets"]["ds1"]["subjects"]["sub-01"]["sessions"]
+    (image,) = sessions["ses-DEFAULT"]["images"]
+    stated = {
+        "whole": str(secret),
+        "variable": "$raw/../secret/x.nii.gz",
+        "unset": "$nothing/../secret/x.nii.gz",
+    }.get(where, "../secret/x.nii.gz")
+    if where == "mask":
+        image["associated_masks"]["anonymization_mask"] = stated
+    else:
+        image["image_path"] = stated
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"x\.nii\.gz' lies outside"):
+        find_cases(collection)
+
+
+def test_whole_paths_within_are_taken(collection: Path) -> None:
+    path = collection / "pretrain_data.json"
+    text = path.read_text().replace("$nnssl_raw/Dataset745_OpenMind", str(collection))
+    path.write_text(text)
+    assert [case.name.split("/")[0] for case in find_cases(collection).cases] == ["ds1", "ds2"]
+
+
 def test_a_layout_can_be_forced(collection: Path) -> None:
     assert find_cases(collection).description.startswith("nnssl")
     pile = find_cases(collection, forced="pile")

@@ -650,6 +650,20 @@ def test_a_link_to_itself_is_a_name_without_a_file(tmp_path: Path) -> None:
     assert found == sorted([*PLAIN, "self"])
 
 
+def test_folders_linked_to_each_other_are_seen_once(tmp_path: Path) -> None:
+    def make(root: Path) -> None:
+        for one, other in product(range(7), repeat=2):
+            (root / f"d{one}").mkdir(exist_ok=True)
+            (root / f"d{one}" / "f.txt").write_text("f")
+            if one != other:
+                (root / f"d{one}" / f"l{other}").symlink_to(root / f"d{other}")
+        (root / "aa").symlink_to(root / "d0")  # as short: its own name counts
+        (root / "short").symlink_to(root / "a" / "b")
+
+    expected = ["a/x.txt", *(f"d{n}/f.txt" for n in range(7)), "short/y.txt", "z.txt"]
+    assert linked(tmp_path, make) == expected
+
+
 def test_the_input_itself_may_be_a_link(tmp_path: Path) -> None:
     linked(tmp_path, lambda root: (root / "a" / "loop").symlink_to(root))
     (tmp_path / "link").symlink_to(tmp_path / "in")
