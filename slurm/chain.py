@@ -19,8 +19,9 @@ import re
 import shlex
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from slurm.launch import (
     Sweep,
     cancel_job,
     facts_of,
+    foretell,
     last_words,
     machine_words,
     plan_job,
@@ -80,6 +82,7 @@ class Stage:
         makes: where its results will be.
         finished: whether they are there.
         later: what cannot be checked before an earlier stage is done.
+        foretell: what it takes and where time is too short, to be called with `planned=`.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Stage:
     makes: list[Path] = field(default_factory=list)
     finished: bool = False
     later: list[str] = field(default_factory=list)
+    foretell: Callable[..., list[str]] | None = None
 
     def __str__(self) -> str:
         said = f"{self.name}: {'finished' if self.finished else shlex.join(self.words)}"
@@ -121,6 +125,9 @@ def chain(file: Path, output: Path | None = None, *, dry_run: bool = False) -> d
     stages = plan_chain(file, folder)
     for stage in stages:
         print(stage)
+        if stage.foretell is not None and not stage.finished:
+            for line in stage.foretell(planned=dry_run):
+                print(line)
     waiting = [stage for stage in stages if not stage.finished]
     if dry_run:
         for stage in waiting:
@@ -250,7 +257,13 @@ def _plan_run(name: str, command: str, words: list[str], before: list[Stage]) ->
         _is_done(command, run, one.steps) for run, one in zip(job.runs, job.stages, strict=True)
     )
     return Stage(
-        name, list(job.words), job.run, job.script, makes=job.runs, finished=done and ready
+        name,
+        list(job.words),
+        job.run,
+        job.script,
+        makes=job.runs,
+        finished=done and ready,
+        foretell=partial(foretell, job, cluster),
     )
 
 
@@ -277,6 +290,7 @@ def _plan_sweep(name: str, command: str, words: list[str], before: list[Stage]) 
         makes=[sweep.runs],
         finished=not sweep.elements,  # runs know of which checkpoint they are
         later=later,
+        foretell=partial(sweep.foretell, machine_words(words)[0]),
     )
 
 

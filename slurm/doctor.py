@@ -23,10 +23,9 @@ from data_prep.references import is_reference
 from slurm import discover
 from slurm.examine import MARK, NOTES, malicious, versions
 from slurm.launch import facts_of, log_of, refuse_second, render, submit
+from slurm.plan import OUTPUT, REPORT
 from slurm.settings import PREFIX, ClusterSettings, cluster_of
 
-REPORT = "doctor.json"
-OUTPUT = Path("runs") / "doctor"
 MINUTES = 20
 """The job's time limit; it takes about two of them, and more where storage is slow."""
 

@@ -292,6 +292,10 @@ def foretell(job: Job, cluster: ClusterSettings, *, planned: bool) -> list[str]:
             said += [f"  {run.name}:"] if len(plans) > 1 else []
             said.append(str(one))
         said += [added_up(plans)] if len(plans) > 1 else []
+        saves = [
+            replace(save, step=save.step or one.step)
+            for save, one in zip(saves, plans, strict=True)
+        ]
     if cluster.kind == "slurm":
         said += dict.fromkeys(line for save in saves for line in save.warnings(cluster))
     return said
@@ -306,12 +310,28 @@ class Sweep:
         script: text of the batch script; empty if there is nothing to start.
         elements: of the array: the folder of each run, and the words that start it.
         size: all runs, finished ones too.
+        plans: of those to start, as far as they are known.
     """
 
     runs: Path
     script: str
     elements: list[list[str]]
     size: int
+    plans: Sequence[Any] = ()
+
+    def foretell(self, cluster: ClusterSettings, *, planned: bool) -> list[str]:
+        """What its runs take, if it is `planned`, and where the cluster leaves them no time."""
+        if not self.plans:
+            return []
+        said = []
+        if planned:
+            from finetune.forecast import forecast
+
+            at_once = min(cluster.array_limit or len(self.plans), len(self.plans))
+            said.append(f"  {forecast(self.plans, at_once).text()}")
+        largest = max(self.plans, key=_checkpoint_of)
+        save = Save.of(_checkpoint_of(largest), largest.settings.runs / "any")
+        return [*said, *save.warnings(cluster)]
 
 
 def plan_sweep(words: Sequence[str]) -> Sweep:
@@ -327,13 +347,19 @@ def plan_sweep(words: Sequence[str]) -> Sweep:
     found = plan_jobs(expanded(said))
     _refuse_idle(cluster, [job.plan.settings for job in found])
     runs = found[0].plan.settings.runs.resolve()
+    waiting = [job for job in found if not is_finished(job.folder, job.plan)]
     elements = [
         [str(job.folder.path.resolve()), "finetune", f"run={job.name}", *job.words]
-        for job in found
-        if not is_finished(job.folder, job.plan)
+        for job in waiting
     ]
     script = render(runs, said, cluster, len(elements)) if elements else ""
-    return Sweep(runs, script, elements, len(found))
+    return Sweep(runs, script, elements, len(found), [job.plan for job in waiting])
+
+
+def _checkpoint_of(plan: Any) -> int:
+    """Bytes of a checkpoint of a finetuning, at least: what it adds to the release is not known."""
+    moments = 1 if plan.settings.optimizer == "sgd" else 2
+    return int((1 + moments) * (plan.release.path / "model.safetensors").stat().st_size)
 
 
 def machine_words(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
@@ -387,6 +413,8 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
         f"sweep: {sweep.size} runs in {runs}, {sweep.size - waiting} are finished, "
         f"{waiting} to start"
     )
+    for line in sweep.foretell(machine_words(words)[0], planned=dry_run):
+        print(line)
     if dry_run:
         print(sweep.script, end="")
     if dry_run or not waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 from data_prep.files import read_note
 from slurm import discover
 from slurm.settings import ClusterSettings
+
+OUTPUT, REPORT = Path("runs") / "doctor", "doctor.json"
+"""Where `voxelith launch doctor` puts what it found, unless it is told."""
 
 SPEED = 100e12
 """FLOP/s of a GPU that hours are told for: a third of what an A100 can do in bf16."""
@@ -24,19 +28,22 @@ class Save:
         bytes: of a checkpoint.
         seconds: that the last save of this run took; None before the first.
         mb_per_s: that `voxelith launch doctor` measured where runs are kept; None if it did not.
+        step: seconds of a step of this run, or as they are reckoned; None before either is known.
     """
 
     bytes: int
     seconds: float | None
     mb_per_s: float | None
+    step: float | None = None
 
     @classmethod
     def of(cls, size: int, run: Path) -> Save:
         """From the notes in the run's folder and beside it."""
         from pretrain.events import Events
 
-        measured = Events(run).last_save()
-        return cls(size, measured, read_note(run.parent / "doctor" / "doctor.json").get("mb_per_s"))
+        reports = (run.parent / OUTPUT.name / REPORT, OUTPUT / REPORT)
+        speeds = [note["mb_per_s"] for note in map(read_note, reports) if note.get("mb_per_s")]
+        return cls(size, Events(run).last_save(), next(iter(speeds), None), _seconds_per_step(run))
 
     @property
     def expected(self) -> float | None:
@@ -44,6 +51,14 @@ class Save:
         if self.seconds is not None:
             return self.seconds
         return self.bytes / 1e6 / self.mb_per_s if self.mb_per_s else None
+
+    @property
+    def needed(self) -> float | None:
+        """Seconds from the signal to the end of a save; None if nothing was measured.
+
+        The step under way ends, and one more, since ranks agree a step late.
+        """
+        return None if self.expected is None else self.expected + 2 * (self.step or 0.0)
 
     def __str__(self) -> str:
         said = f"{self.bytes / 1e9:.3g} GB"
@@ -55,26 +70,43 @@ class Save:
 
     def warnings(self, cluster: ClusterSettings) -> list[str]:
         """Where the cluster leaves less time than it takes."""
-        if self.expected is None:
+        if self.needed is None:
             return []
         found = []
+        steps = f", after two steps of {self.step:.3g} s," if self.step else ""
         name, _, seconds = cluster.signal.partition("@")
-        if self.expected > int(seconds):
+        if self.needed > int(seconds):
             found.append(
-                f"warning: a save ({self}) takes longer than the {seconds} s of cluster.signal "
-                f"before a time limit; give cluster.signal={name}@{2 * int(self.expected) + 60}"
+                f"warning: a save ({self}){steps} takes longer than the {seconds} s of "
+                f"cluster.signal before a time limit; give "
+                f"cluster.signal={name}@{2 * int(self.needed) + 60}"
             )
-        slurm = discover.discover() if shutil.which("scontrol") and shutil.which("sinfo") else None
+        try:
+            here = shutil.which("scontrol") and shutil.which("sinfo")
+            slurm = discover.discover() if here else None
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            return [*found, f"warning: how long a preempted job has is not known here: {said}"]
         chosen = discover.partition_of(slurm, cluster.partition) if slurm else None
         if slurm and chosen and chosen.preempt in ("REQUEUE", "CANCEL"):
             grace = discover.grace(slurm, chosen)
-            if self.expected > grace:
+            if self.needed > grace:
                 found.append(
-                    f"warning: a save ({self}) takes longer than the {grace} s (GraceTime + "
+                    f"warning: a save ({self}){steps} takes longer than the {grace} s (GraceTime + "
                     f"KillWait) that partition {chosen.name} leaves a preempted job: what was "
                     "trained since the last save is lost then; lower save_minutes"
                 )
         return found
+
+
+def _seconds_per_step(run: Path) -> float | None:
+    """Of a run that has been started before."""
+    try:
+        with (run / "metrics.csv").open(newline="") as file:
+            rows = [row.get("seconds_per_step") for row in csv.DictReader(file)]
+        return next((float(row) for row in reversed(rows) if row), None)
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,12 +116,14 @@ class Plan:
     Attributes:
         steps: of it.
         operations: of all of them.
+        step: seconds of a step at that speed; None where CPUs train.
         disk: bytes in its folder at most.
         lines: data, steps, operations, memory and disk, to read.
     """
 
     steps: int
     operations: float
+    step: float | None
     disk: int
     lines: tuple[str, ...]
 
@@ -143,4 +177,5 @@ def plan(settings: Any, cluster: ClusterSettings, save: Save) -> Plan:
         f"  memory   {memory.peak / GIB:.3g} GiB of {where}",
         f"  disk     {keep} checkpoints, {keep + 1} while one is written, each {save}",
     )
-    return Plan(settings.steps, operations, (keep + 1) * save.bytes, lines)
+    step = float(told.flops_per_step) / settings.ranks / SPEED if on_gpus else None
+    return Plan(settings.steps, operations, step, (keep + 1) * save.bytes, lines)
