@@ -43,6 +43,11 @@ class Naming(str):
         return type(self), (str(self), self.public)
 
 
+def without_names(problem: str) -> str:
+    """A problem as it is told where names must not be."""
+    return problem.public if isinstance(problem, Naming) else problem
+
+
 class CorruptionError(InputError):
     """Stored bytes are not the bytes that were written: a damaged shard, index or release."""
 

@@ -68,7 +68,7 @@ def complete(
         "format": FORMAT,
         "name": settings.name or settings.output.name,
         "kind": "labelled" if labelled else "unlabelled",
-        "layout": _public_layout(layout),
+        "layout": layout.description,
         "classes": classes,
         "options": {
             **settings.shaping,
@@ -265,11 +265,6 @@ def _beside(case: Case, path: Path) -> str:
 
 def _count(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(value or "unknown" for value in values).items()))
-
-
-def _public_layout(layout: Layout) -> str:
-    """The layout without the name of a list, which is the user's own."""
-    return "list" if layout.description.startswith("list ") else layout.description
 
 
 def publish(

@@ -22,7 +22,7 @@ import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.deface import deface_function
-from data_prep.errors import InputError, near
+from data_prep.errors import InputError, Naming, near, without_names
 from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.files import write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
@@ -58,6 +58,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
         problems.append(f"output={settings.output}: is a file; name a new directory")
     if settings.name is None and not output.name:
         problems.append(f"output={settings.output}: is not a directory one can create")
+    noted = not problems  # with a place for it
     layout = None
     try:
         layout = find_cases(
@@ -92,15 +93,36 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
             )
         if labelled and settings.resamples:
             problems.append(f"{settings.resamples}: {NEVER_RESAMPLED}")
+        problems += _split_problems(layout, labelled)
         if labelled:
-            problems += _split_problems(layout)
             problems += _class_problems(settings, layout)
     if problems or layout is None:
-        raise InputError(list(dict.fromkeys(problems)))
+        raise InputError(_told(settings, list(dict.fromkeys(problems)), noted))
     return layout, labelled, _request(settings, layout)
 
 
-def _split_problems(layout: Layout) -> list[str]:
+def _told(settings: PrepSettings, problems: list[str], noted: bool) -> list[str]:
+    """Problems without names where these are replaced; if `noted`, they are in full in a file."""
+    full = [problem for problem in problems if isinstance(problem, Naming)]
+    if settings.keys == "names" or not full:
+        return problems
+    where = ""
+    if noted:
+        rows = [["", "wrong_input", problem] for problem in full]
+        where = f" (in full: {_note_refused(settings, rows)})"
+    told = [without_names(p) + (where if p in full else "") for p in problems]
+    return list(dict.fromkeys(told))
+
+
+def _note_refused(settings: PrepSettings, rows: list[list[str]]) -> Path:
+    """Writes down for its owner what is wrong with an input."""
+    private = private_folder(settings.output)
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER[:3], rows)
+    return private / REFUSED_FILE
+
+
+def _split_problems(layout: Layout, labelled: bool) -> list[str]:
     """Subjects that a given split tears, and names in it that no case has."""
     names = [case_id(case) for case in layout.cases]
     subjects = [case.subject or case.name for case in layout.cases]
@@ -111,9 +133,9 @@ def _split_problems(layout: Layout) -> list[str]:
     except InputError as error:
         problems += error.problems
     try:
-        if layout.folds is not None:
+        if labelled and layout.folds is not None:
             splits_of_folds(layout.folds, dict(zip(names, names, strict=True)), names, subjects)
-        if any(case.fold is not None for case in layout.cases):
+        if labelled and any(case.fold is not None for case in layout.cases):
             splits_of_numbers([case.fold for case in layout.cases], names, subjects)
     except InputError as error:
         problems += error.problems
@@ -308,11 +330,8 @@ def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[Left
     else:  # where names are replaced they stay out of logs as well
         counts = Counter(row.code for row in left_out)
         shown = [f"{count} {code}" for code, count in sorted(counts.items())]
-    private = private_folder(settings.output)
-    private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    rows = sorted([row.name, row.code, row.detail] for row in left_out)
-    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER[:3], rows)
-    return f"{said} Left out: {'; '.join(shown)}. All of them: {private / REFUSED_FILE}"
+    noted = _note_refused(settings, sorted([r.name, r.code, r.detail] for r in left_out))
+    return f"{said} Left out: {'; '.join(shown)}. All of them: {noted}"
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
     Case,
@@ -80,17 +80,24 @@ def _case(
         having = [path for path in images if _suffix(path) == suffix]
         if len(having) > 1:
             names = ", ".join(path.relative_to(root).as_posix() for path in having[:4])
+            several = f"{len(having)} images end in _{suffix}"
+            way = "list the right ones in a CSV"
             problems.append(
-                f"{'/'.join(filter(None, session))}: {len(having)} images end in _{suffix} "
-                f"({names}); list the right ones in a CSV"
+                Naming(
+                    f"{'/'.join(filter(None, session))}: {several} ({names}); {way}",
+                    f"of a session {several}; {way}",
+                )
             )
             return None
         chosen += having
     if len(labels) > 1:
         names = ", ".join(path.relative_to(root).as_posix() for path in labels[:4])
+        way = "keep one, or list the right ones in a CSV"
         problems.append(
-            f"{'/'.join(filter(None, session))}: {len(labels)} label maps ({names}); keep one, or "
-            "list the right ones in a CSV"
+            Naming(
+                f"{'/'.join(filter(None, session))}: {len(labels)} label maps ({names}); {way}",
+                f"a session has {len(labels)} label maps; {way}",
+            )
         )
         return None
     if len(chosen) < len(wanted):
@@ -118,9 +125,13 @@ def _common_suffix(
     if "T1w" in common:
         return "T1w"
     everything = sorted(set().union(*sets))
+    have = f"input={root}: the labelled sessions have images"
+    way = "say which belong to the label maps, for example channels=[T1w] or channels=[dwi,adc]"
     raise InputError(
-        f"input={root}: the labelled sessions have images {', '.join(everything) or '(none)'}; say "
-        "which belong to the label maps, for example channels=[T1w] or channels=[dwi,adc]"
+        Naming(
+            f"{have} {', '.join(everything) or '(none)'}; {way}",
+            f"{have} of {len(everything)} kinds; {way}",
+        )
     )
 
 

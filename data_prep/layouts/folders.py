@@ -11,7 +11,7 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming
 from data_prep.layouts.case import (
     Case,
     Layout,
@@ -135,7 +135,10 @@ def _read_meta(root: Path, layout: Layout) -> None:
     }
     strange = sorted({part for part in parts.values() if part and part not in SPELLINGS})
     if strange:
-        raise InputError(f"{path}: split {', '.join(strange)}; train, val or test is needed")
+        use = "train, val or test is needed"
+        raise InputError(
+            Naming(f"{path}: split {', '.join(strange)}; {use}", f"{path}: another split; {use}")
+        )
     layout.cases = [
         replace(case, split=SPELLINGS.get(parts.get(case.id, ""), "")) for case in layout.cases
     ]

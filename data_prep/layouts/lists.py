@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.dicom import find_series, is_dicom
-from data_prep.errors import InputError
+from data_prep.errors import InputError, Naming, without_names
 from data_prep.images import SeriesFiles
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
@@ -38,16 +38,28 @@ def from_csv(path: Path) -> Layout:
 
     Raises InputError with all mistakes of the list.
     """
+    try:
+        return _listed(path)
+    except InputError as error:
+        # Its name is the user's own.
+        raise InputError(
+            [Naming(p, without_names(p).replace(str(path), "the list")) for p in error.problems]
+        ) from error
+
+
+def _listed(path: Path) -> Layout:
     header, rows = _read(path)
-    problems = []
+    problems: list[str] = []
     if "image" not in header:
         problems.append(f"{path}: has no column 'image'; the columns can be {', '.join(COLUMNS)}")
     for name in header:
         if name not in COLUMNS:
-            problems.append(f"{path}: unknown column {name!r}; known are {', '.join(COLUMNS)}")
+            known = f"known are {', '.join(COLUMNS)}"
+            unknown = f"{path}: unknown column"
+            problems.append(Naming(f"{unknown} {name!r}; {known}", f"{unknown}; {known}"))
     if problems:
         raise InputError(problems)
-    layout = Layout(f"list {path.name}")
+    layout = Layout("list")
     seen: dict[str, int] = {}
     counts: dict[int, int] = {}
     for line, row in enumerate(rows, start=2):
@@ -94,21 +106,24 @@ def _read(path: Path) -> tuple[list[str], list[dict[Any, Any]]]:
 def _row_problems(
     where: str, row: dict[Any, Any], cells: dict[str, str], seen: dict[str, int], line: int
 ) -> list[str]:
-    problems = []
+    problems: list[str] = []
     if None in row:
         problems.append(f"{where}: more cells than columns; quote cells that hold commas")
     image = cells.get("image", "")
     if not image:
         problems.append(f"{where}: the image is missing")
     elif image in seen:
-        problems.append(f"{where}: {image} is listed in line {seen[image]} already")
+        again = f"is listed in line {seen[image]} already"
+        problems.append(Naming(f"{where}: {image} {again}", f"{where}: its image {again}"))
     seen.setdefault(image, line)
     split = cells.get("split", "")
     if split and split.lower() not in SPELLINGS:
-        problems.append(f"{where}: split {split!r}; use train, validation or test")
+        use = "use train, validation or test"
+        problems.append(Naming(f"{where}: split {split!r}; {use}", f"{where}: split; {use}"))
     fold = cells.get("fold", "")
     if fold and not fold.isdigit():
-        problems.append(f"{where}: fold {fold!r}; use 0, 1, 2, ..., the fold that validates on it")
+        use = "use 0, 1, 2, ..., the fold that validates on it"
+        problems.append(Naming(f"{where}: fold {fold!r}; {use}", f"{where}: fold; {use}"))
     images = len(image.split(BETWEEN_CHANNELS))
     names = len(cells.get("sequence", "").split(BETWEEN_CHANNELS))
     if images > 1 and names != images:
@@ -125,14 +140,19 @@ def _series_of(where: str, case: Case) -> SeriesFiles | list[str]:
     """The one DICOM volume of a folder that a row names, or what is wrong with it."""
     folder = case.images[0]
     found = find_series([path for path in files_below(folder) if is_dicom(path)])
-    refused = [f"{one.refusal.code}, {one.refusal.detail}" for one in found if one.refusal]
+    refused = [one.refusal for one in found if one.refusal]
     volumes = [volume for one in found for volume in one.volumes]
     if len(case.images) == 1 and len(volumes) == 1 and not refused:
         return volumes[0]
-    holds = f"{len(volumes)} volumes of DICOM" + "".join(f"; {text}" for text in refused)
+    holds = f"is a folder and holds {len(volumes)} volumes of DICOM"
+    details = "".join(f"; {one.code}, {one.detail}" for one in refused)
+    codes = "".join(f"; {one.code}" for one in refused)
+    way = "name a folder of one volume, or let prep look for series itself: input=FOLDER"
     return [
-        f"{where}: {case.name} is a folder and holds {holds}; name a folder of one volume, or let "
-        "prep look for series itself: input=FOLDER"
+        Naming(
+            f"{where}: {case.name} {holds}{details}; {way}",
+            f"{where}: its image {holds}{codes}; {way}",
+        )
     ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,22 @@ import SimpleITK
 from dicom_series import write_series
 from phantoms import ras_affine, ras_array, save
 from pydicom.datadict import dictionary_VR, keyword_dict
+from pydicom.dataelem import DataElement
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.settings import PrepResult, PrepSettings
+from voxelith import main
 
 ROOT = Path(__file__).parents[2]
-TEXT = {
-    "PN": "{}^Erika", "LO": "{}", "SH": "{}", "ST": "{}", "LT": "{}", "UT": "{}", "UC": "{}",
-    "DA": "19{:06d}", "AE": "{}",
-}  # fmt: skip
-# What a series is told by, or what the file says of its own pixels.
-STRUCTURE = ("SeriesInstanceUID", "Modality", "SpecificCharacterSet", "PixelSpacing")
+WORDS = ("PN", "LO", "SH", "ST", "LT", "UT", "UC", "AE", "CS", "AS")
+NUMBERS = {"DA": "19{:06}", "DT": "19{:06}010203", "TM": "010203.{:06}", "IS": "177{:06}",
+           "DS": "0.177{:06}"}  # fmt: skip
+# What prep reads: it tells series apart, or says what the pixels are.
+READ = {"SpecificCharacterSet"}.union(
+    re.findall(r"\w+", (ROOT / "data_prep" / "dicom.py").read_text())
+)
 
 
 class Words:
@@ -47,8 +52,8 @@ class Words:
         self.planted.append(word)
         return word
 
-    def date(self) -> str:
-        self.planted.append(f"19{self._rng.integers(100_000, 999_999)}")
+    def number(self, form: str) -> str:
+        self.planted.append(form.format(int(self._rng.integers(100_000, 999_999))))
         return self.planted[-1]
 
 
@@ -95,13 +100,14 @@ def dicom(folder: Path, words: Words) -> int:
         for keyword in sorted(keyword_dict):
             kind = dictionary_VR(keyword)
             tag = pydicom.datadict.tag_for_keyword(keyword)
-            if kind not in TEXT or keyword in STRUCTURE or keyword in made or not tag:
+            if kind not in (*WORDS, *NUMBERS) or keyword in READ or keyword in made or not tag:
                 continue
             if tag >> 16 in (0, 2, 4, 0x28) or "Retired" in keyword:
                 continue
             if path is files[0] or fields < 40:  # a few in each slice, all in the first
-                value = words.date() if kind == "DA" else TEXT[kind].format(words.next())
-                setattr(made, keyword, value)
+                word = words.number(NUMBERS[kind]) if kind in NUMBERS else words.next()
+                value = {"PN": f"{word}^Erika", "CS": word.upper()}.get(kind, word)
+                made.add(DataElement(tag, kind, value, validation_mode=pydicom.config.IGNORE))
                 fields += 1
         made.PatientID = words.next()
         block = made.private_block(0x0011, words.next(), create=True)
@@ -130,7 +136,7 @@ def test_words_of_headers_and_names_are_in_nothing(tmp_path: Path, seed: int) ->
     nifti(source, words)
     for suffix in (".nrrd", ".mha"):
         itk(source, words, suffix)
-    assert dicom(source, words) > 400
+    assert dicom(source, words) > 1500
     (source / f"{words.next()}.nii.gz").write_bytes(b"no scan")
     names = [p.name for p in source.rglob("*")]
     command = [sys.executable, "-m", "voxelith", "prep", f"input={source}", "processes=1"]
@@ -143,6 +149,8 @@ def test_words_of_headers_and_names_are_in_nothing(tmp_path: Path, seed: int) ->
         cwd=ROOT, capture_output=True, check=True,
     )  # fmt: skip
     said += (checked.stdout + checked.stderr).lower()
+    page = tmp_path / "c" / "report.html"  # looked through with the corpus
+    assert main(["report", str(tmp_path / "c"), f"output={page}"]) == 0
     corpus = Corpus.open(tmp_path / "c")
     assert len(corpus) == 4 and b"not_an_image" in said
     found = everything(tmp_path / "c")
@@ -157,6 +165,93 @@ def test_words_of_headers_and_names_are_in_nothing(tmp_path: Path, seed: int) ->
     with (tmp_path / "c.private" / "quarantine.csv").open() as file:
         assert [row["code"] for row in csv.DictReader(file)] == ["not_an_image"]
     assert len(names) == len(set(names))
+
+
+def listed(folder: Path, *rows: str) -> Path:
+    for name in ("a", "b", "Mustermann"):
+        save(folder / f"{name}.nii.gz", scan(ord(name[0])).astype(np.int16))
+    (folder / "Mustermann.csv").write_text("\n".join(rows))
+    return folder / "Mustermann.csv"
+
+
+def sound_list(folder: Path) -> Path:
+    return listed(folder, "image,subject", "a.nii.gz,x", "Mustermann.nii.gz,y")
+
+
+def list_with_mistakes(folder: Path) -> Path:
+    rows = ("Mustermann.nii.gz,train", "Mustermann.nii.gz,", "a.nii.gz,Mustermann")
+    return listed(folder, "image,split", *rows)
+
+
+def list_without_header(folder: Path) -> Path:
+    return listed(folder, "Mustermann.nii.gz,x")
+
+
+def torn_split(folder: Path) -> Path:
+    rows = ("a.nii.gz,Mustermann,train", "b.nii.gz,Mustermann,test")
+    return listed(folder, "image,subject,split", *rows)
+
+
+def folder_in_a_list(folder: Path) -> Path:
+    (folder / "Mustermann").mkdir(parents=True)
+    return listed(folder, "image", "Mustermann")
+
+
+def bids_with_two_images(folder: Path) -> Path:
+    for run in ("", "_run-2"):
+        save(folder / "sub-Mustermann" / "anat" / f"sub-Mustermann{run}_T1w.nii.gz", ras_array())
+    label = (ras_array() > 500).astype(np.uint8)
+    save(folder / "sub-Mustermann" / "anat" / "sub-Mustermann_dseg.nii.gz", label)
+    return folder
+
+
+def task_that_leads_out(folder: Path) -> Path:
+    save(folder / "a.nii.gz", ras_array())
+    rows = [{"image": "../Mustermann.nii.gz", "label": "../Mustermann.nii.gz"}]
+    (folder / "dataset.json").write_text(json.dumps({"training": rows}))
+    return folder
+
+
+def folds_of_others(folder: Path) -> Path:
+    save(folder / "images" / "a.nii.gz", ras_array())
+    save(folder / "labels" / "a.nii.gz", (ras_array() > 500).astype(np.uint8))
+    folds = [{"train": ["a", "Mustermann"], "val": ["Mustermann"]}]
+    (folder / "splits_final.json").write_text(json.dumps(folds))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (sound_list, None),
+        (list_with_mistakes, "the list, line 3: its image is listed in line 2"),
+        (list_without_header, "the list: unknown column"),
+        (torn_split, "1 subjects are in more than one part"),
+        (folder_in_a_list, "the list, line 2: its image is a folder and holds 0 volumes"),
+        (bids_with_two_images, "of a session 2 images end in _T1w"),
+        (task_that_leads_out, "image 1 or its label lies outside"),
+        (folds_of_others, "1 cases are not in the input"),
+    ],
+)
+def test_mistakes_of_an_input_are_told_without_names(
+    make: Callable[[Path], Path],
+    told: str | None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    source = make(tmp_path / "in")
+    words = ["prep", f"output={tmp_path / 'c'}", "processes=1", "--json"]
+    code = main([*words, f"input={source}"])
+    said = "".join(capfd.readouterr())
+    assert "Mustermann" not in said and code == (2 if told else 0)
+    assert "Mustermann" not in everything(tmp_path / "c").decode("latin-1")
+    if told is not None:
+        assert told in said
+        noted = tmp_path / "c.private" / "refused.csv"
+        assert str(noted) in said and "Mustermann" in noted.read_text()
+        assert noted.stat().st_mode & 0o077 == noted.parent.stat().st_mode & 0o077 == 0
+        assert main([*words, f"input={source}", "keys=names"]) == 2
+        assert "Mustermann" in capfd.readouterr().err
 
 
 # Faces.
