@@ -14,6 +14,7 @@ Frames of a multi-frame object are slices as well. Frames that pydicom cannot de
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import warnings
 import zlib
@@ -273,10 +274,15 @@ class _Read(NamedTuple):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without pydicom's warnings, which print what headers hold."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without pydicom's warnings and log, which tell what headers hold."""
+    log = logging.getLogger("pydicom")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 @_quiet()

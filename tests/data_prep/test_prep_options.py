@@ -568,7 +568,7 @@ def test_label_maps_of_many_classes_are_known_by_their_values(tmp_path: Path, se
     smooth = ndimage.gaussian_filter(rng.normal(size=(40, 40, 40)), 3)
     smooth = (smooth - smooth.min()) / np.ptp(smooth) * 250
     grainy = smooth + rng.normal(0, 4, smooth.shape)
-    window = np.clip(grainy * 3 - 250, 0, 255)
+    window = np.clip((grainy - 125) * 30 + 128, 0, 255)
     scans = (smooth, grainy, window, grainy[::2].repeat(2, axis=0))
     for array in scans:
         save(tmp_path / "a.nii.gz", array.round().astype(np.int16))

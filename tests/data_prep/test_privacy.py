@@ -94,7 +94,7 @@ def itk(folder: Path, words: Words, suffix: str) -> None:
 
 def dicom(folder: Path, words: Words) -> int:
     files = write_series(folder / words.next(), scan(9), ras_affine())
-    fields = 0
+    fields, patient = 0, words.next()
     for path in files:
         made = pydicom.dcmread(path)
         for keyword in sorted(keyword_dict):
@@ -109,7 +109,7 @@ def dicom(folder: Path, words: Words) -> int:
                 value = {"PN": f"{word}^Erika", "CS": word.upper()}.get(kind, word)
                 made.add(DataElement(tag, kind, value, validation_mode=pydicom.config.IGNORE))
                 fields += 1
-        made.PatientID = words.next()
+        made.PatientID = patient
         block = made.private_block(0x0011, words.next(), create=True)
         block.add_new(0x01, "LO", words.next())
         made.save_as(path)
