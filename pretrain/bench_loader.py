@@ -87,19 +87,20 @@ def _measure(
     batches = iter(loader)
     assert isinstance(batches, Batches)
     processes = batches.pids
-    began, before, given = time.perf_counter(), 0, 0
+    began, before, given, replaced = time.perf_counter(), 0, 0, 0
     if not cold:
         for _ in range(workers):
             next(batches)
         began, before = time.perf_counter(), _read(processes)
     while given == 0 or time.perf_counter() - began < seconds:
-        next(batches)
+        replaced += len(next(batches).get("damage", ()))
         given += 1
     spent = time.perf_counter() - began
     return {
         "samples_per_second": given * batch / spent,
         "storage_bytes_per_second": (_read(processes) - before) / spent,
         "memory_per_worker": max(map(private_bytes, processes)),
+        "replaced": replaced,
         "batches": given + (0 if cold else workers),
     }
 
@@ -111,6 +112,7 @@ def _line(found: dict[str, Any]) -> str:
         f"{found['workers']:>4} {who}{state}: {found['samples_per_second']:.4g} samples/s, "
         f"{found['storage_bytes_per_second'] / 1e6:.3g} MB/s from storage, "
         f"{found['memory_per_worker'] / 2**20:.0f} MiB a worker"
+        + (f"; {found['replaced']} samples were damaged and replaced" if found["replaced"] else "")
     )
 
 
