@@ -228,10 +228,14 @@ class Corpus:
         return [one.root / one.name for one in shards if isinstance(one.root, Path)]
 
     @property
+    def remotes(self) -> list[Remote]:
+        """Where shards come from, if from elsewhere."""
+        return [root for root in self._roots if isinstance(root, Remote)]
+
+    @property
     def shelf(self) -> Shelf | None:
         """Where shards from elsewhere are kept, if any are."""
-        remote = any(isinstance(root, Remote) for root in self._roots)
-        return self._storage.shelf if remote else None
+        return self._storage.shelf if self.remotes else None
 
     def has_shard(self, shard: int) -> bool:
         """Whether a shard is here, or on the shelf."""

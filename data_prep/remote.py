@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from data_prep.download import (
     Bucket,
@@ -37,6 +37,9 @@ from data_prep.download import (
 )
 from data_prep.errors import CorruptionError, InputError
 from data_prep.references import parse
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 T = TypeVar("T")
 
@@ -65,6 +68,9 @@ class Remote:
 
     Args:
         address: `https://...` or `s3://...`, which may hold a password or a signature.
+
+    Attributes:
+        tally: who measures counts the bytes of shards here that come, forked processes included.
     """
 
     def __init__(self, address: str) -> None:
@@ -74,12 +80,19 @@ class Remote:
             raise InputError(f"{wanted.shown}: a corpus is read from https:// or s3://")
         self._wanted = wanted
         self._files: tuple[int, Any] | None = None
+        self.tally: Synchronized[int] | None = None
 
     def __reduce__(self) -> tuple[type[Remote], tuple[str]]:
         return Remote, (self.address,)
 
     def __str__(self) -> str:
         return self._wanted.shown
+
+    def counted(self, came: int) -> None:
+        """Adds bytes to the tally, if there is one."""
+        if self.tally is not None:
+            with self.tally.get_lock():
+                self.tally.value += came
 
     @property
     def sha256(self) -> str | None:
@@ -151,6 +164,7 @@ class Remote:
 
         lengths: list[int | None] = []
         retried(attempt, self.shown(name), lambda: len(came), PAUSES)
+        self.counted(sum(map(len, came.values())))
         out = []
         for start, stop in spans:
             low, data = next((a, came[a, b]) for a, b in merged if a <= start and stop <= b)
@@ -341,6 +355,7 @@ class Shelf:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found == sha256 and arrived.stat().st_size == size:
                 arrived.replace(path)
+                remote.counted(size)
                 return
             arrived.unlink()
             problems = [

@@ -3,28 +3,34 @@
 Samples are read, verified and decompressed by workers as in a training, and nobody computes on
 them. Each number of workers is measured with the files' pages in memory as they happen to be; the
 last again after these pages were dropped, so that every byte comes from storage: that is what a
-corpus costs that is larger than the memory.
+corpus costs that is larger than the memory. Of a corpus elsewhere shards come ahead of time as in a
+training, where there is a shelf for them; what is on it already does not come again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from data_prep.errors import InputError
 from data_prep.progress import bar
+from pretrain.ahead import Ahead
 from pretrain.bench import machine, written
 from pretrain.loader import Batches, CropDataset, make_loader
 from pretrain.run_folder import versions
 from pretrain.settings import BenchSettings
 from pretrain.train import corpus_channels, corpus_for, make_dataset, plan_objective
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 
 def bench_loader(settings: BenchSettings) -> dict[str, Any]:
@@ -50,13 +56,16 @@ def bench_loader(settings: BenchSettings) -> dict[str, Any]:
         + f"; batches of {micro}, {settings.seconds:g} s each"
     )
     measured, step = [], 0
+    came = multiprocessing.Value("q", 0)
+    for remote in corpus.remotes:
+        remote.tally = came
     files = corpus.shard_files() if hasattr(os, "posix_fadvise") else []
     tries = [(n, False) for n in counts] + [(most, True)] * bool(files)
     with bar(total=len(tries), desc="loader", unit="try") as shown:
         for workers, cold in tries:
             if cold:
                 drop_pages(files)
-            found = _measure(dataset, micro, workers, settings.seconds, step, cold)
+            found = _measure(dataset, micro, workers, settings.seconds, step, cold, came)
             measured.append({"workers": workers, "cold": cold, **found})
             step += found["batches"]
             shown.update()
@@ -74,12 +83,18 @@ def bench_loader(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _measure(
-    dataset: CropDataset, batch: int, workers: int, seconds: float, step: int, cold: bool
+    dataset: CropDataset,
+    batch: int,
+    workers: int,
+    seconds: float,
+    step: int,
+    cold: bool,
+    came: Synchronized[int],
 ) -> dict[str, Any]:
     """Rates after every worker has delivered; where pages were dropped, from the beginning.
 
     What is read first stays in memory, so of a small corpus nothing would be cold afterwards.
-    `step`: batches that were given before.
+    `step`: batches that were given before. `came`: bytes that came from elsewhere.
     """
     loader = make_loader(
         dataset, batch_size=batch, first_step=step, last_step=step + 10**5, workers=workers
@@ -87,30 +102,43 @@ def _measure(
     batches = iter(loader)
     assert isinstance(batches, Batches)
     processes = batches.pids
-    began, before, given = time.perf_counter(), 0, 0
-    if not cold:
-        for _ in range(workers):
-            next(batches)
-        began, before = time.perf_counter(), _read(processes)
-    while given == 0 or time.perf_counter() - began < seconds:
-        next(batches)
-        given += 1
-    spent = time.perf_counter() - began
+    began, before, given, replaced = time.perf_counter(), (0, came.value), 0, 0
+    warming = 0 if cold else workers
+    ahead = Ahead(
+        dataset, lambda: step + given, last=step + 10**5, batch_size=batch
+    )  # now that workers are there: no fork follows
+    try:
+        if warming:
+            for _ in range(workers):
+                next(batches)
+                given += 1
+            began, before = time.perf_counter(), (_read(processes), came.value)
+        while given == warming or time.perf_counter() - began < seconds:
+            replaced += len(next(batches).get("damage", ()))
+            given += 1
+        spent = time.perf_counter() - began
+    finally:
+        ahead.end()
     return {
-        "samples_per_second": given * batch / spent,
-        "storage_bytes_per_second": (_read(processes) - before) / spent,
+        "samples_per_second": (given - warming) * batch / spent,
+        "storage_bytes_per_second": (_read(processes) - before[0]) / spent,
+        "fetched_bytes_per_second": (came.value - before[1]) / spent,
         "memory_per_worker": max(map(private_bytes, processes)),
-        "batches": given + (0 if cold else workers),
+        "replaced": replaced,
+        "batches": given,
     }
 
 
 def _line(found: dict[str, Any]) -> str:
     state = ", pages dropped" if found["cold"] else ""
+    fetched = found["fetched_bytes_per_second"]
     who = "worker" if found["workers"] == 1 else "workers"
     return (
         f"{found['workers']:>4} {who}{state}: {found['samples_per_second']:.4g} samples/s, "
         f"{found['storage_bytes_per_second'] / 1e6:.3g} MB/s from storage, "
-        f"{found['memory_per_worker'] / 2**20:.0f} MiB a worker"
+        + (f"{fetched / 1e6:.3g} MB/s from elsewhere, " if fetched else "")
+        + f"{found['memory_per_worker'] / 2**20:.0f} MiB a worker"
+        + (f"; {found['replaced']} samples were damaged and replaced" if found["replaced"] else "")
     )
 
 

@@ -350,6 +350,7 @@ class Batches:
 
     def __init__(self, batches: Any) -> None:
         self._batches = batches
+        _workers.update(batches._workers)
         self.pids: list[int] = [worker.pid for worker in batches._workers]
 
     def __iter__(self) -> Batches:
@@ -366,12 +367,18 @@ class Batches:
 
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register  # after multiprocessing's own, so called before it
 def _end_workers() -> None:
     for batches in list(_running):
         batches._shutdown_workers()
+    # Of an iterator in a cycle, as an error's traceback makes one, the collector may close the
+    # queues before the iterator can tell its workers to end; and they heed no SIGTERM.
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
 
 
 def make_loader(

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from fault_server import FaultServer
 
 from conf.compose import settings_for
+from data_prep.corpus import Corpus
 from pretrain.bench import GROUPS, OPTIMISER, group, profiled, spread
 from pretrain.bench_loader import drop_pages
 from voxelith import main
@@ -92,6 +94,42 @@ def test_the_loader_is_measured_for_each_number_of_workers(
     least = min(one["samples_per_second"] for one in found["measured"][2:])
     assert f"with 3 workers {least:.4g} samples/s: {least / 50:.3g} GPUs" in said
     assert f"a GPU takes {150 / least:.3g} workers" in said
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["ranges", "shelf"])
+def test_a_corpus_elsewhere_is_measured_as_it_is_trained_on(
+    pretrain_corpus: Path, tmp_path: Path, kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes that come are told, and where there is a shelf shards come ahead of time."""
+    file = tmp_path / "loader.json"
+    with FaultServer(pretrain_corpus, slow=1.0, pause=0.3) as server:
+        words = [
+            f"corpus={server.url}", "trainer.workers=1", "seconds=0.5", f"output={file}",
+            f"remote.cache_gb={kept}", f"remote.folder={tmp_path}/shelf",
+        ]  # fmt: skip
+        assert main(["bench", "loader", *TINY, *words]) == 0
+        assert "MB/s from elsewhere" in capsys.readouterr().out
+        (found,) = json.loads(file.read_text())["measured"]
+        sent = sum(sent for name, sent in server.sent.items() if name.startswith("shards/"))
+    assert 0 < found["fetched_bytes_per_second"] * 0.5 <= sent
+    if kept:
+        assert server.most > 1  # by the one worker alone it would be one at a time
+
+
+def test_replaced_samples_are_told(
+    pretrain_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pretrain_corpus, tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    for i in range(0, len(corpus), 2):
+        start, _ = corpus._span(i, "image")
+        path = corpus.shard_files()[int(corpus.shards[i])]
+        data = bytearray(path.read_bytes())
+        data[start] ^= 1
+        path.write_bytes(data)
+    words = [f"corpus={tmp_path}/c", "trainer.workers=1", "seconds=1", "damaged=skip"]
+    assert main(["bench", "loader", *TINY, *words]) == 0
+    assert "samples were damaged and replaced" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_ends_it_with_one_line(pretrain_corpus: Path, tmp_path: Path) -> None:

@@ -288,16 +288,26 @@ def test_pictures_show_the_same_crops_in_every_run(pretrain_corpus: Path) -> Non
     assert one.middle(3, 1)["seed"] != one.middle(3, 2)["seed"] != one.middle(4, 1)["seed"]
 
 
-def test_a_program_ends_whoever_holds_on_to_its_workers(pretrain_corpus: Path) -> None:
-    """An error's traceback does; and workers heed no signal by which Python would end them."""
+END = {
+    "held": "sys.held = batches",
+    "collected": "held = [batches]; held.append(held); del batches, held; gc.collect()",
+}
+
+
+@pytest.mark.parametrize("end", END)
+def test_a_program_ends_whoever_holds_on_to_its_workers(pretrain_corpus: Path, end: str) -> None:
+    """An error's traceback does, or a cycle with one, whose queues the collector may close first.
+
+    And workers heed no signal by which Python would end them.
+    """
     code = f"""
-import sys
+import gc, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_loader import dataset_of, make_loader
 dataset = dataset_of({str(pretrain_corpus)!r})
 batches = iter(make_loader(dataset, batch_size=2, first_step=0, last_step=9, workers=2))
 next(batches)
-sys.held = batches
+{END[end]}
 sys.exit(7)
 """
     process = subprocess.run([sys.executable, "-c", code], timeout=120)
