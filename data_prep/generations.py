@@ -59,7 +59,7 @@ WITHDRAWN_FILE = "withdrawn.txt"
 """In the private folder: what was withdrawn, so that it never comes back by appending."""
 SUBJECT = "subject "
 """Begins a line of it that names a subject: what there is besides samples goes too."""
-_COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)")
+_COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)\b(?! scan)")
 
 
 def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
