@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data_prep.build import prep
+from data_prep.corpus import books
 from data_prep.files import write_json, write_text
 from data_prep.settings import PrepSettings
 from pretrain.bench import machine
@@ -101,7 +102,7 @@ def repeat(folder: Path, large: Path, count: int) -> None:
     info = json.loads((folder / "corpus.json").read_text())
     digest = hashlib.sha256((large / "index.parquet").read_bytes()).hexdigest()
     info["index"]["sha256"] = digest
-    (large / "corpus.json").write_text(json.dumps(info))
+    (large / "corpus.json").write_bytes(books(info))
 
 
 def measure(large: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_prep.corpus import Corpus
+from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, INDEX_FILE, Corpus
 from data_prep.download import download
 from data_prep.errors import CorruptionError, InputError
 from data_prep.progress import bar
@@ -37,7 +37,8 @@ def check(path: str | Path) -> list[str]:
     Of a corpus elsewhere each shard comes, is looked at, and goes again.
 
     Compares the sha256 and size of every shard, each header of its tar with the index, and every
-    region of every payload with its chunk table; then fingerprints and splits.
+    region of every payload with its chunk table; then fingerprints and splits, and what lies there
+    besides.
 
     Raises:
         InputError: there is no corpus, or of a format that this program cannot read.
@@ -47,7 +48,7 @@ def check(path: str | Path) -> list[str]:
         corpus = Corpus.open(path)
     except CorruptionError as error:
         return error.problems
-    problems = _unknown_shards(corpus)
+    problems = _unknown_files(corpus)
     samples: list[list[int]] = [[] for _ in corpus.info["shards"]]
     for i, shard in enumerate(corpus.shards):
         if 0 <= shard < len(samples):
@@ -77,11 +78,14 @@ def _here(shard: Shard, folder: Path) -> _Copy:
     return _Copy(copy, str(shard))
 
 
-def _unknown_shards(corpus: Corpus) -> list[str]:
+def _unknown_files(corpus: Corpus) -> list[str]:
     known = {shard["name"] for shard in corpus.info["shards"]}
-    found = {f"shards/{path.name}" for path in (corpus.path / "shards").glob("*")}
+    known |= {f"splits/{name}.json" for name in corpus.splits}
+    known |= {CORPUS_FILE, INDEX_FILE, FINGERPRINTS_FILE}
+    found = {p.relative_to(corpus.path).as_posix() for p in corpus.path.rglob("*") if p.is_file()}
     return [
-        f"{corpus.path}/{name}: not a shard of this corpus; remove it"
+        f"{corpus.path}/{name}: not a {'shard' if name.startswith('shards/') else 'file'} of this "
+        "corpus; remove it"
         for name in sorted(found - known)
     ]
 
@@ -221,12 +225,19 @@ def _side_problems(corpus: Corpus) -> list[str]:
     except InputError as error:
         problems += error.problems
     known = set(corpus.keys)
-    for name in corpus.splits:
+    told: dict[str, str] = corpus.info.get("splits", {})  # others were drawn since
+    for name in sorted({*corpus.splits, *told}):
         try:
-            parts = corpus.split(name)["parts"]
+            split = corpus.split(name)
+            parts = split["parts"]
         except InputError as error:
             problems += error.problems
             continue
+        if split["hash"] != told.get(name, split["hash"]):
+            problems.append(
+                f"{corpus.path}: split {name} is another than corpus.json tells; copy it again, or "
+                "give it a name of its own"
+            )
         strange = sorted({key for keys in parts.values() for key in keys} - known)
         if strange:
             problems.append(

@@ -507,6 +507,17 @@ def open_corpus(path: Path | Sequence[Path], key: str, shelf: Shelf | None = Non
     return Corpus.together([part for part in parts if part is not None])
 
 
+def books(info: Mapping[str, Any]) -> bytes:
+    """The text of corpus.json, with a sum over its own content."""
+    summed = {**info, "sha256": _info_sum(info)}
+    return json.dumps(summed, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _info_sum(info: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in info.items() if name != "sha256"}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
 def split_hash(data: dict[str, Any]) -> str:
     """Sha256 over a split without its hash, in canonical JSON."""
     content = {name: value for name, value in data.items() if name != "hash"}
@@ -622,6 +633,22 @@ def _joined(infos: Sequence[Mapping[str, Any]], tables: Sequence[pa.Table]) -> p
     return pa.concat_tables(made)
 
 
+def _missing(info: Mapping[str, Any]) -> list[str]:
+    """What every corpus.json has and this one has not."""
+    missing = [name for name in ("kind", "classes", "options", "counts") if name not in info]
+    parts = {
+        "index": ("sha256",),
+        "fingerprints": ("sha256",),
+        "shards": ("name", "bytes", "sha256", "samples"),
+    }
+    for name, keys in parts.items():
+        found = info.get(name)
+        rows = found if isinstance(found, list) and name == "shards" else [found]
+        if not all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows):
+            missing.append(f"{name} with {', '.join(keys)}")
+    return missing
+
+
 def _read_info(root: Root) -> dict[str, Any]:
     if isinstance(root, Path) and not root.is_dir():
         raise InputError(f"{root}: no such directory; `voxelith prep` writes a corpus")
@@ -647,10 +674,12 @@ def _read_info(root: Root) -> dict[str, Any]:
         raise InputError(
             f"{path}: format {version!r}, this program reads {FORMAT}; update voxelith"
         )
-    missing = [
-        name for name in ("kind", "classes", "shards", "index", "fingerprints") if name not in info
-    ]
-    if missing:
+    # Corpora of before have no sum, and do not name their splits.
+    if ("sha256" in info or "splits" in info) and info.get("sha256") != _info_sum(info):
+        raise CorruptionError(
+            f"{path}: its content is not that which its sha256 is of; copy it again"
+        )
+    if missing := _missing(info):
         raise CorruptionError(f"{path}: lacks {', '.join(missing)}")
     strange = [s["name"] for s in info["shards"] if not _SHARD.fullmatch(str(s["name"]))]
     if strange:

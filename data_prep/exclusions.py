@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,12 +28,12 @@ class Exclusions:
     Attributes:
         names: Keys and fingerprints.
         sketches: Of scans of which there are any.
-        sources: Where each of these comes from, to be told.
+        sources: Where each of these comes from: a path, and the key if it is a corpus.
     """
 
     names: set[str] = field(default_factory=set)
     sketches: list[Sketch] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
+    sources: list[tuple[Path, str]] = field(default_factory=list)
 
     @cached_property
     def _index(self) -> SketchIndex:
@@ -41,14 +42,41 @@ class Exclusions:
 
     def reason(self, sample: Scanned) -> str:
         """Why a scan must stay out; empty if it may come in."""
+        if self._names(sample):
+            return "named by exclude="
+        for number, share in self._index.find(sample.look):
+            path, key = self.sources[number]
+            return f"a near-duplicate of {key or 'a scan'} of {path.name} ({share:.0%} of features)"
+        return ""
+
+    def copy_of(self, sample: Scanned) -> tuple[Path, str, float] | None:
+        """The corpus, key and similarity of what a scan is a copy of, if it is not simply equal."""
+        if self._names(sample):
+            return None
+        for number, share in self._index.find(sample.look):
+            path, key = self.sources[number]
+            if key:
+                return path, key, share
+        return None
+
+    def notes(self) -> list[str]:
+        """Of how many scans copies cannot be looked for."""
+        small = Counter(
+            path.name
+            for (path, _), look in zip(self.sources, self.sketches, strict=True)
+            if not look.is_comparable
+        )
+        return [
+            f"exclude={name}: {count} of its scans are too small to be compared, or have no "
+            "sketches: only equal ones stay out"
+            for name, count in sorted(small.items())
+        ]
+
+    def _names(self, sample: Scanned) -> bool:
         prints = [sample.meta, *(c for c in sample.meta["channels"] if "fingerprint" in c)]
         known = {sample.key, sample.meta["fingerprint"]["value"]}
         known |= {as_text(one["fingerprint"]) for one in prints}
-        if self.names & known:
-            return "named by exclude="
-        for number, share in self._index.find(sample.look):
-            return f"a near-duplicate of a scan of {self.sources[number]} ({share:.0%} of features)"
-        return ""
+        return not self.names.isdisjoint(known)
 
 
 def read_exclusions(paths: Sequence[Path]) -> Exclusions:
@@ -59,17 +87,17 @@ def read_exclusions(paths: Sequence[Path]) -> Exclusions:
     """
     names: set[str] = set()
     sketches: list[Sketch] = []
-    sources: list[str] = []
+    sources: list[tuple[Path, str]] = []
     problems: list[str] = []
     for path in paths:
         try:
-            more, looks = _read(path)
+            more, looks, keys = _read(path)
         except InputError as error:
             problems += [f"exclude={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
             continue
         names |= more
         sketches += looks
-        sources += [path.name] * len(looks)
+        sources += [(path, key) for key in keys or [""] * len(looks)]
     if problems:
         raise InputError(problems)
     return Exclusions(names, sketches, sources)
@@ -81,20 +109,26 @@ def exclusion_digest(path: Path) -> str:
     return hashlib.sha256((found[0] if found else path).read_bytes()).hexdigest()
 
 
-def _read(path: Path) -> tuple[set[str], list[Sketch]]:
+def _read(path: Path) -> tuple[set[str], list[Sketch], list[str]]:
+    """Names, sketches, and of a corpus the key of each of these."""
     if (path / CORPUS_FILE).is_file():
         corpus = Corpus.open(path)
         prints = {text for texts in corpus.scan_prints().values() for text in texts}
-        return prints | set(corpus.keys), corpus.sketches()
+        return prints | set(corpus.keys), corpus.sketches(), corpus.keys
     if (path / RELEASE_PRINTS).is_file():
-        return _of_release(path / RELEASE_PRINTS)
+        return *_of_release(path / RELEASE_PRINTS), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: a list of keys or fingerprints, a corpus or a release is needed ({error})"
         ) from error
-    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}, []
+    names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    try:
+        looks = [Sketch.from_text(one) for one in sorted(names) if one.startswith(PREFIX)]
+    except ValueError as error:
+        raise InputError(f"{path}: a line that begins with {PREFIX} is no sketch") from error
+    return names, looks, []
 
 
 def _of_release(file: Path) -> tuple[set[str], list[Sketch]]:

@@ -8,7 +8,6 @@ run that is under way goes on only with the generation that it began with.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from data_prep.corpus import (
     FINGERPRINTS_FILE,
     INDEX_FILE,
     Corpus,
+    books,
     read_parquet,
     shard_name,
 )
@@ -59,7 +59,7 @@ WITHDRAWN_FILE = "withdrawn.txt"
 """In the private folder: what was withdrawn, so that it never comes back by appending."""
 SUBJECT = "subject "
 """Begins a line of it that names a subject: what there is besides samples goes too."""
-_COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)")
+_COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)\b(?! scan)")
 
 
 def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
@@ -285,19 +285,20 @@ def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]
     print_file = write_parquet(root / FINGERPRINTS_FILE, pa.concat_tables(prints))
     first = parts[0].corpus.info
     before = first["generations"]
-    classes = _classes(parts)
+    classes, splits = _classes(parts), _splits(parts)
     info = {
         **first,
         "shards": shards,
         "index": {"file": INDEX_FILE, "sha256": index},
         "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": print_file},
         "generations": [*before, {"number": len(before) + 1, **generation}],
+        "splits": {str(split["name"]): str(split["hash"]) for split in splits},
         "classes": classes,
         "counts": _counts(parts, classes),
     }
-    for split in _splits(parts):
+    for split in splits:
         write_split(split, root / "splits")
-    write_bytes(root / CORPUS_FILE, json.dumps(info, indent=1, sort_keys=True).encode() + b"\n")
+    write_bytes(root / CORPUS_FILE, books(info))
     return {"index": index, "rewritten": rewritten}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus
+from data_prep.errors import CorruptionError
+from data_prep.exclusions import read_exclusions
 from data_prep.files import write_bytes
-from data_prep.scan import Scanned
+from data_prep.plan import Plan
+from data_prep.scan import ScanJob, Scanned, read_case
+from data_prep.settings import PrepSettings
 from data_prep.shards import array_suffix
 from data_prep.work import WorkFolder
 
@@ -31,40 +36,67 @@ def middle_slice(corpus: Corpus, i: int) -> Picture:
     return _shown(codes[0, 0], meta)
 
 
-def draw_pairs(
-    pairs: Sequence[tuple[int, int, float]],
-    samples: Sequence[Scanned],
-    work: WorkFolder,
-    corpus: Corpus,
-    folder: Path,
-) -> None:
+@dataclass(frozen=True)
+class Copy:
+    """A scan that is left out, and the sample of a corpus that it is a copy of."""
+
+    sample: Scanned
+    corpus: Corpus
+    stays: str
+    share: float
+
+
+def copies_of(
+    settings: PrepSettings, jobs: Sequence[ScanJob], plan: Plan, work: WorkFolder
+) -> list[Copy]:
+    """Copies that a prep has left out, as many as are drawn: of its own samples, then of others."""
+    own = Corpus.open(work.corpus)
+    found = []
+    for number, stays, share in plan.pairs[:MOST_PAIRS]:
+        one, other = read_case(work, number), read_case(work, stays)
+        if isinstance(one, Scanned) and isinstance(other, Scanned):
+            found.append(Copy(one, own, other.key, share))
+    excluded = {row.name for row in plan.left_out if row.code == "excluded"}
+    exclusions = read_exclusions(settings.excluded if excluded else ())
+    for job in jobs:
+        if len(found) == MOST_PAIRS or job.case.name not in excluded:
+            continue
+        one = read_case(work, job.number)
+        near = exclusions.copy_of(one) if isinstance(one, Scanned) else None
+        if isinstance(one, Scanned) and near is not None:
+            path, key, share = near
+            found.append(Copy(one, Corpus.open(path), key, share))
+    return found
+
+
+def draw_copies(copies: Sequence[Copy], work: WorkFolder, folder: Path) -> None:
     """Makes a folder of pictures: copies (left) and what stays (right).
 
     Each pair has its own, named by number, key of what stays and subject of the copy, so that the
     pictures of a subject can go.
 
     Args:
-        pairs: numbers of both cases, and their similarity.
-        samples: the cases that were scanned, by number.
+        copies: what is drawn.
         work: has the voxels of what is left out.
-        corpus: has those of what stays.
         folder: what is in it goes first.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    if pairs:
-        folder.mkdir(mode=0o700, parents=True)
-    by_number = {sample.number: sample for sample in samples}
-    for n, (number, stays, share) in enumerate(pairs[:MOST_PAIRS]):
-        copy, key = by_number[number], by_number[stays].key
+    for n, copy in enumerate(copies):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            stays = middle_slice(copy.corpus, copy.corpus.position(copy.stays))
+        except CorruptionError:  # of a corpus elsewhere, which need not be whole for this
+            continue
         picture = _side_by_side(
-            (_left_out(copy, work), f"left out, {share:.0%} of features"),
-            (middle_slice(corpus, corpus.position(key)), key),
+            (_left_out(copy.sample, work), f"left out, {copy.share:.0%} of features"),
+            (stays, copy.stays),
         )
-        write_bytes(folder / f"{n:02}.{key}.{copy.meta['subject']}.png", picture, mode=0o600)
+        name = f"{n:02}.{copy.stays}.{copy.sample.meta['subject']}.png"
+        write_bytes(folder / name, picture, mode=0o600)
 
 
 def pictured(picture: Path) -> tuple[str, str]:
-    """Whom a picture of `draw_pairs` shows: key of what stays, subject of the copy."""
+    """Whom a picture of `draw_copies` shows: key of what stays, subject of the copy."""
     _, stays, subject, _ = picture.name.split(".")
     return stays, subject
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, shard_name
+from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, books, shard_name
 from data_prep.deface import may_be_head
+from data_prep.exclusions import read_exclusions
 from data_prep.files import write_bytes, write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id, subject_from_name
@@ -89,9 +89,10 @@ def complete(
         ],
         "index": {"file": INDEX_FILE, "sha256": index_hash},
         "fingerprints": {"file": FINGERPRINTS_FILE, "sha256": prints_hash},
+        "splits": splits,
         "generations": [{"number": 1, "added": len(kept), "removed": 0}],
     }
-    write_bytes(root / CORPUS_FILE, json.dumps(info, indent=1, sort_keys=True).encode() + b"\n")
+    write_bytes(root / CORPUS_FILE, books(info))
     result = PrepResult(
         output=settings.output,
         private=private_folder(settings.output),
@@ -104,12 +105,13 @@ def complete(
         files=files,
         rejected=rejected,
         modalities=_count(m["channels"][0]["modality"] for m in metas),
-        splits=splits,
+        splits=list(splits),
         index_hash=index_hash,
         notes=[
             *_book_notes(layout, left_out, files["total"]),
             *_head_notes(metas),
             *_comparison_notes(counts),
+            *read_exclusions(settings.excluded).notes(),
             *_label_notes(counts),
         ],
     )
@@ -175,8 +177,8 @@ def _label_notes(counts: dict[str, Any]) -> list[str]:
 
 def _write_splits(
     root: Path, layout: Layout, jobs: Sequence[ScanJob], kept: Sequence[Scanned], labelled: bool
-) -> list[str]:
-    """What the input says, `official` and `fold-N`; else `default` by subject, with labels."""
+) -> dict[str, str]:
+    """Hash by name: what the input says (`official`, `fold-N`), `default` where it has labels."""
     keys = [sample.key for sample in kept]
     subjects = [sample.meta["subject"] for sample in kept]
     cases = [jobs[sample.number].case for sample in kept]
@@ -192,7 +194,7 @@ def _write_splits(
         splits += splits_of_numbers([case.fold for case in cases], keys, subjects)
     for split in splits:
         write_split(split, root / "splits")
-    return [str(split["name"]) for split in splits]
+    return {str(split["name"]): str(split["hash"]) for split in splits}
 
 
 def _account(

@@ -18,11 +18,10 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
-from data_prep.corpus import Corpus
 from data_prep.errors import FailedError, InputError
 from data_prep.layouts.case import Layout, LeftOut
 from data_prep.naming import DUPLICATES
-from data_prep.pictures import draw_pairs
+from data_prep.pictures import copies_of, draw_copies
 from data_prep.plan import Plan, make_plan, read_plan, write_plan
 from data_prep.progress import bar
 from data_prep.publish import Say, complete, publish, report
@@ -160,11 +159,9 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
     result, left_out = complete(
         prep.settings, prep.layout, prep.jobs, kept, written, plan, work.corpus
     )
-    numbers = {number for copy, stays, _ in plan.pairs for number in (copy, stays)}
-    told = [s for n in sorted(numbers) if isinstance(s := read_case(work, n), Scanned)]
     result.private.mkdir(mode=0o700, exist_ok=True)
-    copies = result.private / DUPLICATES
-    draw_pairs(plan.pairs, told, work, Corpus.open(work.corpus), copies)
+    copies = copies_of(prep.settings, prep.jobs, plan, work)
+    draw_copies(copies, work, result.private / DUPLICATES)
     publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
     report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")
     return result

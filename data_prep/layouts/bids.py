@@ -11,29 +11,44 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.dicom import is_dicom
 from data_prep.errors import InputError, Naming
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
     Case,
     Layout,
+    LeftOut,
     is_image,
     leave_out,
     looks_like_a_label,
+    may_be_dicom,
     modality_from_name,
     stem,
+    subject_from_name,
 )
 
 Session = tuple[str, str]
 
+_BIDS = re.compile(
+    r"sub-(?P<subject>[A-Za-z0-9]+)/(?:(?P<session>ses-[A-Za-z0-9]+)/)?[a-z]+/"
+    r"sub-(?P=subject)_(?(session)(?P=session)_)[^/]+"
+)
+_NOT_RAW = ("derivatives", "sourcedata", "code")
 
-def from_bids(root: Path, files: list[Path], channels: Sequence[str] = ()) -> Layout | None:
-    """The labelled sessions of a BIDS data set; None if no file is a label map of a subject.
+
+def from_bids(
+    root: Path, files: list[Path], channels: Sequence[str] = (), forced: bool = False
+) -> Layout | None:
+    """The labelled sessions of a BIDS data set; of one without label maps every image.
+
+    None if it is something else: without label maps a single image that has no BIDS name says so.
 
     Args:
         root: The data set.
         files: All that it holds.
         channels: Suffixes of the images that make up a case, in order. Without them there must
             be one suffix that every labelled session has, and T1w wins over others.
+        forced: Whether it is BIDS for certain.
 
     Raises:
         InputError: it is not clear which images belong to the labels.
@@ -48,10 +63,12 @@ def from_bids(root: Path, files: list[Path], channels: Sequence[str] = ()) -> La
             labels[session].append(path)
         elif "derivatives" not in path.parts and not looks_like_a_label(path.name):
             images[session].append(path)
-    if not labels:
+    if not labels and not channels:
+        return _unlabelled(root, files, forced)
+    if not images or not (labels or forced):
         return None
     wanted = list(channels) or [_common_suffix(root, images, labels)]
-    layout = Layout(f"BIDS ({', '.join(wanted)} with label maps)")
+    layout = Layout(f"BIDS ({', '.join(wanted)} {'with' if labels else 'without'} label maps)")
     problems: list[str] = []
     used: set[Path] = set()
     for session, found in sorted(images.items()):
@@ -65,6 +82,43 @@ def from_bids(root: Path, files: list[Path], channels: Sequence[str] = ()) -> La
     leave_out(root, rest, layout, "not_listed", f"neither {' nor '.join(wanted)} nor its label map")
     layout.cases.sort(key=lambda case: case.name)
     return layout
+
+
+def _unlabelled(root: Path, files: list[Path], forced: bool) -> Layout | None:
+    """Every image of a subject as it is; its suffix is its sequence.
+
+    The session stays in the case's id, which is private: it often is a date.
+    """
+    raw = [path for path in files if path.relative_to(root).parts[0] not in _NOT_RAW]
+    images = [path for path in raw if is_image(path)]
+    named = [path for path in images if _BIDS.fullmatch(path.relative_to(root).as_posix())]
+    if not named or (not forced and (named != images or any(map(_is_series_file, raw)))):
+        return None
+    layout = Layout("BIDS without label maps")
+    for path in named:
+        name = path.relative_to(root).as_posix()
+        if looks_like_a_label(path.name):
+            detail = "its name says label or mask; list it in a CSV to use it"
+            layout.left_out.append(LeftOut(name, "looks_like_a_label", detail))
+            continue
+        suffix = _suffix(path)
+        layout.cases.append(
+            Case(
+                name,
+                (path,),
+                subject=subject_from_name(name),
+                modality=modality_from_name(suffix) or modality_from_name(name),
+                sequence=suffix.replace(BETWEEN_CHANNELS, ","),
+            )
+        )
+    taken = set(named)
+    rest = [path for path in files if path not in taken]
+    leave_out(root, rest, layout, "not_listed", "not the raw image of a subject")
+    return layout
+
+
+def _is_series_file(path: Path) -> bool:
+    return may_be_dicom(path) and is_dicom(path)
 
 
 def _case(

@@ -97,9 +97,7 @@ def _can_be(path: Path) -> bool:
 
 def _parts(case: Case, volumes: str) -> list[Case]:
     """A case whose file has several volumes as one of as many channels, or as many cases."""
-    # One name is that of each volume where they are apart, and of none where they are channels.
-    named = len(case.channels) > (1 if volumes == "apart" else 0)
-    if case.series or named or len(case.images) > 1:
+    if case.series or len(case.channels) > 1 or len(case.images) > 1:
         return [case]
     try:
         count = open_image(case.images[0]).shape[3]
@@ -108,7 +106,8 @@ def _parts(case: Case, volumes: str) -> list[Case]:
     if count < 2:
         return [case]
     if volumes == "channels":
-        return [replace(case, sequence=BETWEEN_CHANNELS.join(map(str, range(count))))]
+        names = [f"{case.sequence} {n}".strip() for n in range(count)]
+        return [replace(case, sequence=BETWEEN_CHANNELS.join(names))]
     subject, name = case.subject or case.name, case_id(case)
     return [
         replace(
@@ -136,7 +135,7 @@ def _recognise(source: Path, channels: Sequence[str], forced: str) -> Layout:
     if not files:
         raise InputError(f"input={source}: the folder is empty")
     readers = READERS | {
-        "bids": lambda root, files: from_bids(root, files, channels),
+        "bids": lambda root, files: from_bids(root, files, channels, forced == "bids"),
         "pile": from_pile,
     }
     wanted = list(readers) if forced == "auto" else [forced]

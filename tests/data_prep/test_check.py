@@ -13,6 +13,7 @@ from fault_server import FaultServer
 from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
+from data_prep.splits import write_split
 from voxelith import main
 
 
@@ -149,6 +150,57 @@ def test_index_fingerprints_and_splits(copy: Path) -> None:
     flip(copy / "index.parquet", 100)
     (problem,) = check(copy)
     assert "index.parquet" in problem
+
+
+def test_every_flipped_bit_of_corpus_json_is_found(copy: Path, seed: int) -> None:
+    path = copy / "corpus.json"
+    data = path.read_bytes()
+    text = data.decode()
+    rng = np.random.default_rng(seed)
+    places = [text.index(f'"{word}') + 1 for word in ("sha256", "splits", "ignore", "generations")]
+    for offset in [*places, *rng.integers(0, len(data) - 1, 60).tolist()]:
+        damaged = bytearray(data)
+        damaged[offset] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            problems = check(copy)
+        except InputError as error:  # the number of the format itself
+            problems = error.problems
+        assert any("corpus.json" in problem for problem in problems), bytes(damaged)
+
+
+@pytest.mark.parametrize("name", ["counts", "shards", "index"])
+def test_what_corpora_of_before_lack_is_told(name: str, copy: Path) -> None:
+    """They have no sum over corpus.json, and are read."""
+    info = json.loads((copy / "corpus.json").read_text())
+    del info["sha256"], info["splits"]
+    (copy / "corpus.json").write_text(json.dumps(info))
+    assert check(copy) == []
+    if name == "shards":
+        del info["shards"][0]["samples"]
+    else:
+        del info[name]
+    (copy / "corpus.json").write_text(json.dumps(info))
+    (problem,) = check(copy)
+    assert f"corpus.json: lacks {name}" in problem
+
+
+def test_splits_that_are_gone_or_others_and_strange_files_are_named(copy: Path) -> None:
+    path = copy / "splits" / "official.json"
+    data = json.loads(path.read_text())
+    path.unlink()
+    (problem,) = check(copy)
+    assert "there is no split 'official'" in problem
+    data["parts"]["train"], data["parts"]["test"] = data["parts"]["test"], data["parts"]["train"]
+    write_split(data, path.parent)
+    (problem,) = check(copy)
+    assert "split official is another than corpus.json tells" in problem
+    write_split({**data, "name": "mine"}, path.parent)  # one that was made since
+    assert len(check(copy)) == 1
+    for name in ("extra.txt", ".hidden", "splits/note.txt", "shards/note.txt"):
+        (copy / name).write_text("x")
+        assert any(f"{copy}/{name}: not a " in problem for problem in check(copy))
+        (copy / name).unlink()
 
 
 def test_no_corpus_is_wrong_input(tmp_path: Path) -> None:

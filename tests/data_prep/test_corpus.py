@@ -17,7 +17,7 @@ import pytest
 from phantoms import save, scan
 
 from data_prep.build import prep
-from data_prep.corpus import Corpus
+from data_prep.corpus import Corpus, books
 from data_prep.errors import CorruptionError, InputError
 from data_prep.settings import PrepSettings
 from data_prep.shards import array_suffix, table_suffix
@@ -134,7 +134,7 @@ def test_other_processes_can_read(method: str, wide: Path) -> None:
 def test_opening_starts_no_threads(wide: Path) -> None:
     program = (
         "import pathlib, sys\n"
-        "from data_prep.corpus import Corpus\n"
+        "from data_prep.corpus import Corpus, books\n"
         "def threads():\n"
         "    tasks = pathlib.Path('/proc/self/task').iterdir()\n"
         "    return sum('jemalloc' not in (t / 'comm').read_text() for t in tasks)\n"
@@ -289,7 +289,7 @@ def test_a_million_samples_open_without_a_step_for_each(wide: Path, tmp_path: Pa
     info = json.loads(path.read_text())
     data = (tmp_path / "c" / "index.parquet").read_bytes()
     info["index"]["sha256"] = hashlib.sha256(data).hexdigest()
-    path.write_text(json.dumps(info))
+    path.write_bytes(books(info))
     calls = 0
 
     def count(*_: object) -> None:

@@ -210,6 +210,35 @@ def test_nothing_of_who_is_withdrawn_is_left(keys: str, copies: Path, tmp_path: 
         remove(RemoveSettings(output=output, remove="Dora"))
 
 
+def test_copies_that_an_addition_has_are_drawn_and_stay_out_when_withdrawn(
+    copies: Path, tmp_path: Path, seed: int
+) -> None:
+    output, pictures = tmp_path / "c", tmp_path / "c.private" / "duplicates"
+    rows = ["image,subject", "head0.nii.gz,Anna", "head1.nii.gz,Bert"]
+    first = copies.with_name("first.csv")
+    first.write_text("\n".join(rows))
+    run(first, output, shard_mib=1)
+    assert not pictures.exists()
+    new = np.random.default_rng(seed).integers(0, 900, (12, 10, 14)).astype(np.int16)
+    save(copies.parent / "new.nii.gz", new)
+    second = copies.with_name("second.csv")
+    second.write_text("image,subject\nsmall02.5.nii.gz,Cora\nhead1.nii.gz,Bert\nnew.nii.gz,Emil\n")
+    lines = run(second, output, append=True)
+    by_name = {row["input"]: row["key"] for row in keymap(output)}
+    # What is equal needs no picture.
+    (picture,) = pictures.iterdir()
+    assert picture.name.startswith(f"2-00.{by_name['head0.nii.gz']}.")
+    assert picture.stat().st_mode & 0o077 == 0
+    assert not any("too small" in line and "exclude=" in line for line in lines)
+    remove(RemoveSettings(output=output, remove="Anna"))
+    assert not list(pictures.iterdir()) and quarantine(output) == ["head1.nii.gz"]
+    save(copies.parent / "new.nii.gz", np.roll(new, 3, axis=0) // 2)
+    second.write_text("image\nsmall02.6.nii.gz\nnew.nii.gz\n")
+    lines = run(second, output, append=True)
+    assert quarantine(output) == ["head1.nii.gz", "small02.6.nii.gz"]
+    assert any("exclude=c: 1 of its scans are too small" in line for line in lines)
+
+
 def test_the_same_prep_knows_the_changed_corpus(output: Path, tmp_path: Path) -> None:
     remove(RemoveSettings(output=output, remove="patient 1"))
     lines = run(tmp_path / "in" / "list.csv", output)
@@ -274,6 +303,8 @@ def test_an_addition_goes_to_a_corpus_of_before_options_were_noted(
     info = json.loads(path.read_text())
     noted = ("keys", "labels", "modality", "shard_mib", "spacing")
     info["options"] = {name: info["options"][name] for name in noted}
+    for name in ("sha256", "splits"):
+        del info[name]
     path.write_text(json.dumps(info))
     run(scans(tmp_path / "more", seed + 1, 4), output, append=True, minimum_slices=1)
     assert len(Corpus.open(output)) == 14

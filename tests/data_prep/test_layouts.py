@@ -9,6 +9,7 @@ import pytest
 from phantoms import ras_array, save, scan
 
 from data_prep.build import prep
+from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.layouts.case import Layout, modality_from_name, subject_from_name
 from data_prep.layouts.find import READERS, find_cases
@@ -185,6 +186,60 @@ def test_csv_with_unknown_columns(tmp_path: Path) -> None:
 )
 def test_modality_words(name: str, modality: str | None) -> None:
     assert modality_from_name(name) == modality
+
+
+def unlabelled_bids(root: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    for name in (
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w", "sub-01/ses-b/anat/sub-01_ses-b_run-2_FLAIR",
+        "sub-02/anat/sub-02_acq-x_T1w", "sub-02/ct/sub-02_ct",
+    ):  # fmt: skip
+        save(root / f"{name}.nii.gz", scan(rng) - 1000 * name.endswith("ct"))
+    save(root / "sub-02" / "anat" / "sub-02_T1w_mask.nii.gz", scan(rng))
+    save(root / "derivatives" / "prep" / "sub-02" / "anat" / "sub-02_T1w.nii.gz", scan(rng))
+    (root / "participants.tsv").write_text("participant_id\n")
+    return root
+
+
+def test_bids_without_label_maps_keeps_subjects_and_sequences(tmp_path: Path, seed: int) -> None:
+    root = unlabelled_bids(tmp_path / "in", seed)
+    settings = PrepSettings(input=root, output=tmp_path / "c", keys="names", processes=1)
+    result = prep(settings, say=lambda line: None)
+    assert result.layout == "BIDS without label maps"
+    assert result.rejected == {"looks_like_a_label": 1, "not_listed": 1}
+    assert not any("books" in note for note in result.notes)
+    corpus = Corpus.open(tmp_path / "c")
+    found = zip(corpus.keys, corpus.subjects, corpus.groups("sequence"), strict=True)
+    assert dict(zip(found, corpus.modalities, strict=True)) == {
+        ("sub-01_ses-a_t1w", "01", "T1w"): "MR",
+        ("sub-01_ses-b_run-2_flair", "01", "FLAIR"): "MR",
+        ("sub-02_acq-x_t1w", "02", "T1w"): "MR",
+        ("sub-02_ct", "02", "ct"): "CT",
+    }
+
+
+def test_what_only_looks_like_bids_is_a_pile_unless_it_is_forced(tmp_path: Path, seed: int) -> None:
+    root = unlabelled_bids(tmp_path / "in", seed)
+    (root / "more").mkdir()
+    save(root / "more" / "x.nii.gz", ras_array())
+    assert find_cases(root).description.startswith("folder of scans")
+    forced = find_cases(root, forced="bids")
+    assert len(forced.cases) == 4
+    assert ("more/x.nii.gz", "not_listed") in {(row.name, row.code) for row in forced.left_out}
+    # Suffixes that belong together can be named here too.
+    save(root / "sub-02" / "anat" / "sub-02_FLAIR.nii.gz", ras_array())
+    two = find_cases(root, channels=["T1w", "FLAIR"], forced="bids")
+    assert [case.sequence for case in two.cases] == ["T1w;FLAIR"]
+    with pytest.raises(InputError, match="layout=bids"):
+        find_cases(root / "more", forced="bids")
+
+
+def test_volumes_of_a_bids_file_may_be_channels(tmp_path: Path, seed: int) -> None:
+    four = np.stack([scan(np.random.default_rng([seed, n])) for n in range(3)], axis=-1)
+    save(tmp_path / "sub-1" / "func" / "sub-1_bold.nii.gz", four)
+    (case,) = find_cases(tmp_path, volumes="channels").cases
+    assert case.channels == ("bold 0", "bold 1", "bold 2")
+    assert len(find_cases(tmp_path, volumes="apart").cases) == 3
 
 
 def test_bids_subject() -> None:

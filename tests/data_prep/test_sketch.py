@@ -289,7 +289,7 @@ def test_scans_of_a_test_corpus_and_of_a_release_stay_out(folder: Path, tmp_path
         "excluded",
     )
     assert rows["IXI013-HH-1212_T1.nii.gz"][1] == "named by exclude="
-    assert "a near-duplicate of a scan of held (" in rows["copy0.nii.gz"][1]
+    assert "a near-duplicate of a of held (" in rows["copy0.nii.gz"][1]
     assert "a near-duplicate of a scan of release (" in rows["IXI014-HH-1236_T1.nii.gz"][1]
     assert Corpus.open(tmp_path / "c").keys == ["ixi033-hh-1259_t1", "small"]
 
