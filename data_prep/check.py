@@ -226,7 +226,8 @@ def _side_problems(corpus: Corpus) -> list[str]:
         problems += error.problems
     known = set(corpus.keys)
     told: dict[str, str] = corpus.info.get("splits", {})  # others were drawn since
-    for name in sorted({*corpus.splits, *told}):
+    # Of a corpus elsewhere splits are not read: nothing trains or scores by them from there.
+    for name in sorted({*corpus.splits, *told}) if corpus.path.is_dir() else ():
         try:
             split = corpus.split(name)
             parts = split["parts"]

@@ -30,6 +30,7 @@ DOORS = {
     "losses",
     "manifest",
     "objective",
+    "preemption",
     "previews",
     "probe",
     "references",
