@@ -492,8 +492,8 @@ def _forget(private: Path, left: set[str], names: set[str]) -> int:
         stays, subject = pictured(picture)
         if stays in gone or subject in names | subjects:
             picture.unlink()
-    for name in (DUPLICATES_OF_BEFORE, REFUSED_FILE):
-        (private / name).unlink(missing_ok=True)
+    for rest in (private / DUPLICATES_OF_BEFORE, private / REFUSED_FILE, *private.glob("*.html")):
+        rest.unlink(missing_ok=True)  # whom they show or name cannot be taken out of them
     # Last, since it says which names are to go.
     if any(row[0] in gone for row in keymap):
         known = [row for row in keymap if row[0] not in gone]

@@ -26,7 +26,10 @@ _COLOURS = {"CT": ARM_COLOURS["scratch"], "MR": ARM_COLOURS["pretrained"]}
 
 
 def corpus_report(corpus_path: Path, output: Path) -> Path:
-    """Writes the page; names of files are on it only where the corpus keeps names.
+    """Writes the page.
+
+    Names of files are on it where the corpus keeps names, and where the page is written into the
+    private folder; elsewhere examples are lines of the quarantine, which its owner can look up.
 
     Args:
         corpus_path: a corpus on this machine.
@@ -41,6 +44,8 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
     counts = info["counts"]
     path = output if output.suffix == ".html" else output / "report.html"
     private = private_folder(corpus_path)
+    owned = path.resolve().is_relative_to(private.resolve())
+    named = owned or info["options"]["keys"] == "names"
     copies = [private / DUPLICATES_OF_BEFORE, *sorted((private / DUPLICATES).glob("*.png"))]
     page = render(
         "corpus.html.j2",
@@ -49,11 +54,11 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
         layout=info["layout"],
         numbers=_numbers(corpus),
         files=counts["files"],
-        reasons=_reasons(corpus, corpus_path),
+        reasons=_reasons(corpus, private, named),
         licences=[(name, counts["licence"][name]) for name in strictest_first(counts["licence"])],
         tables=_tables(corpus),
-        shapes=data_uri(_draw_sizes(corpus).encode(), "image/svg+xml"),
-        intensities=data_uri(_draw_intensities(corpus).encode(), "image/svg+xml"),
+        shapes=_draw_sizes(corpus),
+        intensities=_draw_intensities(corpus),
         slices=data_uri(_draw_slices(corpus), "image/png"),
         copies=[data_uri(one.read_bytes(), "image/png") for one in copies if one.is_file()],
         not_comparable=len(counts.get("not_comparable", [])),
@@ -62,7 +67,7 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
         index_hash=corpus.index_hash,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page)
+    write_text(path, page, mode=0o600 if owned else 0o644)
     return path
 
 
@@ -79,15 +84,14 @@ def _numbers(corpus: Corpus) -> list[tuple[str, str]]:
     ]
 
 
-def _reasons(corpus: Corpus, path: Path) -> list[tuple[str, int, list[str]]]:
-    """Code, count and examples of what was left out."""
+def _reasons(corpus: Corpus, private: Path, named: bool) -> list[tuple[str, int, list[str]]]:
+    """Code, count and examples of what was left out, as far as the private folder is here."""
     examples: dict[str, list[str]] = {}
-    file = private_folder(path) / QUARANTINE_FILE
-    if corpus.info["options"]["keys"] == "names":
-        for row in read_csv(file):
-            found = examples.setdefault(row["code"], [])
-            if len(found) < EXAMPLES:
-                found.append(legible(f"{row['input']}: {row['detail']}"))
+    for line, row in enumerate(read_csv(private / QUARANTINE_FILE), start=2):
+        found = examples.setdefault(row["code"], [])
+        if len(found) < EXAMPLES:
+            shown = legible(f"{row['input']}: {row['detail']}")
+            found.append(shown if named else f"line {line} of {QUARANTINE_FILE}")
     rejected = Counter(corpus.info["counts"]["rejected"])
     return [(code, n, examples.get(code, [])) for code, n in rejected.most_common()]
 
@@ -111,27 +115,40 @@ def _draw_sizes(corpus: Corpus) -> str:
     extents = spacings * corpus.shapes[:, 1:]
     kinds = np.array(corpus.modalities)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.2), layout="constrained")
-        for row, values, what in zip(axes, (spacings, extents), ("spacing", "extent"), strict=True):
+        figure, axes = plt.subplots(3, 3, figsize=(WIDTH, 6.2), layout="constrained")
+        for row, values, what, unit in (
+            (axes[0], corpus.shapes[:, 1:], "shape", "voxels"),
+            (axes[1], spacings, "spacing", "mm"),
+            (axes[2], extents, "extent", "mm"),
+        ):
             for axis, column, name in zip(row, values.T, ("d", "h", "w"), strict=True):
                 bins = np.histogram_bin_edges(column, 24)
                 for kind in sorted(set(kinds)):
                     axis.hist(column[kinds == kind], bins, color=_COLOURS.get(kind, FAINT),
                               alpha=0.75, label=kind)  # fmt: skip
-                axis.set_title(f"{what} along {name}, mm")
+                axis.set_title(f"{what} along {name}, {unit}")
         axes[0, 2].legend(loc="upper right")
         return _svg(figure)
 
 
 def _draw_intensities(corpus: Corpus) -> str:
-    """Robust ranges of volumes, one line each, sorted by their middle."""
+    """Volumes by modality, and their robust ranges, one line each, sorted by their middle."""
     chosen = _evenly(len(corpus), MEASURED)
     channels = [corpus.meta(i)["channels"][0] for i in chosen]
     kinds = sorted({channel["modality"] for channel in channels})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 2.6), layout="constrained",
-                                    squeeze=False)  # fmt: skip
-        for axis, kind in zip(axes[0], kinds, strict=True):
+        figure, (bars, *axes) = plt.subplots(
+            1,
+            1 + len(kinds),
+            figsize=(WIDTH, 2.6),
+            layout="constrained",
+            width_ratios=[1, *[3] * len(kinds)],
+        )
+        counts = Counter(corpus.modalities)
+        names = sorted(counts)
+        bars.bar(names, [counts[n] for n in names], color=[_COLOURS.get(n, FAINT) for n in names])
+        bars.set_title("volumes")
+        for axis, kind in zip(axes, kinds, strict=True):
             told = [c["statistics"] for c in channels if c["modality"] == kind]
             told.sort(key=lambda one: (one["p50"], one["p99_5"]))
             places = np.arange(len(told))

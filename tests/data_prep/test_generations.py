@@ -191,6 +191,7 @@ def test_nothing_of_who_is_withdrawn_is_left(keys: str, copies: Path, tmp_path: 
     run(copies, output, keys=keys, shard_mib=1)
     assert len(quarantine(output)) == 6 and len(list((private / "duplicates").iterdir())) == 4
     (private / "duplicates.png").write_bytes(b"of before, with all of them")
+    (private / "report.html").write_bytes(b"head0.nii.gz")
     (anna,) = [row for row in keymap(output) if row["input"] == "head0.nii.gz"]
     said: list[str] = []
     remove(RemoveSettings(output=output, remove=anna["key"]), said.append)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -53,4 +55,16 @@ def test_the_page_has_the_books_of_a_corpus(keys: str, folder: Path, tmp_path: P
     assert [kind for kind, _ in pictures] == ["png", "png", "svg+xml", "svg+xml"]
     assert not re.search(r"(?:src|href)=.(?!data:)", text)
     assert ("letter.nii.gz" in text) == (keys == "names")
+    assert ("of quarantine.csv" in text) == (keys == "hmac")
+    # Its owner's page has names, and only the owner reads it.
+    mine = corpus_path.with_name("c.private") / "report.html"
+    assert main(["report", str(corpus_path), f"output={mine}"]) == 0
+    assert "letter.nii.gz: " in mine.read_text() and mine.stat().st_mode & 0o077 == 0
+    drawn = [base64.b64decode(data).decode() for kind, data in pictures if "svg" in kind]
+    # Shape, spacing and extent along each axis; volumes, and intensities of CT and MR.
+    assert [svg.count('id="axes_') for svg in drawn] == [9, 3]
+    # Without the private folder there are counts alone.
+    shutil.rmtree(mine.parent)
+    assert main(["report", str(corpus_path), f"output={page}"]) == 0
+    assert "not_an_image" in page.read_text() and "letter.nii.gz" not in page.read_text()
     assert str(folder) not in text
