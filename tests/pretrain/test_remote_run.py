@@ -143,19 +143,15 @@ def test_a_shard_that_does_not_come_ahead_of_time_stops_no_other(
 ) -> None:
     monkeypatch.setattr(download, "PAUSES", (0.01,))
     with FaultServer(pretrain_corpus) as server:
-        corpus = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
-        dataset = make_dataset(settings(pretrain_corpus, tmp_path, "x"), corpus)
-        now = 0
-        ahead = Ahead(dataset, lambda: now, last=36, batch_size=4)
-        order = list(dict.fromkeys(shard for _, shard in ahead.needed()))
-        ahead.end()
+        chosen, now = settings(pretrain_corpus, tmp_path, "x"), 0
+        without = make_dataset(chosen, Corpus.open(server.url))  # nothing is fetched ahead
+        needed = Ahead(without, lambda: now, last=36, batch_size=4).needed()
+        order = list(dict.fromkeys(shard for _, shard in needed))
         bad = order[1:3]
         for shard in bad:
             server.changed[f"shards/{shard:06d}.tar"] = b"x"
-        for file in tmp_path.glob("*.tar"):
-            file.unlink()
-        dataset = make_dataset(settings(pretrain_corpus, tmp_path, "x"), corpus)
-        ahead = Ahead(dataset, lambda: now, last=36, batch_size=4)
+        corpus = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+        ahead = Ahead(make_dataset(chosen, corpus), lambda: now, last=36, batch_size=4)
         until = time.monotonic() + 60
         try:
             while not all(corpus.has_shard(shard) for shard in order if shard not in bad):
