@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from pydantic import BaseModel
 
 from data_prep.errors import InputError, config_text
+from data_prep.files import read_lines as lines_of
 from data_prep.files import write_text
 from data_prep.references import without_secrets
 from pretrain.release import LoadReport
@@ -111,17 +112,11 @@ def _works(tracker: Logger, call: Callable[[], object]) -> bool:
 
 def read_lines(path: Path) -> list[dict[str, float | int]]:
     """The rows of a metrics.jsonl; what a killed process left of one is none."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append({k: math.nan if v is None else v for k, v in row.items()})
-    return rows
+    return [
+        {k: math.nan if v is None else v for k, v in row.items()}
+        for row in lines_of(path)
+        if isinstance(row.get("step"), int)
+    ]
 
 
 def _line(row: Row) -> str:
