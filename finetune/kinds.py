@@ -7,6 +7,7 @@ network as a file, the answers to the test cases and their rows.
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -234,10 +235,11 @@ class Segmenting(Kind):
         return said
 
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
-        """Label maps in predictions/, and their rows; those of a start that was ended stay."""
+        """Label maps in predictions/, and their rows; those that these weights gave stay."""
         corpus, segmenter = plan.corpus, self._segmenter(plan, model)
-        write_network(segmenter, plan.release.config["backbone"], self.settings.decoder, run.path)
-        folder = run.path / "predictions"
+        folder, backbone = run.path / "predictions", plan.release.config["backbone"]
+        if not write_network(segmenter, backbone, self.settings.decoder, run.path):
+            shutil.rmtree(folder, ignore_errors=True)  # of a start whose last checkpoint was lost
         folder.mkdir(exist_ok=True)
 
         def predict(key: str) -> Labels:

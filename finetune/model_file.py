@@ -56,12 +56,18 @@ class ModelFile(TaskFacts):
 
 def write_network(
     network: Finetuned, backbone: dict[str, Any], decoder: DecoderKind, folder: Path
-) -> None:
-    """Writes model.safetensors and model.json into a run folder; `load_network` reads them."""
+) -> bool:
+    """Writes model.safetensors and model.json into a run folder; `load_network` reads them.
+
+    Returns:
+        Whether these very weights lay there already.
+    """
     facts = TaskFacts(task=network.task, decoder=decoder, overlap=network.overlap, tta=network.tta)
     state = network.model.state_dict()
     weights = {name: value.contiguous().cpu() for name, value in state.items()}
-    write_bytes(folder / "model.safetensors", save(weights, {"format": "pt"}))
+    file, data = folder / "model.safetensors", save(weights, {"format": "pt"})
+    same = file.exists() and file.read_bytes() == data
+    write_bytes(file, data)
     write_json(
         folder / "model.json",
         {
@@ -73,6 +79,7 @@ def write_network(
             **facts.model_dump(mode="json"),
         },
     )
+    return same
 
 
 def load_network(ref: Path, device: str | torch.device | None = None) -> Segmenter | Answerer:
