@@ -42,6 +42,7 @@ class Job:
         script: text of the batch script; empty without a scheduler.
         stages: settings of each stage, in order; of a recipe without stages those of the run.
         checkpoints: bytes of one of each stage; of a pretraining alone.
+        plans: of a finetuning alone, its own.
     """
 
     run: Path
@@ -49,6 +50,7 @@ class Job:
     script: str
     stages: tuple[Any, ...]
     checkpoints: tuple[int, ...] = ()
+    plans: tuple[Any, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -86,6 +88,10 @@ def plan_job(command: str, words: Sequence[str]) -> tuple[Job, ClusterSettings]:
     if command == "pretrain":
         settings, sizes = _fitting(stages)
         job = replace(job, stages=settings, checkpoints=sizes)
+    else:
+        from finetune.train import make_plan
+
+        job = replace(job, plans=(make_plan(first),))
     if cluster.kind == "slurm":
         job = replace(job, script=render(run, job.words, cluster, stages=job.runs))
     return job, cluster
@@ -282,9 +288,10 @@ def launch(command: str, words: Sequence[str], *, dry_run: bool = False) -> dict
 
 
 def foretell(job: Job, cluster: ClusterSettings, *, planned: bool) -> list[str]:
-    """What a pretraining takes, if it is `planned`, and where the cluster leaves it no time."""
-    # There are none of a finetuning.
-    saves = [Save.of(size, run) for size, run in zip(job.checkpoints, job.runs, strict=False)]
+    """What a job takes, if it is `planned`, and where the cluster leaves it no time."""
+    if job.plans:
+        return _of_finetunings(job.plans, 1, cluster, planned=planned)
+    saves = [Save.of(size, run) for size, run in zip(job.checkpoints, job.runs, strict=True)]
     said = []
     if planned and saves:
         plans = [plan(one, cluster, save) for one, save in zip(job.stages, saves, strict=True)]
@@ -321,17 +328,26 @@ class Sweep:
 
     def foretell(self, cluster: ClusterSettings, *, planned: bool) -> list[str]:
         """What its runs take, if it is `planned`, and where the cluster leaves them no time."""
-        if not self.plans:
-            return []
-        said = []
-        if planned:
-            from finetune.forecast import forecast
+        at_once = min(cluster.array_limit or len(self.plans), len(self.plans))
+        return _of_finetunings(self.plans, at_once, cluster, planned=planned)
 
-            at_once = min(cluster.array_limit or len(self.plans), len(self.plans))
-            said.append(f"  {forecast(self.plans, at_once).text()}")
-        largest = max(self.plans, key=_checkpoint_of)
+
+def _of_finetunings(
+    plans: Sequence[Any], at_once: int, cluster: ClusterSettings, *, planned: bool
+) -> list[str]:
+    """Hours and disk of runs, if they are `planned`, and where the cluster leaves them no time."""
+    if not plans:
+        return []
+    said = []
+    if planned:
+        from finetune.forecast import forecast
+
+        said.append(f"  {forecast(plans, at_once).text()}")
+    if cluster.kind == "slurm":
+        largest = max(plans, key=_checkpoint_of)
         save = Save.of(_checkpoint_of(largest), largest.settings.runs / "any")
-        return [*said, *save.warnings(cluster)]
+        said += save.warnings(cluster)
+    return said
 
 
 def plan_sweep(words: Sequence[str]) -> Sweep:

@@ -115,7 +115,7 @@ def test_a_slurm_that_does_not_answer_ends_no_launch(
     assert "is not known here: scontrol show config: Unable to contact controller" in warned[1]
 
 
-def test_chains_and_sweeps_are_planned_and_warned_of_too(
+def test_chains_and_finetunings_are_planned_and_warned_of_too(
     pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -129,9 +129,10 @@ def test_chains_and_sweeps_are_planned_and_warned_of_too(
         "batch_size=1", "warmup=1", "trainer.threads=1", "crop_size=[16,24,16]",
         f"runs={tmp_path}",
     ]  # fmt: skip
-    assert voxelith.main(["launch", "finetune", "-m", *finetune, cluster, "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "hours of one worker" in said and "warning: a save (" in said
+    for how in (["-m"], ["run=one"]):
+        assert voxelith.main(["launch", "finetune", *how, *finetune, cluster, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "hours of one worker" in said and "warning: a save (" in said
     pretrain = [*TINY, f"corpus={pretrain_corpus}", f"runs={tmp_path}", "run=a"]
     stages = [["pretrain", *pretrain], ["finetune", "-m", *finetune]]
     lines = "".join(f"  - {' '.join(words)}\n" for words in stages)
