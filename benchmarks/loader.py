@@ -90,6 +90,7 @@ def main() -> None:
             for size in chosen.size
         ],
         "disk": disk(raw, chosen.work),
+        "scans": [scan.name for scan in chosen.scans],
         "as_they_are": chosen.as_they_are,
         "batch": BATCH,
         "machine": {**machine(torch.device("cpu")), "load": os.getloadavg()[0]},
@@ -550,8 +551,9 @@ def text(found: dict[str, Any]) -> str:
         "# Crops per second in one process and thread",
         "",
         ("Real CTs" if found["as_they_are"] else "CT of 512x512x300 made of real ones")
-        + "; batches of two crops, float32, clipped and scaled. Median of the repeats (lowest to "
-        "highest). Times over voxelith's: more than 1 is slower. MB read: from storage, a crop.",
+        + f" ({', '.join(found['scans'])}); batches of two crops, float32, clipped and scaled. "
+        "Median of the repeats (lowest to highest). Times over voxelith's: more than 1 is slower. "
+        "MB read: from storage, a crop.",
         "",
         f"{found['machine']['processor']}, {found['machine']['cores']} cores, load "
         f"{found['machine']['load']:.1f}; "
