@@ -2,9 +2,10 @@
 
     python benchmarks/remote.py WORK --scans CT [CT ...] [--output docs/results/remote]
 
-CTs of 512x512x300 (see large_ct.py) in shards of one or two, behind a web server of this machine.
-Ranges of the touched chunks, or whole shards onto a shelf that is empty at first; without faults,
-and with 5 % of requests answered with 503, 1 % of bodies cut and 5 % of answers 0.2 s late. Each
+CTs of 512x512x300 (see large_ct.py) in shards of one or two, behind a web server of this machine,
+or in a bucket of an S3 server (moto), behind a server that passes its answers on. Ranges of the
+touched chunks, or whole shards onto a shelf that is empty at first; without faults, and with 5 % of
+requests answered with 503, 1 % of bodies cut and 5 % of answers 0.2 s late. Each
 side is read at full speed, and by a trainer whose step takes --step seconds, where what counts is
 the share of time that it waits for data. All sides must give the same crops, byte for byte.
 
@@ -41,12 +42,14 @@ from pretrain.loader import make_loader
 from pretrain.run_folder import versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from bucket_server import ADDRESS, CREDENTIALS, bucket_server
 from fault_server import FaultServer
 from loader import crops_of, make_scans
 
 BATCH, STEPS, WORKERS = 4, 40, 4
 FAULTS = {"busy": 0.05, "cut": 0.01, "slow": 0.05, "pause": 0.2}
-SIDES = ("local", "ranges", "ranges, faults", "shelf", "shelf, faults")
+WAYS = ("ranges", "shelf", "s3 ranges", "s3 shelf")
+SIDES = ("local", *(f"{way}{faults}" for way in WAYS for faults in ("", ", faults")))
 
 
 def main() -> None:
@@ -67,15 +70,17 @@ def main() -> None:
         side: {"full": [], "waited": [], "faults": []} for side in SIDES
     }
     digests = set()
-    for repeat in range(chosen.repeats):
-        for side in SIDES:
-            for kind, step in (("full", 0.0), ("waited", chosen.step)):
-                with opened(corpus, side, repeat) as (found, counts):
-                    seconds, waited, digest = read(found, chosen.size, step)
-                digests.add(digest)
-                rate = BATCH * STEPS / seconds
-                measured[side][kind].append(rate if kind == "full" else waited / seconds)
-                measured[side]["faults"].append(counts())
+    os.environ |= CREDENTIALS
+    with bucket_server(corpus, chosen.work / "moto.log") as bucket:
+        for repeat in range(chosen.repeats):
+            for side in SIDES:
+                for kind, step in (("full", 0.0), ("waited", chosen.step)):
+                    with opened(corpus, side, repeat, bucket) as (found, counts):
+                        seconds, waited, digest = read(found, chosen.size, step)
+                    digests.add(digest)
+                    rate = BATCH * STEPS / seconds
+                    measured[side][kind].append(rate if kind == "full" else waited / seconds)
+                    measured[side]["faults"].append(counts())
     assert len(digests) == 1, "sides gave other crops"
     result = {
         "measured": measured,
@@ -96,12 +101,15 @@ def main() -> None:
 
 
 @contextmanager
-def opened(path: Path, side: str, seed: int) -> Iterator[tuple[Corpus, Any]]:
+def opened(path: Path, side: str, seed: int, bucket: str) -> Iterator[tuple[Corpus, Any]]:
     """The corpus as a side sees it, and what its server counted."""
     if side == "local":
         yield Corpus.open(path), lambda: {}
         return
-    faults = FAULTS if side.endswith("faults") else {}
+    faults: dict[str, Any] = dict(FAULTS) if side.endswith("faults") else {}
+    in_bucket = side.startswith("s3")
+    if in_bucket:
+        faults["behind"] = bucket
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     server = context.Process(target=serve, args=(path, seed, faults, there), daemon=True)
@@ -109,16 +117,17 @@ def opened(path: Path, side: str, seed: int) -> Iterator[tuple[Corpus, Any]]:
     counts: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            shelf = Shelf(Path(folder), 10**12) if side.startswith("shelf") else None
-            yield Corpus.open(here.recv(), shelf=shelf), lambda: counts
+            shelf = Shelf(Path(folder), 10**12) if "shelf" in side else None
+            os.environ["AWS_ENDPOINT_URL"] = url = here.recv()
+            yield Corpus.open(ADDRESS if in_bucket else url, shelf=shelf), lambda: counts
     finally:
         here.send("end")
         counts.update(here.recv())
         server.join()
 
 
-def serve(path: Path, seed: int, faults: dict[str, float], pipe: Connection) -> None:
-    with FaultServer(path, seed, **faults) as server:  # type: ignore[arg-type]
+def serve(path: Path, seed: int, faults: dict[str, Any], pipe: Connection) -> None:
+    with FaultServer(path, seed, **faults) as server:
         pipe.send(server.url)
         pipe.recv()
         pipe.send(
@@ -159,7 +168,8 @@ def text(found: dict[str, Any]) -> str:
         f"512x512x300 in {found['shards']} shards, {found['workers']} workers; server and workers "
         f"share the cores. Faults: {faults['busy']:.0%} of requests answered with 503, "
         f"{faults['cut']:.0%} of bodies cut, {faults['slow']:.0%} of answers {faults['pause']:g} s "
-        f"late. All sides gave the same crops, byte for byte. Median (lowest to highest) of "
+        "late; of s3 the server passes on what moto answers. All sides gave the same crops, byte "
+        "for byte. Median (lowest to highest) of "
         f"{len(found['measured']['local']['full'])}; a shelf is empty at first, and the starts of "
         "workers count.",
         "",

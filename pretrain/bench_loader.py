@@ -4,7 +4,8 @@ Samples are read, verified and decompressed by workers as in a training, and nob
 them. Each number of workers is measured with the files' pages in memory as they happen to be; the
 last again after these pages were dropped, so that every byte comes from storage: that is what a
 corpus costs that is larger than the memory. Of a corpus elsewhere shards come ahead of time as in a
-training, where there is a shelf for them; what is on it already does not come again.
+training, where there is a shelf for them; what is on it already does not come again, so that there
+the last try has an empty one of its own: that is what the first epoch costs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_prep.corpus import open_corpus
 from data_prep.errors import InputError
 from data_prep.progress import bar
+from data_prep.remote import Shelf
 from pretrain.ahead import Ahead
 from pretrain.bench import machine, written
 from pretrain.loader import Batches, CropDataset, make_loader
@@ -57,15 +61,22 @@ def bench_loader(settings: BenchSettings) -> dict[str, Any]:
     )
     measured, step = [], 0
     came = multiprocessing.Value("q", 0)
-    for remote in corpus.remotes:
-        remote.tally = came
     files = corpus.shard_files() if hasattr(os, "posix_fadvise") else []
-    tries = [(n, False) for n in counts] + [(most, True)] * bool(files)
-    with bar(total=len(tries), desc="loader", unit="try") as shown:
+    tries = [(n, "") for n in counts]
+    tries += [(most, "pages dropped")] * bool(files) + [(most, "empty shelf")] * bool(corpus.shelf)
+    with bar(total=len(tries), desc="loader", unit="try") as shown, contextlib.ExitStack() as stack:
         for workers, cold in tries:
-            if cold:
+            if cold == "pages dropped":
                 drop_pages(files)
-            found = _measure(dataset, micro, workers, settings.seconds, step, cold, came)
+            if cold == "empty shelf":
+                assert corpus.shelf is not None
+                folder = TemporaryDirectory(dir=corpus.shelf.folder, prefix=".bench-")
+                empty = Shelf(Path(stack.enter_context(folder)), corpus.shelf.limit)
+                corpus = open_corpus(settings.corpus, "corpus", empty)
+                dataset = make_dataset(settings, corpus, crops)
+            for remote in corpus.remotes:
+                remote.tally = came
+            found = _measure(dataset, micro, workers, settings.seconds, step, bool(cold), came)
             measured.append({"workers": workers, "cold": cold, **found})
             step += found["batches"]
             shown.update()
@@ -91,9 +102,9 @@ def _measure(
     cold: bool,
     came: Synchronized[int],
 ) -> dict[str, Any]:
-    """Rates after every worker has delivered; where pages were dropped, from the beginning.
+    """Rates after every worker has delivered; where it is cold, from the beginning.
 
-    What is read first stays in memory, so of a small corpus nothing would be cold afterwards.
+    What is read first stays where it is, so of a small corpus nothing would be cold afterwards.
     `step`: batches that were given before. `came`: bytes that came from elsewhere.
     """
     loader = make_loader(
@@ -130,7 +141,7 @@ def _measure(
 
 
 def _line(found: dict[str, Any]) -> str:
-    state = ", pages dropped" if found["cold"] else ""
+    state = f", {found['cold']}" if found["cold"] else ""
     fetched = found["fetched_bytes_per_second"]
     who = "worker" if found["workers"] == 1 else "workers"
     return (

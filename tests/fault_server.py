@@ -1,4 +1,4 @@
-"""A web server on this machine for a folder, with ranges, and with faults drawn from a seed."""
+"""A web server on this machine with faults drawn from a seed: of a folder, or before another."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class FaultServer:
         wrong: by name, bytes that a header says a body has more than it has, or fewer.
         redirects: where to go instead, by name.
         secure: file of a key and a certificate; empty: it speaks no TLS.
+        behind: host and port of a server whose answers it passes on, instead of files.
         sent: bytes of bodies, by name.
         asked: requests, by name.
         faults: how often each fault came.
@@ -52,6 +54,7 @@ class FaultServer:
     wrong: dict[str, int] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     secure: str = ""
+    behind: str = ""
     sent: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -113,11 +116,30 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault == "slow":
                 time.sleep(mine.pause)
-            self._answer(mine, name, fault)
+            (self._relay if mine.behind else self._answer)(mine, name, fault)
         finally:
             with mine._lock:
                 mine._now -= 1
         return None
+
+    def do_HEAD(self) -> None:
+        if self.server_of.behind:
+            return self.do_GET()
+        return self._refuse(501)
+
+    def _relay(self, mine: FaultServer, name: str, fault: str) -> None:
+        asked = HTTPConnection(mine.behind, timeout=60)
+        with contextlib.closing(asked):
+            asked.request(self.command, self.path, headers=dict(self.headers.items()))
+            answer = asked.getresponse()
+            data = answer.read()
+        self.send_response(answer.status)
+        hops = ("connection", "transfer-encoding", "server", "date", "content-length")
+        for key, value in answer.getheaders():
+            if key.lower() not in hops:
+                self.send_header(key, value)
+        self.send_header("Content-Length", answer.getheader("Content-Length", str(len(data))))
+        self._finish(mine, name, data, fault)
 
     def _answer(self, mine: FaultServer, name: str, fault: str) -> None:
         file = mine.folder / name
@@ -149,6 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) + mine.wrong.get(name, 0)))
         if mine.tag:
             self.send_header("ETag", mine.tag)
+        self._finish(mine, name, data, fault)
+
+    def _finish(self, mine: FaultServer, name: str, data: bytes, fault: str) -> None:
         self.end_headers()
         if fault == "cut":
             data = data[: len(data) // 2]

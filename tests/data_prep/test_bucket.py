@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
-import subprocess
-import sys
-import time
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket_server import ADDRESS, CREDENTIALS, bucket_server
+from fault_server import FaultServer
 
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError
@@ -23,41 +22,12 @@ pytest.importorskip("moto.server", reason="moto is not installed: pip install 'm
 
 @pytest.fixture(scope="module")
 def bucket(pretrain_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("moto") / "log"
-    with pytest.MonkeyPatch.context() as patch, log.open("w") as out:
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=out,
-            stderr=out,
-        )
-        try:
-            import boto3
-
-            client = boto3.client("s3")
-            for attempt in range(100):
-                try:
-                    client.create_bucket(Bucket="scans")
-                    break
-                except Exception:
-                    if server.poll() is not None or attempt == 99:
-                        raise
-                    time.sleep(0.1)
-            for file in pretrain_corpus.rglob("*"):
-                if file.is_file():
-                    name = f"lab/ct/{file.relative_to(pretrain_corpus)}"
-                    client.upload_file(str(file), "scans", name)
-            yield "s3://scans/lab/ct"
-        finally:
-            server.terminate()
-            server.wait()
+    with pytest.MonkeyPatch.context() as patch, bucket_server(pretrain_corpus, log) as place:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{place}")
+        yield ADDRESS
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
@@ -76,6 +46,22 @@ def test_a_bucket_holds_the_same_corpus(
         np.testing.assert_array_equal(
             there.read(int(i), "image", start, size), here.read(int(i), "image", start, size)
         )
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
+def test_a_bucket_that_fails_holds_it_too(
+    pretrain_corpus: Path, bucket: str, tmp_path: Path, cached: bool, seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    here, rng = Corpus.open(pretrain_corpus), np.random.default_rng(seed)
+    behind = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    faults = {"busy": 0.15, "cut": 0.15, "slow": 0.05, "pause": 0.05}
+    with FaultServer(tmp_path, seed, behind=behind, **faults) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        there = Corpus.open(bucket, shelf=Shelf(tmp_path, 10**9) if cached else None)
+        for i in rng.permutation(len(here)).tolist():
+            np.testing.assert_array_equal(there.read(i), here.read(i))
+    assert server.faults["busy"] and server.faults["cut"], server.faults
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])

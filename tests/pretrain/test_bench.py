@@ -83,7 +83,7 @@ def test_the_loader_is_measured_for_each_number_of_workers(
     said = capsys.readouterr().out
     found = json.loads(file.read_text())
     tried = [(one["workers"], one["cold"]) for one in found["measured"]]
-    assert tried == [(1, False), (2, False), (3, False), (3, True)]
+    assert tried == [(1, ""), (2, ""), (3, ""), (3, "pages dropped")]
     for one in found["measured"]:
         assert one["batches"] > (0 if one["cold"] else one["workers"])
         assert one["samples_per_second"] > 0
@@ -109,11 +109,14 @@ def test_a_corpus_elsewhere_is_measured_as_it_is_trained_on(
         ]  # fmt: skip
         assert main(["bench", "loader", *TINY, *words]) == 0
         assert "MB/s from elsewhere" in capsys.readouterr().out
-        (found,) = json.loads(file.read_text())["measured"]
+        found, *cold = json.loads(file.read_text())["measured"]
         sent = sum(sent for name, sent in server.sent.items() if name.startswith("shards/"))
     assert 0 < found["fetched_bytes_per_second"] * 0.5 <= sent
+    assert [one["cold"] for one in cold] == ["empty shelf"] * kept
     if kept:
         assert server.most > 1  # by the one worker alone it would be one at a time
+        assert cold[0]["fetched_bytes_per_second"] > 0  # though all of it may be on the shelf
+        assert not list((tmp_path / "shelf").glob(".bench-*"))
 
 
 def test_replaced_samples_are_told(
