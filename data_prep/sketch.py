@@ -176,9 +176,14 @@ class SketchIndex:
         table.sort()
         self._owners = table.astype(np.uint32)  # the lower half
         table >>= np.uint64(32)
-        self._starts = np.flatnonzero(np.diff(table, prepend=np.uint64(2**32)))
-        self._words = table[self._starts].astype(np.uint32)
-        self._counts = np.diff(self._starts, append=len(table))
+        words = table.astype(np.uint32)
+        del table  # the largest by far, of a large corpus: no more is held beside it than that
+        first = np.ones(len(words), dtype=np.bool_)
+        np.not_equal(words[1:], words[:-1], out=first[1:])
+        self._words = words[first]
+        # Where the owners of each begin, and the end of all.
+        ends = np.flatnonzero(np.append(first, True))
+        self._starts = ends.astype(np.min_scalar_type(len(words)))
 
     def find(self, wanted: Sketch, least: float = NEAR) -> list[tuple[int, float]]:
         """Numbers of near-duplicates with their similarity, the most similar first."""
@@ -212,9 +217,11 @@ class SketchIndex:
             place = np.searchsorted(self._words, sought)
             place[place == len(self._words)] = 0
             told = self._words[place] == sought if len(self._words) else place < 0
-            told[told] = self._counts[place[told]] <= _COMMON
             place, number = place[told], (words[told] & np.uint64(2**32 - 1)).astype(np.int64)
-            first, counts = self._starts[place], self._counts[place]
+            first = self._starts[place].astype(np.int64)
+            counts = self._starts[place + 1] - first
+            rare = counts <= _COMMON
+            first, counts, number = first[rare], counts[rare], number[rare]
             owners = self._owners[_ranges(first, first + counts)]
             both, counts = np.unique(np.repeat(number, counts) * size + owners, return_counts=True)
             enough = counts >= 2
