@@ -75,7 +75,7 @@ def main() -> None:
         "sketch_seconds": {"median": float(np.median(seconds)), "largest": max(seconds)},
         "bytes": {"median": float(np.median([len(s.look.to_bytes()) for s in comparable]))},
         "near": NEAR,
-        "kinds": planted(distinct, chosen.plants, seed),
+        "kinds": planted(distinct, chosen.plants, seed, pairs),
         "pairs": all_pairs(comparable, pairs),
         "synthetic": synthetic(distinct, chosen.synthetic, chosen.queries, seed),
         "machine": {"cores": os.cpu_count(), "system": platform.machine()},
@@ -122,8 +122,13 @@ def same_subject(one: str, other: str) -> bool:
     return (numbers[0] + 1) // 2 == (numbers[1] + 1) // 2
 
 
-def planted(scans: Sequence[Scan], count: int, seed: int) -> dict[str, Any]:
-    """Of each kind: plants that were found, those that were too small, and others found by them."""
+def planted(
+    scans: Sequence[Scan], count: int, seed: int, pairs: dict[tuple[str, str], str]
+) -> dict[str, Any]:
+    """Of each kind: plants that were found, those that were too small, and others found by them.
+
+    `pairs` are scans of one subject, which may find each other.
+    """
     index = SketchIndex([scan.look for scan in scans])
     found: dict[str, Any] = {}
     used: set[int] = set()
@@ -131,7 +136,10 @@ def planted(scans: Sequence[Scan], count: int, seed: int) -> dict[str, Any]:
         rng = np.random.default_rng((seed, k))
         chosen = rng.choice(len(scans), min(count, len(scans)), replace=False)
         used |= set(chosen.tolist())
-        hits, small, others, shares, missed = 0, 0, 0, [], []
+        hits, small = 0, 0
+        others: list[list[str]] = []
+        shares: list[float] = []
+        missed: list[list[Any]] = []
         for n in chosen:
             with tempfile.TemporaryDirectory() as folder:
                 look = sketch(plant(scans[n].volume, rng, Path(folder)))
@@ -140,9 +148,13 @@ def planted(scans: Sequence[Scan], count: int, seed: int) -> dict[str, Any]:
                 continue
             matches = dict(index.find(look))
             shares.append(similarity(scans[n].look, look))
-            others += any(
-                m != n and not same_subject(scans[m].name, scans[n].name) for m in matches
-            )
+            strangers = [
+                name
+                for name in (scans[m].name for m in matches if m != n)
+                if not same_subject(name, scans[n].name)
+                and tuple(sorted((name, scans[n].name))) not in pairs
+            ]
+            others += [[scans[n].name, *strangers]] * bool(strangers)
             hits += int(n) in matches
             if int(n) not in matches:
                 missed.append([scans[n].name, round(shares[-1], 3)])
@@ -152,7 +164,8 @@ def planted(scans: Sequence[Scan], count: int, seed: int) -> dict[str, Any]:
             "found": hits,
             "interval": exact_interval(hits, tried),
             "too_small": small,
-            "found_others": others,
+            "found_others": len(others),
+            "others": others,
             "similarity": [float(v) for v in np.percentile(shares, [0, 5, 50])],
             "missed": missed,
         }

@@ -85,10 +85,12 @@ def measured(root: Path, name: str, options: tuple[str, ...]) -> dict[str, Any]:
 
 
 _RUN = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import voxelith
 status = voxelith.main(["prep", *sys.argv[1:]])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not getrusage, whose peak is also that of who has started this.
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 sys.exit(status)
 """
 
