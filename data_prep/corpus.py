@@ -12,7 +12,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +27,7 @@ from data_prep.fingerprint import as_text
 from data_prep.references import is_reference
 from data_prep.remote import Remote, Shelf
 from data_prep.shards import PAYLOADS, canonical_json, read_table, touched_chunks
-from data_prep.storage import OPEN_FRAMES, Frame, Place, Root, Shard, Storage, shown
+from data_prep.storage import Frame, Place, Root, Shard, Storage, shown
 from data_prep.volume import NativeGrid, Volume
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ CORPUS_FILE = "corpus.json"
 INDEX_FILE = "index.parquet"
 FINGERPRINTS_FILE = "fingerprints.parquet"
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 _SHARD = re.compile(r"shards/\d{6,}\.tar")
@@ -250,17 +248,6 @@ class Corpus:
             InputError, CorruptionError, UnreachableError: it does not come; who reads it is told.
         """
         self._storage.bring(shard)
-
-    def each(self, work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-        """What `work` gives of each item, in order; it reads samples, others for each item.
-
-        Where a read waits for answers from elsewhere, those of all items are waited for together.
-        """
-        if not self.remotes or self._storage.shelf is not None:
-            return [work(item) for item in items]
-        self._storage.leave_to_parent()
-        with ThreadPoolExecutor(min(len(items), OPEN_FRAMES)) as pool:
-            return list(pool.map(work, items))
 
     def position(self, key: str) -> int:
         """The number of the sample with this key; InputError if there is none."""

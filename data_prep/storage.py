@@ -129,11 +129,6 @@ class Storage:
         self._lock = threading.Lock()  # for threads that read at once; of this process, as all here
         self._pid = os.getpid()
 
-    def leave_to_parent(self) -> None:
-        """Forgets what is open if a parent of this process has opened it; before threads read."""
-        if os.getpid() != self._pid:
-            self._forget()
-
     def require(self) -> None:
         """Looks whether every shard here is there and has its size, before long work starts.
 
@@ -222,14 +217,13 @@ class Storage:
         if opened is not None:
             return self._frame_of(opened, place, read_table)
         key = (place.shard, start)
-        found = self._frames.get(key)
-        if found is None:
-            found = self._begin(place, read_table)  # other threads go on while this one waits
         with self._lock:
-            sparse, table = self._frames.setdefault(key, found)
+            if key not in self._frames:
+                self._frames[key] = self._begin(place, read_table)
+                if len(self._frames) > OPEN_FRAMES:
+                    self._frames.popitem(last=False)
             self._frames.move_to_end(key)
-            if len(self._frames) > OPEN_FRAMES:
-                self._frames.popitem(last=False)
+            sparse, table = self._frames[key]
         need = partial(self._fetch, place.shard, start, sparse, table)
         return Frame(sparse.view, 0, sparse.path, 0, sparse, need), table
 
@@ -256,10 +250,9 @@ class Storage:
         ends = (start, min(start + HEAD, stop)), (max(stop - TAIL, start), stop)
         spans = [place.table, *ends, place.beside]
         stored, head, tail, near = self._ranges(place.shard, spans)
-        with self._lock:
-            self._beside[place.shard, *place.beside] = near
-            if len(self._beside) > 4 * OPEN_FRAMES:
-                self._beside.popitem(last=False)
+        self._beside[place.shard, *place.beside] = near
+        if len(self._beside) > 4 * OPEN_FRAMES:
+            self._beside.popitem(last=False)
         sparse, table = Sparse(stop - start), read_table(stored)
         sparse.view[: len(head)] = head  # blosc2 looks at the first chunk's own header to open
         for row in (0, len(table) - 1):
@@ -283,7 +276,8 @@ class Storage:
 
     def _open(self, number: int) -> _Opened | None:
         """The file of a shard; None where there is none, and only ranges come."""
-        self.leave_to_parent()
+        if os.getpid() != self._pid:
+            self._forget()  # what is open is the parent's; leave it to it
         shard = self.shards[number]
         if isinstance(shard.root, Remote) and self.shelf is None:
             return None

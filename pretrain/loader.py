@@ -102,21 +102,16 @@ class CropDataset(Dataset[dict[str, Any]]):
         return read_crop(self.corpus, draw, self.preprocess, label=self.label)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if not self.skip:
+            return [self[index] for index in indices]
         of_sample: dict[int, list[int]] = {}
         for index in indices:
             position, number = divmod(index, self.crops.total)
             of_sample.setdefault(position, []).append(number)
-        read = self._undamaged if self.skip else self._scheduled
-        return [crop for crops in self.corpus.each(read, [*of_sample.items()]) for crop in crops]
+        return [crop for item in of_sample.items() for crop in self._undamaged(*item)]
 
-    def _scheduled(self, sample: tuple[int, list[int]]) -> list[dict[str, Any]]:
-        """Crops of the sample at a position, by their numbers."""
-        position, numbers = sample
-        return [self[position * self.crops.total + number] for number in numbers]
-
-    def _undamaged(self, scheduled: tuple[int, list[int]]) -> list[dict[str, Any]]:
-        """Likewise, all of one volume: the scheduled one, or the first that is whole."""
-        position, numbers = scheduled
+    def _undamaged(self, position: int, numbers: list[int]) -> list[dict[str, Any]]:
+        """Crops of a sample, all of one volume: the scheduled one, or the first that is whole."""
         epoch, within, sample = self.schedule.sample(position)
         damage: list[tuple[str, str]] = []
         for attempt in range(TRIES):

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from fault_server import FaultServer
 from test_loop import settings
 
 from data_prep import download
 from data_prep.corpus import Corpus
-from data_prep.preprocess import Preprocess
 from data_prep.remote import Shelf
 from pretrain.ahead import SHARDS, Ahead
-from pretrain.loader import CropDataset, collate
-from pretrain.reading import Draw
-from pretrain.schedule import Schedule
 from pretrain.train import make_dataset
 from voxelith import main
 
@@ -57,29 +50,6 @@ def test_a_run_from_elsewhere_is_the_run_from_here(
         # What the run keeps names the server, and no more.
         kept = b"".join(f.read_bytes() for f in (tmp_path / "there").rglob("*") if f.is_file())
         assert b"hush" not in kept and b"secret" not in kept and b"127.0.0.1" in kept
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_samples_of_a_batch_are_waited_for_together(pretrain_corpus: Path, skip: bool) -> None:
-    """Each alone would wait at the barrier for ever; what comes is what a corpus here gives."""
-    barrier = threading.Barrier(4)
-
-    class Together(CropDataset):
-        def _read(self, draw: Draw) -> dict[str, Any]:
-            barrier.wait(timeout=10)
-            return super()._read(draw)
-
-    def batch(corpus: Corpus, kind: type[CropDataset]) -> dict[str, Any]:
-        schedule = Schedule(corpus.shards, seed=0)
-        samples, preprocess = range(len(corpus)), Preprocess.default()
-        dataset = kind(corpus, samples, schedule, preprocess, (16, 16, 16), skip=skip)
-        return collate(dataset.__getitems__([*range(4)]))
-
-    here = batch(Corpus.open(pretrain_corpus), CropDataset)
-    with FaultServer(pretrain_corpus) as server:
-        there = batch(Corpus.open(server.url), Together)
-    assert there["key"] == here["key"] and there["seeds"] == here["seeds"]
-    assert torch.equal(there["image"], here["image"])
 
 
 def test_a_shelf_that_is_too_small_for_the_order_is_told_and_serves_all_the_same(
@@ -184,8 +154,7 @@ def test_a_shard_that_does_not_come_ahead_of_time_stops_no_other(
         ahead = Ahead(make_dataset(chosen, corpus), lambda: now, last=36, batch_size=4)
         until = time.monotonic() + 60
         try:
-            good = [shard for shard in order if shard not in bad]
-            while not (ahead._told and all(map(corpus.has_shard, good))):  # it is late to tell
+            while not all(corpus.has_shard(shard) for shard in order if shard not in bad):
                 assert time.monotonic() < until
                 now = min(now + 1, 8)  # each shard's time comes within an epoch of nine
                 time.sleep(0.1)
