@@ -49,9 +49,6 @@ from loader import crops_of, make_scans
 BATCH, STEPS, WORKERS = 4, 40, 4
 FAULTS = {"busy": 0.05, "cut": 0.01, "slow": 0.05, "pause": 0.2}
 WAYS = ("ranges", "shelf", "s3 ranges", "s3 shelf")
-ONCE = "s3 ranges"
-"""Measured once: the server takes its time for each range of a large object."""
-
 SIDES = ("local", *(f"{way}{faults}" for way in WAYS for faults in ("", ", faults")))
 
 
@@ -77,8 +74,6 @@ def main() -> None:
     with bucket_server(corpus, chosen.work / "moto.log") as bucket:
         for repeat in range(chosen.repeats):
             for side in SIDES:
-                if side.startswith(ONCE) and repeat:
-                    continue
                 for kind, step in (("full", 0.0), ("waited", chosen.step)):
                     with opened(corpus, side, repeat, bucket) as (found, counts):
                         seconds, waited, digest = read(found, chosen.size, step)
@@ -175,8 +170,8 @@ def text(found: dict[str, Any]) -> str:
         f"{faults['cut']:.0%} of bodies cut, {faults['slow']:.0%} of answers {faults['pause']:g} s "
         "late; of s3 the server passes on what moto answers. All sides gave the same crops, byte "
         "for byte. Median (lowest to highest) of "
-        f"{len(found['measured']['local']['full'])}, of s3 ranges one; a shelf is empty at first, "
-        "and the starts of workers count.",
+        f"{len(found['measured']['local']['full'])}; a shelf is empty at first, and the starts of "
+        "workers count.",
         "",
         f"{found['machine']['processor']}, {found['machine']['cores']} cores, load "
         f"{found['machine']['load']:.1f}; "

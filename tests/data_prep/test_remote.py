@@ -293,10 +293,11 @@ def test_a_server_that_is_gone_is_given_up(server: FaultServer, impatient: None)
         there.read(0)
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["ranges", "shelf"])
 def test_threads_may_read_at_once(
-    pretrain_corpus: Path, server: FaultServer, tmp_path: Path
+    pretrain_corpus: Path, server: FaultServer, tmp_path: Path, cached: bool
 ) -> None:
-    there = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+    there = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9) if cached else None)
     here = Corpus.open(pretrain_corpus)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: there.read(i % len(there)).sum(), range(40)))
