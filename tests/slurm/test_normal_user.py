@@ -39,7 +39,7 @@ def test_a_run_of_a_normal_user_is_requeued() -> None:
     os.chown(home, user.pw_uid, user.pw_gid)
     environment = {name: value for name, value in os.environ.items() if name != "SLURM_CONF"}
     environment |= {"HOME": str(home), "TMPDIR": str(home), "VOXELITH_NEEDS_SLURM": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     try:
         done = subprocess.run(
             [*as_user, *command, test], cwd=HERE.parents[1], env=environment,
