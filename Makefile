@@ -40,7 +40,7 @@ gpu: setup
 lock: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
 	$(BIN)/pip freeze --exclude-editable > $(VENV)/versions.txt
-	$(BIN)/uv pip compile pyproject.toml --extra tensorboard --constraint $(VENV)/versions.txt \
+	$(BIN)/uv pip compile pyproject.toml --extra tensorboard --extra s3 --constraint $(VENV)/versions.txt \
 		--universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
 		--custom-compile-command "make lock" --output-file requirements.lock
 
