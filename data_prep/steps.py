@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -209,8 +209,16 @@ def workers(settings: PrepSettings, cases: int) -> Iterator[Mapper]:
                 pools.append(stack.enter_context(_pool(processes)))
             try:
                 yield from pools[0].map(work, jobs)
-            except BrokenProcessPool:
-                pools.clear()
+            except (BrokenProcessPool, OSError):
+                try:
+                    pools[0].submit(int)  # whatever was raised, where the pool is broken this is
+                except BrokenProcessPool:
+                    pools.clear()
+                    # The pool ends those that it knew when one died. One that was just being
+                    # started would wait for work for ever, and this process for it.
+                    for worker in active_children():
+                        worker.kill()
+                    raise
                 raise
 
         try:

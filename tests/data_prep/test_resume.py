@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from data_prep.errors import InputError
 from data_prep.fingerprint import fingerprint
 from data_prep.naming import keyed_hash
 from data_prep.settings import PrepSettings
+from data_prep.steps import workers
 from voxelith import main
 
 ROOT = Path(__file__).parents[2]
@@ -330,6 +332,35 @@ def test_a_worker_that_dies_of_no_case_leaves_a_clear_end(folder: Path, tmp_path
     prep(settings(folder, tmp_path / "c"), say=lambda _: None)
     prep(settings(folder, tmp_path / "quiet" / "c"), say=lambda _: None)
     assert whole(tmp_path / "c") == whole(tmp_path / "quiet" / "c")
+
+
+@pytest.mark.parametrize("noticed", ["before", "after"])
+def test_a_worker_that_is_started_while_another_dies_is_ended(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed: str
+) -> None:
+    """The pool, which ends the others, does not know of it yet, or lets it not start."""
+    started: list[SpawnProcess] = []
+    original = SpawnProcess.start
+
+    def start(process: SpawnProcess) -> None:
+        if noticed == "after":
+            original(process)
+        for first in started:
+            first.kill()
+            time.sleep(1)  # until the pool has ended those that it knows
+        if noticed == "before":
+            original(process)
+        started.append(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    chosen = settings(folder, tmp_path / "c", processes=2)
+    try:
+        with pytest.raises(RuntimeError, match="a worker process died"), workers(chosen, 8) as each:
+            list(each(abs, range(8)))
+        until(lambda: not multiprocessing.active_children(), 10)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 MORTAL = """
