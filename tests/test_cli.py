@@ -169,6 +169,8 @@ def test_w_and_b_without_a_login_is_refused_up_front(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -180,6 +182,7 @@ def test_w_and_b_without_a_login_is_refused_up_front(
     ]  # fmt: skip
     assert main(["pretrain", *words]) == 2
     assert "WANDB_MODE=online asks for one" in capsys.readouterr().err
+    wandb.teardown()  # which this process would keep for its other runs
     assert not (tmp_path / "runs").exists()
     monkeypatch.delenv("WANDB_MODE")  # offline, unless it is said otherwise
     command = [sys.executable, "-m", "voxelith", "pretrain", *words]
