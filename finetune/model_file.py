@@ -67,7 +67,8 @@ def write_network(
     weights = {name: value.contiguous().cpu() for name, value in state.items()}
     file, data = folder / "model.safetensors", save(weights, {"format": "pt"})
     same = file.exists() and file.read_bytes() == data
-    write_bytes(file, data)
+    if not same:
+        write_bytes(file, data)
     write_json(
         folder / "model.json",
         {

@@ -293,7 +293,7 @@ def foretell(job: Job, cluster: ClusterSettings, *, planned: bool) -> list[str]:
         return _of_finetunings(job.plans, 1, cluster, planned=planned)
     saves = [Save.of(size, run) for size, run in zip(job.checkpoints, job.runs, strict=True)]
     said = []
-    if planned and saves:
+    if planned:
         plans = [plan(one, cluster, save) for one, save in zip(job.stages, saves, strict=True)]
         for run, one in zip(job.runs, plans, strict=True):
             said += [f"  {run.name}:"] if len(plans) > 1 else []
