@@ -32,7 +32,7 @@ import numpy as np
 
 from data_prep.files import write_json, write_text
 from data_prep.layouts.case import Case
-from data_prep.preprocess import as_physical, resample_cubic
+from data_prep.preprocess import as_physical, resample_sharply
 from data_prep.request import versions
 from data_prep.scan import ScanJob, Scanned, scan
 from data_prep.volume import read_nifti, volume_from_array
@@ -53,10 +53,10 @@ def main() -> None:
     volume = as_physical(read_nifti(chosen.scan, "CT"))
     rows: dict[str, dict[str, list[float]]] = {}
     for spacing in SPACINGS:
-        shape = resample_cubic(volume, spacing).array.shape[1:]
+        shape = resample_sharply(volume, spacing).array.shape[1:]
         name = " x ".join(f"{n:g}" for n in spacing)
         sides = {
-            "voxelith": lambda s=spacing: resample_cubic(volume, s),
+            "voxelith": lambda s=spacing: resample_sharply(volume, s),
             "nnU-Net": lambda s=spacing, n=shape: nnunet_resample(
                 volume.array, n, volume.spacing, s
             ),
@@ -178,7 +178,7 @@ def phantom() -> dict[str, dict[str, float]]:
     volume = volume_from_array(array, spacing, "MR")
     found = {}
     for target in targets:
-        mine = resample_cubic(volume, target)
+        mine = resample_sharply(volume, target)
         new = mine.array.shape[1:]
         theirs = nnunet_resample(array[None], new, spacing, target)[0]
         errors = {}

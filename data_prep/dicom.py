@@ -17,7 +17,6 @@ import hashlib
 import logging
 import re
 import warnings
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,15 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.images import HEADER_BYTES, MAX_VOXELS, TIGHT_BYTES, Reject, SeriesFiles
+from data_prep.images import (
+    DEFLATE,
+    HEADER_BYTES,
+    MAX_VOXELS,
+    TIGHT_BYTES,
+    Reject,
+    SeriesFiles,
+    inflated,
+)
 from data_prep.progress import bar
 
 MAGIC_OFFSET, MAGIC = 128, b"DICM"
@@ -504,24 +511,18 @@ def _dataset(path: Path, **options: Any) -> Any:
         head = file.read(HEADER_BYTES)
         deflated = _DEFLATED.search(head) is not None
         file.seek(0)
-        return pydicom.dcmread(_inflated(file, head) if deflated else file, force=True, **options)
+        return pydicom.dcmread(_plain(file, head) if deflated else file, force=True, **options)
 
 
-def _inflated(file: BinaryIO, head: bytes) -> BinaryIO:
+def _plain(file: BinaryIO, head: bytes) -> BinaryIO:
     """The same as a file that is not compressed: pydicom would unpack whatever there is."""
     length = _LENGTH.search(head)
     if length is None:
         raise Reject("unreadable", "it is deflated, and does not say from where on")
     file.seek(length.end() + int.from_bytes(length[1], "little"))
-    start, stream = file.tell(), zlib.decompressobj(-zlib.MAX_WBITS)
-    plain = _DEFLATED.sub(rb"\1\0\0\0", head[:start])
     whole = BytesIO()
-    whole.write(plain)
-    while not stream.eof:
-        packed = stream.unconsumed_tail or file.read(2**20)
-        piece = stream.decompress(packed, 2**24)
-        if not (packed or piece):
-            raise Reject("truncated", "the compressed stream ends too early")
+    whole.write(_DEFLATED.sub(rb"\1\0\0\0", head[: file.tell()]))
+    for piece in inflated(file, DEFLATE):
         if whole.write(piece) and whole.tell() > TIGHT_BYTES:
             raise Reject("too_large", f"it would unpack to more than {TIGHT_BYTES} bytes")
     whole.seek(0)

@@ -9,31 +9,37 @@ fingerprint. A copy that was resampled, cropped or clipped has another one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from data_prep.intensity import INT16, ranks
+from data_prep.intensity import INT16, histogram, ranks
 
 ALGORITHM = "voxel-blake2b"
 VERSION = 1
 
 
-def fingerprint(codes: np.ndarray, slopes: tuple[float, ...]) -> dict[str, Any]:
+def fingerprint(
+    codes: np.ndarray, slopes: Sequence[float], counts: Sequence[np.ndarray] | None = None
+) -> dict[str, Any]:
     """Fingerprint of int16 codes `[C, D, H, W]` on the canonical native grid.
 
     Args:
         codes: The whole scan, before any crop or resampling.
         slopes: Factor from code to physical value, per channel; only its sign matters.
+        counts: The `histogram` of each channel, if it is there already.
     """
     digest = hashlib.blake2b(digest_size=32)
     digest.update(np.asarray(codes.shape, dtype="<u4").tobytes())
-    for channel, slope in zip(codes, slopes, strict=True):
-        table = ranks(channel).astype("<u2")
+    counts = [histogram(channel) for channel in codes] if counts is None else counts
+    for channel, slope, count in zip(codes, slopes, counts, strict=True):
+        table = ranks(count).astype("<u2")
         if slope < 0:
             table = table.max() - table
-        for slab in channel:
-            digest.update(table[slab.astype(np.int32) - INT16.min].tobytes())
+        table = np.roll(table, INT16.min)  # codes below 0 are the upper half of uint16
+        for slab in channel.view(np.uint16):
+            digest.update(np.take(table, slab).data)
     return {"algorithm": ALGORITHM, "version": VERSION, "value": digest.hexdigest()}
 
 

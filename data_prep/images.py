@@ -12,10 +12,10 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -43,6 +43,11 @@ HEADER_BYTES = 2**16
 _MILLIMETRES = {1: 1000.0, 3: 0.001}
 _MORE_BYTES = 2**26
 """Of a compressed file behind its voxels, at most."""
+
+GZIP, ZLIB_OR_GZIP, DEFLATE = 16 + zlib.MAX_WBITS, 32 + zlib.MAX_WBITS, -zlib.MAX_WBITS
+"""Compressed streams, as zlib counts them; gzip alone goes on with another stream behind one."""
+_PACKED_PIECE, _PIECE = 2**17, 2**20
+"""Bytes that are read at once, and that they become at most."""
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -151,23 +156,59 @@ def _nifti(path: Path) -> Image:
     return Image(shape, flat, affine, forms, None, lambda: _nifti_values(image, path))
 
 
-def _unpacked(stored: Any, path: Path) -> np.ndarray:
-    """The voxels of a compressed file, read to its end: there is the sum that tells of damage."""
-    raw = np.empty(stored.shape, dtype=stored.dtype, order="F")
-    view = raw.reshape(-1, order="F").view(np.uint8).data
-    with gzip.open(path) as stream:
-        stream.seek(stored.offset)
-        there = 0
-        while there < len(view):
-            came = stream.readinto(view[there:])
-            if not came:
-                raise Reject("truncated", f"{there} of {len(view)} bytes of voxels are there")
-            there += came
-        more = 0
-        while piece := stream.read(2**20):
-            more += len(piece)
-            if more > _MORE_BYTES:
-                raise Reject("unreadable", "it goes on for long behind its voxels")
+def inflated(file: BinaryIO, kind: int) -> Iterator[bytes]:
+    """What a compressed stream holds, piece by piece to its end: there is the sum of its bytes.
+
+    Raises:
+        Reject: it is cut or damaged.
+    """
+    packed = file.read(_PACKED_PIECE)
+    try:
+        while True:
+            stream = zlib.decompressobj(kind)
+            while not stream.eof:
+                if piece := stream.decompress(packed, _PIECE):
+                    yield piece
+                elif not packed:
+                    raise Reject("truncated", "the compressed stream ends too early")
+                packed = stream.unconsumed_tail or (b"" if stream.eof else file.read(_PACKED_PIECE))
+            if kind != GZIP:
+                return
+            packed = (stream.unused_data or file.read(_PACKED_PIECE)).lstrip(b"\0")
+            while not packed:  # zeros may lie between streams
+                if not (more := file.read(_PACKED_PIECE)):
+                    return
+                packed = more.lstrip(b"\0")
+    except zlib.error as error:
+        raise Reject("unreadable", f"the compression is damaged ({error})") from error
+
+
+def unpacked(
+    path: Path, count: int, begin: int = 0, kind: int = GZIP, more: int = 0
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """As many bytes of the compressed stream of a file, which is read to its end.
+
+    Args:
+        path: Of the file.
+        count: Bytes that are wanted.
+        begin: Where in the file the stream begins.
+        kind: Of the stream.
+        more: Bytes that may come behind them.
+
+    Raises:
+        Reject: it is cut or damaged, or holds more than that.
+    """
+    raw, there = np.empty(count, np.uint8), 0
+    with path.open("rb") as file:
+        file.seek(begin)
+        for piece in inflated(file, kind):
+            wanted = min(len(piece), max(0, count - there))
+            raw[there : there + wanted] = np.frombuffer(piece, np.uint8, wanted)
+            there += len(piece)
+            if there > count + more:
+                raise Reject("unreadable", f"it unpacks to more than the {count} bytes of it")
+    if there < count:
+        raise Reject("truncated", f"{there} of {count} bytes are there")
     return raw
 
 
@@ -190,7 +231,10 @@ def _check_stream(path: Path) -> None:
 def _nifti_values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
     try:
         if path.name.lower().endswith(".gz") and isinstance(image, nib.Nifti1Image):
-            raw = _unpacked(image.dataobj, path)
+            stored = image.dataobj
+            size = math.prod(stored.shape) * stored.dtype.itemsize
+            data = unpacked(path, stored.offset + size, more=_MORE_BYTES)[stored.offset :]
+            raw = data.view(stored.dtype).reshape(stored.shape, order="F")
         else:
             raw = np.asanyarray(image.dataobj.get_unscaled())
     except EOFError as error:

@@ -125,18 +125,17 @@ def volume_statistics(volume: Volume) -> list[Statistics]:
     ]
 
 
-def ranks(codes: np.ndarray) -> np.ndarray:
-    """For each of the 65536 codes, its rank among the distinct codes present; uint16 `[65536]`."""
-    counts = histogram(codes)
+def ranks(counts: np.ndarray) -> np.ndarray:
+    """For each of the 65536 codes of a `histogram`, its rank among those present; uint16."""
     return (np.cumsum(counts > 0) - 1).clip(min=0).astype(np.uint16)
 
 
 def histogram(codes: np.ndarray) -> np.ndarray:
-    """Counts of the 65536 codes, one slab at a time to keep the index array small."""
+    """Counts of the 65536 int16 codes, one slab at a time to keep the index array small."""
     counts = np.zeros(65536, dtype=np.int64)
-    for slab in codes:
-        counts += np.bincount(slab.astype(np.int32).ravel() - INT16.min, minlength=65536)
-    return counts
+    for slab in codes.view(np.uint16):
+        counts += np.bincount(slab.ravel(), minlength=65536)
+    return np.roll(counts, -INT16.min)  # codes below 0 were the upper half
 
 
 def equal_neighbours(codes: np.ndarray, counts: np.ndarray) -> float:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.images import HEADER_BYTES, Image, Reject, beside, check_claim, four_sides
+from data_prep.images import (
+    HEADER_BYTES,
+    ZLIB_OR_GZIP,
+    Image,
+    Reject,
+    beside,
+    check_claim,
+    four_sides,
+    unpacked,
+)
 
 TYPES = {
     "CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4",
@@ -23,7 +31,6 @@ TYPES = {
 """Of `ElementType = MET_...`: kind and bytes; a LONG has four."""
 
 MOST_AXES = 5
-_PIECE = 2**20
 _BETWEEN = re.compile(rb"[=:]")
 
 Fields = dict[str, str]
@@ -64,7 +71,10 @@ def open_metaimage(path: Path) -> Image:
         end = skipped if skipped > 0 else voxels.stat().st_size - count
 
     def read() -> tuple[np.ndarray, float, float]:
-        raw = _inflated(voxels, end, count) if packed else _plain(voxels, end, count)
+        if packed:
+            raw = unpacked(voxels, count, begin=end, kind=ZLIB_OR_GZIP)
+        else:
+            raw = _plain(voxels, end, count)
         return raw.view(dtype), 1.0, 0.0
 
     return Image(shape, axes < 3, _affine(fields, axes), (0, 2), None, read)
@@ -124,27 +134,4 @@ def _plain(path: Path, offset: int, count: int) -> np.ndarray:
     raw = np.fromfile(path, np.uint8, count, offset=max(offset, 0))
     if len(raw) < count:
         raise Reject("truncated", f"{len(raw)} of {count} bytes of voxels are there")
-    return raw
-
-
-def _inflated(path: Path, offset: int, count: int) -> np.ndarray:
-    """Voxels of a zlib or gzip stream, which has a sum at its end that tells of damage."""
-    raw = np.empty(count, np.uint8)
-    stream, there = zlib.decompressobj(32 + zlib.MAX_WBITS), 0
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            while not stream.eof:
-                packed = stream.unconsumed_tail or file.read(_PIECE)
-                piece = stream.decompress(packed, 16 * _PIECE)
-                if not (packed or piece):
-                    raise Reject("truncated", "the compressed stream ends too early")
-                if there + len(piece) > count:
-                    raise Reject("unreadable", f"it unpacks to more than {count} bytes of voxels")
-                raw[there : there + len(piece)] = np.frombuffer(piece, np.uint8)
-                there += len(piece)
-    except zlib.error as error:
-        raise Reject("unreadable", f"the compression is damaged ({error})") from error
-    if there < count:
-        raise Reject("truncated", f"{there} of {count} bytes of voxels are there")
     return raw

@@ -28,7 +28,7 @@ from data_prep.intensity import (
     histogram,
 )
 from data_prep.layouts.case import Case, LeftOut
-from data_prep.preprocess import as_physical, resample, resample_cubic
+from data_prep.preprocess import as_physical, resample, resample_sharply
 from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
 from data_prep.sketch import Sketch, sketch
@@ -180,10 +180,10 @@ def _judged(job: ScanJob) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]
         channel_statistics(coded.array[c], coded.slope[c], coded.intercept[c], counts[c])
         for c in range(len(counts))
     ]
-    found = fingerprint(coded.array, coded.slope)
+    found = fingerprint(coded.array, coded.slope, counts)
     look = sketch(coded).to_bytes()
     alone = [
-        {"fingerprint": fingerprint(coded.array[c : c + 1], coded.slope[c : c + 1])}
+        {"fingerprint": fingerprint(coded.array[c, None], [coded.slope[c]], [counts[c]])}
         # One of several channels may be a scan of its own elsewhere.
         if len(coded.array) > 1
         else {}
@@ -197,7 +197,7 @@ def _judged(job: ScanJob) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]
                 array=np.repeat(mask[None].astype(np.float32), len(coded.array), axis=0),
             )
             mask = (resample(hidden, job.spacing).array[0] > 0).astype(np.uint8)
-        coded = encode(resample_cubic(as_physical(coded), job.spacing))
+        coded = encode(resample_sharply(coded, job.spacing))
     box = foreground_box(coded, statistics)
     if job.crop:
         coded, label, mask, box = _cropped(coded, label, mask, box)

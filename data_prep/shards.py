@@ -70,14 +70,17 @@ def encode_array(array: np.ndarray) -> tuple[bytes, bytes]:
     chunks = lead + tuple(min(CHUNK, n) for n in array.shape[-3:])
     block, params = _layout(array.dtype.itemsize)
     blocks = lead + tuple(min(b, n) for b, n in zip(block, chunks[-3:], strict=True))
-    stored = blosc2.asarray(
-        np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")),
+    stored = blosc2.empty(
+        array.shape,
+        array.dtype.newbyteorder("<"),
         chunks=chunks,
         blocks=blocks,
         contiguous=True,
         cparams=params,
         dparams=blosc2.DParams(nthreads=1),
     )
+    # At once: `asarray` goes chunk by chunk in Python, and takes a quarter longer.
+    stored[...] = np.ascontiguousarray(array)
     frame = stored.to_cframe()
     return frame, _table_bytes(_chunk_table(frame, stored.schunk))
 

@@ -270,7 +270,7 @@ def _sampled(
     columns = array.reshape(array.shape[0], -1)
     along = _blur(array.shape[0], spacing[0], grid)
     out = np.empty((along.shape[0], columns.shape[1]), dtype=np.float32)
-    step = max(1, 2**22 // array.shape[0])
+    step = max(64, 2**18 // array.shape[0])
     for start in range(0, columns.shape[1], step):  # no second copy of a large scan
         block = columns[:, start : start + step].astype(np.float32)
         if clip:

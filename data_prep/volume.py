@@ -256,7 +256,8 @@ def read_channels(
     for c, name in enumerate(names):
         _check_content(channels[c], name if len(channels) > 1 else "")
     return Volume(
-        array=channels[0][None] if len(channels) == 1 else np.stack(channels),
+        # In the order in which all that follows walks through it: a flipped view is slow to read.
+        array=np.ascontiguousarray(channels[0])[None] if len(channels) == 1 else np.stack(channels),
         affine=affine,
         modality=tuple(modalities),
         names=names,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from itertools import permutations, product
+import gzip
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import nibabel as nib
@@ -220,6 +221,30 @@ def test_bad_files_are_rejected_by_code(tmp_path: Path) -> None:
                 read_nifti(path)
             assert caught.value.code == code, (path.name, caught.value)
             assert str(tmp_path) not in caught.value.detail
+
+
+@pytest.mark.parametrize("between", [0, 512, 300_000])
+def test_a_file_of_several_streams_is_read_whole(between: int, tmp_path: Path, seed: int) -> None:
+    """As bgzip and pigz write them; zeros may lie between and behind."""
+    rng = np.random.default_rng(seed)
+    array = rng.integers(-900, 900, (60, 50, 40)).astype(np.int16)
+    whole = save(tmp_path / "whole.nii.gz", array)
+    plain = gzip.decompress(whole.read_bytes())
+    cuts = [0, *sorted(rng.integers(400, len(plain), 2)), len(plain)]
+    streams = [gzip.compress(plain[a:b]) for a, b in pairwise(cuts)]
+    parts = tmp_path / "parts.nii.gz"
+    parts.write_bytes(b"".join(stream + bytes(between) for stream in streams))
+    np.testing.assert_array_equal(read_nifti(parts, "MR").array, read_nifti(whole, "MR").array)
+
+    last = bytearray(streams[-1])
+    last[-6] ^= 1  # of its sum
+    for spoilt, code in ((last, "unreadable"), (streams[-1][:-9], "truncated")):
+        parts.write_bytes(b"".join(streams[:-1]) + spoilt)
+        with pytest.raises(Reject, match=f"^{code}:"):
+            read_nifti(parts, "MR")
+    parts.write_bytes(whole.read_bytes() + b"no stream")
+    with pytest.raises(Reject, match=r"^unreadable: the compression is damaged"):
+        read_nifti(parts, "MR")
 
 
 def test_other_modalities_are_rejected(tmp_path: Path) -> None:
