@@ -1,4 +1,4 @@
-"""What must stay out of a corpus, test sets above all: named by lists, corpora or releases."""
+"""What must stay out of a corpus, test sets above all: lists, corpora or their splits, releases."""
 
 from __future__ import annotations
 
@@ -82,6 +82,8 @@ class Exclusions:
 def read_exclusions(paths: Sequence[Path]) -> Exclusions:
     """All that some lists (keys or fingerprints, one a line), corpora and releases name.
 
+    A split of a corpus, splits/NAME.json in it, names its test and validation samples.
+
     Raises:
         InputError: with all that are none of these.
     """
@@ -91,13 +93,13 @@ def read_exclusions(paths: Sequence[Path]) -> Exclusions:
     problems: list[str] = []
     for path in paths:
         try:
-            more, looks, keys = _read(path)
+            more, looks, whence = _read(path)
         except InputError as error:
             problems += [f"exclude={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
             continue
         names |= more
         sketches += looks
-        sources += [(path, key) for key in keys or [""] * len(looks)]
+        sources += whence
     if problems:
         raise InputError(problems)
     return Exclusions(names, sketches, sources)
@@ -109,14 +111,21 @@ def exclusion_digest(path: Path) -> str:
     return hashlib.sha256((found[0] if found else path).read_bytes()).hexdigest()
 
 
-def _read(path: Path) -> tuple[set[str], list[Sketch], list[str]]:
-    """Names, sketches, and of a corpus the key of each of these."""
+def _read(path: Path) -> tuple[set[str], list[Sketch], list[tuple[Path, str]]]:
+    """Names, sketches, and where each of these comes from."""
     if (path / CORPUS_FILE).is_file():
         corpus = Corpus.open(path)
-        prints = {text for texts in corpus.scan_prints().values() for text in texts}
-        return prints | set(corpus.keys), corpus.sketches(), corpus.keys
+        return _of_samples(corpus, set(corpus.keys))
+    if path.parent.name == "splits" and (path.parents[1] / CORPUS_FILE).is_file():
+        corpus = Corpus.open(path.parents[1])
+        parts = corpus.split(path.stem)["parts"]
+        held = {key for part in ("test", "validation") for key in parts.get(part, ())}
+        if not held:
+            raise InputError(f"{path}: this split has no test or validation part")
+        return _of_samples(corpus, held)
     if (path / RELEASE_PRINTS).is_file():
-        return *_of_release(path / RELEASE_PRINTS), []
+        names, looks = _of_release(path / RELEASE_PRINTS)
+        return names, looks, [(path, "")] * len(looks)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -128,7 +137,21 @@ def _read(path: Path) -> tuple[set[str], list[Sketch], list[str]]:
         looks = [Sketch.from_text(one) for one in sorted(names) if one.startswith(PREFIX)]
     except ValueError as error:
         raise InputError(f"{path}: a line that begins with {PREFIX} is no sketch") from error
-    return names, looks, []
+    return names, looks, [(path, "")] * len(looks)
+
+
+def _of_samples(
+    corpus: Corpus, keys: set[str]
+) -> tuple[set[str], list[Sketch], list[tuple[Path, str]]]:
+    """The same of some samples of a corpus."""
+    names = set(keys)
+    for key, prints in corpus.scan_prints().items():
+        if key in keys:
+            names |= prints
+    looks = {
+        key: look for key, look in zip(corpus.keys, corpus.sketches(), strict=True) if key in keys
+    }
+    return names, list(looks.values()), [(Path(corpus.path), key) for key in looks]
 
 
 def _of_release(file: Path) -> tuple[set[str], list[Sketch]]:

@@ -64,8 +64,9 @@ class PrepSettings(BaseModel):
         shard_mib: Size at which a shard is closed.
         overwrite: Replace a finished corpus at `output`.
         exclude: What must stay out: files with keys or fingerprints, one a line; corpora, such as
-            those of test sets; releases, for what they were trained on. Near-duplicates of their
-            scans stay out too.
+            those of test sets, or of one a split (DIR/splits/official.json), for its test and
+            validation samples; releases, for what they were trained on. Near-duplicates of
+            their scans stay out too.
         duplicates: Whether near-duplicates (resampled, cropped, turned, windowed copies) are left
             out as well as equal scans, or only these.
         modality: `auto` takes it from the list, the names, or the intensities.

@@ -294,6 +294,37 @@ def test_scans_of_a_test_corpus_and_of_a_release_stay_out(folder: Path, tmp_path
     assert Corpus.open(tmp_path / "c").keys == ["ixi033-hh-1259_t1", "small"]
 
 
+def test_what_a_split_holds_out_stays_out_and_its_training_scans_do_not(
+    folder: Path, tmp_path: Path, seed: int
+) -> None:
+    heads = [Path(name).name for name in REAL[:3]]
+    order = np.random.default_rng(seed).permutation(["test", "validation", "train"])
+    parts = dict(zip(heads, order, strict=True))
+    rows = ["image,label,split"]
+    for name, part in parts.items():
+        image, label = nib.load(folder / name), tmp_path / f"label-{name}"
+        array = np.zeros(image.shape, np.uint8)
+        array[5:9, 5:9, 5:9] = 1
+        nib.save(nib.Nifti1Image(array, image.affine), label)
+        rows.append(f"{folder / name},{label},{part}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    run(tmp_path / "list.csv", tmp_path / "set")
+    split = tmp_path / "set" / "splits" / "official.json"
+
+    run(folder, tmp_path / "c", exclude=split)
+    found = left_out(tmp_path / "c")
+    copies = ["copy0.nii.gz", "copy1.nii.gz"] if parts[heads[0]] != "train" else []
+    held = [name for name in heads if parts[name] != "train"]
+    codes = {name: code for name, (code, _) in found.items() if code != "near_duplicate"}
+    assert codes == dict.fromkeys(held + copies, "excluded")
+    assert {found[name][1] for name in held} == {"named by exclude="}
+    assert all(" of set (" in found[name][1] for name in copies)
+
+    split.write_text(split.read_text().replace("validation", "train"))
+    with pytest.raises(InputError, match="does not match its hash"):
+        run(folder, tmp_path / "d", exclude=split)
+
+
 def test_what_is_no_list_corpus_or_release_is_told_at_once(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "fingerprints.json").write_text('{"format": 1}')
