@@ -1,0 +1,187 @@
+"""The proof: what encoders that were pretrained here are worth; see docs/results/protocol.md.
+
+    python benchmarks/proof.py round-1 --data DIR --work DIR [--jobs 2]
+
+`--data` has the scans that the protocol names. `--work` holds what is being made; what is finished
+there is not done again, and a stage does what it needs of the earlier ones first. Each stage keeps
+its rows in docs/results/proof/STAGE.tar.xz, run folders without weights and predictions, which
+`voxelith table` reads once they are unpacked.
+
+corpora    both labelled corpora with their parts, and the pool that pretraining may see
+pretrain   encoders of the first seed
+round-1    on validation subjects: rates of every arm at the primary cell
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import lzma
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from line import ROOT, prep, voxelith, write_list
+
+from data_prep.files import write_bytes
+
+TEST, VALIDATION = {"hippocampus": 60, "heads": 24}, {"hippocampus": 12, "heads": 6}
+"""Subjects of each part; the others are the pool of labelled training cases and of pretraining."""
+
+OTHERS = (
+    ("derived_from_dicom/CHAOS_CT_image_2mm.nii.gz", "CT", "CC BY-SA 4.0"),
+    ("derived_from_dicom/CRLM-CT-1004_2mm.nii.gz", "CT", "CC BY 4.0"),
+    ("derived_from_dicom/FNNDSC_andrei_abdomen_3mm.nii.gz", "CT", "Apache-2.0"),
+    ("derived_from_dicom/datalad_studyforrest_T1_2mm.nii.gz", "MR", "PDDL"),
+    ("elastix_lung/3DCT_lung_baseline.mha", "CT", "Apache-2.0"),
+    ("mialsrtk_fetal/sub-01_rec-SR_id-1_T2w.nii.gz", "MR", "CC0"),
+    ("open_ms_longitudinal/patient20/study2_FLAIR.nii.gz", "MR", "CC BY"),
+    ("pyradiomics/breast1_image.nrrd", "MR", "BSD-3-Clause"),
+    ("sct_testing_data/t1/t1w.nii.gz", "MR", "MIT"),
+    ("sct_testing_data/t2/t2.nii.gz", "MR", "MIT"),
+    ("sct_testing_data/t2s/t2s_uncropped.nii.gz", "MR", "MIT"),
+    ("tcia_brain_tumor_progression/10/Pre_Scan_T1.nii.gz", "MR", "CC BY 3.0"),
+    ("tcia_brain_tumor_progression/11/Pre_Scan_T1.nii.gz", "MR", "CC BY 3.0"),
+    ("tcia_soft_tissue_sarcoma/STS_002/MR_T1/image.nii.gz", "MR", "CC BY 3.0"),
+    ("tcia_soft_tissue_sarcoma/STS_003/CT/image.nii.gz", "CT", "CC BY 3.0"),
+    ("tcia_soft_tissue_sarcoma/STS_003/MR_T1/image.nii.gz", "MR", "CC BY 3.0"),
+    ("totalsegmentator_ctfm/TotalSegmentator_0002_0000.nii.gz", "CT", "CC BY 4.0"),
+    ("totalsegmentator_ctfm/TotalSegmentator_0003_0000.nii.gz", "CT", "CC BY 4.0"),
+    ("totalsegmentator_ctfm/TotalSegmentator_0009_0000.nii.gz", "CT", "CC BY 4.0"),
+    ("totalsegmentator_ctfm/s0335.nii.gz", "CT", "CC BY 4.0"),
+    ("totalsegmentator_examples/example_ct.nii.gz", "CT", "Apache-2.0"),
+    ("volume_rendering_data/stroke/FLAIR.nii.gz", "MR", "MIT"),
+    ("volume_rendering_data/stroke/T1.nii.gz", "MR", "MIT"),
+)
+"""Scans of other places whose licences allow a release that says CC BY-SA 4.0."""
+LICENCES = {"hippocampus": "CC BY-SA 4.0", "heads": "CC BY-SA 3.0"}
+
+METHODS = {
+    "cnn-mae": ("experiment=cnn_mae_small",),
+    "volume-fusion": ("experiment=volume_fusion_small",),
+}
+PRETRAINING = (
+    "steps=5000", "warmup=250", "batch_size=4", "augment=light", "flip=[false,false,true]",
+    "trainer.threads=1", "trainer.precision=bf16-mixed", "preview_every=1000", "save_every=500",
+)  # fmt: skip
+FINETUNING = (
+    "task=hippocampus", "split=official", "protocol=tiny", "augment=nnunet", "batch_size=2",
+    "steps=600", "warmup=30", "validations=4", "trainer=cpu", "trainer.threads=1",
+    "trainer.precision=bf16-mixed",
+)  # fmt: skip
+RATES = "1e-3,3e-3,1e-2"
+SEARCH_DRAWS = "100,101,102,103"
+"""Draws of labels, decoders and crops that no report uses."""
+KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.json",
+        "validation.csv")  # fmt: skip
+"""Of a run folder: what a table reads, no weights and no predictions."""
+
+
+def part_of(data_set: str, subjects: set[str]) -> dict[str, str]:
+    """Which part each subject is of: by the hash of its name, so that no one chose."""
+    order = sorted(subjects, key=lambda s: hashlib.sha256(f"{data_set} {s}".encode()).hexdigest())
+    test, validation = TEST[data_set], VALIDATION[data_set]
+    return {
+        subject: "test" if n < test else "validation" if n < test + validation else "train"
+        for n, subject in enumerate(order)
+    }
+
+
+def make_corpora(data: Path, work: Path) -> None:
+    """Both labelled corpora with their parts, and what pretraining may see."""
+    hippocampi, heads = data / "msd_task04_hippocampus", data / "ixi_t1_dlmuse"
+    sets: dict[str, list[list[Any]]] = {"hippocampus": [], "heads": []}
+    for image in sorted((hippocampi / "images").glob("*.nii.gz")):
+        found = re.search(r"_(\d+)", image.name)
+        assert found is not None
+        # Two sides of a person have an odd id and the next even one.
+        subject = f"s{(int(found[1]) + 1) // 2:03d}"
+        sets["hippocampus"].append([image, hippocampi / "labels" / image.name, subject, "MR"])
+    for image in sorted((heads / "t1").glob("*.nii.gz")):
+        label = heads / "dlmuse_seg" / image.name.replace("_T1.", "_T1_DLMUSE.")
+        sets["heads"].append([image, label, image.name[:6], "MR"])
+    scans = []
+    for name, rows in sets.items():
+        parts = part_of(name, {row[2] for row in rows})
+        write_list(
+            work / f"{name}.csv",
+            ["image", "label", "subject", "modality", "licence", "split"],
+            [[*row, LICENCES[name], parts[row[2]]] for row in rows],
+        )
+        # The test subjects' scans are in the list: what keeps them out is the gate.
+        scans += [[row[0], row[2], row[3], LICENCES[name]] for row in rows]
+    scans += [
+        [data / name, f"other{n:02d}", modality, licence]
+        for n, (name, modality, licence) in enumerate(OTHERS)
+    ]
+    prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
+    prep(work / "heads", "shard_mib=16", "crop=foreground")
+    write_list(work / "pool.csv", ["image", "subject", "modality", "licence"], scans)
+    splits = ",".join(str(work / name / "splits" / "official.json") for name in sets)
+    prep(work / "pool", "labels=false", "shard_mib=16", "duplicates=exact",
+         f"exclude=[{splits}]")  # fmt: skip
+
+
+def pretrain(work: Path, method: str, seed: int) -> None:
+    """The release METHOD-SEED of a run of its own."""
+    name = f"{method}-{seed}"
+    if not (work / name).exists():
+        voxelith("pretrain", *METHODS[method], *PRETRAINING, f"corpus={work / 'pool'}",
+                 f"seed={seed}", f"run={name}", f"runs={work / 'pretrained'}")  # fmt: skip
+        voxelith("export", str(work / "pretrained" / name), str(work / name))
+
+
+def pretrain_first(work: Path, jobs: int) -> None:
+    """The first seed of each method."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(pretrain, work, method, 0) for method in METHODS]:
+            done.result()
+
+
+def round_1(work: Path, jobs: int) -> None:
+    """Rates of scratch and of each method, at the primary cell."""
+    checkpoints = ",".join(str(work / f"{method}-0") for method in METHODS)
+    voxelith("finetune", "-m", *FINETUNING, f"corpus={work / 'hippocampus'}", "part=validation",
+             f"ckpt={checkpoints}", "labels=2", f"seed={SEARCH_DRAWS}", f"lr={RATES}",
+             f"runs={work / 'round-1'}", f"jobs={jobs}")  # fmt: skip
+    keep(work / "round-1")
+
+
+def keep(runs: Path) -> None:
+    """What a table needs of the runs of a stage, as one archive of the project."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for rows in sorted(runs.glob("*/rows.csv")):
+            for name in KEPT:
+                data = (rows.parent / name).read_bytes() if (rows.parent / name).exists() else b""
+                info = tarfile.TarInfo(f"{runs.name}/{rows.parent.name}/{name}")
+                info.size = len(data)
+                if data:
+                    tar.addfile(info, io.BytesIO(data))
+    target = ROOT / "docs" / "results" / "proof" / f"{runs.name}.tar.xz"
+    write_bytes(target, lzma.compress(packed.getvalue(), preset=9))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("corpora", "pretrain", "round-1"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=2)
+    chosen = parser.parse_args()
+    work = chosen.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    make_corpora(chosen.data.resolve(), work)
+    if chosen.stage != "corpora":
+        pretrain_first(work, chosen.jobs)
+    if chosen.stage == "round-1":
+        round_1(work, chosen.jobs)
+
+
+if __name__ == "__main__":
+    main()
