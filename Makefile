@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all slurm slurm-all recipes estimates gpu lock setup lint types fmt check wheel clean
+.PHONY: demo test test-all docs slurm slurm-all recipes estimates gpu lock setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
@@ -15,6 +15,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu and not slurm"
+
+# The site of docs/ into build/site; a link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Jobs of a real SLURM on this machine: apt-get install slurm-wlm munge.
 slurm: setup

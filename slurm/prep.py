@@ -108,6 +108,7 @@ def _told(words: Sequence[str]) -> tuple[ClusterSettings, int, list[str], Any]:
         if key in typed:
             problems.append(f"{key}: prep takes one task and no GPU; cluster.array=N makes N parts")
     rest = [word for word in words if not word.startswith(("cluster=", "cluster."))]
+    rest = rest if found is None else found[1]
     if found is not None and found[0].kind == "slurm" and "processes" not in typed:
         rest.append(f"processes={found[0].cpus_per_task}")
     settings = attempt(problems, settings_for, "prep", rest)

@@ -105,6 +105,9 @@ class ClusterSettings(BaseModel):
 def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     """Reads `cluster=NAME` and `cluster.KEY=VALUE` among words; returns the other words too.
 
+    A folder of `--config-dir` that holds clusters and nothing else is not one of them: the command
+    that is launched would look for its own groups there.
+
     Raises:
         InputError: there is no such cluster, or a key is wrong; all of them.
     """
@@ -113,8 +116,11 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     rest = [word for word in words if not word.startswith(("cluster=", PREFIX))]
     given = dict(word.split("=", 1) for word in words if word.startswith(("cluster=", PREFIX)))
     name = given.pop("cluster", "slurm")
-    own = [Path(folder) / "cluster" for folder in take_option(words, "--config-dir")[1]]
-    files = {file.stem: file for root in (HERE / "cluster", *own) for file in root.glob("*.yaml")}
+    without, own = take_option(rest, "--config-dir")
+    groups = {file.parent.name for folder in own for file in Path(folder).glob("*/*.yaml")}
+    rest = without if groups == {"cluster"} else rest
+    roots = (HERE / "cluster", *(Path(folder) / "cluster" for folder in own))
+    files = {file.stem: file for root in roots for file in root.glob("*.yaml")}
     if name not in files:
         raise InputError(f"cluster={name}: no such cluster; {near(name, files)}")
     stored = yaml.safe_load(files[name].read_text()) or {}

@@ -215,7 +215,36 @@ def test_a_cluster_of_ones_own(tmp_path: Path) -> None:
     )
     found, rest = cluster_of(["cluster=mine", f"--config-dir={tmp_path}", "steps=1"])
     assert (found.tasks, found.time, found.partition, found.hours) == (4, "36:00:00", "7", 36.0)
-    assert rest == [f"--config-dir={tmp_path}", "steps=1"]
+    assert rest == ["steps=1"]  # it has nothing for the command
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "own.yaml").write_text("_target_: own.Own\n")
+    for option in ([f"--config-dir={tmp_path}"], ["--config-dir", str(tmp_path)]):
+        assert cluster_of(["cluster=mine", *option, "steps=1"])[1] == [*option, "steps=1"]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "prep"])
+def test_a_folder_with_nothing_but_a_cluster_is_enough(
+    command: str,
+    samples: Path,
+    pretrain_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "cluster").mkdir()
+    text = (Path(voxelith.__file__).parent / "conf" / "cluster" / "slurm.yaml").read_text()
+    (tmp_path / "cluster" / "mine.yaml").write_text(
+        text.replace("partition: null", "partition: p9")
+    )
+    words = {
+        "pretrain": [f"corpus={pretrain_corpus}", "run=r", f"runs={tmp_path}",
+                     "experiment=cnn_mae_small", "crop_size=[16,16,16]"],
+        "prep": [f"input={samples / 'ixi'}", f"output={tmp_path / 'c'}"],
+    }  # fmt: skip
+    options = ["--config-dir", str(tmp_path), "cluster=mine", "--dry-run"]
+    if command == "pretrain":
+        options.append("cluster.gpus_per_node=0")
+    assert voxelith.main(["launch", command, *words[command], *options]) == 0
+    assert "#SBATCH --partition=p9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
