@@ -1,6 +1,7 @@
 """The proof: what encoders that were pretrained here are worth; see docs/results/protocol.md.
 
     python benchmarks/proof.py round-1 --data DIR --work DIR [--jobs 2]
+    python benchmarks/proof.py rounds
 
 `--data` has the scans that the protocol names. `--work` holds what is being made; what is finished
 there is not done again, and a stage does what it needs of the earlier ones first. Each stage keeps
@@ -10,6 +11,7 @@ its rows in docs/results/proof/STAGE.tar.xz, run folders without weights and pre
 corpora    both labelled corpora with their parts, and the pool that pretraining may see
 pretrain   encoders of the first seed
 round-1    on validation subjects: rates of every arm at the primary cell
+rounds     docs/results/proof/rounds.md, from the archives alone
 """
 
 from __future__ import annotations
@@ -17,16 +19,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import lzma
 import re
+import statistics
 import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from line import ROOT, prep, voxelith, write_list
+from pilot import mean_dice
 
-from data_prep.files import write_bytes
+from data_prep.files import write_bytes, write_text
+from finetune.budget import Curve, mean_curve, read_curve
+
+PROOF = ROOT / "docs" / "results" / "proof"
 
 TEST, VALIDATION = {"hippocampus": 60, "heads": 24}, {"hippocampus": 12, "heads": 6}
 """Subjects of each part; the others are the pool of labelled training cases and of pretraining."""
@@ -161,19 +170,59 @@ def keep(runs: Path) -> None:
                 info.size = len(data)
                 if data:
                     tar.addfile(info, io.BytesIO(data))
-    target = ROOT / "docs" / "results" / "proof" / f"{runs.name}.tar.xz"
-    write_bytes(target, lzma.compress(packed.getvalue(), preset=9))
+    PROOF.mkdir(exist_ok=True)
+    write_bytes(PROOF / f"{runs.name}.tar.xz", lzma.compress(packed.getvalue(), preset=9))
+
+
+def rounds() -> str:
+    """What docs/results/proof/rounds.md shows: each round's recipes, by arm and rate."""
+    lines = [
+        "# Rounds on validation subjects",
+        "",
+        "Made by `python benchmarks/proof.py rounds` from the archives beside it. Dice in points, "
+        "the mean of two classes over the scans of a draw: its mean over draws, and their standard "
+        "deviation. *last quarter*: what the mean curve of up to 8 cases still gained in it.",
+    ]
+    for archive in sorted(PROOF.glob("round-*.tar.xz")):
+        with tempfile.TemporaryDirectory() as folder:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            runs = sorted(Path(folder).glob("*/*/rows.csv"))
+            found: dict[tuple[str, str, float], list[tuple[float, Curve | None]]] = {}
+            for rows in runs:
+                config = json.loads((rows.parent / "config.json").read_text())
+                arm = "scratch" if config["init"] == "scratch" else Path(config["ckpt"]).name
+                key = (arm, str(config["labels"]), float(config["lr"]))
+                found.setdefault(key, []).append((mean_dice(rows), read_curve(rows.parent)))
+        lines += ["", f"## {archive.name.removesuffix('.tar.xz')}", "",
+                  "| arm | labels | rate | draws | Dice | draws' SD | last quarter |",
+                  "| --- | --- | --: | --: | --: | --: | --: |"]  # fmt: skip
+        for (arm, labels, rate), values in sorted(found.items()):
+            dice = [value for value, _ in values]
+            curve = mean_curve([one for _, one in values])
+            gain = "" if curve is None else f"{curve.last_gain:+.1f}"
+            spread = f"{statistics.stdev(dice):.1f}" if len(dice) > 1 else ""
+            lines.append(
+                f"| {arm} | {labels} | {rate:g} | {len(dice)} | {statistics.mean(dice):.1f} "
+                f"| {spread} | {gain} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("corpora", "pretrain", "round-1"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("stage", choices=("corpora", "pretrain", "round-1", "rounds"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
+    if chosen.stage == "rounds":
+        write_text(PROOF / "rounds.md", rounds())
+        return
+    if chosen.data is None or chosen.work is None:
+        parser.error(f"{chosen.stage} needs --data and --work")
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_corpora(chosen.data.resolve(), work)
