@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,27 @@ def write_list(file: Path, columns: list[str], rows: list[list[Any]]) -> None:
     """A list of scans as `voxelith prep` reads it, or any other table."""
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows([columns, *rows])
+
+
+def hippocampi(data: Path) -> list[list[Any]]:
+    """Image, label, subject and modality of each scan of `msd_task04_hippocampus`."""
+    rows = []
+    for image in sorted((data / "msd_task04_hippocampus" / "images").glob("*.nii.gz")):
+        found = re.search(r"_(\d+)", image.name)
+        assert found is not None
+        # Two sides of a person have an odd id and the next even one.
+        subject = f"s{(int(found[1]) + 1) // 2:03d}"
+        rows.append([image, image.parents[1] / "labels" / image.name, subject, "MR"])
+    return rows
+
+
+def heads(data: Path) -> list[list[Any]]:
+    """The same of `ixi_t1_dlmuse`."""
+    folder = data / "ixi_t1_dlmuse"
+    return [
+        [t1, folder / "dlmuse_seg" / t1.name.replace("_T1.", "_T1_DLMUSE."), t1.name[:6], "MR"]
+        for t1 in sorted((folder / "t1").glob("*.nii.gz"))
+    ]
 
 
 def prep(corpus: Path, *words: str) -> None:

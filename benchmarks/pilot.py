@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from line import ROOT, prep, voxelith, write_list
+from line import ROOT, heads, hippocampi, prep, voxelith, write_list
 
 from data_prep.files import write_json, write_text
 from finetune.budget import read_curve
@@ -85,23 +84,13 @@ def main() -> None:
 
 def make_corpora(data: Path, work: Path) -> None:
     """Labelled hippocampi by subject, labelled heads, and what pretraining may see of both."""
-    hippocampi, heads = data / "msd_task04_hippocampus", data / "ixi_t1_dlmuse"
-    rows = []
-    for image in sorted((hippocampi / "images").glob("*.nii.gz")):
-        found = re.search(r"_(\d+)", image.name)
-        assert found is not None
-        # Two sides of a person have an odd id and the next even one.
-        subject = f"s{(int(found[1]) + 1) // 2:03d}"
-        rows.append([image, hippocampi / "labels" / image.name, subject, "MR"])
+    rows = hippocampi(data)
     write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
     prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
     split = json.loads((work / "hippocampus" / "splits" / "default.json").read_text())
     train = set(split["groups"]["train"])
     scans = [[image, subject, "MR"] for image, _, subject, _ in rows if subject in train]
-    rows = [
-        [t1, heads / "dlmuse_seg" / t1.name.replace("_T1.", "_T1_DLMUSE."), t1.name[:6], "MR"]
-        for t1 in sorted((heads / "t1").glob("*.nii.gz"))
-    ]
+    rows = heads(data)
     write_list(work / "heads.csv", ["image", "label", "subject", "modality"], rows)
     prep(work / "heads", "shard_mib=16")
     scans += [[image, subject, "MR"] for image, _, subject, _ in rows]

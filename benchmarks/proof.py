@@ -21,15 +21,13 @@ import hashlib
 import io
 import json
 import lzma
-import re
 import statistics
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from line import ROOT, prep, voxelith, write_list
+from line import ROOT, heads, hippocampi, prep, voxelith, write_list
 from pilot import mean_dice
 
 from data_prep.files import write_bytes, write_text
@@ -101,17 +99,7 @@ def part_of(data_set: str, subjects: set[str]) -> dict[str, str]:
 
 def make_corpora(data: Path, work: Path) -> None:
     """Both labelled corpora with their parts, and what pretraining may see."""
-    hippocampi, heads = data / "msd_task04_hippocampus", data / "ixi_t1_dlmuse"
-    sets: dict[str, list[list[Any]]] = {"hippocampus": [], "heads": []}
-    for image in sorted((hippocampi / "images").glob("*.nii.gz")):
-        found = re.search(r"_(\d+)", image.name)
-        assert found is not None
-        # Two sides of a person have an odd id and the next even one.
-        subject = f"s{(int(found[1]) + 1) // 2:03d}"
-        sets["hippocampus"].append([image, hippocampi / "labels" / image.name, subject, "MR"])
-    for image in sorted((heads / "t1").glob("*.nii.gz")):
-        label = heads / "dlmuse_seg" / image.name.replace("_T1.", "_T1_DLMUSE.")
-        sets["heads"].append([image, label, image.name[:6], "MR"])
+    sets = {"hippocampus": hippocampi(data), "heads": heads(data)}
     scans = []
     for name, rows in sets.items():
         parts = part_of(name, {row[2] for row in rows})
@@ -164,12 +152,11 @@ def keep(runs: Path) -> None:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for rows in sorted(runs.glob("*/rows.csv")):
-            for name in KEPT:
-                data = (rows.parent / name).read_bytes() if (rows.parent / name).exists() else b""
-                info = tarfile.TarInfo(f"{runs.name}/{rows.parent.name}/{name}")
-                info.size = len(data)
-                if data:
-                    tar.addfile(info, io.BytesIO(data))
+            for path in (rows.parent / name for name in KEPT):
+                if path.exists():
+                    info = tarfile.TarInfo(str(path.relative_to(runs.parent)))
+                    info.size = path.stat().st_size
+                    tar.addfile(info, io.BytesIO(path.read_bytes()))
     PROOF.mkdir(exist_ok=True)
     write_bytes(PROOF / f"{runs.name}.tar.xz", lzma.compress(packed.getvalue(), preset=9))
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from line import ROOT, prep, voxelith, write_list
+from line import ROOT, heads, hippocampi, prep, voxelith, write_list
 
 from data_prep.corpus import Corpus
 from data_prep.files import write_json, write_text
@@ -104,18 +104,11 @@ def main() -> None:
 
 def make_corpora(data: Path, work: Path) -> None:
     """Hippocampi with their split and targets, heads without labels, and the tasks."""
-    folder = data / "msd_task04_hippocampus"
-    rows = []
-    for image in sorted((folder / "images").glob("*.nii.gz")):
-        found = re.search(r"_(\d+)", image.name)
-        assert found is not None
-        subject = f"s{(int(found[1]) + 1) // 2:03d}"
-        rows.append([image, folder / "labels" / image.name, subject, "MR"])
-    write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"], rows)
+    write_list(work / "hippocampus.csv", ["image", "label", "subject", "modality"],
+                hippocampi(data))  # fmt: skip
     prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
-    heads = sorted((data / "ixi_t1_dlmuse" / "t1").glob("*.nii.gz"))
     write_list(work / "heads.csv", ["image", "subject", "modality"],
-                [[head, head.name[:6], "MR"] for head in heads])  # fmt: skip
+                [[head, *told] for head, _, *told in heads(data)])  # fmt: skip
     prep(work / "heads", "labels=false", "spacing=[1.5,1.5,1.5]", "shard_mib=16")
     corpus = Corpus.open(work / "hippocampus")
     usual = corpus.split("default")["parts"]
