@@ -9,8 +9,9 @@ its rows in docs/results/proof/STAGE.tar.xz, run folders without weights and pre
 `voxelith table` reads once they are unpacked.
 
 corpora    both labelled corpora with their parts, and the pool that pretraining may see
-pretrain   encoders of the first seed
 round-1    on validation subjects: rates of every arm at the primary cell
+gate       on validation subjects: scratch with all labels
+round-2    on validation subjects: other objectives at the primary cell
 rounds     docs/results/proof/rounds.md, from the archives alone
 """
 
@@ -24,6 +25,7 @@ import lzma
 import statistics
 import tarfile
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,19 +68,29 @@ OTHERS = (
 """Scans of other places whose licences allow a release that says CC BY-SA 4.0."""
 LICENCES = {"hippocampus": "CC BY-SA 4.0", "heads": "CC BY-SA 3.0"}
 
+MASKED = ("steps=5000", "warmup=250", "batch_size=4", "augment=light")
+CONTRAST = ("batch_size=8", "crop_size=[24,32,24]")
+"""Several crops of a scan are compared, so they are smaller and the steps fewer."""
 METHODS = {
-    "cnn-mae": ("experiment=cnn_mae_small",),
-    "volume-fusion": ("experiment=volume_fusion_small",),
-}
+    "cnn-mae": ("experiment=cnn_mae_small", *MASKED),
+    "volume-fusion": ("experiment=volume_fusion_small", *MASKED),
+    "s3d": ("experiment=s3d_small", *MASKED),
+    "simclr": ("experiment=simclr_small", *CONTRAST, "steps=2500", "warmup=125"),
+    "contrast": ("experiment=contrastive_small", *CONTRAST, "steps=1500", "warmup=75",
+                 "stages.local.steps=500"),
+}  # fmt: skip
+"""About 30 core-minutes each."""
+ROUND_1, ROUND_2 = ("cnn-mae", "volume-fusion"), ("s3d", "simclr", "contrast")
 PRETRAINING = (
-    "steps=5000", "warmup=250", "batch_size=4", "augment=light", "flip=[false,false,true]",
-    "trainer.threads=1", "trainer.precision=bf16-mixed", "preview_every=1000", "save_every=500",
+    "flip=[false,false,true]", "trainer.threads=1", "trainer.precision=bf16-mixed",
+    "preview_every=1000", "save_every=500",
 )  # fmt: skip
 FINETUNING = (
     "task=hippocampus", "split=official", "protocol=tiny", "augment=nnunet", "batch_size=2",
     "steps=600", "warmup=30", "validations=4", "trainer=cpu", "trainer.threads=1",
     "trainer.precision=bf16-mixed",
 )  # fmt: skip
+ALL_LABELS = ("labels=all", "steps=1500", "warmup=75")
 RATES = "1e-3,3e-3,1e-2"
 SEARCH_DRAWS = "100,101,102,103"
 """Draws of labels, decoders and crops that no report uses."""
@@ -128,23 +140,36 @@ def pretrain(work: Path, method: str, seed: int) -> None:
     if not (work / name).exists():
         voxelith("pretrain", *METHODS[method], *PRETRAINING, f"corpus={work / 'pool'}",
                  f"seed={seed}", f"run={name}", f"runs={work / 'pretrained'}")  # fmt: skip
-        voxelith("export", str(work / "pretrained" / name), str(work / name))
+        last = f"{name}.local" if method == "contrast" else name
+        voxelith("export", str(work / "pretrained" / last), str(work / name))
 
 
-def pretrain_first(work: Path, jobs: int) -> None:
-    """The first seed of each method."""
+def pretrain_all(work: Path, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """Each method with each seed, side by side."""
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(pretrain, work, method, 0) for method in METHODS]:
+        todo = [pool.submit(pretrain, work, method, seed) for seed in seeds for method in methods]
+        for done in todo:
             done.result()
 
 
-def round_1(work: Path, jobs: int) -> None:
-    """Rates of scratch and of each method, at the primary cell."""
-    checkpoints = ",".join(str(work / f"{method}-0") for method in METHODS)
+def search(work: Path, stage: str, methods: Sequence[str], rates: str, jobs: int) -> None:
+    """Mean Dice of validation subjects at the primary cell, by method and rate."""
+    pretrain_all(work, methods, [0], jobs)
+    checkpoints = ",".join(str(work / f"{method}-0") for method in methods)
+    # The twins of the first round are those of all: nothing in them depends on a method.
+    twins = "true" if stage == "round-1" else "false"
     voxelith("finetune", "-m", *FINETUNING, f"corpus={work / 'hippocampus'}", "part=validation",
-             f"ckpt={checkpoints}", "labels=2", f"seed={SEARCH_DRAWS}", f"lr={RATES}",
-             f"runs={work / 'round-1'}", f"jobs={jobs}")  # fmt: skip
-    keep(work / "round-1")
+             f"ckpt={checkpoints}", "labels=2", f"seed={SEARCH_DRAWS}", f"lr={rates}",
+             f"twins={twins}", f"runs={work / stage}", f"jobs={jobs}")  # fmt: skip
+    keep(work / stage)
+
+
+def gate(work: Path, jobs: int) -> None:
+    """Scratch with all labels, at each rate; benchmarks/nnunet_gate.py is what it is beside."""
+    voxelith("finetune", "-m", *FINETUNING, *ALL_LABELS, f"corpus={work / 'hippocampus'}",
+             "part=validation", f"ckpt={work / 'cnn-mae-0'}", "init=scratch", "seed=100",
+             f"lr={RATES}", f"runs={work / 'gate'}", f"jobs={jobs}")  # fmt: skip
+    keep(work / "gate")
 
 
 def keep(runs: Path) -> None:
@@ -200,7 +225,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("corpora", "pretrain", "round-1", "rounds"))
+    stages: dict[str, Callable[[Path, int], None]] = {
+        "corpora": lambda work, jobs: None,
+        "round-1": lambda work, jobs: search(work, "round-1", ROUND_1, RATES, jobs),
+        "gate": gate,
+        "round-2": lambda work, jobs: search(work, "round-2", ROUND_2, "3e-3", jobs),
+    }
+    parser.add_argument("stage", choices=(*stages, "rounds"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
@@ -213,10 +244,7 @@ def main() -> None:
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_corpora(chosen.data.resolve(), work)
-    if chosen.stage != "corpora":
-        pretrain_first(work, chosen.jobs)
-    if chosen.stage == "round-1":
-        round_1(work, chosen.jobs)
+    stages[chosen.stage](work, chosen.jobs)
 
 
 if __name__ == "__main__":
