@@ -197,7 +197,7 @@ def _effects(axis: Axes, shown: Sequence[tuple[Group, Estimate]]) -> None:
         ticks[y] = dataset
         for group, value in pairs:
             y += 1
-            ticks[y] = f"{group.checkpoint}, {group.n_labels} labels"
+            ticks[y] = f"{group.told}, {group.n_labels} labels"
             _effect(axis, y, value, group.main)
     axis.set_ylim(y + 0.6, -0.7)
     axis.set_yticks(list(ticks), list(ticks.values()))

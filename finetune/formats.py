@@ -159,7 +159,7 @@ def latex(table: Table) -> str:
     rows = [
         [
             _escaped(line.dataset),
-            *(_escaped(getattr(line, name)) for name in varied),
+            *(_escaped(_varied_cell(line, name)) for name in varied),
             *map(_escaped, (_count(line.n_labels), _checkpoint(line))),
             *([_escaped(line.quantity)] if metric else []),
             *(_in_math(show(line)) for show in arms.values()),
@@ -222,7 +222,7 @@ def _records(table: Table) -> list[dict[str, str]]:
         records.append(
             {
                 "data set": line.dataset,
-                **{name: getattr(line, name) for name in varied},
+                **{name: _varied_cell(line, name) for name in varied},
                 "labels": _count(line.n_labels),
                 "checkpoint": _checkpoint(line),
                 "metric": line.quantity,
@@ -251,6 +251,11 @@ def _varied(table: Table) -> list[str]:
         (g.dataset, g.n_labels, g.checkpoint, g.main.split, g.main.protocol) for g in table.groups
     }
     return found if len(keys) < len(table.groups) else found[:-1]
+
+
+def _varied_cell(line: Line, name: str) -> str:
+    """What a line has in a column of `_varied`: a recipe's hash only where no words tell it."""
+    return line.departs or line.recipe if name == "recipe" else str(getattr(line, name))
 
 
 def _same(table: Table) -> list[str]:
@@ -307,7 +312,7 @@ def notes_of(table: Table) -> list[str]:
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     names: dict[tuple[str, str], list[str]] = {}
     for group in table.groups:
-        block, name = (group.dataset, _count(group.n_labels)), group.checkpoint or "scratch"
+        block, name = (group.dataset, _count(group.n_labels)), group.told or "scratch"
         names.setdefault(block, []).append(name)
         for note in group.notes:
             found.setdefault(block, {}).setdefault(note, []).append(name)

@@ -105,11 +105,13 @@ class Line:
     the share of subjects that gain over the twin, `median` the median over subjects of the
     difference to it. `adjusted_p` stands in main lines alone: p of the deciding difference,
     adjusted over the data sets (Holm 1979). `split` is name and part, `recipe` the hash of all that
-    arms share. `still_gains` is what the last quarter of training gained on validation, in Dice
-    points and in the arm that gained most, NaN where runs were not validated: above 0.5 it was too
-    short. `anchor` is nnU-Net's Dice over the cases of the difference; one run, so it has no
-    interval. `leakage` says of a checkpoint whether it has seen test cases: clean, tainted (these
-    cases are left out) or unknown. Numbers are in `unit`, shown with `digits` behind the point.
+    arms share, `departs` what tells that recipe from those of lines that are alike in all else
+    ("lr=0.003"), if folders say it. `still_gains` is what the last quarter of training gained on
+    validation, in Dice points and in the arm that gained most, NaN where runs were not validated:
+    above 0.5 it was too short. `anchor` is nnU-Net's Dice over the cases of the difference; one
+    run, so it has no interval. `leakage` says of a checkpoint whether it has seen test cases:
+    clean, tainted (these cases are left out) or unknown. Numbers are in `unit`, shown with
+    `digits` behind the point.
     """
 
     dataset: str
@@ -133,6 +135,7 @@ class Line:
     split: str = ""
     protocol: str = ""
     recipe: str = ""
+    departs: str = ""
     still_gains: float = math.nan
     anchor: Estimate | None = None
     leakage: str = ""
@@ -185,6 +188,11 @@ class Group:
         return self.lines[0]
 
     @property
+    def told(self) -> str:
+        """The checkpoint, with what tells its recipe from others; empty without both."""
+        return ", ".join(filter(None, (self.checkpoint, self.main.departs)))
+
+    @property
     def sentence(self) -> str:
         """The verdict with its numbers."""
         return _sentence(self)
@@ -214,7 +222,7 @@ class Table:
 def _sentence(group: Group) -> str:
     line = group.main
     what = f"{group.dataset}, {group.n_labels} labels"
-    what += f", {group.checkpoint}" if group.checkpoint else ""
+    what += f", {group.told}" if group.told else ""
     title, form = line.measures.title, f".{line.digits}f"
     if line.verdict == ELSEWHERE and line.pretrained is not None:
         given = line.pretrained

@@ -11,10 +11,12 @@ compared in the same way (`scan_metrics`).
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +145,54 @@ def tabulate(
             group = _group(others, scratch, own, anchor)
             found = {"pretrained": pretrained, "scratch": scratch, "scratch-own": own}
             groups.append(_with_facts(group, found, facts or {}, searches))
-    return Table(tuple(_adjusted(groups)))
+    return Table(tuple(_adjusted(_told_apart(groups, facts or {}))))
+
+
+def _told_apart(groups: Sequence[Group], facts: Mapping[Run, Facts]) -> list[Group]:
+    """Groups that differ in nothing but their recipe with what differs in it, such as its rate."""
+    recipes = {
+        config_hash[:8]: _flat(known.trained)
+        for (*_, config_hash, arm, _), known in facts.items()
+        if known.trained and arm != "scratch-own"
+    }
+    alike: dict[tuple[Any, ...], list[Group]] = {}
+    for group in groups:
+        main = group.main
+        key = (group.dataset, group.labels, group.checkpoint, main.split, main.protocol)
+        alike.setdefault(key, []).append(group)
+    departs: dict[int, str] = {}
+    for some in alike.values():
+        known = [recipes.get(group.main.recipe) for group in some]
+        told = [recipe for recipe in known if recipe is not None]
+        if len(told) < max(2, len(some)):
+            continue
+        keys = [k for k in dict.fromkeys(k for one in told for k in one)
+                if len({one.get(k) for one in told}) > 1]  # fmt: skip
+        for group, recipe in zip(some, told, strict=True):
+            departs[id(group)] = ", ".join(f"{k}={recipe[k]}" for k in keys if k in recipe)
+    return [
+        dataclasses.replace(
+            group,
+            lines=tuple(
+                dataclasses.replace(line, departs=departs.get(id(group), ""))
+                for line in group.lines
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Keys with dots to values, as one types them."""
+    found: dict[str, str] = {}
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            found[prefix + key] = f"{value:g}"
+        else:
+            found[prefix + key] = json.dumps(value).replace('"', "")
+    return found
 
 
 def recipes(checkpoints: Sequence[list[Row]]) -> list[list[list[Row]]]:

@@ -10,6 +10,7 @@ from arm_rows import BASE, make_rows, scratch_own
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
+from finetune.facts import Facts, run_of
 from finetune.formats import make_table, markdown
 from finetune.intervals import estimate_recipe
 from finetune.rows import Row, read_rows, write_rows
@@ -45,6 +46,30 @@ def test_the_stronger_scratch_decides() -> None:
     assert len(tabulate(arms + scratch_own(0.1)).groups) == 1
     alone = tabulate(make_rows("pretrained", 0.05) + scratch_own(0.0)).groups[0]
     assert alone.main.against_own is None and alone.main.verdict == "no scratch twin"
+
+
+def test_recipes_of_one_checkpoint_are_told_by_what_differs() -> None:
+    """A sweep over rates: its lines, sentences and notes say which rate, not a hash."""
+    rows, facts = [], {}
+    for rate, steps in ((0.001, 600), (0.01, 600)):
+        config_hash = f"{rate:g}".ljust(16, "0")
+        arms = make_rows("scratch") + make_rows("pretrained", 10 * rate)
+        rows += [dataclasses.replace(row, config_hash=config_hash) for row in arms]
+        trained = {"lr": rate, "steps": steps, "augment": {"gain": rate, "noise": 0.1}}
+        facts |= {
+            run_of(row): Facts(None, None, (), trained, {}, ()) for row in rows
+            if row.config_hash == config_hash
+        }  # fmt: skip
+    table = tabulate(rows, facts=facts)
+    assert [line.departs for line in (group.main for group in table.groups)] == [
+        "lr=0.001, augment.gain=0.001", "lr=0.01, augment.gain=0.01",
+    ]  # fmt: skip
+    told = markdown(table)
+    assert "| hippocampus | lr=0.01, augment.gain=0.01 | 4 |" in told
+    assert "4 labels, mae, lr=0.001, augment.gain=0.001: " in table.verdict
+    # One recipe needs no words, and what no folder tells keeps its hash.
+    assert not any(line.departs for line in tabulate(rows[: len(rows) // 2], facts=facts).lines)
+    assert "| hippocampus | 0.001000 | 4 |" in markdown(tabulate(rows))
 
 
 def test_p_values_are_adjusted_over_the_data_sets_of_a_checkpoint() -> None:
