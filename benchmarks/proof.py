@@ -86,13 +86,23 @@ PRETRAINING = (
     "preview_every=1000", "save_every=500",
 )  # fmt: skip
 FINETUNING = (
-    "task=hippocampus", "split=official", "protocol=tiny", "augment=nnunet", "batch_size=2",
-    "steps=600", "warmup=30", "validations=4", "trainer=cpu", "trainer.threads=1",
-    "trainer.precision=bf16-mixed",
+    "split=official", "protocol=tiny", "augment=nnunet", "batch_size=2", "validations=4",
+    "trainer=cpu", "trainer.threads=1", "trainer.precision=bf16-mixed",
 )  # fmt: skip
-ALL_LABELS = ("labels=all", "steps=1500", "warmup=75")
+TASKS = {
+    "hippocampus": ("task=hippocampus",),
+    "heads": ("task=ixi_dlmuse", "crop_size=[48,48,48]"),
+}
+CELLS = {
+    "hippocampus-2": ("hippocampus", ("labels=2", "steps=600", "warmup=30"), 12),
+    "hippocampus-8": ("hippocampus", ("labels=8", "steps=600", "warmup=30"), 6),
+    "hippocampus-all": ("hippocampus", ("labels=all", "steps=1500", "warmup=75"), 3),
+    "heads-2": ("heads", ("labels=2", "steps=400", "warmup=20"), 6),
+}
+"""Data set, labels with the steps for them, and draws; the first is the primary one."""
+PRIMARY = "hippocampus-2"
 RATES = "1e-3,3e-3,1e-2"
-SEARCH_DRAWS = "100,101,102,103"
+SEARCH_DRAWS = (100, 101, 102, 103)
 """Draws of labels, decoders and crops that no report uses."""
 KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.json",
         "validation.csv")  # fmt: skip
@@ -155,21 +165,28 @@ def pretrain_all(work: Path, methods: Sequence[str], seeds: Sequence[int], jobs:
 def search(work: Path, stage: str, methods: Sequence[str], rates: str, jobs: int) -> None:
     """Mean Dice of validation subjects at the primary cell, by method and rate."""
     pretrain_all(work, methods, [0], jobs)
-    checkpoints = ",".join(str(work / f"{method}-0") for method in methods)
+    checkpoints = [work / f"{method}-0" for method in methods]
     # The twins of the first round are those of all: nothing in them depends on a method.
     twins = "true" if stage == "round-1" else "false"
-    voxelith("finetune", "-m", *FINETUNING, f"corpus={work / 'hippocampus'}", "part=validation",
-             f"ckpt={checkpoints}", "labels=2", f"seed={SEARCH_DRAWS}", f"lr={rates}",
-             f"twins={twins}", f"runs={work / stage}", f"jobs={jobs}")  # fmt: skip
+    finetune(work, PRIMARY, stage, checkpoints, SEARCH_DRAWS, jobs, f"lr={rates}",
+             f"twins={twins}", "part=validation")  # fmt: skip
     keep(work / stage)
 
 
 def gate(work: Path, jobs: int) -> None:
     """Scratch with all labels, at each rate; benchmarks/nnunet_gate.py is what it is beside."""
-    voxelith("finetune", "-m", *FINETUNING, *ALL_LABELS, f"corpus={work / 'hippocampus'}",
-             "part=validation", f"ckpt={work / 'cnn-mae-0'}", "init=scratch", "seed=100",
-             f"lr={RATES}", f"runs={work / 'gate'}", f"jobs={jobs}")  # fmt: skip
+    finetune(work, "hippocampus-all", "gate", [work / "cnn-mae-0"], (100,), jobs, f"lr={RATES}",
+             "init=scratch", "part=validation")  # fmt: skip
     keep(work / "gate")
+
+
+def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], draws: Sequence[int],
+             jobs: int, *more: str) -> None:  # fmt: skip
+    """A sweep over checkpoints and draws of a cell."""
+    data_set, budget, _ = CELLS[cell]
+    voxelith("finetune", "-m", *TASKS[data_set], *FINETUNING, *budget, f"corpus={work / data_set}",
+             f"ckpt={','.join(map(str, checkpoints))}", f"seed={','.join(map(str, draws))}",
+             f"runs={work / stage}", f"jobs={jobs}", *more)  # fmt: skip
 
 
 def keep(runs: Path) -> None:

@@ -69,6 +69,8 @@ def fetch(ref: str, *, offline: bool = False, again: bool = False, limit: int = 
         if Path(ref).exists():
             return _local(Path(ref))
         ref = reference_of(ref)
+        if not is_reference(ref):
+            return _local(Path(ref))
     wanted = parse(ref)
     cache = Cache(cache_folder(), wanted)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in _YES

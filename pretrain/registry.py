@@ -8,9 +8,13 @@ projects' pages and from what others load; nothing was downloaded.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import samples
 from data_prep.errors import InputError, near
+
+RELEASES = Path(samples.__path__[0]) / "releases"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Known:
         revision: a commit; None: what the branch main holds at the first download.
         sha256: of the file, or the release's digest; None: the first download pins it.
         note: what else its user must know.
+        comes_with: whether the package itself has it, a release of ours in samples/releases.
         told: what a scan must become, which no file of weights says: keys of `pretrain.adopt.Told`,
             from the makers' own code or paper; None of releases, which say it themselves.
     """
@@ -40,11 +45,14 @@ class Known:
     revision: str | None = None
     sha256: str | None = None
     note: str = ""
+    comes_with: bool = False
     told: dict[str, Any] | None = None
 
     @property
     def reference(self) -> str | None:
-        """What it is fetched by."""
+        """What it is fetched by: an address, or the folder of what the package has."""
+        if self.comes_with:
+            return str(RELEASES / self.name)
         if self.repo is None:
             return None
         revision = f"@{self.revision}" if self.revision else ""
@@ -53,7 +61,7 @@ class Known:
 
 
 OURS: tuple[Known, ...] = ()
-"""Releases of voxelith; none is published yet."""
+"""Releases of voxelith."""
 
 _NNSSL = "https://github.com/MIC-DKFZ/nnssl"
 _VOCO = "https://github.com/Luffy03/Large-Scale-Medical"
@@ -181,16 +189,17 @@ def known() -> list[dict[str, Any]]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """What is known and what the cache holds, for `voxelith fetch --list`."""
-    lines = ["Ours: " + ("" if OURS else "none is published yet")]
+    lines = ["Ours:"]
     shown_public = False
     for one in facts["known"]:
         if not one["ours"] and not shown_public:
             lines.append("Public, of others:")
             shown_public = True
+        where = "comes with voxelith" if one["comes_with"] else one["reference"]
         revision = one["revision"] or "main, not pinned: the first download pins what it holds"
         lines += [
             f"  {one['name']:<24} {one['about']}",
-            f"  {'':<24} {one['reference'] or 'no address to fetch from'}",
+            f"  {'':<24} {where or 'no address to fetch from'}",
             f"  {'':<24} licence: {one['licence']}",
         ]
         if one["repo"]:
@@ -205,7 +214,7 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def reference_of(name: str) -> str:
-    """The reference of a checkpoint that is known by name.
+    """The reference of a checkpoint that is known by name, or the folder of one that is here.
 
     Raises:
         InputError: it is not known, or lies nowhere where it could be fetched from.
