@@ -12,6 +12,8 @@ corpora    both labelled corpora with their parts, and the pool that pretraining
 round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: other objectives at the primary cell
+encoders   all seeds of what was nominated, and the controls
+test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
 rounds     docs/results/proof/rounds.md, from the archives alone
 """
 
@@ -28,9 +30,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from line import ROOT, heads, hippocampi, prep, voxelith, write_list
-from pilot import mean_dice
+from pilot import mean_dice, permute
 
 from data_prep.files import write_bytes, write_text
 from finetune.budget import Curve, mean_curve, read_curve
@@ -75,7 +78,9 @@ METHODS = {
     "cnn-mae": ("experiment=cnn_mae_small", *MASKED),
     "volume-fusion": ("experiment=volume_fusion_small", *MASKED),
     "s3d": ("experiment=s3d_small", *MASKED),
+    "cnn-mae-spatial": ("experiment=cnn_mae_small", *MASKED[:-1], "augment=spatial"),
     "simclr": ("experiment=simclr_small", *CONTRAST, "steps=2500", "warmup=125"),
+    "one-step": ("experiment=cnn_mae_small", "batch_size=4", "steps=1", "warmup=0"),
     "contrast": ("experiment=contrastive_small", *CONTRAST, "steps=1500", "warmup=75",
                  "stages.local.steps=500"),
 }  # fmt: skip
@@ -101,6 +106,7 @@ CELLS = {
 }
 """Data set, labels with the steps for them, and draws; the first is the primary one."""
 PRIMARY = "hippocampus-2"
+NOMINATED, SEEDS, RATE = ("cnn-mae",), (0, 1, 2), "3e-3"
 RATES = "1e-3,3e-3,1e-2"
 SEARCH_DRAWS = (100, 101, 102, 103)
 """Draws of labels, decoders and crops that no report uses."""
@@ -180,6 +186,32 @@ def gate(work: Path, jobs: int) -> None:
     keep(work / "gate")
 
 
+def encoders(work: Path, jobs: int) -> None:
+    """All seeds of what is nominated, and the controls."""
+    pretrain_all(work, (*NOMINATED, "one-step"), SEEDS, jobs)
+    for seed in SEEDS:
+        if not (work / f"permuted-{seed}").exists():
+            permute(work / f"{NOMINATED[0]}-{seed}", work / f"permuted-{seed}")
+    if not (work / "supervised-ixi").exists():
+        voxelith("finetune", "task=ixi_dlmuse", *FINETUNING, f"corpus={work / 'heads'}",
+                 f"ckpt={work / 'one-step-0'}", "init=scratch", "labels=all", "lr=3e-3",
+                 "steps=5000", "warmup=250", "part=validation", f"runs={work / 'supervised'}",
+                 "run=ixi")  # fmt: skip
+        voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
+
+
+def test(work: Path, cell: str, jobs: int) -> None:
+    """The test subjects of a cell; draw n has pretraining seed n mod 3."""
+    encoders(work, jobs)
+    for seed in SEEDS:
+        arms = [*NOMINATED, *(("permuted", "one-step") if cell == PRIMARY else ())]
+        checkpoints = [work / f"{arm}-{seed}" for arm in arms]
+        checkpoints += [work / "supervised-ixi"] if cell == PRIMARY else []
+        draws = range(seed, CELLS[cell][2], len(SEEDS))
+        finetune(work, cell, f"test-{cell}", checkpoints, draws, jobs, f"lr={RATE}", "part=test")
+        keep(work / f"test-{cell}")
+
+
 def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], draws: Sequence[int],
              jobs: int, *more: str) -> None:  # fmt: skip
     """A sweep over checkpoints and draws of a cell."""
@@ -217,25 +249,37 @@ def rounds() -> str:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
             runs = sorted(Path(folder).glob("*/*/rows.csv"))
-            found: dict[tuple[str, str, float], list[tuple[float, Curve | None]]] = {}
+            found: dict[tuple[str, str, float, str], list[tuple[float, Curve | None]]] = {}
             for rows in runs:
                 config = json.loads((rows.parent / "config.json").read_text())
                 arm = "scratch" if config["init"] == "scratch" else Path(config["ckpt"]).name
-                key = (arm, str(config["labels"]), float(config["lr"]))
+                key = (arm, str(config["labels"]), float(config["lr"]), _departs(config))
                 found.setdefault(key, []).append((mean_dice(rows), read_curve(rows.parent)))
         lines += ["", f"## {archive.name.removesuffix('.tar.xz')}", "",
-                  "| arm | labels | rate | draws | Dice | draws' SD | last quarter |",
-                  "| --- | --- | --: | --: | --: | --: | --: |"]  # fmt: skip
-        for (arm, labels, rate), values in sorted(found.items()):
+                  "| arm | labels | rate | besides | draws | Dice | draws' SD | last quarter |",
+                  "| --- | --- | --: | --- | --: | --: | --: | --: |"]  # fmt: skip
+        for (arm, labels, rate, more), values in sorted(found.items()):
             dice = [value for value, _ in values]
             curve = mean_curve([one for _, one in values])
             gain = "" if curve is None else f"{curve.last_gain:+.1f}"
             spread = f"{statistics.stdev(dice):.1f}" if len(dice) > 1 else ""
             lines.append(
-                f"| {arm} | {labels} | {rate:g} | {len(dice)} | {statistics.mean(dice):.1f} "
-                f"| {spread} | {gain} |"
+                f"| {arm} | {labels} | {rate:g} | {more} | {len(dice)} "
+                f"| {statistics.mean(dice):.1f} | {spread} | {gain} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _departs(config: dict[str, Any]) -> str:
+    """What a run has that others of its round have not."""
+    said = [f"decoder alone for {phase['steps']} steps first" for phase in config["phases"]]
+    if config["freeze"] != "none":
+        said.append("encoder frozen")
+    if config["layer_decay"] != 1:
+        said.append(f"layer decay {config['layer_decay']:g}")
+    if config["transfer"] != "auto":
+        said.append("decoder transferred")
+    return ", ".join(said)
 
 
 def main() -> None:
@@ -247,6 +291,8 @@ def main() -> None:
         "round-1": lambda work, jobs: search(work, "round-1", ROUND_1, RATES, jobs),
         "gate": gate,
         "round-2": lambda work, jobs: search(work, "round-2", ROUND_2, "3e-3", jobs),
+        "encoders": encoders,
+        **{f"test-{cell}": lambda work, jobs, cell=cell: test(work, cell, jobs) for cell in CELLS},
     }
     parser.add_argument("stage", choices=(*stages, "rounds"))
     parser.add_argument("--data", type=Path)
