@@ -29,6 +29,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def encoders(work: Path, jobs: int) -> None:
         voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
 
 
-def test(work: Path, cell: str, jobs: int) -> None:
+def test(cell: str, work: Path, jobs: int) -> None:
     """The test subjects of a cell; draw n has pretraining seed n mod 3."""
     encoders(work, jobs)
     for seed in SEEDS:
@@ -292,7 +293,7 @@ def main() -> None:
         "gate": gate,
         "round-2": lambda work, jobs: search(work, "round-2", ROUND_2, "3e-3", jobs),
         "encoders": encoders,
-        **{f"test-{cell}": lambda work, jobs, cell=cell: test(work, cell, jobs) for cell in CELLS},
+        **{f"test-{cell}": partial(test, cell) for cell in CELLS},
     }
     parser.add_argument("stage", choices=(*stages, "rounds"))
     parser.add_argument("--data", type=Path)
