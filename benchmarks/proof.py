@@ -71,6 +71,7 @@ OTHERS = (
 )
 """Scans of other places whose licences allow a release that says CC BY-SA 4.0."""
 LICENCES = {"hippocampus": "CC BY-SA 4.0", "heads": "CC BY-SA 3.0"}
+SOURCES = {"hippocampus": "msd_task04_hippocampus", "heads": "ixi"}
 
 MASKED = ("steps=5000", "warmup=250", "batch_size=4", "augment=light")
 CONTRAST = ("batch_size=8", "crop_size=[24,32,24]")
@@ -126,6 +127,12 @@ def part_of(data_set: str, subjects: set[str]) -> dict[str, str]:
     }
 
 
+def source_of(name: str) -> str:
+    """The folder of the data set; scans that were once DICOM lie in one of them all."""
+    folder, _, rest = name.partition("/")
+    return rest.removesuffix(".nii.gz") if folder == "derived_from_dicom" else folder
+
+
 def make_corpora(data: Path, work: Path) -> None:
     """Both labelled corpora with their parts, and what pretraining may see."""
     sets = {"hippocampus": hippocampi(data), "heads": heads(data)}
@@ -138,16 +145,17 @@ def make_corpora(data: Path, work: Path) -> None:
             [[*row, LICENCES[name], parts[row[2]]] for row in rows],
         )
         # The test subjects' scans are in the list: what keeps them out is the gate.
-        scans += [[row[0], row[2], row[3], LICENCES[name]] for row in rows]
+        scans += [[row[0], row[2], row[3], LICENCES[name], SOURCES[name]] for row in rows]
     scans += [
-        [data / name, f"other{n:02d}", modality, licence]
+        [data / name, f"other{n:02d}", modality, licence, source_of(name)]
         for n, (name, modality, licence) in enumerate(OTHERS)
     ]
     prep(work / "hippocampus", "classes={1: anterior, 2: posterior}", "shard_mib=4")
     prep(work / "heads", "shard_mib=16", "crop=foreground")
-    write_list(work / "pool.csv", ["image", "subject", "modality", "licence"], scans)
+    columns = ["image", "subject", "modality", "licence", "source"]
+    write_list(work / "unlabelled.csv", columns, scans)
     splits = ",".join(str(work / name / "splits" / "official.json") for name in sets)
-    prep(work / "pool", "labels=false", "shard_mib=16", "duplicates=exact",
+    prep(work / "unlabelled", "labels=false", "shard_mib=16", "duplicates=exact",
          f"exclude=[{splits}]")  # fmt: skip
 
 
@@ -155,7 +163,7 @@ def pretrain(work: Path, method: str, seed: int) -> None:
     """The release METHOD-SEED of a run of its own."""
     name = f"{method}-{seed}"
     if not (work / name).exists():
-        voxelith("pretrain", *METHODS[method], *PRETRAINING, f"corpus={work / 'pool'}",
+        voxelith("pretrain", *METHODS[method], *PRETRAINING, f"corpus={work / 'unlabelled'}",
                  f"seed={seed}", f"run={name}", f"runs={work / 'pretrained'}")  # fmt: skip
         last = f"{name}.local" if method == "contrast" else name
         voxelith("export", str(work / "pretrained" / last), str(work / name))
