@@ -613,9 +613,10 @@ example: voxelith replay runs/first step=1200""",
         _export,
         """
 RUN is the folder of a pretraining with a checkpoint or of a finished finetuning, OUT a folder that
-is not there yet. form=full has the heads, the teacher and the optimiser of a pretraining as well.
-The other forms take a release too: nnssl (nnU-Net finetunes it), torch (torch.export), onnx, monai
-(a bundle); each is checked against the encoder before it appears.
+is not there yet; the release is called as its run, or name=NAME. form=full has the heads, the
+teacher and the optimiser of a pretraining as well. The other forms take a release too: nnssl
+(nnU-Net finetunes it), torch (torch.export), onnx, monai (a bundle); each is checked against the
+encoder before it appears.
 
 A file of public weights, or a reference or name of `voxelith fetch --list` that stands for one,
 becomes a release too. What no weights say is told once, and nothing is guessed:

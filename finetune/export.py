@@ -40,6 +40,7 @@ from pretrain.forms import FORMS
 from pretrain.manifest import FACTS, FORMAT
 from pretrain.release import Release, load_release, write_release
 from pretrain.run_folder import RunFolder, versions
+from pretrain.settings import checked_name
 
 UNKNOWN = "unknown"
 """A fingerprint that equals none: what the weights were pretrained on is not fully known."""
@@ -59,7 +60,8 @@ def export(
         output: folder that is made.
         form: a release, the `full` one of a pretraining with its training's state, or one of
             `pretrain.forms`.
-        told: what a file of public weights does not say; see `pretrain.adopt`.
+        told: what a file of public weights does not say; see `pretrain.adopt`. Of a run its
+            `name`, which is that of its folder otherwise.
 
     Returns:
         What was written: of a release its folder and digest.
@@ -73,6 +75,8 @@ def export(
         raise InputError(f"form={form}: no such form; {near(form, forms)}")
     folder = Path(ref)
     is_release = (folder / "SHA256SUMS").is_file()
+    told = dict(told or {})
+    name = _named(told.pop("name", None)) if folder.is_dir() and not is_release else None
     if folder.is_dir() and told:
         raise InputError(f"{', '.join(told)}: is for files of public weights, and {ref} is none")
     if form in RELEASES:
@@ -80,23 +84,32 @@ def export(
             raise InputError(f"{ref}: is a release; form={'|'.join(FORMS)} makes others of it")
         if form == "full" and not folder.is_dir():
             raise InputError(f"form=full: {ref} is a file of weights, without a training")
-        made = _released(ref, output, told, full=form == "full")
+        made = _released(ref, output, told, name, full=form == "full")
         return {"release": str(made.path), "digest": made.digest}
     if is_release:
         return FORMS[form](load_release(folder), output)
     with tempfile.TemporaryDirectory() as between:
-        return FORMS[form](_released(ref, Path(between) / "release", told), output)
+        return FORMS[form](_released(ref, Path(between) / "release", told, name), output)
 
 
 def _released(
-    ref: str | Path, output: Path, told: Mapping[str, Any] | None, *, full: bool = False
+    ref: str | Path, output: Path, told: dict[str, Any], name: str | None, *, full: bool = False
 ) -> Release:
     if Path(ref).is_dir():
-        return export_run(Path(ref), output, full=full)
+        return export_run(Path(ref), output, full=full, name=name)
     return adopt(ref, output, told)
 
 
-def export_run(run_path: Path, output: Path, *, full: bool = False) -> Release:
+def _named(name: str | None) -> str | None:
+    try:
+        return None if name is None else checked_name(str(name))
+    except ValueError as error:
+        raise InputError(f"name={name}: {error}") from error
+
+
+def export_run(
+    run_path: Path, output: Path, *, full: bool = False, name: str | None = None
+) -> Release:
     """Writes the network of a run, pretrained or finetuned, with all that its user needs to know.
 
     The release is read back, and its golden scan checked, before it appears at `output`.
@@ -105,6 +118,7 @@ def export_run(run_path: Path, output: Path, *, full: bool = False) -> Release:
         run_path: folder of the run.
         output: folder that is made.
         full: of a pretraining: heads, teacher and optimiser too.
+        name: what it is called; None: as its run.
 
     Raises:
         InputError: no such run, it is not finished, `output` exists, or the corpus or checkpoint
@@ -113,7 +127,7 @@ def export_run(run_path: Path, output: Path, *, full: bool = False) -> Release:
     run = RunFolder(run_path)
     config = run.config()
     if "task" not in config:
-        return pretraining.export(run_path, output, full=full)
+        return pretraining.export(run_path, output, full=full, name=name)
     if full:
         raise InputError(
             f"form=full: {run_path} is a finetuning, whose release is all of its network; leave "
@@ -129,6 +143,7 @@ def export_run(run_path: Path, output: Path, *, full: bool = False) -> Release:
     facts = json.loads((run_path / "run.json").read_text())
     corpus, start = _corpus(config, facts, run_path), _start(config, facts, run_path)
     described = _config(run_path, config, facts, corpus, start, network)
+    described["name"] = name or described["name"]
     return write_release(
         output,
         encoder=network.model.encoder,

@@ -26,7 +26,7 @@ from pretrain.start import Origin, corpus_of, origin_of, recipe_hash, seen_volum
 from pretrain.train import load_trained
 
 
-def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
+def export(run_path: Path, output: Path, *, full: bool = False, name: str | None = None) -> Release:
     """Writes the encoder of a run with all that its user needs to know.
 
     Where the objective trained the decoder that segmentation takes, that is written too.
@@ -37,6 +37,7 @@ def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
         run_path: folder of the run.
         output: folder that is made.
         full: whether the state of its training goes along: heads, teacher and optimiser.
+        name: what it is called; None: as its run.
 
     Raises:
         InputError: no such run, no checkpoint yet, or `output` exists.
@@ -51,7 +52,7 @@ def export(run_path: Path, output: Path, *, full: bool = False) -> Release:
     fingerprints = {"format": 1, "values": seen_volumes(corpus, origin)}
     config = {
         "format": FORMAT,
-        "name": run.path.name,
+        "name": name or run.path.name,
         "kind": "encoder",
         "backbone": _described(objective.released, settings["backbone"], "pretrain.backbones"),
         "objective": _described(objective, settings["objective"], "pretrain.objectives"),

@@ -207,7 +207,8 @@ class HealthSettings(BaseModel):
         return self
 
 
-def _run_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name, if it is one that a folder and a release may have; else a ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,99}", name):
         raise ValueError(
             "a name has letters, digits and . _ = - only, at most 100 of them, and begins with a "
@@ -216,7 +217,7 @@ def _run_name(name: str) -> str:
     return name
 
 
-RunName = Annotated[str, AfterValidator(_run_name)]
+RunName = Annotated[str, AfterValidator(checked_name)]
 
 
 class SamplingSettings(BaseModel):

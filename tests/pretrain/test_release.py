@@ -379,6 +379,20 @@ def test_export_overwrites_nothing_and_leaves_no_rest(run: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_a_release_is_called_as_its_maker_says(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert voxelith.main(["export", str(run), str(tmp_path / "a"), "name=resenc-mine"]) == 0
+    assert voxelith.main(["export", str(run), str(tmp_path / "b")]) == 0
+    named, plain = load_release(tmp_path / "a"), load_release(tmp_path / "b")
+    assert (named.name, plain.name) == ("resenc-mine", run.name)
+    assert (named.path / "README.md").read_text().startswith("# resenc-mine\n")
+    assert named.config | {"name": run.name} == plain.config
+    assert voxelith.main(["export", str(run), str(tmp_path / "c"), "name=../c"]) == 2
+    assert "name=../c: a name has letters" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_paths_and_names_of_the_run_stay_out(release: Release, run: Path) -> None:
     text = "".join((release.path / name).read_text() for name in ("config.json", "README.md"))
     assert str(run.parent) not in text and "corpus" not in json.loads(
