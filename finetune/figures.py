@@ -156,7 +156,11 @@ def _pairs(axis: Axes, scores: dict[str, dict[tuple[str, str], float]], shown: s
 
 def draw_table(table: Table) -> dict[str, bytes]:
     """The pictures of a table by file name; those without anything to show are not there."""
-    drawn = {"forest.png": draw_forest(table), "label_curves.png": draw_label_curves(table)}
+    drawn = {
+        "forest.png": draw_forest(table),
+        "label_curves.png": draw_label_curves(table),
+        "budget.png": draw_budget(table),
+    }
     return {name: picture for name, picture in drawn.items() if picture is not None}
 
 
@@ -283,6 +287,36 @@ def draw_label_curves(table: Table) -> bytes | None:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        return png(figure)
+
+
+def draw_budget(table: Table) -> bytes | None:
+    """Validation Dice of both arms over training, as a PNG: a panel for each comparison."""
+    panels = [group for group in table.groups if len(group.curves) > 1]
+    if not panels:
+        return None
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(WIDTH, 0.4 + 2.9 * rows), squeeze=False, layout="constrained",
+            sharey=len({group.dataset for group in panels}) == 1,
+        )  # fmt: skip
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, group in zip(axes.flat, panels, strict=False):
+            for arm, style in (("pretrained", "o-"), ("scratch", "s-")):
+                curve = group.curves[arm]
+                axis.plot(
+                    curve.steps, curve.dice, style, color=ARM_COLOURS[arm], markersize=4, lw=1.6,
+                    label=arm,
+                )  # fmt: skip
+            told = group.told.replace(", ", "\n")
+            axis.set_title(f"{group.dataset}, {group.n_labels} labels\n{told}", fontsize=8.5)
+            axis.set_xlabel("step")
+            axis.set_ylabel("validation Dice")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
         return png(figure)
 
 

@@ -46,6 +46,7 @@ EXPLAIN_ANCHOR = (
 PICTURES = {
     "forest.png": "The difference that each verdict is about, with its 95 % interval.",
     "label_curves.png": "The main score against the number of labelled cases, with 95 % bands.",
+    "budget.png": "Dice of up to 8 validation cases over training, the mean over draws.",
 }
 """Pictures of a table by file name, with what they show."""
 

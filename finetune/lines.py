@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from finetune.budget import Curve
 from finetune.comparisons import p_against_stronger
 from finetune.intervals import Estimate
 from finetune.rows import Row
@@ -181,6 +182,8 @@ class Group:
     """Per arm, (case, draw) to what `shown` says: the main score, or one that single cases have."""
     notes: tuple[str, ...] = ()
     shown: str = "Dice"
+    curves: Mapping[str, Curve] = field(default_factory=dict, repr=False)
+    """Per arm, validation Dice over training, where all its runs were validated."""
 
     @property
     def main(self) -> Line:

@@ -262,7 +262,8 @@ def _with_facts(
 
 def _with_budget(group: Group, a: Curve | None, b: Curve | None) -> Group:
     """The group with what its arms' curves say: whether training ended, and who was faster."""
-    gains = {arm: c.last_gain for arm, c in (("pretrained", a), ("scratch", b)) if c is not None}
+    curves = {arm: c for arm, c in (("pretrained", a), ("scratch", b)) if c is not None}
+    gains = {arm: curve.last_gain for arm, curve in curves.items()}
     if not gains:
         return group
     notes = []
@@ -282,7 +283,8 @@ def _with_budget(group: Group, a: Curve | None, b: Curve | None) -> Group:
         if gain > MARGIN
     ]
     lines = [dataclasses.replace(line, still_gains=max(gains.values())) for line in group.lines]
-    return dataclasses.replace(group, lines=tuple(lines), notes=(*group.notes, *notes))
+    notes = [*group.notes, *notes]
+    return dataclasses.replace(group, lines=tuple(lines), notes=tuple(notes), curves=curves)
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:

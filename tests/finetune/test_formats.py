@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from arm_rows import make_rows, scratch_own
 
+from finetune.budget import Curve
+from finetune.facts import Facts, Run, run_of
 from finetune.figures import draw_label_curves, draw_table
 from finetune.formats import csv_text, html, latex, make_table, markdown, notes_of
 from finetune.lines import Table
@@ -154,6 +156,24 @@ def test_latex_and_markdown_have_the_same_digits() -> None:
 def with_labels(rows: list[Row], count: int, **changes: object) -> list[Row]:
     changes |= {"labels": str(count), "n_labels": count, "config_hash": f"recipe-{count}"}
     return [dataclasses.replace(r, **changes) for r in rows]  # type: ignore[arg-type]
+
+
+def test_the_budget_is_drawn_where_both_arms_were_validated() -> None:
+    """Curves of runs, meaned over draws; an arm that was not watched leaves no half a picture."""
+    rows = make_rows("scratch") + make_rows("pretrained", 0.05)
+
+    def facts(*watched: str) -> dict[Run, Facts]:
+        curve = Curve([150, 300, 450, 600], [70, 75, 78, 79])
+        return {
+            run_of(row): Facts(curve if row.arm in watched else None, None, (), {}, {}, ())
+            for row in rows
+        }
+
+    both = tabulate(rows, facts=facts("pretrained", "scratch"))
+    assert both.groups[0].curves["scratch"].dice == [70, 75, 78, 79]
+    assert draw_table(both)["budget.png"].startswith(b"\x89PNG")
+    assert "budget.png" not in draw_table(tabulate(rows, facts=facts("pretrained")))
+    assert "budget.png" not in draw_table(tabulate(rows))
 
 
 def test_curves_need_two_numbers_of_labels_of_one_recipe() -> None:
