@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all docs slurm slurm-all recipes estimates gpu lock setup lint types fmt check wheel clean
+.PHONY: demo test test-all docs slurm slurm-all recipes estimates results-small gpu lock setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
@@ -35,6 +35,10 @@ recipes: setup
 # Parameters, FLOP and memory of the full recipes, on fake tensors: minutes.
 estimates: setup
 	$(BIN)/python benchmarks/recipe_costs.py
+
+# One row of the results from the sample scans and the encoder that comes along: 20 minutes.
+results-small: setup
+	$(BIN)/python -W ignore benchmarks/results_small.py
 
 # What only a GPU can show: tests, then a step of every full recipe. See docs/gpu.md.
 gpu: setup

@@ -19,8 +19,9 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from line import ROOT, prep, voxelith, write_list
-from proof import FINETUNING, PRIMARY_RECIPE, RELEASE
+from proof import CELLS, FINETUNING, PRIMARY, RATE, RELEASE, TASKS
 
 from data_prep.files import write_json
 from pretrain.bench import machine
@@ -43,15 +44,19 @@ def main() -> None:
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_corpus(work / "hippocampus")
-    voxelith("finetune", "-m", *FINETUNING, *PRIMARY_RECIPE, f"corpus={work / 'hippocampus'}",
-             f"ckpt={RELEASE}", f"seed={','.join(map(str, DRAWS))}", f"runs={work / 'runs'}",
-             f"jobs={chosen.jobs}")  # fmt: skip
+    data_set, budget, _ = CELLS[PRIMARY]
+    voxelith("finetune", "-m", *TASKS[data_set], *FINETUNING, *budget, f"lr={RATE}",
+             f"corpus={work / data_set}", f"ckpt={RELEASE}", f"seed={','.join(map(str, DRAWS))}",
+             f"runs={work / 'runs'}", f"jobs={chosen.jobs}")  # fmt: skip
     voxelith("table", str(work / "runs"), f"output={work / 'table'}")
     if chosen.publish:
         PUBLISHED.mkdir(parents=True, exist_ok=True)
         for name in ("table.md", "table.csv", "table.json"):
             shutil.copy(work / "table" / name, PUBLISHED / name)
-        write_json(PUBLISHED / "machine.json", {"machine": machine_here(), "versions": versions()})
+        write_json(
+            PUBLISHED / "machine.json",
+            {"machine": machine(torch.device("cpu")), "versions": versions()},
+        )
     print(f"\nhere:      {sentence(work / 'table')}\npublished: {sentence(PUBLISHED)}")
 
 
@@ -81,12 +86,6 @@ def sentence(table: Path) -> str:
     if not file.exists():
         return "nothing yet"
     return str(json.loads(file.read_text())["groups"][0]["sentence"])
-
-
-def machine_here() -> object:
-    import torch
-
-    return machine(torch.device("cpu"))
 
 
 if __name__ == "__main__":
