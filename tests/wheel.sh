@@ -29,6 +29,8 @@ case "$samples" in "$work"/*) ;; *) echo "error: the wheel's own package was not
 "$voxelith" export runs/first release
 "$voxelith" features ckpt=release output=features.npz \
     input="$(find "$samples" -name '*.nii.gz' | sort | head -1)"
+# The encoder that comes along, by its name.
+"$voxelith" fetch resenc-small-cnn-mae
 # A release of an older version, in an environment that is new: one call, the same features.
 "$voxelith" check "$root/tests/releases/encoder-7253723"
 "$voxelith" check "$root/tests/releases/segmenter-8698360"

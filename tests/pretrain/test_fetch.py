@@ -678,7 +678,10 @@ def test_the_list_says_what_is_known_and_kept(
     facts = json.loads(capsys.readouterr().out)
     assert facts["kept"][0]["digest"] == digest(files["SHA256SUMS"])
     for one in facts["known"]:
-        assert one["reference"] is None or parse(one["reference"]).is_file
+        if one["comes_with"]:
+            assert (Path(one["reference"]) / "SHA256SUMS").is_file()
+        else:
+            assert one["reference"] is None or parse(one["reference"]).is_file
 
 
 @pytest.mark.parametrize("words", [["fetch"], ["fetch", "a", "b"], ["fetch", "x", "again=maybe"]])
