@@ -10,7 +10,7 @@ puts the proof's network, crop and batch into the plans (residual, 16 to 128 cha
 2), as its own planner, which thinks of a GPU of 8 GB, gives few steps to a CPU.
 
 Its predictions of the validation cases are scored by `voxelith evaluate`; prints the mean Dice and
-keeps rows, plans and times in `DIR/nnunet-NETWORK-N`.
+keeps what came out as docs/results/proof/nnunet-NETWORK-N.json.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from line import voxelith
+from line import ROOT, voxelith
 from pilot import mean_dice
 
 from data_prep.files import write_json
+from finetune.rows import read_rows
 from pretrain.bench import machine
 from pretrain.run_folder import versions
 
 NAME, NUMBER = "Dataset004_Hippocampus", 4
 STAGES = 4
+PROOF = ROOT / "docs" / "results" / "proof"
 SAME: dict[str, Any] = {
     "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
     "arch_kwargs": {
@@ -81,17 +83,21 @@ def main() -> None:
     voxelith("evaluate", f"predictions={folder / 'validation'}", "task=hippocampus",
              f"corpus={work / 'hippocampus'}", "split=official", "part=validation",
              f"output={output}")  # fmt: skip
-    shutil.copy(folder.parent / "plans.json", output / "plans.json")
+    scores = read_rows(output / "rows.csv")
     result = {
         "network": chosen.network,
         "dice": mean_dice(output / "rows.csv"),
         "steps": steps,
         "train_seconds": seconds,
         "nnunetv2": version("nnunetv2"),
+        "cases": {f"{row.case} {row.class_name}": round(row.dsc, 5) for row in scores},
+        "plans": json.loads((folder.parent / "plans.json").read_text())["configurations"][
+            "3d_fullres"
+        ],
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
     }
-    write_json(output / "nnunet.json", result)
+    write_json(PROOF / f"{output.name}.json", result)
     print(f"{chosen.network}: {result['dice']:.2f} Dice, {steps} steps, {seconds:.0f} s")
 
 

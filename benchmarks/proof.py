@@ -11,7 +11,7 @@ its rows in docs/results/proof/STAGE.tar.xz, run folders without weights and pre
 corpora    both labelled corpora with their parts, and the pool that pretraining may see
 round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
-round-2    on validation subjects: other objectives at the primary cell
+round-2    on validation subjects: another objective, augmentation, ways to finetune
 encoders   all seeds of what was nominated, and the controls
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
 rounds     docs/results/proof/rounds.md, from the archives alone
@@ -94,7 +94,7 @@ METHODS = {
                  "stages.local.steps=500"),
 }  # fmt: skip
 """About 30 core-minutes each."""
-ROUND_1, ROUND_2 = ("cnn-mae", "volume-fusion"), ("s3d", "simclr", "contrast")
+ROUND_1, ROUND_2 = ("cnn-mae", "volume-fusion"), ("s3d", "cnn-mae-spatial")
 PRETRAINING = (
     "flip=[false,false,true]", "trainer.threads=1", "trainer.precision=bf16-mixed",
     "preview_every=1000", "save_every=500",
@@ -115,10 +115,22 @@ CELLS = {
 }
 """Data set, labels with the steps for them, and draws; the first is the primary one."""
 PRIMARY = "hippocampus-2"
-NOMINATED, SEEDS, RATE = ("cnn-mae",), (0, 1, 2), "3e-3"
+SEEDS, RATE = (0, 1, 2), "3e-3"
+"""Pretraining seeds, and the rate that is best for scratch, for controls and for most else."""
+NOMINATED = {"cnn-mae-spatial": RATE, "volume-fusion": "1e-2"}
+"""What the test subjects are spent on, with its best rate."""
 RELEASE = "resenc-small-cnn-mae"
 """The first seed of the first nominated encoder, as `voxelith fetch` knows it."""
 RATES = "1e-3,3e-3,1e-2"
+CHANGES = (
+    ("freeze=encoder",),
+    ("phases=[{steps: 200, freeze: encoder, warmup: 30}]", "steps=400"),
+    ("layer_decay=0.5",),
+    ("transfer=network",),
+)
+"""Ways to finetune that were looked at beside the usual one."""
+SEARCHED = ("part=validation", "validations=4")
+CONTROLS = ("permuted", "one-step")
 SEARCH_DRAWS = (100, 101, 102, 103)
 """Draws of labels, decoders and crops that no report uses."""
 KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.json",
@@ -192,15 +204,27 @@ def search(work: Path, stage: str, methods: Sequence[str], rates: str, jobs: int
     checkpoints = [work / f"{method}-0" for method in methods]
     # The twins of the first round are those of all: nothing in them depends on a method.
     twins = "true" if stage == "round-1" else "false"
-    finetune(work, PRIMARY, stage, checkpoints, SEARCH_DRAWS, jobs, f"lr={rates}",
-             f"twins={twins}", "part=validation", "validations=4")  # fmt: skip
+    finetune(work, PRIMARY, stage, checkpoints, draws=SEARCH_DRAWS, jobs=jobs,
+             words=(*SEARCHED, f"lr={rates}", f"twins={twins}"))  # fmt: skip
     keep(work / stage)
+
+
+def round_2(work: Path, jobs: int) -> None:
+    """Another objective and another augmentation, and other ways to finetune `cnn-mae`."""
+    search(work, "round-2", ROUND_2, RATE, jobs)
+    _, budget, _ = CELLS[PRIMARY]
+    for change in CHANGES:
+        keys = [word.split("=")[0] for word in change]
+        kept = [word for word in budget if word.split("=")[0] not in keys]
+        finetune(work, PRIMARY, "round-2", [work / "cnn-mae-0"], draws=SEARCH_DRAWS, jobs=jobs,
+                 words=(*SEARCHED, f"lr={RATE}", "twins=false", *change), budget=kept)  # fmt: skip
+    keep(work / "round-2")
 
 
 def gate(work: Path, jobs: int) -> None:
     """Scratch with all labels, at each rate; benchmarks/nnunet_gate.py is what it is beside."""
-    finetune(work, "hippocampus-all", "gate", [work / "cnn-mae-0"], (100,), jobs, f"lr={RATES}",
-             "init=scratch", "part=validation", "validations=4")  # fmt: skip
+    finetune(work, "hippocampus-all", "gate", [work / "cnn-mae-0"], draws=SEARCH_DRAWS[:1],
+             jobs=jobs, words=(*SEARCHED, f"lr={RATES}", "init=scratch"))  # fmt: skip
     keep(work / "gate")
 
 
@@ -209,7 +233,7 @@ def encoders(work: Path, jobs: int) -> None:
     pretrain_all(work, (*NOMINATED, "one-step"), SEEDS, jobs)
     for seed in SEEDS:
         if not (work / f"permuted-{seed}").exists():
-            permute(work / f"{NOMINATED[0]}-{seed}", work / f"permuted-{seed}")
+            permute(work / f"cnn-mae-spatial-{seed}", work / f"permuted-{seed}")
     if not (work / "supervised-ixi").exists():
         voxelith("finetune", "task=ixi_dlmuse", *FINETUNING, f"corpus={work / 'heads'}",
                  f"ckpt={work / 'one-step-0'}", "init=scratch", "labels=all", "lr=3e-3",
@@ -219,28 +243,40 @@ def encoders(work: Path, jobs: int) -> None:
 
 
 def test(cell: str, work: Path, jobs: int) -> None:
-    """The test subjects of a cell; draw n has pretraining seed n mod 3."""
+    """The test subjects of a cell; draw n has pretraining seed n mod 3.
+
+    Where a method's best rate is not scratch's, scratch at its own best is a third arm.
+    """
     encoders(work, jobs)
     for seed in SEEDS:
-        arms = [*NOMINATED, *(("permuted", "one-step") if cell == PRIMARY else ())]
-        checkpoints = [work / f"{arm}-{seed}" for arm in arms]
-        checkpoints += [work / "supervised-ixi"] if cell == PRIMARY else []
         draws = range(seed, CELLS[cell][2], len(SEEDS))
-        finetune(work, cell, f"test-{cell}", checkpoints, draws, jobs, f"lr={RATE}", "part=test",
-                 "validations=8")  # fmt: skip
+        scored = partial(finetune, work, cell, f"test-{cell}", draws=draws, jobs=jobs)
+        for rate in dict.fromkeys(NOMINATED.values()):
+            checkpoints = [work / f"{m}-{seed}" for m, own in NOMINATED.items() if own == rate]
+            if cell == PRIMARY and rate == RATE:
+                checkpoints += [work / f"{control}-{seed}" for control in CONTROLS]
+                checkpoints.append(work / "supervised-ixi")
+            words = (f"lr={rate}", "part=test", "validations=8")
+            scored(checkpoints, words=words)
+            if rate != RATE:
+                own = ("init=scratch", "recipe_of=own", f"own={{lr: {RATE}}}",
+                       f"search={{lr: [{RATES}], draws: {len(SEARCH_DRAWS)}}}")  # fmt: skip
+                scored(checkpoints[:1], words=(*words, *own))
     keep(work / f"test-{cell}")
     if CELLS[cell][0] == "hippocampus":
         at_two_mm(work / f"test-{cell}")
         keep(work / f"test-{cell}-2mm")
 
 
-def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], draws: Sequence[int],
-             jobs: int, *more: str) -> None:  # fmt: skip
+def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], *,
+             draws: Sequence[int], jobs: int, words: Sequence[str],
+             budget: Sequence[str] = ()) -> None:  # fmt: skip
     """A sweep over checkpoints and draws of a cell."""
-    data_set, budget, _ = CELLS[cell]
-    voxelith("finetune", "-m", *TASKS[data_set], *FINETUNING, *budget, f"corpus={work / data_set}",
+    data_set, usual, _ = CELLS[cell]
+    recipe = [*TASKS[data_set], *FINETUNING, *(budget or usual)]
+    voxelith("finetune", "-m", *recipe, f"corpus={work / data_set}",
              f"ckpt={','.join(map(str, checkpoints))}", f"seed={','.join(map(str, draws))}",
-             f"runs={work / stage}", f"jobs={jobs}", *more)  # fmt: skip
+             f"runs={work / stage}", f"jobs={jobs}", *words)  # fmt: skip
 
 
 def at_two_mm(runs: Path) -> None:
@@ -282,7 +318,7 @@ def keep(runs: Path) -> None:
 
 
 def rounds() -> str:
-    """What docs/results/proof/rounds.md shows: each round's recipes, by arm and rate."""
+    """What docs/results/proof/rounds.md shows: each round's recipes, by arm and rate, the gate."""
     lines = [
         "# Rounds on validation subjects",
         "",
@@ -290,7 +326,7 @@ def rounds() -> str:
         "the mean of two classes over the scans of a draw: its mean over draws, and their standard "
         "deviation. *last quarter*: what the mean curve of up to 8 cases still gained in it.",
     ]
-    for archive in sorted(PROOF.glob("round-*.tar.xz")):
+    for archive in [*sorted(PROOF.glob("round-*.tar.xz")), PROOF / "gate.tar.xz"]:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
@@ -313,6 +349,19 @@ def rounds() -> str:
                 f"| {arm} | {labels} | {rate:g} | {more} | {len(dice)} "
                 f"| {statistics.mean(dice):.1f} | {spread} | {gain} |"
             )
+    lines += [
+        "",
+        "nnU-Net v2 on the cases of the gate (benchmarks/nnunet_gate.py):",
+        "",
+        "| its network | seconds of training | steps | Dice |",
+        "| --- | --: | --: | --: |",
+    ]
+    for file in sorted(PROOF.glob("nnunet-*.json")):
+        one = json.loads(file.read_text())
+        lines.append(
+            f"| {'its own' if one['network'] == 'own' else 'ours'} | {one['train_seconds']:.0f} "
+            f"| {one['steps']} | {one['dice']:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -336,7 +385,7 @@ def main() -> None:
         "corpora": lambda work, jobs: None,
         "round-1": lambda work, jobs: search(work, "round-1", ROUND_1, RATES, jobs),
         "gate": gate,
-        "round-2": lambda work, jobs: search(work, "round-2", ROUND_2, "3e-3", jobs),
+        "round-2": round_2,
         "encoders": encoders,
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
     }
