@@ -166,6 +166,7 @@ def worth(axis: Axes, table: dict[str, Any]) -> None:
         axis.errorbar(x, y, spread, fmt=style, color=ARM_COLOURS[arm], ms=5, lw=1.6, capsize=2.5,
                       label=arm)  # fmt: skip
     axis.set_xticks(range(len(counts)), [str(n) for n in counts])
+    axis.set_xlim(-0.6, len(counts) - 0.4)
     axis.set_xlabel("labelled cases", labelpad=1)
     axis.set_ylabel("Dice", labelpad=1)
     axis.legend(loc="lower right")

@@ -36,6 +36,7 @@ from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain import export as pretraining
 from pretrain.adopt import adopt
+from pretrain.fetch import resolve
 from pretrain.forms import FORMS
 from pretrain.manifest import FACTS, FORMAT
 from pretrain.release import Release, load_release, write_release
@@ -56,7 +57,8 @@ def export(
     """Writes a run, a release or a file of public weights in a form that others take.
 
     Args:
-        ref: folder of a run or of a release; a file of public weights, or what names one.
+        ref: folder of a run or of a release; a file of public weights; a reference or a name of
+            either.
         output: folder that is made.
         form: a release, the `full` one of a pretraining with its training's state, or one of
             `pretrain.forms`.
@@ -73,7 +75,7 @@ def export(
     forms = (*RELEASES, *FORMS)
     if form not in forms:
         raise InputError(f"form={form}: no such form; {near(form, forms)}")
-    folder = Path(ref)
+    folder = resolve(ref)
     is_release = (folder / "SHA256SUMS").is_file()
     told = dict(told or {})
     name = _named(told.pop("name", None)) if folder.is_dir() and not is_release else None

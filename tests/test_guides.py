@@ -1,4 +1,4 @@
-"""Every command of docs/guides, run as it stands there, in an empty folder.
+"""Every command of docs/guides, and the README's first ones, run as they stand, in an empty folder.
 
 Blocks of `sh` are run one after the other; the lines of a block of `text` behind one must be among
 what it says, numbers aside.
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-GUIDES = Path(__file__).parent.parent / "docs" / "guides"
+ROOT = Path(__file__).parent.parent
+GUIDES = ROOT / "docs" / "guides"
 BLOCK = re.compile(r"^```(sh|text|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
@@ -24,6 +25,11 @@ def test_a_guide_does_what_it_says(guide: str, tmp_path: Path) -> None:
     if guide == "pretrain-on-a-cluster":
         pytest.skip("its commands need a SLURM: tests/slurm/test_guide.py runs them")
     follow(GUIDES / f"{guide}.md", tmp_path)
+
+
+def test_the_readme_gives_the_features_that_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    follow(ROOT / "README.md", tmp_path)
 
 
 def follow(guide: Path, folder: Path) -> None:

@@ -65,6 +65,8 @@ def test_it_goes_by_its_name(
         SAMPLES / "hippocampus" / "images" / "hippocampus_019.nii.gz"
     )
     assert np.isfinite(features.map).all() and features.map.std() > 0
+    assert voxelith.main(["export", one.name, "for_nnunet", "form=nnssl"]) == 0
+    assert (tmp_path / "for_nnunet" / "checkpoint_final.pth").is_file()
 
 
 @ours
