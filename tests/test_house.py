@@ -23,6 +23,7 @@ DOORS = {
     "estimate",
     "events",
     "export",
+    "fetch",
     "foreign",
     "forms",
     "loader",
