@@ -56,10 +56,10 @@ def main() -> None:
     run = RunFolder(chosen.pretraining)
     corpus = Corpus.open(Path(run.config()["corpus"]))
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(12.4, 3.0))
+        figure = plt.figure(figsize=(12.4, 3.1))
         columns = figure.add_gridspec(
-            1, 5, width_ratios=[1.15, 1.15, 0.62, 0.85, 1.35], left=0.008, right=0.992, top=0.78,
-            bottom=0.17, wspace=0.2,
+            1, 5, width_ratios=[1.15, 1.15, 0.62, 0.85, 1.35], left=0.008, right=0.992, top=0.80,
+            bottom=0.22, wspace=0.2,
         )  # fmt: skip
         scans(figure, columns[0], corpus)
         crop = learning(figure, columns[1], run, corpus)
@@ -72,7 +72,7 @@ def main() -> None:
             figure.text(middle, 0.985, title, ha="center", va="top", weight="bold", size=11)
             figure.text(middle, 0.02, command, ha="center", family="monospace", size=9, color=INK)
             if column < 4:
-                figure.text(box.x1 + 0.012, 0.47, "→", ha="center", size=17, color=FAINT)
+                figure.text(box.x1 + 0.010, 0.49, "→", ha="center", size=17, color=FAINT)
         figure.savefig(chosen.output, dpi=160)
 
 
@@ -168,7 +168,7 @@ def worth(axis: Axes, table: dict[str, Any]) -> None:
     axis.set_xticks(range(len(counts)), [str(n) for n in counts])
     axis.set_xlim(-0.6, len(counts) - 0.4)
     axis.set_xlabel("labelled cases", labelpad=1)
-    axis.set_ylabel("Dice", labelpad=1)
+    axis.text(0.04, 0.93, "Dice", transform=axis.transAxes, color=INK)
     axis.legend(loc="lower right")
 
 
