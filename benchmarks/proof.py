@@ -12,7 +12,6 @@ corpora    both labelled corpora with their parts, and the pool that pretraining
 round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: another objective, augmentation, ways to finetune
-encoders   all seeds of what was nominated, and the controls
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
 rounds     docs/results/proof/rounds.md, from the archives alone
 """
@@ -130,7 +129,9 @@ CHANGES = (
 )
 """Ways to finetune that were looked at beside the usual one."""
 SEARCHED = ("part=validation", "validations=4")
-CONTROLS = ("permuted", "one-step")
+CONTROLS = ("permuted-0", "one-step-0", "supervised-ixi", "planted")
+"""The first two must not help; the third was taught another task with labels; the last was taught
+this very task with all labels of the pool, a gain that the benchmark has to see."""
 SEARCH_DRAWS = (100, 101, 102, 103)
 """Draws of labels, decoders and crops that no report uses."""
 KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.json",
@@ -228,44 +229,48 @@ def gate(work: Path, jobs: int) -> None:
     keep(work / "gate")
 
 
-def encoders(work: Path, jobs: int) -> None:
-    """All seeds of what is nominated, and the controls."""
-    pretrain_all(work, (*NOMINATED, "one-step"), SEEDS, jobs)
-    for seed in SEEDS:
-        if not (work / f"permuted-{seed}").exists():
-            permute(work / f"cnn-mae-spatial-{seed}", work / f"permuted-{seed}")
-    if not (work / "supervised-ixi").exists():
-        voxelith("finetune", "task=ixi_dlmuse", *FINETUNING, f"corpus={work / 'heads'}",
-                 f"ckpt={work / 'one-step-0'}", "init=scratch", "labels=all", "lr=3e-3",
-                 "steps=5000", "warmup=250", "part=validation", f"runs={work / 'supervised'}",
-                 "run=ixi")  # fmt: skip
-        voxelith("export", str(work / "supervised" / "ixi"), str(work / "supervised-ixi"))
+def controls(work: Path) -> list[Path]:
+    """Encoders that must not help, and those that must or may; each once."""
+    pretrain(work, "one-step", 0)
+    if not (work / "permuted-0").exists():
+        pretrain(work, "cnn-mae-spatial", 0)
+        permute(work / "cnn-mae-spatial-0", work / "permuted-0")
+    scratch = [f"ckpt={work / 'one-step-0'}", "init=scratch", "labels=all", f"lr={RATE}",
+               "part=validation", f"runs={work / 'supervised'}"]  # fmt: skip
+    for name, data_set, steps in (
+        ("supervised-ixi", "heads", 5000),
+        ("planted", "hippocampus", 1500),
+    ):
+        if not (work / name).exists():
+            words = [*TASKS[data_set], *FINETUNING, f"corpus={work / data_set}", *scratch,
+                     f"steps={steps}", f"warmup={steps // 20}", "crop_size=[32,48,32]"]  # fmt: skip
+            voxelith("finetune", *dict.fromkeys(words), f"run={name}")
+            voxelith("export", str(work / "supervised" / name), str(work / name))
+    return [work / name for name in CONTROLS]
 
 
 def test(cell: str, work: Path, jobs: int) -> None:
-    """The test subjects of a cell; draw n has pretraining seed n mod 3.
+    """The test subjects of a cell: every pretraining seed meets every draw.
 
     Where a method's best rate is not scratch's, scratch at its own best is a third arm.
     """
-    encoders(work, jobs)
-    for seed in SEEDS:
-        draws = range(seed, CELLS[cell][2], len(SEEDS))
-        scored = partial(finetune, work, cell, f"test-{cell}", draws=draws, jobs=jobs)
-        for rate in dict.fromkeys(NOMINATED.values()):
-            checkpoints = [work / f"{m}-{seed}" for m, own in NOMINATED.items() if own == rate]
-            if cell == PRIMARY and rate == RATE:
-                checkpoints += [work / f"{control}-{seed}" for control in CONTROLS]
-                checkpoints.append(work / "supervised-ixi")
-            words = (f"lr={rate}", "part=test", "validations=8")
-            scored(checkpoints, words=words)
-            if rate != RATE:
-                own = ("init=scratch", "recipe_of=own", f"own={{lr: {RATE}}}",
-                       f"search={{lr: [{RATES}], draws: {len(SEARCH_DRAWS)}}}")  # fmt: skip
-                scored(checkpoints[:1], words=(*words, *own))
-    keep(work / f"test-{cell}")
+    stage, draws = f"test-{cell}", range(CELLS[cell][2])
+    scored = partial(finetune, work, cell, stage, draws=draws, jobs=jobs)
+    for method, rate in NOMINATED.items():
+        pretrain_all(work, [method], SEEDS, jobs)
+        checkpoints = [work / f"{method}-{seed}" for seed in SEEDS]
+        words = (f"lr={rate}", "part=test", "validations=8")
+        scored(checkpoints, words=words)
+        if rate != RATE:
+            own = ("init=scratch", "recipe_of=own", f"own={{lr: {RATE}}}",
+                   f"search={{lr: [{RATES}], draws: {len(SEARCH_DRAWS)}}}")  # fmt: skip
+            scored(checkpoints[:1], words=(*words, *own))
+        elif cell == PRIMARY:
+            scored(controls(work), words=words)
+        keep(work / stage)
     if CELLS[cell][0] == "hippocampus":
-        at_two_mm(work / f"test-{cell}")
-        keep(work / f"test-{cell}-2mm")
+        at_two_mm(work / stage)
+        keep(work / f"{stage}-2mm")
 
 
 def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], *,
@@ -386,7 +391,6 @@ def main() -> None:
         "round-1": lambda work, jobs: search(work, "round-1", ROUND_1, RATES, jobs),
         "gate": gate,
         "round-2": round_2,
-        "encoders": encoders,
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
     }
     parser.add_argument("stage", choices=(*stages, "rounds"))
