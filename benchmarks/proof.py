@@ -237,14 +237,11 @@ def controls(work: Path) -> list[Path]:
         permute(work / "cnn-mae-spatial-0", work / "permuted-0")
     scratch = [f"ckpt={work / 'one-step-0'}", "init=scratch", "labels=all", f"lr={RATE}",
                "part=validation", f"runs={work / 'supervised'}"]  # fmt: skip
-    for name, data_set, steps in (
-        ("supervised-ixi", "heads", 5000),
-        ("planted", "hippocampus", 1500),
-    ):
+    taught = {"supervised-ixi": ("heads", 3000), "planted": ("hippocampus", 1500)}
+    for name, (data_set, steps) in taught.items():
         if not (work / name).exists():
-            words = [*TASKS[data_set], *FINETUNING, f"corpus={work / data_set}", *scratch,
-                     f"steps={steps}", f"warmup={steps // 20}", "crop_size=[32,48,32]"]  # fmt: skip
-            voxelith("finetune", *dict.fromkeys(words), f"run={name}")
+            voxelith("finetune", *TASKS[data_set], *FINETUNING, f"corpus={work / data_set}",
+                     *scratch, f"steps={steps}", f"warmup={steps // 20}", f"run={name}")  # fmt: skip
             voxelith("export", str(work / "supervised" / name), str(work / name))
     return [work / name for name in CONTROLS]
 
