@@ -240,8 +240,9 @@ def controls(work: Path) -> list[Path]:
     taught = {"supervised-ixi": ("heads", 3000), "planted": ("hippocampus", 1500)}
     for name, (data_set, steps) in taught.items():
         if not (work / name).exists():
-            voxelith("finetune", *TASKS[data_set], *FINETUNING, f"corpus={work / data_set}",
-                     *scratch, f"steps={steps}", f"warmup={steps // 20}", f"run={name}")  # fmt: skip
+            words = [*TASKS[data_set], *FINETUNING, f"corpus={work / data_set}", *scratch]
+            words += [f"steps={steps}", f"warmup={steps // 20}", f"run={name}"]
+            voxelith("finetune", *words)
             voxelith("export", str(work / "supervised" / name), str(work / name))
     return [work / name for name in CONTROLS]
 
