@@ -1,19 +1,17 @@
 """The proof: what encoders that were pretrained here are worth; see docs/results/protocol.md.
 
     python benchmarks/proof.py round-1 --data DIR --work DIR [--jobs 2]
-    python benchmarks/proof.py rounds
 
 `--data` has the scans that the protocol names. `--work` holds what is being made; what is finished
 there is not done again, and a stage does what it needs of the earlier ones first. Each stage keeps
 its rows in docs/results/proof/STAGE.tar.xz, run folders without weights and predictions, which
-`voxelith table` reads once they are unpacked.
+benchmarks/proof_report.py reads.
 
 corpora    both labelled corpora with their parts, and the pool that pretraining may see
 round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: another objective, augmentation, ways to finetune
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
-rounds     docs/results/proof/rounds.md, from the archives alone
 """
 
 from __future__ import annotations
@@ -24,22 +22,18 @@ import hashlib
 import io
 import json
 import lzma
-import statistics
 import tarfile
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from line import ROOT, heads, hippocampi, prep, voxelith, write_list
-from pilot import mean_dice, permute
+from pilot import permute
 
 from data_prep.corpus import Corpus
-from data_prep.files import write_bytes, write_text
+from data_prep.files import write_bytes
 from data_prep.volume import read_label
-from finetune.budget import Curve, mean_curve, read_curve
 from finetune.evaluate import score_case
 from finetune.metrics import Score
 from finetune.rows import read_rows, write_rows
@@ -320,66 +314,6 @@ def keep(runs: Path) -> None:
     write_bytes(PROOF / f"{runs.name}.tar.xz", lzma.compress(packed.getvalue(), preset=9))
 
 
-def rounds() -> str:
-    """What docs/results/proof/rounds.md shows: each round's recipes, by arm and rate, the gate."""
-    lines = [
-        "# Rounds on validation subjects",
-        "",
-        "Made by `python benchmarks/proof.py rounds` from the archives beside it. Dice in points, "
-        "the mean of two classes over the scans of a draw: its mean over draws, and their standard "
-        "deviation. *last quarter*: what the mean curve of up to 8 cases still gained in it.",
-    ]
-    for archive in [*sorted(PROOF.glob("round-*.tar.xz")), PROOF / "gate.tar.xz"]:
-        with tempfile.TemporaryDirectory() as folder:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-            runs = sorted(Path(folder).glob("*/*/rows.csv"))
-            found: dict[tuple[str, str, float, str], list[tuple[float, Curve | None]]] = {}
-            for rows in runs:
-                config = json.loads((rows.parent / "config.json").read_text())
-                arm = "scratch" if config["init"] == "scratch" else Path(config["ckpt"]).name
-                key = (arm, str(config["labels"]), float(config["lr"]), _departs(config))
-                found.setdefault(key, []).append((mean_dice(rows), read_curve(rows.parent)))
-        lines += ["", f"## {archive.name.removesuffix('.tar.xz')}", "",
-                  "| arm | labels | rate | besides | draws | Dice | draws' SD | last quarter |",
-                  "| --- | --- | --: | --- | --: | --: | --: | --: |"]  # fmt: skip
-        for (arm, labels, rate, more), values in sorted(found.items()):
-            dice = [value for value, _ in values]
-            curve = mean_curve([one for _, one in values])
-            gain = "" if curve is None else f"{curve.last_gain:+.1f}"
-            spread = f"{statistics.stdev(dice):.1f}" if len(dice) > 1 else ""
-            lines.append(
-                f"| {arm} | {labels} | {rate:g} | {more} | {len(dice)} "
-                f"| {statistics.mean(dice):.1f} | {spread} | {gain} |"
-            )
-    lines += [
-        "",
-        "nnU-Net v2 on the cases of the gate (benchmarks/nnunet_gate.py):",
-        "",
-        "| its network | seconds of training | steps | Dice |",
-        "| --- | --: | --: | --: |",
-    ]
-    for file in sorted(PROOF.glob("nnunet-*.json")):
-        one = json.loads(file.read_text())
-        lines.append(
-            f"| {'its own' if one['network'] == 'own' else 'ours'} | {one['train_seconds']:.0f} "
-            f"| {one['steps']} | {one['dice']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _departs(config: dict[str, Any]) -> str:
-    """What a run has that others of its round have not."""
-    said = [f"decoder alone for {phase['steps']} steps first" for phase in config["phases"]]
-    if config["freeze"] != "none":
-        said.append("encoder frozen")
-    if config["layer_decay"] != 1:
-        said.append(f"layer decay {config['layer_decay']:g}")
-    if config["transfer"] != "auto":
-        said.append("decoder transferred")
-    return ", ".join(said)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -391,16 +325,11 @@ def main() -> None:
         "round-2": round_2,
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
     }
-    parser.add_argument("stage", choices=(*stages, "rounds"))
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("stage", choices=tuple(stages))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
-    if chosen.stage == "rounds":
-        write_text(PROOF / "rounds.md", rounds())
-        return
-    if chosen.data is None or chosen.work is None:
-        parser.error(f"{chosen.stage} needs --data and --work")
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_corpora(chosen.data.resolve(), work)

@@ -1,0 +1,192 @@
+"""What came of the proof, from its archives alone; see docs/results/protocol.md.
+
+    python benchmarks/proof_report.py
+
+Reads docs/results/proof/*.tar.xz, which benchmarks/proof.py has kept, and writes beside them
+rounds.md (recipes on validation subjects, the gate), a folder with the table and pictures of each
+cell of test subjects, hippocampus/ with all label counts of that task, and proof.md, the summary.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pilot import mean_dice
+from proof import CELLS, PRIMARY, PROOF
+
+from data_prep.files import write_text
+from finetune.budget import Curve, mean_curve, read_curve
+from finetune.comparisons import holm
+from finetune.formats import cell, make_table
+from finetune.lines import Group, Line, Table
+from finetune.table import read_table
+
+
+def main() -> None:
+    write_text(PROOF / "rounds.md", rounds())
+    with tempfile.TemporaryDirectory() as folder:
+        for archive in PROOF.glob("*.tar.xz"):
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+        runs = {name: Path(folder) / f"test-{name}" for name in CELLS}
+        runs = {name: path for name, path in runs.items() if path.exists()}
+        if not runs:
+            return
+        search = Path(folder) / "round-1"
+        tables = {n: make_table([path], PROOF / n, search=search) for n, path in runs.items()}
+        hippocampi = [path for name, path in runs.items() if CELLS[name][0] == "hippocampus"]
+        make_table(hippocampi, PROOF / "hippocampus", search=search)
+        wide = {
+            name: read_table([path.with_name(f"{path.name}-2mm")])
+            for name, path in runs.items()
+            if path.with_name(f"{path.name}-2mm").exists()
+        }
+    write_text(PROOF / "proof.md", summary(tables, wide))
+
+
+def summary(tables: Mapping[str, Table], wide: Mapping[str, Table]) -> str:
+    """What proof.md shows: the nominated recipes and the controls of each cell."""
+    lines = [
+        "# The proof",
+        "",
+        "Made by `python benchmarks/proof_report.py` from the archives beside it, by the "
+        "[protocol](../protocol.md). Means over subjects and draws of labels, with 95 % intervals; "
+        "of a recipe over three pretraining seeds, which are random too. Differences are to the "
+        "stronger of two scratch arms. p: Holm's, over the nominated recipes of the cell. *Seen*: "
+        "the true difference that would have been found with 80 %.",
+    ]
+    for name, table in tables.items():
+        groups = shown(table)
+        recipes = [group for group in groups if of_recipe(group)]
+        adjusted = dict(zip(map(told, recipes), holm([one.main.p for one in recipes]), strict=True))
+        at_two = {told(group): group for group in wide[name].groups} if name in wide else {}
+        lines += [
+            "",
+            f"## {name}" + (", the primary cell" if name == PRIMARY else ""),
+            "",
+            f"[All lines]({name}/table.md).",
+            "",
+            "| encoder | Dice | scratch | difference | p | seen "
+            "| surface Dice 1 mm | 2 mm | HD95, mm |",
+            "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        ]
+        for group in groups:
+            main = group.main
+            found = main.decides
+            seen = f"{found.detectable():.1f}" if found is not None else ""
+            p = adjusted.get(told(group))
+            lines.append(
+                f"| {told(group)} | {cell(main.pretrained)} | {cell(stronger(main))} "
+                f"| {cell(found, sign=True)} | {'' if p is None else f'{p:.2g}'} "
+                f"| {seen} | {difference_in(group, 'nsd')} "
+                f"| {difference_in(at_two.get(told(group)), 'nsd')} "
+                f"| {difference_in(group, 'hd95')} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def shown(table: Table) -> list[Group]:
+    """Recipes, and encoders that there is one of: no single seed of a recipe."""
+    of_recipes = [group.checkpoint for group in table.groups if of_recipe(group)]
+    return [
+        group
+        for group in table.groups
+        if of_recipe(group) or not any(group.checkpoint in one for one in of_recipes)
+    ]
+
+
+def of_recipe(group: Group) -> bool:
+    """Whether it is of several pretraining seeds."""
+    found = group.main.pretrained
+    return found is not None and found.pretrainings > 1
+
+
+def told(group: Group) -> str:
+    """The encoder; of a recipe without its seeds."""
+    if not of_recipe(group):
+        return group.checkpoint.removesuffix("-0")
+    first = group.checkpoint.split(": ")[1].split(", ")[0]
+    return first.replace("-0", "")
+
+
+def stronger(line: Line) -> Any:
+    """The scratch arm that the difference is to."""
+    return line.own if line.own_is_stronger else line.scratch
+
+
+def difference_in(group: Group | None, metric: str) -> str:
+    """The difference in another score, the mean of the classes."""
+    for line in group.lines if group is not None else ():
+        if line.metric == metric and line.class_name == "mean":
+            return cell(line.decides, sign=True, digits=line.digits)
+    return ""
+
+
+def rounds() -> str:
+    """What rounds.md shows: each round's recipes, by arm and rate, the gate."""
+    lines = [
+        "# Rounds on validation subjects",
+        "",
+        "Made by `python benchmarks/proof_report.py` from the archives beside it. Dice in points, "
+        "the mean of two classes over the scans of a draw: its mean over draws, and their standard "
+        "deviation. *last quarter*: what the mean curve of up to 8 cases still gained in it.",
+    ]
+    for archive in [*sorted(PROOF.glob("round-*.tar.xz")), PROOF / "gate.tar.xz"]:
+        with tempfile.TemporaryDirectory() as folder:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            runs = sorted(Path(folder).glob("*/*/rows.csv"))
+            found: dict[tuple[str, str, float, str], list[tuple[float, Curve | None]]] = {}
+            for rows in runs:
+                config = json.loads((rows.parent / "config.json").read_text())
+                arm = "scratch" if config["init"] == "scratch" else Path(config["ckpt"]).name
+                key = (arm, str(config["labels"]), float(config["lr"]), _departs(config))
+                found.setdefault(key, []).append((mean_dice(rows), read_curve(rows.parent)))
+        lines += ["", f"## {archive.name.removesuffix('.tar.xz')}", "",
+                  "| arm | labels | rate | besides | draws | Dice | draws' SD | last quarter |",
+                  "| --- | --- | --: | --- | --: | --: | --: | --: |"]  # fmt: skip
+        for (arm, labels, rate, more), values in sorted(found.items()):
+            dice = [value for value, _ in values]
+            curve = mean_curve([one for _, one in values])
+            gain = "" if curve is None else f"{curve.last_gain:+.1f}"
+            spread = f"{statistics.stdev(dice):.1f}" if len(dice) > 1 else ""
+            lines.append(
+                f"| {arm} | {labels} | {rate:g} | {more} | {len(dice)} "
+                f"| {statistics.mean(dice):.1f} | {spread} | {gain} |"
+            )
+    lines += [
+        "",
+        "nnU-Net v2 on the cases of the gate (benchmarks/nnunet_gate.py):",
+        "",
+        "| its network | seconds of training | steps | Dice |",
+        "| --- | --: | --: | --: |",
+    ]
+    for file in sorted(PROOF.glob("nnunet-*.json")):
+        one = json.loads(file.read_text())
+        lines.append(
+            f"| {'its own' if one['network'] == 'own' else 'ours'} | {one['train_seconds']:.0f} "
+            f"| {one['steps']} | {one['dice']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _departs(config: dict[str, Any]) -> str:
+    """What a run has that others of its round have not."""
+    said = [f"decoder alone for {phase['steps']} steps first" for phase in config["phases"]]
+    if config["freeze"] != "none":
+        said.append("encoder frozen")
+    if config["layer_decay"] != 1:
+        said.append(f"layer decay {config['layer_decay']:g}")
+    if config["transfer"] != "auto":
+        said.append("decoder transferred")
+    return ", ".join(said)
+
+
+if __name__ == "__main__":
+    main()
