@@ -11,6 +11,7 @@ corpora    both labelled corpora with their parts, and the pool that pretraining
 round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: another objective, augmentation, ways to finetune
+explore    on validation subjects: rows of the other objectives, finetuned and probed
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
 """
 
@@ -76,17 +77,27 @@ SOURCES = {"hippocampus": "msd_task04_hippocampus", "heads": "ixi"}
 MASKED = ("steps=5000", "warmup=250", "batch_size=4", "augment=light")
 CONTRAST = ("batch_size=8", "crop_size=[24,32,24]")
 """Several crops of a scan are compared, so they are smaller and the steps fewer."""
+FINE = ("backbone.patch_size=4", "batch_size=4", "steps=1500", "warmup=75")
+"""A ViT of patches that are fine enough for a hippocampus."""
 METHODS = {
     "cnn-mae": ("experiment=cnn_mae_small", *MASKED),
     "volume-fusion": ("experiment=volume_fusion_small", *MASKED),
     "s3d": ("experiment=s3d_small", *MASKED),
     "cnn-mae-spatial": ("experiment=cnn_mae_small", *MASKED[:-1], "augment=spatial"),
     "simclr": ("experiment=simclr_small", *CONTRAST, "steps=2500", "warmup=125"),
+    "voco": ("experiment=voco_small", "crop_size=[24,24,24]", "batch_size=4", "steps=2500",
+             "warmup=125"),
+    "mae": ("experiment=mae_small", *FINE),
+    "simmim": ("experiment=simmim_small", *FINE),
+    "hi-end-mae": ("experiment=hi_end_mae_small", *FINE),
+    "primus-mae": ("experiment=primus_mae_small", *FINE, "backbone.position_grid=[8,12,8]"),
+    "dino": ("experiment=dino_small", *FINE),
     "one-step": ("experiment=cnn_mae_small", "batch_size=4", "steps=1", "warmup=0"),
     "contrast": ("experiment=contrastive_small", *CONTRAST, "steps=1500", "warmup=75",
                  "stages.local.steps=500"),
 }  # fmt: skip
 """About 30 core-minutes each."""
+EXPLORED = ("simclr", "contrast", "voco", "mae", "simmim", "hi-end-mae", "primus-mae", "dino")
 ROUND_1, ROUND_2 = ("cnn-mae", "volume-fusion"), ("s3d", "cnn-mae-spatial")
 PRETRAINING = (
     "flip=[false,false,true]", "trainer.threads=1", "trainer.precision=bf16-mixed",
@@ -223,6 +234,23 @@ def gate(work: Path, jobs: int) -> None:
     keep(work / "gate")
 
 
+def explore(work: Path, jobs: int) -> None:
+    """Rows of the other objectives, for looking: finetuned and as frozen features."""
+    pretrain_all(work, EXPLORED, [0], jobs)
+    checkpoints = [work / f"{method}-0" for method in EXPLORED]
+    draws = SEARCH_DRAWS[:3]
+    finetune(work, PRIMARY, "explored", checkpoints, draws=draws, jobs=jobs,
+             words=(*SEARCHED, f"lr={RATES.split(',')[0]}"))  # fmt: skip
+    probed = [work / f"{method}-0" for method in (*ROUND_1, *ROUND_2, *EXPLORED)]
+    voxelith("finetune", "-m", *TASKS["hippocampus"], "split=official", "protocol=probe_ridge",
+             "labels=8", f"seed={','.join(map(str, draws))}", "part=validation", "trainer=cpu",
+             "trainer.threads=1", f"corpus={work / 'hippocampus'}",
+             f"ckpt={','.join(map(str, probed))}", f"runs={work / 'probed'}",
+             f"jobs={jobs}")  # fmt: skip
+    keep(work / "explored")
+    keep(work / "probed")
+
+
 def controls(work: Path) -> list[Path]:
     """Encoders that must not help, and those that must or may; each once."""
     pretrain(work, "one-step", 0)
@@ -323,6 +351,7 @@ def main() -> None:
         "round-1": lambda work, jobs: search(work, "round-1", ROUND_1, RATES, jobs),
         "gate": gate,
         "round-2": round_2,
+        "explore": explore,
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
     }
     parser.add_argument("stage", choices=tuple(stages))

@@ -4,7 +4,8 @@
 
 Reads docs/results/proof/*.tar.xz, which benchmarks/proof.py has kept, and writes beside them
 rounds.md (recipes on validation subjects, the gate), a folder with the table and pictures of each
-cell of test subjects, hippocampus/ with all label counts of that task, and proof.md, the summary.
+cell of test subjects, hippocampus/ with all label counts of that task, proof.md, the summary, and
+explored/ and probed/ with rows of the other objectives on validation subjects.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ def main() -> None:
         for archive in PROOF.glob("*.tar.xz"):
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
+        for name in ("explored", "probed"):
+            if (Path(folder) / name).exists():
+                make_table([Path(folder) / name], PROOF / name)
         runs = {name: Path(folder) / f"test-{name}" for name in CELLS}
         runs = {name: path for name, path in runs.items() if path.exists()}
         if not runs:
