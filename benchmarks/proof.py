@@ -144,9 +144,14 @@ KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.js
 """Of a run folder: what a table reads, no weights and no predictions."""
 
 
+def place_of(data_set: str, subject: str) -> str:
+    """Where a subject stands in the order that parts are drawn by."""
+    return hashlib.sha256(f"{data_set} {subject}".encode()).hexdigest()
+
+
 def part_of(data_set: str, subjects: set[str]) -> dict[str, str]:
     """Which part each subject is of: by the hash of its name, so that no one chose."""
-    order = sorted(subjects, key=lambda s: hashlib.sha256(f"{data_set} {s}".encode()).hexdigest())
+    order = sorted(subjects, key=partial(place_of, data_set))
     test, validation = TEST[data_set], VALIDATION[data_set]
     return {
         subject: "test" if n < test else "validation" if n < test + validation else "train"

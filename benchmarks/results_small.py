@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import torch
 from line import ROOT, prep, voxelith, write_list
-from proof import CELLS, FINETUNING, PRIMARY, RATE, RELEASE, TASKS
+from proof import CELLS, FINETUNING, PRIMARY, RATE, RELEASE, TASKS, place_of
 
 from data_prep.files import write_json
 from pretrain.bench import machine
@@ -76,8 +75,8 @@ def make_corpus(corpus: Path) -> None:
 
 def part_of(subject: str) -> str:
     """Of the sample scans none is of the twelve subjects that the protocol validates on."""
-    name = f"hippocampus s{subject.removeprefix('h')}"
-    return "test" if hashlib.sha256(name.encode()).hexdigest()[:12] <= LAST_TESTED else "train"
+    place = place_of("hippocampus", f"s{subject.removeprefix('h')}")
+    return "test" if place[:12] <= LAST_TESTED else "train"
 
 
 def sentence(table: Path) -> str:

@@ -86,19 +86,25 @@ def export(
             raise InputError(f"{ref}: is a release; form={'|'.join(FORMS)} makes others of it")
         if form == "full" and not folder.is_dir():
             raise InputError(f"form=full: {ref} is a file of weights, without a training")
-        made = _released(ref, output, told, name, full=form == "full")
+        made = _released(ref, folder, output, told, name, full=form == "full")
         return {"release": str(made.path), "digest": made.digest}
     if is_release:
         return FORMS[form](load_release(folder), output)
     with tempfile.TemporaryDirectory() as between:
-        return FORMS[form](_released(ref, Path(between) / "release", told, name), output)
+        return FORMS[form](_released(ref, folder, Path(between) / "release", told, name), output)
 
 
 def _released(
-    ref: str | Path, output: Path, told: dict[str, Any], name: str | None, *, full: bool = False
+    ref: str | Path,
+    folder: Path,
+    output: Path,
+    told: dict[str, Any],
+    name: str | None,
+    *,
+    full: bool = False,
 ) -> Release:
-    if Path(ref).is_dir():
-        return export_run(Path(ref), output, full=full, name=name)
+    if folder.is_dir():
+        return export_run(folder, output, full=full, name=name)
     return adopt(ref, output, told)
 
 
@@ -144,8 +150,7 @@ def export_run(
     network = load_network(run_path, "cpu")
     facts = json.loads((run_path / "run.json").read_text())
     corpus, start = _corpus(config, facts, run_path), _start(config, facts, run_path)
-    described = _config(run_path, config, facts, corpus, start, network)
-    described["name"] = name or described["name"]
+    described = _config(run_path, config, facts, corpus, start, network, name)
     return write_release(
         output,
         encoder=network.model.encoder,
@@ -203,6 +208,7 @@ def _config(
     corpus: Corpus,
     start: Release | None,
     network: Segmenter | Answerer,
+    name: str | None,
 ) -> dict[str, Any]:
     stored = read_model_file(path)
     told = stored.model_dump(mode="json", include=set(TaskFacts.model_fields))
@@ -212,7 +218,7 @@ def _config(
     trained = facts.get("trained", facts["recipe"])
     return {
         "format": FORMAT,
-        "name": path.resolve().name,
+        "name": name or path.resolve().name,
         "kind": kind,
         "backbone": stored.backbone.model_dump(mode="json"),
         "objective": {"name": _objective(network), "args": {}},

@@ -268,25 +268,14 @@ def draw_label_curves(table: Table) -> bytes | None:
     }
     if not panels:
         return None
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(WIDTH, 0.4 + 2.9 * rows), squeeze=False, layout="constrained"
-        )
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
+        figure, axes = _grid(len(panels))
         for axis, ((dataset, _, checkpoint, protocol, _), found) in zip(
-            axes.flat, panels.items(), strict=False
+            axes, panels.items(), strict=True
         ):
             _label_curves(axis, [group.main for group in found])
             axis.set_title(", ".join(part for part in (dataset, checkpoint, protocol) if part))
-        handles = {
-            label: handle
-            for axis in axes.flat
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        _one_legend(figure, axes)
         return png(figure)
 
 
@@ -295,16 +284,9 @@ def draw_budget(table: Table) -> bytes | None:
     panels = [group for group in table.groups if len(group.curves) > 1]
     if not panels:
         return None
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(WIDTH, 0.4 + 2.9 * rows), squeeze=False, layout="constrained",
-            sharey=len({group.dataset for group in panels}) == 1,
-        )  # fmt: skip
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, group in zip(axes.flat, panels, strict=False):
+        figure, axes = _grid(len(panels), sharey=len({group.dataset for group in panels}) == 1)
+        for axis, group in zip(axes, panels, strict=True):
             for arm, style in (("pretrained", "o-"), ("scratch", "s-")):
                 curve = group.curves[arm]
                 axis.plot(
@@ -315,9 +297,31 @@ def draw_budget(table: Table) -> bytes | None:
             axis.set_title(f"{group.dataset}, {group.n_labels} labels\n{told}", fontsize=8.5)
             axis.set_xlabel("step")
             axis.set_ylabel("validation Dice")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        _one_legend(figure, axes)
         return png(figure)
+
+
+def _grid(count: int, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Axes for so many panels, at most three side by side."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 0.4 + 2.9 * rows), squeeze=False, layout="constrained",
+        sharey=sharey,
+    )  # fmt: skip
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def _one_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """What the lines of all panels are, once below them."""
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
 
 
 def _label_curves(axis: Axes, lines: Sequence[Line]) -> None:

@@ -248,10 +248,8 @@ def _varied(table: Table) -> list[str]:
     if "recipe" not in found:
         return found
     # Each data set has a recipe of its own: it tells lines apart only where nothing else does.
-    keys = {
-        (g.dataset, g.n_labels, g.checkpoint, g.main.split, g.main.protocol) for g in table.groups
-    }
-    return found if len(keys) < len(table.groups) else found[:-1]
+    alike = {group.but_recipe for group in table.groups}
+    return found if len(alike) < len(table.groups) else found[:-1]
 
 
 def _varied_cell(line: Line, name: str) -> str:

@@ -191,6 +191,12 @@ class Group:
         return self.lines[0]
 
     @property
+    def but_recipe(self) -> tuple[str, int, str, str, str]:
+        """What it has in common with groups that differ in nothing but their recipe."""
+        main = self.main
+        return (self.dataset, self.n_labels, self.checkpoint, main.split, main.protocol)
+
+    @property
     def told(self) -> str:
         """The checkpoint, with what tells its recipe from others; empty without both."""
         return ", ".join(filter(None, (self.checkpoint, self.main.departs)))

@@ -150,33 +150,28 @@ def tabulate(
 
 def _told_apart(groups: Sequence[Group], facts: Mapping[Run, Facts]) -> list[Group]:
     """Groups that differ in nothing but their recipe with what differs in it, such as its rate."""
-    recipes = {
+    known_recipes = {
         config_hash[:8]: _flat(known.trained)
         for (*_, config_hash, arm, _), known in facts.items()
         if known.trained and arm != "scratch-own"
     }
-    alike: dict[tuple[Any, ...], list[Group]] = {}
+    alike: dict[tuple[Any, ...], dict[str, dict[str, str]]] = {}
     for group in groups:
-        main = group.main
-        key = (group.dataset, group.labels, group.checkpoint, main.split, main.protocol)
-        alike.setdefault(key, []).append(group)
-    departs: dict[int, str] = {}
-    for some in alike.values():
-        known = [recipes.get(group.main.recipe) for group in some]
-        told = [recipe for recipe in known if recipe is not None]
-        if len(told) < max(2, len(some)):
-            continue
-        keys = [k for k in dict.fromkeys(k for one in told for k in one)
-                if len({one.get(k) for one in told}) > 1]  # fmt: skip
-        for group, recipe in zip(some, told, strict=True):
-            departs[id(group)] = ", ".join(f"{k}={recipe[k]}" for k in keys if k in recipe)
+        recipe = group.main.recipe
+        alike.setdefault(group.but_recipe, {})[recipe] = known_recipes.get(recipe, {})
+
+    def departs(group: Group) -> str:
+        others = alike[group.but_recipe]
+        if not all(others.values()):
+            return ""  # a folder does not say its recipe: what differs is not known
+        own = others[group.main.recipe]
+        keys = [key for key in own if len({one.get(key) for one in others.values()}) > 1]
+        return ", ".join(f"{key}={own[key]}" for key in keys)
+
     return [
         dataclasses.replace(
             group,
-            lines=tuple(
-                dataclasses.replace(line, departs=departs.get(id(group), ""))
-                for line in group.lines
-            ),
+            lines=tuple(dataclasses.replace(line, departs=departs(group)) for line in group.lines),
         )
         for group in groups
     ]
