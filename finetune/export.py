@@ -80,7 +80,11 @@ def export(
     told = dict(told or {})
     name = _named(told.pop("name", None)) if folder.is_dir() and not is_release else None
     if folder.is_dir() and told:
-        raise InputError(f"{', '.join(told)}: is for files of public weights, and {ref} is none")
+        kind = "release" if is_release else "run"
+        raise InputError(
+            f"{', '.join(told)}: is for files of public weights (name for runs too), and {ref} is "
+            f"a {kind}"
+        )
     if form in RELEASES:
         if is_release:
             raise InputError(f"{ref}: is a release; form={'|'.join(FORMS)} makes others of it")

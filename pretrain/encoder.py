@@ -8,7 +8,7 @@ features.map, features.affine, features.vector
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from data_prep.preprocess import Preprocess
 from data_prep.volume import Volume, as_known, read_channels, volume_from_array
 from pretrain.backbones.backbone import Backbone
 from pretrain.release import LoadReport, load_release
+
+Corner = tuple[int, ...]
+"""Of a window, in cells."""
+Each = Callable[[Sequence[Corner]], Iterable[Corner]]
 
 OVERLAP = 0.5
 """Of neighbouring windows of a scan that is larger than the crop."""
@@ -95,8 +99,13 @@ class Encoder:
             raise InputError(f"{name}: {reason.detail} ({reason.code})") from reason
 
     @torch.inference_mode()
-    def see(self, volume: Volume, *, overlap: float = OVERLAP) -> Features:
+    def see(self, volume: Volume, *, overlap: float = OVERLAP, each: Each = iter) -> Features:
         """Features of a volume that was read, under a modality that the encoder knows.
+
+        Args:
+            volume: in physical values.
+            overlap: as in `features`.
+            each: goes over the corners of the windows, for a bar to look on.
 
         Raises:
             Reject: it has other channels than the encoder takes.
@@ -111,7 +120,7 @@ class Encoder:
         ready = self.preprocess.apply(volume)
         device = next(self.module.parameters()).device
         image = torch.from_numpy(np.ascontiguousarray(ready.array, dtype=np.float32))
-        grid = self._windows(image[None].to(device), overlap)
+        grid = self._windows(image[None].to(device), overlap, each)
         strides = np.array(self.module.strides[-1])
         # A cell stands for the voxels [i s, (i + 1) s) of each axis.
         cells = np.eye(4)
@@ -145,7 +154,7 @@ class Encoder:
             volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
         return as_known(volume, known)
 
-    def _windows(self, image: torch.Tensor, overlap: float) -> torch.Tensor:
+    def _windows(self, image: torch.Tensor, overlap: float, each: Each) -> torch.Tensor:
         """[1, C, D, H, W] to the deepest map [E, d, h, w] of its own cells."""
         stride = self.module.strides[-1]
         size = self.config["crop_size"]
@@ -162,7 +171,7 @@ class Encoder:
         seen = torch.zeros(grid, device=image.device)
         was_training = self.module.training
         self.module.eval()
-        for corner in itertools.product(*starts):
+        for corner in each(list(itertools.product(*starts))):
             voxels = tuple(
                 slice(c * s, c * s + k * s) for c, k, s in zip(corner, window, stride, strict=True)
             )

@@ -8,6 +8,7 @@ table of vectors alone is a .parquet with a row per scan and `about` in its meta
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from data_prep.images import Reject
 from data_prep.layouts.case import stem
 from data_prep.progress import bar
 from data_prep.scans import by_case, read_scan, scan_files
-from pretrain.encoder import Encoder, Features, load_encoder
+from pretrain.encoder import Corner, Encoder, Features, load_encoder
 from pretrain.settings import FeaturesSettings
 
 COLUMNS = {
@@ -33,6 +34,9 @@ COLUMNS = {
     "spacing": pa.list_(pa.float64(), 3),
     "vector": pa.list_(pa.float32()),
 }
+
+PATIENCE = 10
+"""Seconds of a scan before its windows are counted too."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def features(settings: FeaturesSettings) -> Extracted:
                 continue
             try:
                 volume = read_scan([folder / one for one in files], encoder.config["modalities"])
-                seen = encoder.see(volume, overlap=settings.overlap)
+                seen = encoder.see(volume, overlap=settings.overlap, each=_shown)
             except Reject as reject:
                 left_out[str(name)] = str(reject)
                 continue
@@ -112,6 +116,11 @@ def features(settings: FeaturesSettings) -> Extracted:
     if not found.written and not found.there:
         raise InputError([f"{folder / name}: {why}" for name, why in left_out.items()])
     return found
+
+
+def _shown(corners: Sequence[Corner]) -> Iterable[Corner]:
+    """The windows of a scan that takes long, as a bar of its own."""
+    return bar(iterable=corners, desc="windows", unit="window", leave=False, delay=PATIENCE)
 
 
 def _about(encoder: Encoder, overlap: float) -> dict[str, Any]:

@@ -68,9 +68,15 @@ def fetch(ref: str, *, offline: bool = False, again: bool = False, limit: int = 
     if not is_reference(ref):
         if Path(ref).exists():
             return _local(Path(ref))
-        ref = reference_of(ref)
-        if not is_reference(ref):
-            return _local(Path(ref))
+        name, ref = ref, reference_of(ref)
+        if not is_reference(ref):  # it comes with the package
+            ours, digest = _local(Path(ref)), KNOWN[name].sha256
+            if ours.digest != digest:
+                raise CorruptionError(
+                    f"{name}: {ref} has the digest {ours.digest}, and {digest} is known; install "
+                    "voxelith anew"
+                )
+            return ours
     wanted = parse(ref)
     cache = Cache(cache_folder(), wanted)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in _YES

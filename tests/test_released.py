@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 
 import voxelith
 from data_prep.corpus import Corpus
+from data_prep.errors import CorruptionError
 from finetune.evaluate import comparable
+from pretrain import registry
 from pretrain.registry import OURS, RELEASES, Known
 from pretrain.release import check_golden, load_release
 
@@ -67,6 +70,25 @@ def test_it_goes_by_its_name(
     assert np.isfinite(features.map).all() and features.map.std() > 0
     assert voxelith.main(["export", one.name, "for_nnunet", "form=nnssl"]) == 0
     assert (tmp_path / "for_nnunet" / "checkpoint_final.pth").is_file()
+    assert voxelith.main(["export", one.name, "other", "form=torch", "name=other"]) == 2
+    assert "(name for runs too)" in capsys.readouterr().err
+
+
+@ours
+def test_another_release_under_its_name_is_refused(
+    one: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole by its own sums, but not what the code knows."""
+    other = shutil.copytree(RELEASES / one.name, tmp_path / one.name)
+    (other / "README.md").write_text("Another card.\n")
+    rest = [line for line in (other / "SHA256SUMS").read_text().splitlines()
+            if not line.endswith("README.md")]  # fmt: skip
+    card = hashlib.sha256((other / "README.md").read_bytes()).hexdigest()
+    (other / "SHA256SUMS").write_text("\n".join([*rest, f"{card}  README.md"]) + "\n")
+    voxelith.load_encoder(other)
+    monkeypatch.setattr(registry, "RELEASES", tmp_path)
+    with pytest.raises(CorruptionError, match=f"{one.name}: .* is known"):
+        voxelith.load_encoder(one.name)
 
 
 @ours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import voxelith
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
+from data_prep.scans import read_scan
 from pretrain.arguments import build_backbone
 from pretrain.encoder import load_encoder
 from pretrain.features import features
@@ -150,6 +152,35 @@ def test_windows_overlap_as_stated(release: Path, seed: int) -> None:
     found = encoder.features(scan, spacing=(1, 1, 1), modality="MR").map
     np.testing.assert_allclose(found, mean, rtol=1e-5, atol=1e-6)
     assert not np.allclose(found, apart)
+
+
+def test_a_scan_that_takes_long_has_a_bar_of_its_windows(
+    release: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All windows pass it; what is done before it would be seen is not told."""
+    encoder = load_encoder(release)
+    scan = np.zeros((16, 24, 16), np.int16)
+    scan[4:12] = np.arange(24)[:, None]
+    nib.save(nib.Nifti1Image(scan.T, np.diag([-1.0, -1, 1, 1])), tmp_path / "scan.nii.gz")
+    passed: list[tuple[int, ...]] = []
+
+    def each(corners: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        for corner in corners:
+            passed.append(corner)
+            yield corner
+
+    volume = read_scan([tmp_path / "scan.nii.gz"], ["MR"])
+    encoder.see(volume, overlap=0, each=each)
+    assert len(passed) == len(set(passed)) > 1
+    settings = asked(release, tmp_path / "scan.nii.gz", tmp_path / "scan.npz", overlap=0)
+    features(settings)
+    assert "windows" not in capsys.readouterr().err
+    monkeypatch.setattr("pretrain.features.PATIENCE", 0)
+    features(settings)
+    assert f"/{len(passed)} [" in (told := capsys.readouterr().err) and "windows" in told
 
 
 def test_channels_are_put_together(samples: Path, tmp_path: Path) -> None:
