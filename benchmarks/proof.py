@@ -13,6 +13,7 @@ gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: another objective, augmentation, ways to finetune
 explore    on validation subjects: rows of the other objectives, finetuned and probed
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
+test-probe on test subjects: frozen features
 """
 
 from __future__ import annotations
@@ -247,13 +248,27 @@ def explore(work: Path, jobs: int) -> None:
     finetune(work, PRIMARY, "explored", checkpoints, draws=draws, jobs=jobs,
              words=(*SEARCHED, f"lr={RATES.split(',')[0]}"))  # fmt: skip
     probed = [work / f"{method}-0" for method in (*ROUND_1, *ROUND_2, *EXPLORED)]
-    voxelith("finetune", "-m", *TASKS["hippocampus"], "split=official", "protocol=probe_ridge",
-             "labels=8", f"seed={','.join(map(str, draws))}", "part=validation", "trainer=cpu",
-             "trainer.threads=1", f"corpus={work / 'hippocampus'}",
-             f"ckpt={','.join(map(str, probed))}", f"runs={work / 'probed'}",
-             f"jobs={jobs}")  # fmt: skip
+    probe(work, "probed", probed, draws=draws, part="validation", jobs=jobs)
     keep(work / "explored")
-    keep(work / "probed")
+
+
+def probe(work: Path, stage: str, checkpoints: Sequence[Path], *, draws: Sequence[int],
+          part: str, jobs: int) -> None:  # fmt: skip
+    """Frozen features beside those of a random encoder: a ridge probe with 8 labels."""
+    voxelith("finetune", "-m", *TASKS["hippocampus"], "split=official", "protocol=probe_ridge",
+             "labels=8", f"seed={','.join(map(str, draws))}", f"part={part}", "trainer=cpu",
+             "trainer.threads=1", f"corpus={work / 'hippocampus'}",
+             f"ckpt={','.join(map(str, checkpoints))}", f"runs={work / stage}",
+             f"jobs={jobs}")  # fmt: skip
+    keep(work / stage)
+
+
+def test_probe(work: Path, jobs: int) -> None:
+    """Frozen features on test subjects: the nominated encoders and the controls."""
+    pretrain_all(work, tuple(NOMINATED), SEEDS, jobs)
+    nominated = [work / f"{method}-{seed}" for method in NOMINATED for seed in SEEDS]
+    draws = range(CELLS["hippocampus-8"][2])
+    probe(work, "test-probe", [*nominated, *controls(work)], draws=draws, part="test", jobs=jobs)
 
 
 def controls(work: Path) -> list[Path]:
@@ -358,6 +373,7 @@ def main() -> None:
         "round-2": round_2,
         "explore": explore,
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
+        "test-probe": test_probe,
     }
     parser.add_argument("stage", choices=tuple(stages))
     parser.add_argument("--data", type=Path, required=True)
