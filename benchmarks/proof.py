@@ -12,6 +12,7 @@ round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: another objective, augmentation, ways to finetune
 explore    on validation subjects: rows of the other objectives, finetuned and probed
+one-label  on validation subjects: one label; benchmarks/proof_shift.py is what other scans give
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
 test-probe on test subjects: frozen features
 """
@@ -138,8 +139,8 @@ SEARCHED = ("part=validation", "validations=4")
 CONTROLS = ("permuted-0", "one-step-0", "supervised-ixi", "planted")
 """The first two must not help; the third was taught another task with labels; the last was taught
 this very task with all labels of the pool, a gain that the benchmark has to see."""
-SEARCH_DRAWS = (100, 101, 102, 103)
-"""Draws of labels, decoders and crops that no report uses."""
+SEARCH_DRAWS, LOOKED_DRAWS = (100, 101, 102, 103), range(110, 116)
+"""Draws of labels, decoders and crops that no test uses: to choose by, and to look further."""
 KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.json",
         "validation.csv")  # fmt: skip
 """Of a run folder: what a table reads, no weights and no predictions."""
@@ -238,6 +239,16 @@ def gate(work: Path, jobs: int) -> None:
     finetune(work, "hippocampus-all", "gate", [work / "cnn-mae-0"], draws=SEARCH_DRAWS[:1],
              jobs=jobs, words=(*SEARCHED, f"lr={RATES}", "init=scratch"))  # fmt: skip
     keep(work / "gate")
+
+
+def one_label(work: Path, jobs: int) -> None:
+    """Still less to learn from, where pretraining should help most."""
+    method, rate = next(iter(NOMINATED.items()))
+    pretrain_all(work, [method], SEEDS, jobs)
+    checkpoints = [work / f"{method}-{seed}" for seed in SEEDS]
+    finetune(work, PRIMARY, "one-label", checkpoints, draws=LOOKED_DRAWS, jobs=jobs,
+             words=(*SEARCHED, f"lr={rate}"), budget=("labels=1", *CELLS[PRIMARY][1][1:]))  # fmt: skip
+    keep(work / "one-label")
 
 
 def explore(work: Path, jobs: int) -> None:
@@ -372,6 +383,7 @@ def main() -> None:
         "gate": gate,
         "round-2": round_2,
         "explore": explore,
+        "one-label": one_label,
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
         "test-probe": test_probe,
     }
