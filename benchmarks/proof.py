@@ -120,7 +120,7 @@ CELLS = {
     "heads-2": ("heads", ("labels=2", "steps=400", "warmup=20"), 6),
 }
 """Data set, labels with the steps for them, and draws; the first is the primary one."""
-PRIMARY = "hippocampus-2"
+PRIMARY, ONE_LABEL = "hippocampus-2", ("labels=1", "steps=600", "warmup=30")
 SEEDS, RATE = (0, 1, 2), "3e-3"
 """Pretraining seeds, and the rate that is best for scratch, for controls and for most else."""
 NOMINATED = {"cnn-mae-spatial": RATE, "volume-fusion": "1e-2"}
@@ -247,7 +247,7 @@ def one_label(work: Path, jobs: int) -> None:
     pretrain_all(work, [method], SEEDS, jobs)
     checkpoints = [work / f"{method}-{seed}" for seed in SEEDS]
     finetune(work, PRIMARY, "one-label", checkpoints, draws=LOOKED_DRAWS, jobs=jobs,
-             words=(*SEARCHED, f"lr={rate}"), budget=("labels=1", *CELLS[PRIMARY][1][1:]))  # fmt: skip
+             words=(*SEARCHED, f"lr={rate}"), budget=ONE_LABEL)  # fmt: skip
     keep(work / "one-label")
 
 

@@ -5,7 +5,7 @@
 Reads docs/results/proof/*.tar.xz, which benchmarks/proof.py has kept, and writes beside them
 rounds.md (recipes on validation subjects, the gate), a folder with the table and pictures of each
 cell of test subjects, hippocampus/ with all label counts of that task, proof.md, the summary, and
-explored/ and probed/ with rows of the other objectives on validation subjects.
+what was looked at on validation subjects: one label, shifted scans, the other objectives.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ from finetune.formats import cell, make_table
 from finetune.lines import Group, Line, Table
 from finetune.table import read_table
 
+LOOKED = ("one-label", "shift-plain", "shift-blurred", "shift-coarse")
+"""Where the primary interval holds zero, on validation subjects."""
+TITLES = {
+    PRIMARY: f"{PRIMARY}, the primary cell",
+    "probe": "hippocampus-8, frozen features beside random ones (ridge probe)",
+    "one-label": "Looked at, validation subjects: hippocampus with one label",
+    "shift-plain": "Looked at, validation subjects: the networks of the primary cell",
+    "shift-blurred": "Looked at, validation subjects: the same on scans of half the resolution",
+    "shift-coarse": "Looked at, validation subjects: the same on scans with voxels of 1.5 mm",
+}
+
 
 def main() -> None:
     write_text(PROOF / "rounds.md", rounds())
@@ -38,13 +49,16 @@ def main() -> None:
         for name in ("explored", "probed"):
             if (Path(folder) / name).exists():
                 make_table([Path(folder) / name], PROOF / name)
-        runs = {name: Path(folder) / f"test-{name}" for name in CELLS}
+        runs = {name: Path(folder) / f"test-{name}" for name in (*CELLS, "probe")}
+        runs |= {name: Path(folder) / name for name in LOOKED}
         runs = {name: path for name, path in runs.items() if path.exists()}
-        if not runs:
+        if not runs.keys() & CELLS:
             return
         search = Path(folder) / "round-1"
         tables = {n: make_table([path], PROOF / n, search=search) for n, path in runs.items()}
-        hippocampi = [path for name, path in runs.items() if CELLS[name][0] == "hippocampus"]
+        hippocampi = [
+            path for name, path in runs.items() if name in CELLS and CELLS[name][0] == "hippocampus"
+        ]
         make_table(hippocampi, PROOF / "hippocampus", search=search)
         wide = {
             name: read_table([path.with_name(f"{path.name}-2mm")])
@@ -72,7 +86,7 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table]) -> str:
         at_two = {told(group): group for group in wide[name].groups} if name in wide else {}
         lines += [
             "",
-            f"## {name}" + (", the primary cell" if name == PRIMARY else ""),
+            f"## {TITLES.get(name, name)}",
             "",
             f"[All lines]({name}/table.md).",
             "",
