@@ -10,20 +10,22 @@ what was looked at on validation subjects: one label, shifted scans, the other o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pilot import mean_dice
 from proof import CELLS, PRIMARY, PROOF
 
-from data_prep.files import write_text
+from data_prep.files import write_bytes, write_text
 from finetune.budget import Curve, mean_curve, read_curve
 from finetune.comparisons import holm
+from finetune.figures import draw_table
 from finetune.formats import cell, make_table
 from finetune.lines import Group, Line, Table
 from finetune.table import read_table
@@ -38,6 +40,12 @@ TITLES = {
     "shift-blurred": "Looked at, validation subjects: the same on scans of half the resolution",
     "shift-coarse": "Looked at, validation subjects: the same on scans with voxels of 1.5 mm",
 }
+
+SHOWN = {
+    "forest.png": "Differences of all cells of test subjects with their intervals",
+    "label_curves.png": "Dice against the number of labels",
+}
+"""Pictures of all cells together."""
 
 
 def main() -> None:
@@ -65,10 +73,25 @@ def main() -> None:
             for name, path in runs.items()
             if path.with_name(f"{path.name}-2mm").exists()
         }
-    write_text(PROOF / "proof.md", summary(tables, wide))
+    pictures = draw_table(overview(tables))
+    for name in SHOWN:
+        (PROOF / name).unlink(missing_ok=True)
+        if name in pictures:
+            write_bytes(PROOF / name, pictures[name])
+    write_text(PROOF / "proof.md", summary(tables, wide, [n for n in SHOWN if n in pictures]))
 
 
-def summary(tables: Mapping[str, Table], wide: Mapping[str, Table]) -> str:
+def overview(tables: Mapping[str, Table]) -> Table:
+    """All cells of test subjects as one table, by the names of the protocol."""
+    groups = []
+    for name in (*CELLS, "probe"):
+        for group in shown(tables[name]) if name in tables else ():
+            whose = f"{told(group)}, frozen" if name == "probe" else told(group)
+            groups.append(dataclasses.replace(group, checkpoint=whose))
+    return Table(tuple(groups))
+
+
+def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Sequence[str]) -> str:
     """What proof.md shows: the nominated recipes and the controls of each cell."""
     lines = [
         "# The proof",
@@ -79,6 +102,8 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table]) -> str:
         "stronger of two scratch arms. p: Holm's, over the nominated recipes of the cell. *Seen*: "
         "the true difference that would have been found with 80 %.",
     ]
+    for picture in pictures:
+        lines += ["", f"![{SHOWN[picture]}]({picture})"]
     for name, table in tables.items():
         groups = shown(table)
         recipes = [group for group in groups if of_recipe(group)]
