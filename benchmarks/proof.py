@@ -110,7 +110,7 @@ FINETUNING = (
     "trainer=cpu", "trainer.threads=1", "trainer.precision=bf16-mixed",
 )  # fmt: skip
 TASKS = {
-    "hippocampus": ("task=hippocampus",),
+    "hippocampus": ("task=hippocampus", "crop_size=[32,48,32]"),
     "heads": ("task=ixi_dlmuse", "crop_size=[48,48,48]"),
 }
 CELLS = {

@@ -127,7 +127,8 @@ def make_plan(
         corpus = attempt(problems, open_corpus, settings.corpus, "corpus")
     if release is None or corpus is None:
         raise InputError(problems)
-    settings = settings.model_copy(update={"crop_size": settings.crop_size or release.crop_size})
+    crop = settings.crop_size or release.crop_size
+    settings = settings.model_copy(update={"crop_size": crop})
     kind = kind_of(settings)
     problems += kind.problems(corpus)
     preprocess = _preprocess(settings, release)
@@ -158,7 +159,7 @@ def make_plan(
     subjects = [corpus.subjects[corpus.position(key)] for key in whole]
     chosen = choose_labels(whole, subjects, settings.labels, seed)
     resolved = {
-        "network": release.equal_but_weights(),
+        "network": release.equal_but_weights(crop),
         "index_hash": corpus.index_hash,
         "preprocess": preprocess.to_dict(),
     }

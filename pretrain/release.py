@@ -270,9 +270,15 @@ class Release(Manifest):
             constant=constant_tensors(body),
         )
 
-    def equal_but_weights(self) -> str:
-        """Hash of architecture and preprocessing: releases that share it share a scratch twin."""
-        parts = {name: self.config[name] for name in ("backbone", "preprocess", "crop_size")}
+    def equal_but_weights(self, crop_size: Sequence[int]) -> str:
+        """Hash of architecture and preprocessing: releases that share it share a scratch twin.
+
+        Args:
+            crop_size: of the training that is going to be; on which crops weights were made is
+                nothing that a twin has.
+        """
+        parts = {name: self.config[name] for name in ("backbone", "preprocess")}
+        parts["crop_size"] = list(crop_size)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

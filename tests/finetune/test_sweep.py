@@ -88,6 +88,19 @@ def test_checkpoints_of_one_architecture_share_their_twins(
     assert sum(j.plan.settings.init == "scratch" for j in plan_jobs(wider)) == 4
 
 
+def test_the_crops_that_weights_were_made_on_are_nothing_of_a_twin(
+    words: list[str], tmp_path: Path
+) -> None:
+    """A given crop is that of all; without one each checkpoint's own decides, and its twin's."""
+    other = write_encoder(tmp_path / "c", BACKBONE, crop_size=[24, 24, 16], name="c")
+    wider = [w if not w.startswith("ckpt=") else f"{w},{other}" for w in words]
+    unsaid = [w for w in wider if not w.startswith("crop_size=")]
+    for asked, twins in ((wider, 2), (unsaid, 4)):
+        jobs = plan_jobs(asked)
+        assert sum(job.plan.settings.init == "scratch" for job in jobs) == twins
+        assert len({job.plan.identity["config_hash"] for job in jobs}) == twins // 2
+
+
 @pytest.mark.parametrize(
     ("value", "parts"),
     [
