@@ -267,15 +267,6 @@ def read_channels(
     )
 
 
-def read_as(path: str | Path, known: Sequence[str]) -> Volume:
-    """Reads a scan for a network that knows these modalities.
-
-    Raises:
-        Reject: as `read_nifti`, or the values are those of a modality that it does not know.
-    """
-    return as_known(read_nifti(path), known)
-
-
 def as_known(volume: Volume, known: Sequence[str]) -> Volume:
     """The volume under a modality that the network knows.
 
