@@ -50,8 +50,6 @@ from finetune.surfaces import Floats, Mask, distances, surface
 METRIC_VERSION = 2
 """Raised when the same masks no longer give the same score."""
 
-STATUSES = ("scored", "true_negative", "missed", "false_positive", "not_annotated")
-
 Box = tuple[slice, ...]
 
 
