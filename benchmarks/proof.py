@@ -79,26 +79,27 @@ SOURCES = {"hippocampus": "msd_task04_hippocampus", "heads": "ixi"}
 MASKED = ("steps=5000", "warmup=250", "batch_size=4", "augment=light")
 CONTRAST = ("batch_size=8", "crop_size=[24,32,24]")
 """Several crops of a scan are compared, so they are smaller and the steps fewer."""
-FINE = ("backbone.patch_size=4", "batch_size=4", "steps=1500", "warmup=75")
+FINE = ("backbone.patch_size=4", "batch_size=4", "warmup=60")
 """A ViT of patches that are fine enough for a hippocampus."""
 METHODS = {
     "cnn-mae": ("experiment=cnn_mae_small", *MASKED),
     "volume-fusion": ("experiment=volume_fusion_small", *MASKED),
     "s3d": ("experiment=s3d_small", *MASKED),
     "cnn-mae-spatial": ("experiment=cnn_mae_small", *MASKED[:-1], "augment=spatial"),
-    "simclr": ("experiment=simclr_small", *CONTRAST, "steps=2500", "warmup=125"),
-    "voco": ("experiment=voco_small", "crop_size=[24,24,24]", "batch_size=4", "steps=2500",
-             "warmup=125"),
-    "mae": ("experiment=mae_small", *FINE),
-    "simmim": ("experiment=simmim_small", *FINE),
-    "hi-end-mae": ("experiment=hi_end_mae_small", *FINE),
-    "primus-mae": ("experiment=primus_mae_small", *FINE, "backbone.position_grid=[8,12,8]"),
-    "dino": ("experiment=dino_small", *FINE),
     "one-step": ("experiment=cnn_mae_small", "batch_size=4", "steps=1", "warmup=0"),
+    "simclr": ("experiment=simclr_small", *CONTRAST, "steps=1200", "warmup=60"),
     "contrast": ("experiment=contrastive_small", *CONTRAST, "steps=1500", "warmup=75",
                  "stages.local.steps=500"),
+    "voco": ("experiment=voco_small", "crop_size=[24,24,24]", "batch_size=4", "steps=2000",
+             "warmup=100"),
+    "mae": ("experiment=mae_small", *FINE, "steps=1400"),
+    "simmim": ("experiment=simmim_small", *FINE, "steps=800"),
+    "hi-end-mae": ("experiment=hi_end_mae_small", *FINE, "steps=1000"),
+    "primus-mae": ("experiment=primus_mae_small", *FINE, "backbone.position_grid=[8,12,8]",
+                   "steps=1600"),
+    "dino": ("experiment=dino_small", *FINE, "steps=650"),
 }  # fmt: skip
-"""About 30 core-minutes each."""
+"""About 30 core-minutes each; those from simclr on, for looking, about 15."""
 EXPLORED = ("simclr", "contrast", "voco", "mae", "simmim", "hi-end-mae", "primus-mae", "dino")
 ROUND_1, ROUND_2 = ("cnn-mae", "volume-fusion"), ("s3d", "cnn-mae-spatial")
 PRETRAINING = (
