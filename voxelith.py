@@ -61,9 +61,10 @@ def _prep(words: list[str]) -> Any:
     from data_prep.build import prep, prep_step
 
     if settings.append:
-        from data_prep.generations import append
+        from data_prep.generations import append, as_it_was_made
 
-        return append(settings)
+        typed = [word.partition("=")[0] for word in words]
+        return append(_configured("prep", [*words, *as_it_was_made(settings.output, typed)]))
     return prep_step(settings) if settings.step else prep(settings).to_dict()
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from data_prep.naming import (
 from data_prep.pictures import pictured
 from data_prep.progress import tell
 from data_prep.publish import Say, counts_of, label_counts, take_place
-from data_prep.settings import PrepSettings, RemoveSettings
+from data_prep.settings import SHAPING, PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
 from data_prep.splits import PARTS, split_from, write_split
 from data_prep.work import WorkFolder, hold
@@ -99,6 +99,14 @@ def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
         "shards_rewritten": written,
         "index_hash": after.index_hash,
     }
+
+
+def as_it_was_made(output: Path, typed: Collection[str]) -> list[str]:
+    """Words for what an addition has in common with its corpus, but for keys that were typed."""
+    if not (output / CORPUS_FILE).is_file():
+        return []
+    made = Corpus.open(output).info["options"]
+    return [f"{key}={config_text(made[key])}" for key in sorted((SHAPING & made.keys()) - {*typed})]
 
 
 def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:

@@ -386,6 +386,26 @@ def test_a_kill_leaves_one_corpus_and_the_same_command_ends_it(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_addition_is_made_as_its_corpus_was_and_need_not_be_told(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "corpus"
+    given = ["keys=names", "spacing=[1.5,1.5,1.5]", "crop=foreground", "minimum_slices=3"]
+    first, more = (scans(tmp_path / n, seed + k, 2) for k, n in enumerate(("in", "more")))
+    for file in sorted(more.parent.glob("s*.nii.gz")):
+        file.rename(file.with_name(f"new-{file.name}"))
+    more = more.parent  # under other names, which are the keys
+    (more / "list.csv").unlink()
+    assert main(["prep", f"input={first}", f"output={output}", *given]) == 0
+    add = ["prep", f"input={more}", f"output={output}", "append=true"]
+    assert main([*add, "keys=hmac"]) == 2  # what is typed counts, and is refused
+    assert f"keys=hmac: {output} was made with keys=names" in capsys.readouterr().err
+    assert main(add) == 0
+    corpus = Corpus.open(output)
+    assert len(corpus) == 4 and not (tmp_path / "corpus.private" / "salt").exists()
+    assert {corpus.volume(i).spacing for i in range(4)} == {(1.5, 1.5, 1.5)}
+
+
 def test_the_command_line_removes_and_adds(
     output: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
