@@ -67,7 +67,8 @@ def main() -> None:
         hippocampi = [
             path for name, path in runs.items() if name in CELLS and CELLS[name][0] == "hippocampus"
         ]
-        make_table(hippocampi, PROOF / "hippocampus", search=search)
+        if len(hippocampi) > 1:
+            make_table(hippocampi, PROOF / "hippocampus", search=search)
         wide = {
             name: read_table([path.with_name(f"{path.name}-2mm")])
             for name, path in runs.items()
@@ -115,17 +116,19 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
             "",
             f"[All lines]({name}/table.md).",
             "",
-            "| encoder | Dice | scratch | difference | p | seen "
+            "| encoder | subjects | draws | Dice | scratch | difference | p | seen "
             "| surface Dice 1 mm | 2 mm | HD95, mm |",
-            "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+            "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         ]
         for group in groups:
             main = group.main
             found = main.decides
             seen = f"{found.detectable():.1f}" if found is not None else ""
             p = adjusted.get(told(group))
+            basis = "" if found is None else f"{found.units} | {found.draws}"
             lines.append(
-                f"| {told(group)} | {cell(main.pretrained)} | {cell(stronger(main))} "
+                f"| {told(group)} | {basis or ' | '} "
+                f"| {cell(main.pretrained)} | {cell(stronger(main))} "
                 f"| {cell(found, sign=True)} | {'' if p is None else f'{p:.2g}'} "
                 f"| {seen} | {difference_in(group, 'nsd')} "
                 f"| {difference_in(at_two.get(told(group)), 'nsd')} "
@@ -135,13 +138,11 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
 
 
 def shown(table: Table) -> list[Group]:
-    """Recipes, and encoders that there is one of: no single seed of a recipe."""
-    of_recipes = [group.checkpoint for group in table.groups if of_recipe(group)]
-    return [
-        group
-        for group in table.groups
-        if of_recipe(group) or not any(group.checkpoint in one for one in of_recipes)
-    ]
+    """Recipes, then encoders that there is one of: no single seed of a recipe."""
+    recipes = [group for group in table.groups if of_recipe(group)]
+    others = [group for group in table.groups if not of_recipe(group)]
+    seeds = [recipe.checkpoint for recipe in recipes]
+    return recipes + [one for one in others if not any(one.checkpoint in seed for seed in seeds)]
 
 
 def of_recipe(group: Group) -> bool:
