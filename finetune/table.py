@@ -139,13 +139,19 @@ def tabulate(
     for (dataset, *_), arms in order:
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         anchor = (anchors or {}).get(dataset)
-        checkpoints = [found for _, found in sorted(arms.items())]
+        checkpoints = [found for _, found in sorted(arms.items(), key=_by_name)]
         for others in [[one] for one in checkpoints or [[]]] + recipes(checkpoints):
             pretrained = [row for one in others for row in one]
             group = _group(others, scratch, own, anchor)
             found = {"pretrained": pretrained, "scratch": scratch, "scratch-own": own}
             groups.append(_with_facts(group, found, facts or {}, searches))
     return Table(tuple(_adjusted(_told_apart(groups, facts or {}))))
+
+
+def _by_name(arm: tuple[str, list[Row]]) -> tuple[str, str]:
+    """Checkpoints in the order of their names; of one name, by their digests."""
+    key, rows = arm
+    return rows[0].checkpoint, key
 
 
 def _told_apart(groups: Sequence[Group], facts: Mapping[Run, Facts]) -> list[Group]:
