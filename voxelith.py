@@ -61,10 +61,9 @@ def _prep(words: list[str]) -> Any:
     from data_prep.build import prep, prep_step
 
     if settings.append:
-        from data_prep.generations import append, as_it_was_made
+        from data_prep.generations import append
 
-        typed = [word.partition("=")[0] for word in words]
-        return append(_configured("prep", [*words, *as_it_was_made(settings.output, typed)]))
+        return append(settings, said={word.partition("=")[0] for word in words})
     return prep_step(settings) if settings.step else prep(settings).to_dict()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from data_prep.build import prep
 from data_prep.corpus import (
@@ -30,7 +31,7 @@ from data_prep.corpus import (
     read_parquet,
     shard_name,
 )
-from data_prep.errors import CorruptionError, InputError, config_text
+from data_prep.errors import CorruptionError, InputError, config_text, plain_message
 from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
     DUPLICATES,
@@ -101,18 +102,17 @@ def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
     }
 
 
-def as_it_was_made(output: Path, typed: Collection[str]) -> list[str]:
-    """Words for what an addition has in common with its corpus, but for keys that were typed."""
-    if not (output / CORPUS_FILE).is_file():
-        return []
-    made = Corpus.open(output).info["options"]
-    return [f"{key}={config_text(made[key])}" for key in sorted((SHAPING & made.keys()) - {*typed})]
-
-
-def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
+def append(
+    settings: PrepSettings, say: Say = tell, *, said: Collection[str] = SHAPING
+) -> dict[str, Any]:
     """Adds the scans of another input as a new generation: prepared beside it, then put together.
 
     What the corpus has already, or had before it was withdrawn, stays out, copies too.
+
+    Args:
+        settings: of the addition.
+        say: gets the lines that tell of it.
+        said: the options of `SHAPING` that count as they are set; all others are the corpus's.
 
     Raises:
         InputError: as `prep`, or the input is of another kind than the corpus.
@@ -124,6 +124,7 @@ def append(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
         corpus = Corpus.open(output)  # one that was moved away by a start that was killed is back
     more = Corpus.open(beside) if beside.exists() else None
     if more is None or not _has(corpus, more):
+        settings = _as_it_was_made(settings, corpus, said)
         _refuse_other_options(settings, corpus)
         more = _prepared(settings, corpus, beside, say)
         _refuse_other_classes(settings, corpus, more)  # before anything is put together
@@ -410,6 +411,28 @@ def _splits(parts: Sequence[_Part]) -> list[dict[str, Any]]:
         placed = [part_of.get(key, "") for key in keys]
         made.append(split_from(name, keys, subjects, placed, before["seed"]))
     return made
+
+
+def _as_it_was_made(settings: PrepSettings, corpus: Corpus, said: Collection[str]) -> PrepSettings:
+    """The settings with the corpus's options where nothing was said.
+
+    `deface` is never taken over: it names code that is run, which no file may choose.
+
+    Raises:
+        InputError: an option does not go with what was said.
+    """
+    made = corpus.info["options"]
+    unsaid = (SHAPING & made.keys()) - {"deface", *said}
+    try:
+        return PrepSettings.model_validate(
+            settings.model_dump() | {name: made[name] for name in unsaid}
+        )
+    except ValidationError as error:
+        options = ", ".join(f"{name}={config_text(made[name])}" for name in sorted(unsaid))
+        raise InputError(
+            f"{settings.output}: was made with {options}, which does not go with what was given: "
+            f"{plain_message(error.errors())}"
+        ) from error
 
 
 def _refuse_other_options(settings: PrepSettings, corpus: Corpus) -> None:

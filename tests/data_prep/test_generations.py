@@ -16,7 +16,7 @@ from phantoms import save, scan
 import data_prep.generations
 from data_prep.build import prep
 from data_prep.check import check
-from data_prep.corpus import Corpus
+from data_prep.corpus import Corpus, books
 from data_prep.errors import CorruptionError, InputError
 from data_prep.generations import append, remove
 from data_prep.preprocess import as_physical, resample
@@ -404,6 +404,40 @@ def test_an_addition_is_made_as_its_corpus_was_and_need_not_be_told(
     corpus = Corpus.open(output)
     assert len(corpus) == 4 and not (tmp_path / "corpus.private" / "salt").exists()
     assert {corpus.volume(i).spacing for i in range(4)} == {(1.5, 1.5, 1.5)}
+
+
+def test_code_that_a_corpus_names_is_not_run(
+    output: Path,
+    tmp_path: Path,
+    seed: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever made the corpus may be anyone: what defaces is said by whoever adds to it."""
+    (tmp_path / "trap.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('sprung').touch()\n"
+        "def front(image, affine):\n    return image < 0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    info = json.loads((output / "corpus.json").read_text())
+    info["options"]["deface"] = "trap:front"
+    (output / "corpus.json").write_bytes(books(info))
+    more = scans(tmp_path / "more", seed + 1, 2)
+    assert main(["prep", f"input={more}", f"output={output}", "append=true", "processes=1"]) == 2
+    assert f"deface=null: {output} was made with deface=trap:front" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_options_that_do_not_go_together_are_named(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "corpus"
+    first, more = (scans(tmp_path / n, seed + k, 2) for k, n in enumerate(("in", "more")))
+    assert main(["prep", f"input={first}", f"output={output}", "spacing=2"]) == 0
+    words = [f"input={more}", f"output={output}", "append=true", "labels=true"]
+    assert main(["prep", *words]) == 2
+    told = capsys.readouterr().err
+    assert f"{output}: was made with " in told and "never resampled" in told
 
 
 def test_the_command_line_removes_and_adds(
