@@ -267,11 +267,9 @@ def explore(work: Path, jobs: int) -> None:
 def probe(work: Path, stage: str, checkpoints: Sequence[Path], *, draws: Sequence[int],
           part: str, jobs: int) -> None:  # fmt: skip
     """Frozen features beside those of a random encoder: a ridge probe with 8 labels."""
-    voxelith("finetune", "-m", *TASKS["hippocampus"], "split=official", "protocol=probe_ridge",
-             "labels=8", f"seed={','.join(map(str, draws))}", f"part={part}", "trainer=cpu",
-             "trainer.threads=1", f"corpus={work / 'hippocampus'}",
-             f"ckpt={','.join(map(str, checkpoints))}", f"runs={work / stage}",
-             f"jobs={jobs}")  # fmt: skip
+    sweep(work, "hippocampus", stage, checkpoints, draws=draws, jobs=jobs,
+          words=("split=official", "protocol=probe_ridge", "labels=8", "trainer=cpu",
+                 "trainer.threads=1", f"part={part}"))  # fmt: skip
     keep(work / stage)
 
 
@@ -328,10 +326,16 @@ def test(cell: str, work: Path, jobs: int) -> None:
 def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], *,
              draws: Sequence[int], jobs: int, words: Sequence[str],
              budget: Sequence[str] = ()) -> None:  # fmt: skip
-    """A sweep over checkpoints and draws of a cell."""
+    """A sweep of a cell."""
     data_set, usual, _ = CELLS[cell]
-    recipe = [*TASKS[data_set], *FINETUNING, *(budget or usual)]
-    voxelith("finetune", "-m", *recipe, f"corpus={work / data_set}",
+    sweep(work, data_set, stage, checkpoints, draws=draws, jobs=jobs,
+          words=(*FINETUNING, *(budget or usual), *words))  # fmt: skip
+
+
+def sweep(work: Path, data_set: str, stage: str, checkpoints: Sequence[Path], *,
+          draws: Sequence[int], jobs: int, words: Sequence[str]) -> None:  # fmt: skip
+    """Each checkpoint with each draw on a data set."""
+    voxelith("finetune", "-m", *TASKS[data_set], f"corpus={work / data_set}",
              f"ckpt={','.join(map(str, checkpoints))}", f"seed={','.join(map(str, draws))}",
              f"runs={work / stage}", f"jobs={jobs}", *words)  # fmt: skip
 

@@ -16,10 +16,10 @@ and scored against the same labels. Rows are kept as docs/results/proof/shift-NA
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from proof import PRIMARY, keep
-from torch import Tensor
 from torch.nn.functional import interpolate
 
 from data_prep.corpus import Corpus
+from data_prep.preprocess import Preprocess, as_physical
 from data_prep.volume import Volume
 from finetune.evaluate import Origin, Seen, choose_split, score
 from finetune.model_file import load_network
@@ -38,27 +38,7 @@ from finetune.rows import read_rows, write_rows
 from finetune.segmenter import Segmenter
 
 Look = Callable[[Segmenter, Volume], NDArray[np.uint8]]
-HALF, COARSE_MM = 0.5, 1.5
-
-
-def resized(image: Tensor, size: list[int]) -> Tensor:
-    """[C, D, H, W] on a grid of the same extent: means where it shrinks, linear where it grows."""
-    shrinks = size[0] < image.shape[1]
-    how = {"mode": "area"} if shrinks else {"mode": "trilinear", "align_corners": False}
-    return interpolate(image[None], size=size, **how)[0]
-
-
-def on_grid(volume: Volume, image: Tensor) -> Volume:
-    """Physical values of a volume on a grid of the same extent."""
-    shape = np.array(volume.array.shape[1:])
-    times = shape / np.array(image.shape[1:])
-    step = np.eye(4)
-    step[:3, :3] = np.diag(times)
-    step[:3, 3] = (times - 1) / 2
-    plain = (1.0,) * len(image), (0.0,) * len(image)
-    return dataclasses.replace(
-        volume, array=image.numpy(), affine=volume.affine @ step, slope=plain[0], intercept=plain[1]
-    )
+HALF, COARSE_MM = 0.5, (1.5, 1.5, 1.5)
 
 
 def plain(network: Segmenter, volume: Volume) -> NDArray[np.uint8]:
@@ -68,29 +48,19 @@ def plain(network: Segmenter, volume: Volume) -> NDArray[np.uint8]:
 
 def blurred(network: Segmenter, volume: Volume) -> NDArray[np.uint8]:
     """Classes of a scan at half its resolution."""
-    image = torch.from_numpy(volume.physical())
-    shape = list(image.shape[1:])
-    low = resized(image, [max(1, round(HALF * n)) for n in shape])
-    return network.segment(on_grid(volume, resized(low, shape)))
+    known = as_physical(volume)
+    image = torch.from_numpy(known.array)[None]
+    low = interpolate(image, scale_factor=HALF, mode="area")
+    back = interpolate(low, size=image.shape[2:], mode="trilinear", align_corners=False)
+    return network.segment(replace(known, array=back[0].numpy()))
 
 
 def coarse(network: Segmenter, volume: Volume) -> NDArray[np.uint8]:
     """Classes of a scan of larger voxels, on the grid of the scan as it was."""
-    image = torch.from_numpy(volume.physical())
-    shape = list(image.shape[1:])
-    size = [max(1, round(n * mm / COARSE_MM)) for n, mm in zip(shape, volume.spacing, strict=True)]
-    scores = network.scores(on_grid(volume, resized(image, size)))
-    chosen = resized(scores.softmax(0), shape).argmax(0).to(torch.uint8)
-    return chosen.numpy()
+    return replace(network, preprocess=Preprocess.default(COARSE_MM)).segment(volume)
 
 
 SHIFTS: dict[str, Look] = {"plain": plain, "blurred": blurred, "coarse": coarse}
-ABOUT = (
-    "arm", "labels", "n_labels", "seed", "label_seed", "init_seed", "pretrain_seed",
-    "pretrain_recipe", "steps", "checkpoint", "checkpoint_digest", "config_hash", "recipe_hash",
-    "protocol",
-)  # fmt: skip
-"""What a row says of whose it is."""
 
 
 def score_run(run: Path) -> None:
@@ -101,7 +71,8 @@ def score_run(run: Path) -> None:
         return
     row = read_rows(run / "rows.csv")[0]
     # Validation subjects are kept out of pretraining as test subjects are.
-    origin = Origin(**{name: getattr(row, name) for name in ABOUT}, seen=Seen())
+    whose = {one.name: getattr(row, one.name) for one in fields(Origin) if one.name != "seen"}
+    origin = Origin(**whose, seen=Seen())
     corpus = Corpus.open(Path(json.loads((run / "config.json").read_text())["corpus"]))
     split = choose_split(corpus, "official", "validation")
     network = load_network(run, "cpu")
