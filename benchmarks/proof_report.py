@@ -64,9 +64,8 @@ def main() -> None:
             return
         search = Path(folder) / "round-1"
         tables = {n: make_table([path], PROOF / n, search=search) for n, path in runs.items()}
-        hippocampi = [
-            path for name, path in runs.items() if name in CELLS and CELLS[name][0] == "hippocampus"
-        ]
+        of_task = [name for name, (task, *_) in CELLS.items() if task == "hippocampus"]
+        hippocampi = [runs[name] for name in of_task if name in runs]
         if len(hippocampi) > 1:
             make_table(hippocampi, PROOF / "hippocampus", search=search)
         wide = {
