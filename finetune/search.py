@@ -7,7 +7,7 @@ the pretrained arm had. What a protocol says of it (`own`, `search`) is a claim;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ from finetune.scan_metrics import mean_score
 FREE = frozenset({"lr", "weight_decay", "warmup", "part"})
 """What a search may vary, and the part of the split, which it must."""
 
+Rates = dict[float, dict[str, float]]
+"""Of each rate the score of each run."""
 Known = Mapping[str, Sequence[Facts | None]]
 
 
 @dataclass
 class Search:
-    """Runs on one data set: for each arm, pretrained and scratch, each rate's score by draw."""
+    """Runs on one data set, of the pretrained arm and of scratch."""
 
     metric: Metric
     """The main one of the data set's task, Dice of a segmentation."""
 
-    arms: dict[str, dict[float, dict[str, float]]] = field(default_factory=dict)
-    checkpoints: set[str] = field(default_factory=set)
+    arms: dict[str, Rates] = field(default_factory=dict)
+    encoders: dict[str, Rates] = field(default_factory=dict)
+    """The pretrained arm, each recipe of pretraining by itself; `about` makes one of them."""
     cases: set[tuple[str, str]] = field(default_factory=set)
     """Split hash and key of what was scored."""
     trained: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +52,14 @@ class Search:
     def runs(self, arm: str) -> int:
         """How many runs an arm had."""
         return sum(len(draws) for draws in self.arms.get(arm, {}).values())
+
+    def about(self, encoders: set[str]) -> Search:
+        """What was tried with these encoders; with all that it has, if with none of them."""
+        found: Rates = {}
+        for name in encoders & self.encoders.keys() or self.encoders.keys():
+            for rate, draws in self.encoders[name].items():
+                found.setdefault(rate, {}).update(draws)
+        return replace(self, arms={**self.arms, **({"pretrained": found} if found else {})})
 
 
 def read_searches(folder: Path) -> dict[str, Search]:
@@ -69,13 +80,20 @@ def read_searches(folder: Path) -> dict[str, Search]:
             )
         metric, head = metrics_of(rows)[0], rows[0]
         one = found.setdefault(head.dataset, Search(metric))
-        arm = "scratch" if head.arm == "scratch-own" else head.arm
-        rates = one.arms.setdefault(arm, {}).setdefault(float(facts.trained["lr"]), {})
+        if head.arm == "pretrained":
+            ran = one.encoders.setdefault(_encoder(head), {})
+        else:
+            ran = one.arms.setdefault("scratch" if head.arm == "scratch-own" else head.arm, {})
+        rates = ran.setdefault(float(facts.trained["lr"]), {})
         rates[f"{head.checkpoint_digest} {head.draw}"] = _score(rows, metric)
-        one.checkpoints |= {head.checkpoint_digest} - {""}
         one.cases |= {(row.split_hash, row.case) for row in rows}
         one.trained = one.trained or facts.trained
     return found
+
+
+def _encoder(row: Row) -> str:
+    """The recipe of its pretraining: seeds of one share a rate; the checkpoint if it says none."""
+    return row.pretrain_recipe or row.checkpoint_digest
 
 
 def _score(rows: Sequence[Row], metric: Metric) -> float:
@@ -108,6 +126,7 @@ def search_notes(
     search = searches.get(rows[0].dataset)
     if search is None:
         return ["no run of the search is about this data set"]
+    search = search.about({_encoder(row) for row in arms["pretrained"]})
     return [_shown(search), *_unfair(search, arms, known)]
 
 
@@ -143,8 +162,8 @@ def _unfair(search: Search, arms: Mapping[str, list[Row]], known: Known) -> list
     rows = [row for part in arms.values() for row in part]
     if search.cases & {(row.split_hash, row.case) for row in rows}:
         found.append("rates were chosen on cases that are reported")
-    digests = {row.checkpoint_digest for row in arms["pretrained"]}
-    if search.checkpoints and not digests <= search.checkpoints:
+    reported = {_encoder(row) for row in arms["pretrained"]}
+    if search.encoders and not reported <= search.encoders.keys():
         found.append("the rate was chosen with another checkpoint")
     trained = [one.trained for one in known["pretrained"] if one and one.trained]
     if trained:

@@ -33,8 +33,9 @@ def report(folder: Path, own: float = 1e-2) -> Path:
 
 
 def searched(
-    folder: Path, arm: str, gains: dict[float, float], seeds: int = 2, **recipe: Any
-) -> Path:
+    folder: Path, arm: str, gains: dict[float, float], seeds: int = 2, encoder: str = "",
+    **recipe: Any,
+) -> Path:  # fmt: skip
     """The arm's runs on validation cases; the twins' rates have a recipe hash each."""
     for lr, gain in gains.items():
         rows = [
@@ -43,6 +44,7 @@ def searched(
                 case=f"v{row.case}",
                 split="official/validation",
                 config_hash=f"lr{lr:g}",
+                pretrain_recipe=encoder,
             )
             for row in make_rows(arm, gain, seeds=seeds)
         ]
@@ -114,6 +116,31 @@ def test_another_checkpoint_or_data_set_is_told(tmp_path: Path) -> None:
     elsewhere = [dataclasses.replace(row, dataset="liver") for row in make_rows("scratch")]
     write_run(tmp_path / "liver", elsewhere, 1e-3)
     assert notes(runs, tmp_path / "liver") == ["no run of the search is about this data set"]
+
+
+def test_each_recipe_of_pretraining_has_its_own_best_rate(tmp_path: Path) -> None:
+    """Two that were searched in one folder; seeds of one recipe share what it found."""
+    search, runs = tmp_path / "search", tmp_path / "runs"
+    searched(search / "a", "pretrained", PRETRAINED, encoder="masked")
+    searched(search / "b", "pretrained", {1e-3: 0.0, 1e-2: 0.2}, encoder="fused")
+    searched(search / "c", "scratch", SCRATCH)
+    for part in sorted(search.glob("*/*")):
+        part.rename(search / f"{part.parent.name}-{part.name}")
+    rows = make_rows("pretrained", 0.05)
+    for seed in (0, 1):
+        made: dict[str, Any] = {
+            "pretrain_recipe": "masked",
+            "pretrain_seed": seed,
+            "checkpoint_digest": f"{seed}",
+        }
+        write_run(runs / f"{seed}", [dataclasses.replace(row, **made) for row in rows], 1e-3)
+    write_run(runs / "c", make_rows("scratch"), 1e-3)
+    for part in sorted(runs.glob("*/*")):
+        part.rename(runs / f"{part.parent.name}-{part.name}")
+    found = notes(runs, search)
+    assert any("pretrained 0.001 of 0.001, 0.01 (Dice 70." in note and "4 runs" in note
+               for note in found)  # fmt: skip
+    assert not any("was best" in note or "another checkpoint" in note for note in found), found
 
 
 def test_without_an_own_arm_scratchs_best_rate_is_told(tmp_path: Path) -> None:
