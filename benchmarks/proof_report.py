@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot import mean_dice
-from proof import CELLS, PRIMARY, PROOF
+from proof import CELLS, PRIMARY, PROOF, ROUND_2
 
 from data_prep.files import write_bytes, write_text
 from finetune.budget import Curve, mean_curve, read_curve
@@ -63,6 +63,9 @@ def main() -> None:
         if not runs.keys() & CELLS:
             return
         search = Path(folder) / "round-1"
+        for method in ROUND_2:  # each was searched at the one rate that is best for scratch
+            for run in (Path(folder) / "round-2").glob(f"hippocampus-{method}-0-*"):
+                run.rename(search / run.name)
         tables = {n: make_table([path], PROOF / n, search=search) for n, path in runs.items()}
         of_task = [name for name, (task, *_) in CELLS.items() if task == "hippocampus"]
         hippocampi = [runs[name] for name in of_task if name in runs]

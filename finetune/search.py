@@ -54,9 +54,9 @@ class Search:
         return sum(len(draws) for draws in self.arms.get(arm, {}).values())
 
     def about(self, encoders: set[str]) -> Search:
-        """What was tried with these encoders; with all that it has, if with none of them."""
+        """What was tried with these encoders, and for scratch."""
         found: Rates = {}
-        for name in encoders & self.encoders.keys() or self.encoders.keys():
+        for name in encoders & self.encoders.keys():
             for rate, draws in self.encoders[name].items():
                 found.setdefault(rate, {}).update(draws)
         return replace(self, arms={**self.arms, **({"pretrained": found} if found else {})})
