@@ -52,7 +52,7 @@ def blurred(network: Segmenter, volume: Volume) -> NDArray[np.uint8]:
     image = torch.from_numpy(known.array)[None]
     low = interpolate(image, scale_factor=HALF, mode="area")
     back = interpolate(low, size=image.shape[2:], mode="trilinear", align_corners=False)
-    return network.segment(replace(known, array=back[0].numpy()))
+    return network.segment(replace(known, array=back[0].numpy(), statistics=None))
 
 
 def coarse(network: Segmenter, volume: Volume) -> NDArray[np.uint8]:

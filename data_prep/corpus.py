@@ -349,7 +349,11 @@ class Corpus:
             raise self._damaged(i, payload, f"does not decompress ({error})") from error
 
     def volume(self, i: int) -> Volume:
-        """The whole image of sample `i` as a `Volume` of int16 codes, with its native grid."""
+        """The whole image of sample `i` as a `Volume` of int16 codes, with its native grid.
+
+        What prep cut off, or resampled, is in its statistics: crops and whole scans are normalised
+        alike.
+        """
         meta = self.meta(i)
         channels = meta["channels"]
         return Volume(
@@ -360,6 +364,7 @@ class Corpus:
             native=NativeGrid.from_dict(meta["native"]),
             slope=tuple(c["slope"] for c in channels),
             intercept=tuple(c["intercept"] for c in channels),
+            statistics=tuple(c["statistics"] for c in channels),
         )
 
     @property

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from data_prep.volume import Volume
+from data_prep.volume import Statistics, Volume
 
 INT16 = np.iinfo(np.int16)
-Statistics = dict[str, float]
 
 
 def encode_int16(

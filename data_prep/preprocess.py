@@ -18,8 +18,8 @@ from scipy import ndimage, sparse
 
 from data_prep.errors import InputError
 from data_prep.images import MAX_VOXELS, Reject
-from data_prep.intensity import Statistics, encode, volume_statistics
-from data_prep.volume import Volume
+from data_prep.intensity import encode, volume_statistics
+from data_prep.volume import Statistics, Volume
 
 VERSION = 1
 # Spacings closer than this (relative) are the same: resampling would only blur.
@@ -206,12 +206,11 @@ class Preprocess:
                 made = [n + -n % m for n, m in zip(made, operation.multiple, strict=True)]
         return made
 
-    def apply(self, volume: Volume, statistics: Sequence[Statistics] | None = None) -> Volume:
+    def apply(self, volume: Volume) -> Volume:
         """The numpy reference: a float32 volume `[C, D, H, W]` with its affine kept right.
 
         Args:
-            volume: A scan on canonical axes.
-            statistics: Per channel, of the whole native volume; computed from it when absent.
+            volume: A scan on canonical axes; its statistics are computed if it does not know them.
 
         Raises:
             Reject: it would become larger than any scan is.
@@ -223,7 +222,7 @@ class Preprocess:
                 "too_large",
                 f"{volume.array.shape[1:]} voxels become {made}, more than {MAX_VOXELS}",
             )
-        known = list(statistics) if statistics is not None else volume_statistics(coded)
+        known = volume.statistics or volume_statistics(coded)
         result = as_physical(coded)
         for operation in _parse(self.operations):
             if isinstance(operation, Resample) and operation.spacing_mm is not None:

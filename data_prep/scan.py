@@ -21,7 +21,6 @@ from data_prep.fingerprint import fingerprint
 from data_prep.images import Reject
 from data_prep.intensity import (
     INT16,
-    Statistics,
     channel_statistics,
     encode,
     equal_neighbours,
@@ -32,7 +31,7 @@ from data_prep.preprocess import as_physical, resample, resample_sharply
 from data_prep.settings import MINIMUM_SLICES
 from data_prep.shards import PAYLOADS, array_suffix, canonical_json, encode_array, table_suffix
 from data_prep.sketch import Sketch, sketch
-from data_prep.volume import CT_PADDING_HU, Volume, read_channels, read_label
+from data_prep.volume import CT_PADDING_HU, Statistics, Volume, read_channels, read_label
 from data_prep.work import WorkFolder
 
 FORMAT = 1

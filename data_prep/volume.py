@@ -23,6 +23,8 @@ from data_prep.settings import MINIMUM_SLICES
 
 AXCODES = "SPL"
 MODALITIES = ("CT", "MR")
+Statistics = dict[str, float]
+"""Of a channel, as `intensity.channel_statistics` names them."""
 # Cosine between two axes above which the grid counts as sheared (0.3 degrees); header rounding
 # stays below 1e-4, a gantry tilt is several degrees.
 SHEAR_TOLERANCE = 5e-3
@@ -130,6 +132,7 @@ class Volume:
     """A scan on a canonical grid: `array` `[C, D, H, W]`, `affine` (4, 4) from (d, h, w) to RAS mm.
 
     The physical value of a voxel is `array * slope + intercept`, per channel (HU for CT).
+    `statistics` are those of each channel's whole scan, of which `array` may be a part.
     """
 
     array: np.ndarray
@@ -139,6 +142,7 @@ class Volume:
     native: NativeGrid
     slope: tuple[float, ...] = field(default=(1.0,))
     intercept: tuple[float, ...] = field(default=(0.0,))
+    statistics: tuple[Statistics, ...] | None = None
 
     def __post_init__(self) -> None:
         channels = self.array.shape[0] if self.array.ndim == 4 else -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -21,9 +22,10 @@ from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.images import Reject, open_image
-from data_prep.intensity import encode, histogram
+from data_prep.intensity import encode, histogram, volume_statistics
 from data_prep.layouts.case import files_below
 from data_prep.layouts.find import find_cases
+from data_prep.preprocess import Preprocess
 from data_prep.scan import EXTENT_MM, SPACING_MM, check_plausible, check_values
 from data_prep.settings import PrepSettings
 from data_prep.volume import (
@@ -445,6 +447,23 @@ def test_a_crop_of_a_resampled_scan_has_its_voxels_in_place(
     np.testing.assert_array_equal(part.array, inside[..., : part.array.shape[3]])
     with pytest.raises(ValueError, match="resampled"):
         part.native.to_native(part.array[0])
+
+
+def test_a_crop_is_normalised_as_its_whole_scan_is(tmp_path: Path, samples: Path) -> None:
+    """As crops for training are; by its own numbers air that was cut off would move every voxel."""
+    scan = samples / "ixi" / "IXI013-HH-1212_T1.nii.gz"
+    (tmp_path / "in").mkdir()
+    shutil.copy(scan, tmp_path / "in")
+    corpus = made(tmp_path / "in", tmp_path / "c", crop="foreground")
+    part, whole = corpus.volume(0), read_nifti(scan)
+    d, h, w = np.rint(np.linalg.solve(whole.affine, part.affine)[:3, 3]).astype(int)
+    assert part.array.size < whole.array.size
+    for rule in ("zscore", "percentile"):
+        preprocess = Preprocess.default(intensity={"MR": {"rule": rule}})
+        shape = part.array.shape
+        inside = preprocess.apply(whole).array[:, d:, h:, w:][:, : shape[1], : shape[2]]
+        np.testing.assert_array_equal(preprocess.apply(part).array, inside[..., : shape[3]])
+        assert corpus.meta(0)["channels"][0]["statistics"] != volume_statistics(part)[0]
 
 
 # Empty labels.
