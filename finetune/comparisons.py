@@ -54,18 +54,24 @@ def holm_by_family(families: Sequence[Hashable], p_values: Sequence[float]) -> l
     return adjusted
 
 
-def p_against_stronger(p: float, *, loses: bool, arms: int) -> float:
+def p_against_stronger(p: float, others: Sequence[float], *, loses: bool) -> float:
     """P of a difference to the strongest of several scratch arms, picked by the very same scores.
 
-    For a gain that choice is strict already. Against pretraining it is a choice of the luckiest, so
-    p counts as often as there were arms (Bonferroni). NaN stays NaN.
+    A gain is one over each of them, so the largest p counts: the arm that looks weaker may be the
+    one of which less is known (intersection-union test, Berger 1982, Technometrics 24:295). Against
+    pretraining it is a choice of the luckiest: p counts as often as there were arms (Bonferroni).
 
     Args:
-        p: of the difference by itself.
+        p: of the difference to the strongest by itself.
+        others: of the differences to the other scratch arms.
         loses: whether it speaks against pretraining.
-        arms: how many scratch arms there were.
+
+    Returns:
+        NaN where `p` is, and of a gain where any of them is.
     """
-    return p if not loses or math.isnan(p) else min(arms * p, 1.0)
+    if loses:
+        return min((1 + len(others)) * p, 1.0) if not math.isnan(p) else p
+    return math.nan if any(map(math.isnan, (p, *others))) else max(p, *others, 0.0)
 
 
 def share_improved(differences: Floats, *, higher_is_better: bool = True) -> float:

@@ -18,6 +18,8 @@ ELSEWHERE = "predicted elsewhere"
 BETTER, WORSE, UNCLEAR = "pretrained better", "scratch better", "no clear difference"
 SEEN = "tainted"
 """The verdict where pretraining has seen every test case."""
+UNDECIDED = "undecided"
+"""The verdict where an interval that it needs is refused."""
 UNDEFINED = "not defined"
 """The verdict where the test cases do not tell: all of one class."""
 
@@ -164,9 +166,10 @@ class Line:
         found = self.decides
         if found is None:
             return math.nan
-        arms = sum(one is not None for one in (self.difference, self.against_own))
+        other = self.difference if self.own_is_stronger else self.against_own
+        others = [math.nan if other is None else other.p] if self.own is not None else []
         loses = found.mean < 0 if self.measures.higher_is_better else found.mean > 0
-        return p_against_stronger(found.p, loses=loses, arms=arms)
+        return p_against_stronger(found.p, others, loses=loses)
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def _sentence(group: Group) -> str:
         arms += f", {line.own.mean:{form}} scratch at its own best"
     basis, gap = _basis(d), f"{d.mean:+{form}}"
     if not d.has_interval:
-        return f"{what}: undecided, {arms}, difference {gap} ({basis}; {d.note})."
+        return f"{what}: {UNDECIDED}, {arms}, difference {gap} ({basis}; {d.note})."
     interval = f"difference {gap} [{d.low:+{form}}, {d.high:+{form}}] {line.unit} ({basis})"
     return f"{what}: {line.verdict}, {arms}, {interval}."
 

@@ -13,6 +13,7 @@ from finetune.intervals import LEVEL
 from finetune.lines import Line
 from finetune.rows import Row
 
+OWN = "scratch at its own best"
 CLASS_UNITS = 10
 """With 6 cases of a class up to 7 % of true zeros were called a difference, with 10 up to 6 %; see
 docs/results/scan_tasks.md."""
@@ -69,31 +70,37 @@ def missed_or_invented(arm: str, rows: list[Row]) -> list[str]:
     return [f"{arm} {words[name]} {n} times (scored 0)" for name, n in counts.items() if n]
 
 
-def unpaired(a: dict[tuple[str, str], float], b: dict[tuple[str, str], float]) -> list[str]:
-    """What could not be paired."""
+def unpaired(a: Scores, b: Scores, other: str = "") -> list[str]:
+    """What could not be paired; `other` names the second arm if it is not the twin."""
     if not a or not b:
         return []
     notes = []
+    where = f"not in the difference{' to ' * bool(other)}{other}"
     draws_a, draws_b = {draw for _, draw in a}, {draw for _, draw in b}
     alone = sorted(draws_a ^ draws_b)
     if alone:
-        notes.append(f"seeds {', '.join(map(str, alone))} have one arm only: not in the difference")
+        notes.append(f"seeds {', '.join(map(str, alone))} have one arm only: {where}")
     common = draws_a & draws_b
     unpaired = {case for case, draw in a.keys() ^ b.keys() if draw in common}
     if unpaired:
-        notes.append(f"{len(unpaired)} cases lack a score in one arm: not in the difference")
+        notes.append(f"{len(unpaired)} cases lack a score in one arm: {where}")
     return notes
 
 
-def counted_double(line: Line) -> list[str]:
+def not_enough(line: Line) -> list[str]:
     """Why an interval that leaves zero out makes no verdict."""
     found = line.decides
-    if found is None or not found.p < LEVEL <= line.p:
+    if found is None or not found.p < LEVEL or line.p < LEVEL:
         return []
-    return [
-        f"behind the stronger of two scratch arms, which the same scores picked: p {found.p:.2g} "
-        "counts double"
-    ]
+    if (found.mean > 0) != line.measures.higher_is_better:
+        return [
+            "behind the stronger of two scratch arms, which the same scores picked: p "
+            f"{found.p:.2g} counts double"
+        ]
+    other = line.difference if line.own_is_stronger else line.against_own
+    arm = "its twin" if line.own_is_stronger else OWN
+    known = f"p {other.p:.2g}" if other is not None and other.has_interval else "no interval"
+    return [f"a gain has to be one over both scratch arms; over {arm} it is not clear ({known})"]
 
 
 def power_of(line: Line) -> list[str]:

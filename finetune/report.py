@@ -30,7 +30,7 @@ from finetune.figures import (
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
-from finetune.lines import ALL_CLASSES, SEEN, UNDEFINED, Group, Line, Table
+from finetune.lines import ALL_CLASSES, BETTER, SEEN, UNDEFINED, WORSE, Group, Line, Table
 from finetune.pages import render
 from finetune.rows import Row, read_rows
 from finetune.scan_metrics import score_in_words
@@ -206,6 +206,8 @@ def _why(line: Line) -> str:
     which = "of the difference to scratch at its own best " if line.own_is_stronger else ""
     if d.low <= 0 <= d.high:
         return f"The 95 % interval {which}holds zero: these runs cannot tell the arms apart."
+    if line.verdict not in (BETTER, WORSE):
+        return f"The 95 % interval {which}leaves zero out; the notes say why that is not enough."
     return f"The 95 % interval {which}lies on one side of zero."
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from finetune.lines import (
     ELSEWHERE,
     SEEN,
     UNCLEAR,
+    UNDECIDED,
     UNDEFINED,
     WORSE,
     Group,
@@ -63,9 +65,10 @@ from finetune.lines import (
     shown_digits,
 )
 from finetune.notes import (
-    counted_double,
+    OWN,
     missed_or_invented,
     not_compared,
+    not_enough,
     power_of,
     too_few_of_a_class,
     unpaired,
@@ -212,16 +215,35 @@ def recipes(checkpoints: Sequence[list[Row]]) -> list[list[list[Row]]]:
 def _adjusted(groups: list[Group]) -> list[Group]:
     """The main lines with p values adjusted over the data sets of a checkpoint and its labels."""
     mains = [group.main for group in groups]
-    adjusted = holm_by_family(
-        [(one.checkpoint_digest, one.labels, one.split, one.protocol) for one in mains],
-        [line.p for line in mains],
+    families = [
+        (one.checkpoint_digest, one.labels, one.protocol, _is_look(one.split)) for one in mains
+    ]
+    adjusted = holm_by_family(families, [line.p for line in mains])
+    tested = Counter(
+        one for one, line in zip(families, mains, strict=True) if not math.isnan(line.p)
     )
-    return [_with_p(group, p) for group, p in zip(groups, adjusted, strict=True)]
+    return [
+        _with_p(group, p, tested[one])
+        for group, p, one in zip(groups, adjusted, families, strict=True)
+    ]
 
 
-def _with_p(group: Group, p: float) -> Group:
-    """The group with its adjusted p, which takes back a verdict that chance over many explains."""
+def _is_look(split: str) -> bool:
+    """Whether a split is one of validation cases, to choose by; all folds of them are a result."""
+    return split.endswith("/validation") and not re.match(r"\d+ folds/", split)
+
+
+def _with_p(group: Group, p: float, tested: int) -> Group:
+    """The group with its adjusted p, which takes back a verdict that chance over many explains.
+
+    Args:
+        group: with the p of its main line by itself.
+        p: adjusted.
+        tested: how many comparisons p is adjusted over.
+    """
     main, notes = dataclasses.replace(group.main, adjusted_p=p), group.notes
+    if tested > 1 and not math.isnan(p):
+        notes += (f"p is adjusted over {tested} comparisons (Holm); chances are those of one",)
     if main.verdict in (BETTER, WORSE) and p >= LEVEL:
         notes += (
             f"{main.verdict} by itself (p {main.p:.2g}), not among the data sets that this "
@@ -315,7 +337,7 @@ def _group(
     rows = pretrained + scratch + own
     anchored = anchor.rows(rows) if anchor is not None else []
     notes += missed_or_invented(head.arm, pretrained) + missed_or_invented("scratch", scratch)
-    notes += missed_or_invented("scratch at its own best", own)
+    notes += missed_or_invented(OWN, own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
     every = (pretrained, scratch, own)
     invented = [invented_structures(found) for found in every]
@@ -352,8 +374,14 @@ def _group(
             if metric is shown and name == ALL_CLASSES:
                 scores = {"pretrained": mean_scores(a), "scratch": b}
             if metric is metrics[0] and name == ALL_CLASSES:
-                notes += list(dict.fromkeys(note for one in a for note in unpaired(one, b)))
-                notes += unsuitable((mean_scores(a), b, c), subjects)
+                # As in differences, a structure that is not there counts if any arm invents it.
+                wrong = set().union(*invented)
+                *aa, bb, cc = (
+                    case_scores(found, metric, name, wrong) for found in (*checkpoints, *every[1:])
+                )
+                notes += list(dict.fromkeys(note for one in aa for note in unpaired(one, bb)))
+                notes += list(dict.fromkeys(note for one in aa for note in unpaired(one, cc, OWN)))
+                notes += unsuitable((mean_scores(aa), bb, cc), subjects)
             line = _line(head, metric, name, (a, [b], [c], [n]), gaps, subjects, folds)
             if few and metric.pseudo:
                 line = _undecided(line, few)
@@ -362,7 +390,7 @@ def _group(
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     if len(checkpoints) > 1 and (difference := lines[0].difference) is not None:
         notes.append(f"its difference is about {difference.claim}")
-    notes += counted_double(lines[0]) + power_of(lines[0])
+    notes += not_enough(lines[0]) + power_of(lines[0])
     return Group(
         head.dataset,
         head.labels,
@@ -392,7 +420,7 @@ def _undecided(line: Line, note: str) -> Line:
         difference=mean(line.difference),
         own=mean(line.own),
         against_own=mean(line.against_own),
-        verdict="undecided" if decided else line.verdict,
+        verdict=UNDECIDED if decided else line.verdict,
     )
 
 
@@ -429,8 +457,11 @@ def _line(
     sign = 1 if metric.higher_is_better else -1
     if scratch is None:
         against_own = None  # no delta without a twin
+    # Each is over its own pairs: means of arms that have other seeds, or cases, tell nothing.
     own_is_stronger = (
-        own is not None and scratch is not None and sign * own.mean > sign * scratch.mean
+        against_own is not None
+        and difference is not None
+        and sign * against_own.mean < sign * difference.mean
     )
     line = Line(
         head.dataset,
@@ -503,8 +534,8 @@ def _verdict(line: Line, *, has_scratch: bool, has_pretrained: bool) -> str:
         return "no scratch twin"
     if difference is None:
         return "nothing to pair"
-    if not difference.has_interval:
-        return "undecided"
+    if math.isnan(line.p):
+        return UNDECIDED
     if line.p >= LEVEL:
         return UNCLEAR
     return BETTER if (difference.mean > 0) == line.measures.higher_is_better else WORSE

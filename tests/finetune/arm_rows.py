@@ -67,6 +67,6 @@ def make_rows(
     return out
 
 
-def scratch_own(gain: float) -> list[Row]:
-    rows = [dataclasses.replace(r, arm="scratch-own") for r in make_rows("scratch", gain)]
+def scratch_own(gain: float, seeds: int = 3) -> list[Row]:
+    rows = [dataclasses.replace(r, arm="scratch-own") for r in make_rows("scratch", gain, seeds)]
     return [dataclasses.replace(r, recipe_hash="own") for r in rows]

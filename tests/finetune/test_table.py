@@ -13,6 +13,7 @@ from data_prep.errors import InputError
 from finetune.facts import Facts, run_of
 from finetune.formats import make_table, markdown
 from finetune.intervals import estimate_recipe
+from finetune.lines import Table
 from finetune.rows import Row, read_rows, write_rows
 from finetune.table import read_table, tabulate
 
@@ -644,4 +645,72 @@ def test_a_loss_to_the_luckier_of_two_scratch_arms_counts_double() -> None:
     assert group.main.adjusted_p == pytest.approx(2 * against.p)
     assert any("counts double" in note for note in group.notes)
     gained = tabulate(arms + scratch_own(0.04)).groups[0].main
-    assert gained.decides is not None and gained.adjusted_p == gained.decides.p
+    assert gained.decides is not None and gained.difference is not None
+    assert gained.adjusted_p == max(gained.decides.p, gained.difference.p)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 3), (0, 1), ()])
+def test_scratch_at_its_own_best_counts_on_its_own_seeds(seeds: tuple[int, ...]) -> None:
+    """Three points above pretraining where it ran, on draws that are poor for all."""
+    poor = {0: -0.30, 1: -0.28, 3: -0.29}
+    rows = [
+        dataclasses.replace(row, dsc=row.dsc + poor.get(row.seed, 0.0))
+        for row in make_rows("scratch", seeds=5)
+        + make_rows("pretrained", 0.03, seeds=5)
+        + scratch_own(0.06, seeds=5)
+        if row.arm != "scratch-own" or row.seed in seeds or (not seeds and row.seed == 0)
+    ]
+    if not seeds:  # none in common
+        rows = [
+            dataclasses.replace(row, seed=9, label_seed=9, init_seed=9)
+            if row.arm == "scratch-own"
+            else row
+            for row in rows
+        ]
+    group = tabulate(rows).groups[0]
+    assert group.main.own is not None and group.main.scratch is not None
+    assert group.main.own.mean < group.main.scratch.mean  # by means of arms the twin is stronger
+    verdict = "scratch better" if len(seeds) == 3 else "undecided"
+    assert group.main.verdict == verdict, group.notes
+    assert group.main.own_is_stronger == bool(seeds)
+    assert any("scratch at its own best" in note and "one arm only" in note for note in group.notes)
+    if not seeds:
+        assert any("a gain has to be one over both" in note for note in group.notes)
+
+
+def test_notes_count_cases_as_differences_do() -> None:
+    """What one arm invented is scored in the other: these cases do not lack a score."""
+    rows = []
+    for n in range(24):
+        for arm, dsc, outcome in (
+            ("pretrained", 0.0 if n < 6 else 0.8, "false_positive" if n < 6 else "scored"),
+            ("scratch", math.nan if n < 6 else 0.75, "true_negative" if n < 6 else "scored"),
+        ):
+            for seed in range(3):
+                made = {"pretrained": "p"}.get(arm, "")
+                row = dataclasses.replace(
+                    BASE, case=f"c{n}", subject=f"s{n}", arm=arm, dsc=dsc, nsd=dsc, hd95=math.nan,
+                    outcome=outcome, status=outcome, seed=seed, label_seed=seed, init_seed=seed,
+                    checkpoint=made, checkpoint_digest=made,
+                )  # fmt: skip
+                rows.append(row)
+    group = tabulate(rows).groups[0]
+    assert group.main.difference is not None and group.main.difference.cases == 24
+    assert not any("lack a score" in note or "fewer than" in note for note in group.notes)
+
+
+def test_a_family_is_of_all_data_sets_whatever_their_splits_are_called() -> None:
+    def table(names: list[str]) -> Table:
+        rows = []
+        for n, name in enumerate(names):
+            rows += [
+                dataclasses.replace(row, dataset=f"d{n}", split=name, split_hash=name)
+                for row in make_rows("scratch") + make_rows("pretrained", 0.05)
+            ]
+        return tabulate(rows)
+
+    same, other = table(["official/test"] * 3), table(["official/test", "default/test", "x/all"])
+    assert [g.main.adjusted_p for g in same.groups] == [g.main.adjusted_p for g in other.groups]
+    main = same.groups[0].main
+    assert main.adjusted_p == pytest.approx(3 * main.p)
+    assert any("over 3 comparisons (Holm)" in note for note in other.groups[0].notes)
