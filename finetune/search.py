@@ -6,8 +6,9 @@ the pretrained arm had. What a protocol says of it (`own`, `search`) is a claim;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +23,69 @@ from finetune.scan_metrics import mean_score
 FREE = frozenset({"lr", "weight_decay", "warmup", "part"})
 """What a search may vary, and the part of the split, which it must."""
 
-Rates = dict[float, dict[str, float]]
-"""Of each rate the score of each run."""
 Known = Mapping[str, Sequence[Facts | None]]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Tried:
+    """One run of a search.
+
+    `encoder` is the recipe of its pretraining, whose seeds share a rate, or the checkpoint if it
+    says none; empty for scratch. `draw` is what runs of two rates have in common.
+    """
+
+    encoder: str
+    rate: float
+    labels: str
+    draw: str
+    score: float
+    cases: frozenset[tuple[str, str]]
+    """Split hash and key of what was scored."""
+    trained: dict[str, Any]
+    """Its recipe."""
+
+
+@dataclass(frozen=True)
 class Search:
     """Runs on one data set, of the pretrained arm and of scratch."""
 
     metric: Metric
     """The main one of the data set's task, Dice of a segmentation."""
+    tried: Sequence[Tried]
 
-    arms: dict[str, Rates] = field(default_factory=dict)
-    encoders: dict[str, Rates] = field(default_factory=dict)
-    """The pretrained arm, each recipe of pretraining by itself; `about` makes one of them."""
-    cases: set[tuple[str, str]] = field(default_factory=set)
-    """Split hash and key of what was scored."""
-    trained: dict[str, Any] = field(default_factory=dict)
-    """The recipe of a run."""
+    def of(self, arm: str) -> list[Tried]:
+        """The runs of an arm, pretrained or scratch."""
+        return [one for one in self.tried if bool(one.encoder) == (arm == "pretrained")]
+
+    def rates(self, arm: str) -> list[float]:
+        """What an arm could choose from."""
+        return sorted({one.rate for one in self.of(arm)})
+
+    def shared(self, arm: str) -> dict[float, list[float]]:
+        """The scores of each rate on the draws that all rates of the arm have."""
+        runs: dict[float, dict[tuple[str, str], float]] = {}
+        for one in self.of(arm):
+            runs.setdefault(one.rate, {})[one.labels, one.draw] = one.score
+        common = set.intersection(*map(set, runs.values())) if runs else set()
+        return {rate: [draws[draw] for draw in common] for rate, draws in sorted(runs.items())}
 
     def best(self, arm: str) -> tuple[float, float]:
-        """The rate with the best mean score over draws, and that score in its unit."""
-        means = {rate: float(np.mean([*d.values()])) for rate, d in self.arms[arm].items()}
+        """The rate with the best mean score over shared draws, and that score in its unit.
+
+        NaN, twice, where the rates share no draw.
+        """
+        means = {rate: float(np.mean(d)) for rate, d in self.shared(arm).items() if d}
+        if not means:
+            return math.nan, math.nan
         sign = 1 if self.metric.higher_is_better else -1
         rate = max(means, key=lambda rate: sign * means[rate])
         return rate, means[rate]
 
-    def runs(self, arm: str) -> int:
-        """How many runs an arm had."""
-        return sum(len(draws) for draws in self.arms.get(arm, {}).values())
-
-    def about(self, encoders: set[str]) -> Search:
-        """What was tried with these encoders, and for scratch."""
-        found: Rates = {}
-        for name in encoders & self.encoders.keys():
-            for rate, draws in self.encoders[name].items():
-                found.setdefault(rate, {}).update(draws)
-        return replace(self, arms={**self.arms, **({"pretrained": found} if found else {})})
+    def about(self, encoders: set[str], labels: str) -> Search:
+        """What was tried for scratch and these encoders, with so many labels if it was at all."""
+        tried = [one for one in self.tried if not one.encoder or one.encoder in encoders]
+        same = [one for one in tried if one.labels == labels]
+        return replace(self, tried=same or tried)
 
 
 def read_searches(folder: Path) -> dict[str, Search]:
@@ -68,7 +94,8 @@ def read_searches(folder: Path) -> dict[str, Search]:
     Raises:
         InputError: there are none, or a run does not say what it trained with.
     """
-    found: dict[str, Search] = {}
+    metrics: dict[str, Metric] = {}
+    found: dict[str, list[Tried]] = {}
     for path in find_rows([folder]):
         rows, facts = read_run(path)
         if not rows:
@@ -78,21 +105,23 @@ def read_searches(folder: Path) -> dict[str, Search]:
                 f"{path.parent}: no run.json that says its rate, so it shows no search; give the "
                 "folder of the runs as finetune made it"
             )
-        metric, head = metrics_of(rows)[0], rows[0]
-        one = found.setdefault(head.dataset, Search(metric))
-        if head.arm == "pretrained":
-            ran = one.encoders.setdefault(_encoder(head), {})
-        else:
-            ran = one.arms.setdefault("scratch" if head.arm == "scratch-own" else head.arm, {})
-        rates = ran.setdefault(float(facts.trained["lr"]), {})
-        rates[f"{head.checkpoint_digest} {head.draw}"] = _score(rows, metric)
-        one.cases |= {(row.split_hash, row.case) for row in rows}
-        one.trained = one.trained or facts.trained
-    return found
+        head = rows[0]
+        metric = metrics.setdefault(head.dataset, metrics_of(rows)[0])
+        one = Tried(
+            encoder=_encoder(head) if head.arm == "pretrained" else "",
+            rate=float(facts.trained["lr"]),
+            labels=head.labels,
+            draw=f"{head.checkpoint_digest} {head.draw}",
+            score=_score(rows, metric),
+            cases=frozenset((row.split_hash, row.case) for row in rows),
+            trained=facts.trained,
+        )
+        found.setdefault(head.dataset, []).append(one)
+    return {name: Search(metrics[name], tried) for name, tried in found.items()}
 
 
 def _encoder(row: Row) -> str:
-    """The recipe of its pretraining: seeds of one share a rate; the checkpoint if it says none."""
+    """The recipe of its pretraining, or the checkpoint."""
     return row.pretrain_recipe or row.checkpoint_digest
 
 
@@ -126,19 +155,24 @@ def search_notes(
     search = searches.get(rows[0].dataset)
     if search is None:
         return ["no run of the search is about this data set"]
-    search = search.about({_encoder(row) for row in arms["pretrained"]})
-    return [_shown(search), *_unfair(search, arms, known)]
+    encoders = {_encoder(row) for row in arms["pretrained"]}
+    narrowed = search.about(encoders, rows[0].labels)
+    notes = [_shown(narrowed), *_unfair(narrowed, arms, known)]
+    searched = {one.encoder for one in search.tried} - {""}
+    if searched and not encoders <= searched:
+        notes.append("the search: the rate was chosen with another checkpoint")
+    return notes
 
 
 def _shown(search: Search) -> str:
     """What each arm could choose from, and chose."""
     said = []
     for arm in ("pretrained", "scratch"):
-        if arm in search.arms:
+        if runs := search.of(arm):
             rate, found = search.best(arm)
-            rates = ", ".join(f"{one:g}" for one in sorted(search.arms[arm]))
+            rates = ", ".join(f"{one:g}" for one in search.rates(arm))
             score = f"{search.metric.title} {found:.{shown_digits(search.metric, found)}f}"
-            said.append(f"{arm} {rate:g} of {rates} ({score}, {search.runs(arm)} runs)")
+            said.append(f"{arm} {rate:g} of {rates} ({score}, {len(runs)} runs)")
         else:
             said.append(f"{arm} had none")
     return f"rates were chosen: {'; '.join(said)}"
@@ -147,28 +181,36 @@ def _shown(search: Search) -> str:
 def _unfair(search: Search, arms: Mapping[str, list[Row]], known: Known) -> list[str]:
     """What speaks against the choice."""
     found = []
-    a, b = search.arms.get("pretrained", {}), search.arms.get("scratch", {})
-    if not b.keys() >= a.keys() or search.runs("scratch") < search.runs("pretrained"):
+    a, b = (search.rates(arm) for arm in ("pretrained", "scratch"))
+    if not set(b) >= set(a) or len(search.of("scratch")) < len(search.of("pretrained")):
         found.append("scratch was searched with less than the pretrained arm")
     own = "scratch-own" if arms["scratch-own"] else "scratch"
     for arm, name in (("pretrained", "pretrained"), (own, "scratch")):
+        runs, shared = search.of(name), search.shared(name)
+        compared = sum(map(len, shared.values()))
+        if compared < len(runs):
+            found.append(f"rates of {name} are compared on shared draws, {compared} of its runs")
         rates = {one.trained["lr"] for one in known[arm] if one and "lr" in one.trained}
-        for rate in sorted(rates) if name in search.arms else ():
-            best, _ = search.best(name)
+        best, _ = search.best(name)
+        for rate in sorted(rates) if compared else ():
             if rate != best and arm == "scratch":
                 found.append(f"scratch is best with {best:g}, its twin has {rate:g}: recipe_of=own")
             elif rate != best:
                 found.append(f"{arm} trained with {rate:g}, where {best:g} was best")
     rows = [row for part in arms.values() for row in part]
-    if search.cases & {(row.split_hash, row.case) for row in rows}:
+    reported = {(row.split_hash, row.case) for row in rows}
+    if any(one.cases & reported for one in search.tried):
         found.append("rates were chosen on cases that are reported")
-    reported = {_encoder(row) for row in arms["pretrained"]}
-    if search.encoders and not reported <= search.encoders.keys():
-        found.append("the rate was chosen with another checkpoint")
     trained = [one.trained for one in known["pretrained"] if one and one.trained]
     if trained:
-        names = sorted(search.trained.keys() | trained[0].keys())
-        other = [n for n in names if search.trained.get(n) != trained[0].get(n)]
-        if other := [name for name in other if name not in FREE]:
-            found.append(f"it differs from the report in {', '.join(other)}")
+        other = {
+            name
+            for one in search.tried
+            for name in one.trained.keys() | trained[0].keys()
+            if one.trained.get(name) != trained[0].get(name)
+        }
+        if names := sorted(other - FREE):
+            found.append(f"it differs from the report in {', '.join(names)}")
+    if other_labels := {one.labels for one in search.tried} - {rows[0].labels}:
+        found.append(f"it had labels={', '.join(sorted(other_labels))}")
     return [f"the search: {one}" for one in found]

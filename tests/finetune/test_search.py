@@ -11,7 +11,7 @@ import pytest
 from arm_rows import make_rows, scratch_own
 
 from data_prep.errors import InputError
-from finetune.rows import Row, write_rows
+from finetune.rows import Row, read_rows, write_rows
 from finetune.table import read_table
 
 
@@ -141,6 +141,50 @@ def test_each_recipe_of_pretraining_has_its_own_best_rate(tmp_path: Path) -> Non
     assert any("pretrained 0.001 of 0.001, 0.01 (Dice 70." in note and "4 runs" in note
                for note in found)  # fmt: skip
     assert not any("was best" in note or "another checkpoint" in note for note in found), found
+
+
+def test_a_rate_is_no_better_for_the_draws_that_it_had(tmp_path: Path) -> None:
+    """0.01 is worse on each draw, and was tried on the luckiest alone."""
+    search = tmp_path / "search"
+    searched(search, "scratch", SCRATCH)
+    for lr, gains in ((1e-3, {0: 0.05, 1: 0.15}), (1e-2, {1: 0.12})):
+        for seed, gain in gains.items():
+            rows = [row for row in make_rows("pretrained", gain, seeds=2) if row.seed == seed]
+            rows = [dataclasses.replace(r, case=f"v{r.case}", config_hash=f"{lr}") for r in rows]
+            write_run(search, rows, lr, part="validation")
+    found = notes(report(tmp_path / "runs"), search)
+    assert any("pretrained 0.001 of 0.001, 0.01" in note and "3 runs" in note for note in found)
+    assert "the search: rates of pretrained are compared on shared draws, 2 of its runs" in found
+    assert not any("was best" in note for note in found)
+
+
+def test_searches_with_other_labels_are_not_taken_together(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    searched(search, "scratch", SCRATCH)
+    searched(search, "pretrained", PRETRAINED)
+    other = searched(tmp_path / "other", "pretrained", {1e-3: 0.0, 1e-2: 0.2})
+    for run in list(other.iterdir()):
+        rows = [dataclasses.replace(row, labels="16") for row in read_rows(run / "rows.csv")]
+        write_rows(rows, run / "rows.csv")
+        run.rename(search / f"16-{run.name}")
+    (note,) = notes(report(tmp_path / "runs"), search)
+    assert "pretrained 0.001 of 0.001, 0.01 (Dice 70." in note and "4 runs" in note
+    for run in search.iterdir():
+        if not run.name.startswith("16"):
+            (run / "rows.csv").unlink()
+    assert "the search: it had labels=16" in notes(tmp_path / "runs", search)
+
+
+def test_every_run_of_a_search_is_held_against_the_report(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    searched(search, "scratch", SCRATCH)
+    searched(search, "pretrained", PRETRAINED)
+    last = max(search.glob("pretrained-*"))
+    facts = json.loads((last / "run.json").read_text())
+    facts["trained"]["steps"] = 5
+    (last / "run.json").write_text(json.dumps(facts))
+    found = notes(report(tmp_path / "runs"), search)
+    assert "the search: it differs from the report in steps" in found
 
 
 def test_without_an_own_arm_scratchs_best_rate_is_told(tmp_path: Path) -> None:
