@@ -43,6 +43,14 @@ def atomic(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+def behind_link(path: Path) -> Path:
+    """What a link leads to, there or not: its neighbours are those of what is written through it.
+
+    Renaming a link moves the link and leaves what it leads to where it is.
+    """
+    return path.resolve() if path.is_symlink() else path
+
+
 def make_folder(path: Path, key: str) -> None:
     """Makes a folder that results will go to, and tries whether it can be written.
 

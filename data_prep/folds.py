@@ -249,7 +249,7 @@ def _folds_of(corpus: Corpus) -> Folds:
 
 def _key_of(corpus: Corpus) -> dict[str, str]:
     """Key by case id: from the key map where there is one, else ids are the keys."""
-    path = private_folder(corpus.path.resolve()) / KEYMAP_FILE
+    path = private_folder(corpus.path) / KEYMAP_FILE
     if not path.is_file():
         if corpus.info["options"]["keys"] == "names":
             return {key: key for key in corpus.keys}

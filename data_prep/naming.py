@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
-from data_prep.files import write_once
+from data_prep.files import behind_link, write_once
 from data_prep.layouts.case import Case, case_id
 from data_prep.settings import PrepSettings
 
@@ -41,6 +41,7 @@ KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
 def private_folder(output: Path) -> Path:
     """Where a corpus keeps what must not travel with it: salt, key map, quarantine."""
+    output = behind_link(output)
     return output.with_name(output.name + ".private")
 
 

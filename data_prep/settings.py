@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from data_prep.files import behind_link
 
 MINIMUM_SLICES = 4
 """Fewer along any axis are a localiser or a stack of pictures, no volume; cardiac MR has 6."""
@@ -44,6 +54,21 @@ def several(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"\[.+\]", value):
         return [one.strip().strip("'\"") for one in value[1:-1].split(",")]
     return value
+
+
+def _own_place(output: Path) -> Path:
+    place = behind_link(output)
+    private, left = (one.with_name(f"{one.name}.private") for one in (place, output))
+    if left.exists() and not private.exists():
+        raise ValueError(
+            f"is a link to {place}, and its private folder lies beside the link; move it: "
+            f"mv {left} {private}"
+        )
+    return place
+
+
+Place = Annotated[Path, AfterValidator(_own_place)]
+"""Where a corpus itself lies, not a link to it: what belongs to it is beside it."""
 
 
 class PrepSettings(BaseModel):
@@ -96,7 +121,7 @@ class PrepSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     input: Annotated[Path, MUST_EXIST]
-    output: Path
+    output: Place
     layout: Literal["auto", "nnssl", "nnunet", "decathlon", "folders", "pairs", "bids", "pile"] = (
         "auto"
     )
@@ -227,7 +252,7 @@ class RemoveSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    output: Annotated[Path, MUST_EXIST]
+    output: Annotated[Place, MUST_EXIST]
     remove: Annotated[str | tuple[str, ...], BeforeValidator(several), Field(min_length=1)]
 
     @property

@@ -240,6 +240,26 @@ def test_copies_that_an_addition_has_are_drawn_and_stay_out_when_withdrawn(
     assert any("exclude=c: 1 of its scans are too small" in line for line in lines)
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_stays_and_what_it_leads_to_changes(
+    relative: bool, tmp_path: Path, seed: int
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").mkdir()
+    link, output = tmp_path / "home" / "c", tmp_path / "disk" / "c"
+    link.symlink_to("../disk/c" if relative else output)  # which is not there yet
+    run(scans(tmp_path / "in", seed, 10), link)
+    remove(RemoveSettings(output=link, remove="patient 1"))
+    run(scans(tmp_path / "more", seed + 1, 4), link, append=True)
+    assert len(Corpus.open(output)) == len(keymap(output)) == 12 and check(link) == []
+    assert link.is_symlink() and list((tmp_path / "home").iterdir()) == [link]
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"c", "c.private"}
+    private = tmp_path / "disk" / "c.private"
+    private.rename(tmp_path / "home" / "c.private")
+    with pytest.raises(ValueError, match=f"its private folder lies beside the link.* {private}"):
+        RemoveSettings(output=link, remove="patient 2")
+
+
 def test_the_same_prep_knows_the_changed_corpus(output: Path, tmp_path: Path) -> None:
     remove(RemoveSettings(output=output, remove="patient 1"))
     lines = run(tmp_path / "in" / "list.csv", output)
