@@ -8,8 +8,10 @@ are marked as not valid, so that no loss is taken of them and no network learns 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -40,6 +42,18 @@ def deface_function(name: str) -> Deface:
     if not callable(found):
         raise InputError(f"deface={name}: is no function")
     return found
+
+
+def deface_files(name: str) -> list[Path]:
+    """Files with the code of `module:function`: of the module, and of where the function is from.
+
+    Raises:
+        InputError: there is no such function.
+    """
+    function = deface_function(name)
+    homes = {name.partition(":")[0], str(getattr(function, "__module__", ""))}
+    files = [getattr(sys.modules.get(home), "__file__", None) or "" for home in sorted(homes)]
+    return [Path(file) for file in files if Path(file).is_file()]
 
 
 def defaced(volume: Volume, mask: np.ndarray | None, name: str) -> tuple[Volume, np.ndarray]:

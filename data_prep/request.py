@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
-from data_prep.deface import deface_function
+from data_prep.deface import deface_files, deface_function
 from data_prep.errors import InputError, Naming, near, without_names
 from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.files import write_csv
@@ -165,7 +165,8 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
     files.append([layout.folds])
     classes = _class_file(settings.classes) if isinstance(settings.classes, Path) else None
     files.append([exclusion_digest(path) for path in settings.excluded])
-    for option in (classes, settings.salt):
+    code = deface_files(settings.deface) if settings.deface else []
+    for option in (classes, settings.salt, *code):
         if option is not None:
             files.append([hashlib.sha256(option.read_bytes()).hexdigest()])
     digest = hashlib.sha256(canonical_json([options, files, versions()]))

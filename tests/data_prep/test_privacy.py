@@ -24,7 +24,7 @@ from phantoms import ras_affine, ras_array, save
 from pydicom.datadict import dictionary_VR, keyword_dict
 from pydicom.dataelem import DataElement
 
-from data_prep.build import prep
+from data_prep.build import prep, prep_step
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.settings import PrepResult, PrepSettings
@@ -341,6 +341,37 @@ def test_a_face_is_the_lowest_value_and_not_valid(tmp_path: Path, module: str) -
         kept = corpus.meta(i)["native"]
         assert kept["shape"] == list(original.shape)
         assert (np.sort(image[:, 20:].ravel()) == np.sort(original[:, :-20].ravel())).all()
+
+
+@pytest.mark.parametrize("name", ["lab_rows:front", "lab_tools:front"])
+def test_a_mended_function_is_another_request(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its code is in the module that deface= names, or in one that this takes it from."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "lab_tools.py").write_text("from lab_rows import front\n")
+
+    def take_away(rows: int) -> None:
+        (tmp_path / "lab_rows.py").write_text(
+            "def front(image, affine):\n    gone = image < -1e6\n"
+            f"    gone[:, :{rows}] = True\n    return gone\n"
+        )
+        for module in ("lab_rows", "lab_tools"):
+            sys.modules.pop(module, None)
+
+    take_away(5)
+    settings = PrepSettings(
+        input=heads(tmp_path / "in"), output=tmp_path / "c", keys="names", processes=1, deface=name
+    )
+    prep_step(settings.model_copy(update={"step": "scan", "part": "1/2"}))
+    take_away(20)
+    prep(settings)
+    corpus = Corpus.open(tmp_path / "c")
+    assert all(corpus.read(i, "mask")[:, :20].all() for i in range(2))
+    assert prep(settings).already_there
+    take_away(9)
+    with pytest.raises(InputError, match="holds another corpus"):
+        prep(settings)
 
 
 @pytest.mark.parametrize("name", ["nothing", "wrong", "fails"])
