@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.layouts.case import Layout
 from data_prep.naming import choose_salt, key_names, keyed_hash, private_folder, subject_name
@@ -27,18 +28,18 @@ PATIENCE_SECONDS = 120
 """How long the last step waits for tasks whose machine died: its file server tells that late."""
 
 
-def prep(settings: PrepSettings, say: Say = tell, generation: int = 1) -> PrepResult:
+def prep(settings: PrepSettings, say: Say = tell, onto: Corpus | None = None) -> PrepResult:
     """Write the corpus that `settings` describe; one that was killed goes on where it was.
 
     Args:
         settings: Input, output and options, and no single step.
         say: Receives the report line by line.
-        generation: Of what is added to a corpus; two inputs may name two scans alike.
+        onto: What this is an addition to; two inputs may name two scans alike.
 
     Raises:
         InputError: with all problems of the request; no corpus was written then.
     """
-    with _begun(settings, say, generation) as begun:
+    with _begun(settings, say, onto) as begun:
         if isinstance(begun, PrepResult):
             return begun
         with workers(settings, len(begun.jobs)) as each:
@@ -74,8 +75,15 @@ def prep_step(settings: PrepSettings, say: Say = tell) -> dict[str, Any]:
         return asdict(done)
 
 
+def next_generation(corpus: Corpus | None) -> int:
+    """Number of the generation that follows those of a corpus; the first without one."""
+    return 1 + (len(corpus.info["generations"]) if corpus else 0)
+
+
 @contextmanager
-def _begun(settings: PrepSettings, say: Say, generation: int = 1) -> Iterator[Prep | PrepResult]:
+def _begun(
+    settings: PrepSettings, say: Say, onto: Corpus | None = None
+) -> Iterator[Prep | PrepResult]:
     """A prep that is under way in its work folder, or what came of it, if it is done already."""
     layout, labelled, request = check_request(settings)
     say(f"input: {layout.description}; {len(layout.cases)} images")
@@ -97,7 +105,7 @@ def _begun(settings: PrepSettings, say: Say, generation: int = 1) -> Iterator[Pr
             yield existing
             return
         try:
-            yield _prepared(settings, layout, labelled, request, work, generation)
+            yield _prepared(settings, layout, labelled, request, work, onto)
         except BaseException:
             if work.path.exists():
                 say(
@@ -143,7 +151,7 @@ def _prepared(
     labelled: bool,
     request: str,
     work: WorkFolder,
-    generation: int,
+    onto: Corpus | None,
 ) -> Prep:
     if settings.step in (None, "scan"):
         work.make()
@@ -154,7 +162,7 @@ def _prepared(
         )
     salt = choose_salt(settings, private_folder(settings.output), work.salt)
     classes = class_table(settings, layout) if labelled else None
-    jobs = _jobs(settings, layout, labelled, classes, salt, work, generation)
+    jobs = _jobs(settings, layout, labelled, classes, salt, work, onto)
     return Prep(settings, layout, request, jobs, classes, salt, work)
 
 
@@ -165,9 +173,11 @@ def _jobs(
     classes: list[dict[str, Any]] | None,
     salt: bytes,
     work: WorkFolder,
-    generation: int,
+    onto: Corpus | None,
 ) -> list[ScanJob]:
-    names = key_names(layout.cases) if settings.keys == "names" else {}
+    generation = next_generation(onto)
+    taken = onto.keys if onto else ()
+    names = key_names(layout.cases, taken, generation) if settings.keys == "names" else {}
     masks = {name for case in layout.cases for name, _ in case.organs}
     organs = tuple((r["name"], r["value"]) for r in classes or [] if r["name"] in masks)
     jobs = []

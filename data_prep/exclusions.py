@@ -26,7 +26,7 @@ class Exclusions:
     """Names and looks of what must stay out.
 
     Attributes:
-        names: Keys and fingerprints.
+        names: Fingerprints, and keys that lists name.
         sketches: Of scans of which there are any.
         sources: Where each of these comes from: a path, and the key if it is a corpus.
     """
@@ -82,7 +82,8 @@ class Exclusions:
 def read_exclusions(paths: Sequence[Path]) -> Exclusions:
     """All that some lists (keys or fingerprints, one a line), corpora and releases name.
 
-    A split of a corpus, splits/NAME.json in it, names its test and validation samples.
+    A split of a corpus, splits/NAME.json in it, names its test and validation samples. Scans of a
+    corpus are known by what is in them: another scan may have the same key elsewhere.
 
     Raises:
         InputError: with all that are none of these.
@@ -144,10 +145,7 @@ def _of_samples(
     corpus: Corpus, keys: set[str]
 ) -> tuple[set[str], list[Sketch], list[tuple[Path, str]]]:
     """The same of some samples of a corpus."""
-    names = set(keys)
-    for key, prints in corpus.scan_prints().items():
-        if key in keys:
-            names |= prints
+    names = {one for key, prints in corpus.scan_prints().items() if key in keys for one in prints}
     looks = {
         key: look for key, look in zip(corpus.keys, corpus.sketches(), strict=True) if key in keys
     }

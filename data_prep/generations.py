@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from data_prep.build import prep
+from data_prep.build import next_generation, prep
 from data_prep.corpus import (
     CORPUS_FILE,
     FINGERPRINTS_FILE,
@@ -136,7 +136,7 @@ def append(
             parts = [_Part(one, path, range(len(one))) for one, path in both]
             change = {"added": len(more), "removed": 0, "index": more.index_hash}
             result = _put_together(work.corpus, parts, change)
-            _join_private(private, private_folder(beside), _generation(corpus))
+            _join_private(private, private_folder(beside), next_generation(corpus))
             _note_index(output, result)
             take_place(work.corpus, output)
         work.remove()
@@ -165,7 +165,7 @@ def _prepared(settings: PrepSettings, corpus: Corpus, beside: Path, say: Say) ->
         prep(
             _beside(settings, corpus, beside),
             lambda line: say(f"addition: {lasting(line)}"),
-            generation=_generation(corpus),
+            onto=corpus,
         )
     except InputError as error:
         if (theirs / REFUSED_FILE).is_file():
@@ -192,10 +192,6 @@ def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSetting
             "exclude": (*settings.excluded, *known),
         }
     )
-
-
-def _generation(corpus: Corpus) -> int:
-    return len(corpus.info["generations"]) + 1
 
 
 def _has(corpus: Corpus, more: Corpus) -> bool:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError
@@ -53,8 +53,16 @@ def slug(text: str) -> str:
     return f"{plain[:47]}-{hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()}"
 
 
-def key_names(cases: Sequence[Case]) -> dict[str, str]:
-    """Keys from file names; from whole paths where names repeat, with a hash where those do."""
+def key_names(
+    cases: Sequence[Case], taken: Collection[str] = (), generation: int = 1
+) -> dict[str, str]:
+    """Keys from file names; from whole paths where names repeat, with a hash where those do.
+
+    Args:
+        cases: of an input.
+        taken: keys that a corpus has already; whoever would get one of them gets a hash as well.
+        generation: of what is added to it.
+    """
     short = {case.name: slug(case_id(case)) for case in cases}
     # A list may hold absolute paths; where all of them lead is nobody's business.
     absolute = [case.name for case in cases if Path(case.name).is_absolute()]
@@ -65,11 +73,12 @@ def key_names(cases: Sequence[Case]) -> dict[str, str]:
     }
     repeated = Counter(short.values())
     keys = {n: short[n] if repeated[short[n]] == 1 else long[n] for n in short}
-    again = Counter(keys.values())
+    again = Counter([*keys.values(), *taken])
+    of = f"{generation}\0" if generation > 1 else ""
     return {
         name: key
         if again[key] == 1
-        else f"{key[:47]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
+        else f"{key[:47]}-{hashlib.blake2b(os.fsencode(of + name), digest_size=8).hexdigest()}"
         for name, key in keys.items()
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,35 @@ def test_an_addition_is_a_generation_and_nothing_else_changes(
     assert "4 volumes added as generation 2, 14 in all" in lines[-1]
     assert len(keymap(output)) == 14
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.private", "in", "more"]
+
+
+@pytest.mark.parametrize("keys", ["hmac", "names"])
+def test_another_scan_of_the_same_name_comes_in(keys: str, tmp_path: Path) -> None:
+    """As every nnU-Net data set has a case_00001: names say nothing of who it is."""
+    heads = ("IXI013-HH-1212_T1.nii.gz", "IXI014-HH-1236_T1.nii.gz", "IXI033-HH-1259_T1.nii.gz")
+    for folder, head in zip(("one", "two", "three"), heads, strict=True):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "case_00001.nii.gz").symlink_to(SAMPLES / "ixi" / head)
+    (tmp_path / "salt").write_text("of both of them, not of either")
+    given: dict[str, Any] = {"keys": keys}
+    given |= {"salt": tmp_path / "salt"} if keys == "hmac" else {}
+    run(tmp_path / "one", tmp_path / "test", **given)
+    run(tmp_path / "two", tmp_path / "c", exclude=tmp_path / "test", **given)
+    assert Corpus.open(tmp_path / "c").keys == Corpus.open(tmp_path / "test").keys
+    for folder in ("one", "three"):
+        run(tmp_path / folder, tmp_path / "c", append=True, **given)
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(set(corpus.keys)) == len(corpus) == 3 and check(corpus.path) == []
+    assert {row["key"] for row in keymap(corpus.path)} == set(corpus.keys)
+    with pytest.raises(InputError, match="3 excluded" if keys == "hmac" else "named by exclude="):
+        run(_all_of(tmp_path, heads), tmp_path / "c", append=True, **given)
+
+
+def _all_of(folder: Path, heads: Sequence[str]) -> Path:
+    (folder / "all").mkdir()
+    for head in heads:
+        (folder / "all" / head).symlink_to(SAMPLES / "ixi" / head)
+    return folder / "all"
 
 
 def test_what_was_withdrawn_does_not_come_back(output: Path, tmp_path: Path) -> None:
