@@ -7,20 +7,31 @@ everything is there.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.exclusions import exclusion_digest
 from data_prep.layouts.case import Layout
-from data_prep.naming import choose_salt, key_names, keyed_hash, private_folder, subject_name
+from data_prep.naming import (
+    WITHDRAWN_FILE,
+    choose_salt,
+    key_names,
+    keyed_hash,
+    private_folder,
+    subject_name,
+)
 from data_prep.progress import tell
 from data_prep.publish import Say
 from data_prep.request import check_request, class_table, existing_result
 from data_prep.scan import ScanJob
 from data_prep.settings import PrepResult, PrepSettings
+from data_prep.shards import canonical_json
 from data_prep.steps import Prep, plan_shards, publish_corpus, scan_cases, workers, write_shards
 from data_prep.work import WorkFolder, hold, others, work_root
 
@@ -34,7 +45,7 @@ def prep(settings: PrepSettings, say: Say = tell, onto: Corpus | None = None) ->
     Args:
         settings: Input, output and options, and no single step.
         say: Receives the report line by line.
-        onto: What this is an addition to; two inputs may name two scans alike.
+        onto: What this is an addition to: its scans stay out, and its keys are taken.
 
     Raises:
         InputError: with all problems of the request; no corpus was written then.
@@ -87,6 +98,11 @@ def _begun(
     """A prep that is under way in its work folder, or what came of it, if it is done already."""
     layout, labelled, request = check_request(settings)
     say(f"input: {layout.description}; {len(layout.cases)} images")
+    known = [onto.path] if onto else []
+    withdrawn = private_folder(onto.path if onto else settings.output) / WITHDRAWN_FILE
+    if withdrawn.is_file():
+        known.append(withdrawn)
+        say(f"what was withdrawn stays out: {withdrawn}")
     # Without unfinished work there is nothing to hold, or to write to.
     idle = not work_root(settings.output).exists()
     existing = _existing(settings, request, say) if idle else None
@@ -95,7 +111,10 @@ def _begun(
         return
     alone = settings.step in (None, "publish")
     patience = 0 if settings.step is None else PATIENCE_SECONDS
-    with hold(settings.output, request, alone=alone, patience=patience) as work:
+    # What was begun before others were withdrawn, or added, is not gone on with.
+    task = canonical_json([request, *map(exclusion_digest, known)])
+    digest = hashlib.sha256(task).hexdigest()
+    with hold(settings.output, digest, alone=alone, patience=patience) as work:
         for other in others(settings.output, work):
             say(f"of another prep of this output, unfinished: {other} (rm -r removes it)")
         existing = _ended_meanwhile(settings, request, work, say)
@@ -105,7 +124,8 @@ def _begun(
             yield existing
             return
         try:
-            yield _prepared(settings, layout, labelled, request, work, onto)
+            excluded = (*settings.excluded, *known)
+            yield _prepared(settings, layout, labelled, request, work, excluded, onto)
         except BaseException:
             if work.path.exists():
                 say(
@@ -151,6 +171,7 @@ def _prepared(
     labelled: bool,
     request: str,
     work: WorkFolder,
+    excluded: tuple[Path, ...],
     onto: Corpus | None,
 ) -> Prep:
     if settings.step in (None, "scan"):
@@ -163,7 +184,7 @@ def _prepared(
     salt = choose_salt(settings, private_folder(settings.output), work.salt)
     classes = class_table(settings, layout) if labelled else None
     jobs = _jobs(settings, layout, labelled, classes, salt, work, onto)
-    return Prep(settings, layout, request, jobs, classes, salt, work)
+    return Prep(settings, layout, request, jobs, classes, salt, work, excluded)
 
 
 def _jobs(

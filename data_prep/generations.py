@@ -42,9 +42,11 @@ from data_prep.naming import (
     QUARANTINE_HEADER,
     REFUSED_FILE,
     REQUEST_FILE,
+    WITHDRAWN_FILE,
     keyed_hash,
     private_folder,
     read_salt,
+    read_withdrawn,
     slug,
 )
 from data_prep.pictures import pictured
@@ -56,10 +58,8 @@ from data_prep.splits import PARTS, split_from, write_split
 from data_prep.work import WorkFolder, hold
 from data_prep.write import write_parquet
 
-WITHDRAWN_FILE = "withdrawn.txt"
-"""In the private folder: what was withdrawn, so that it never comes back by appending."""
 SUBJECT = "subject "
-"""Begins a line of it that names a subject: what there is besides samples goes too."""
+"""Begins a line of `WITHDRAWN_FILE` that names a subject: all that there is of it goes too."""
 _COPY_OF = re.compile(r"duplicate of ([a-z0-9_-]+)\b(?! scan)")
 
 
@@ -177,10 +177,8 @@ def _prepared(settings: PrepSettings, corpus: Corpus, beside: Path, say: Say) ->
 
 
 def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSettings:
-    """The prep of an addition: with the corpus's salt, and without what it has or had."""
-    private = private_folder(settings.output)
-    salt, withdrawn = private / "salt", private / WITHDRAWN_FILE
-    known = [settings.output, *([withdrawn] if withdrawn.is_file() else [])]
+    """The prep of an addition: with the corpus's salt."""
+    salt = private_folder(settings.output) / "salt"
     return settings.model_copy(
         update={
             "append": False,
@@ -189,7 +187,6 @@ def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSetting
             "name": corpus.info["name"],
             "labels": corpus.labelled,
             "salt": settings.salt or (salt if salt.is_file() else None),
-            "exclude": (*settings.excluded, *known),
         }
     )
 
@@ -223,7 +220,7 @@ def _rows_of(corpus: Corpus, output: Path, names: Sequence[str]) -> set[int]:
     found: set[int] = set()
     problems = []
     private = private_folder(output)
-    before = _withdrawn(private)
+    before = read_withdrawn(private)
     left_out = read_csv(private / QUARANTINE_FILE)
     quarantined = {row.get(column) for row in left_out for column in ("input", "subject")}
     for name in names:
@@ -473,17 +470,11 @@ def _refuse_other_classes(settings: PrepSettings, corpus: Corpus, more: Corpus) 
         )
 
 
-def _withdrawn(private: Path) -> set[str]:
-    """Keys and prints of what was withdrawn."""
-    file = private / WITHDRAWN_FILE
-    return set(file.read_text().splitlines()) if file.is_file() else set()
-
-
 def _note_withdrawn(private: Path, corpus: Corpus, gone: set[int]) -> None:
     """Notes what must not come back; names are kept until it is gone."""
     prints = corpus.scan_prints()
     keys = [corpus.keys[i] for i in gone]
-    lines = _withdrawn(private) | {one for key in keys for one in (key, *prints[key])}
+    lines = read_withdrawn(private) | {one for key in keys for one in (key, *prints[key])}
     lines |= {f"{SUBJECT}{corpus.subjects[i]}" for i in gone}
     text = "".join(f"{line}\n" for line in sorted(lines))
     private.mkdir(mode=0o700, exist_ok=True)
@@ -501,7 +492,7 @@ def _forget(private: Path, left: set[str], names: set[str]) -> int:
         left: the subjects that the corpus still has.
         names: what was asked for, which may be in the quarantine alone.
     """
-    gone = _withdrawn(private)
+    gone = read_withdrawn(private)
     subjects = {one.removeprefix(SUBJECT) for one in gone if one.startswith(SUBJECT)} - left
     keymap = _rows(private / KEYMAP_FILE, KEYMAP_COLUMNS)
     names = names | {row[2] for row in keymap if row[0] in gone}

@@ -24,6 +24,8 @@ QUARANTINE_HEADER = ("input", "code", "detail", "subject")
 REFUSED_FILE = "refused.csv"
 """As the quarantine, of an input that gave no sample at all."""
 REQUEST_FILE = "request.json"
+WITHDRAWN_FILE = "withdrawn.txt"
+"""What was withdrawn from the corpus, so that it never comes back."""
 DUPLICATES = "duplicates"
 """A folder of pictures of copies."""
 DUPLICATES_OF_BEFORE = "duplicates.png"
@@ -43,6 +45,12 @@ def private_folder(output: Path) -> Path:
     """Where a corpus keeps what must not travel with it: salt, key map, quarantine."""
     output = behind_link(output)
     return output.with_name(output.name + ".private")
+
+
+def read_withdrawn(private: Path) -> set[str]:
+    """Keys, prints and subjects of what was withdrawn."""
+    file = private / WITHDRAWN_FILE
+    return set(file.read_text().splitlines()) if file.is_file() else set()
 
 
 def slug(text: str) -> str:

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError
-from data_prep.exclusions import read_exclusions
+from data_prep.exclusions import Exclusions
 from data_prep.files import write_bytes
 from data_prep.plan import Plan
 from data_prep.scan import ScanJob, Scanned, read_case
-from data_prep.settings import PrepSettings
 from data_prep.shards import array_suffix
 from data_prep.work import WorkFolder
 
@@ -47,7 +46,7 @@ class Copy:
 
 
 def copies_of(
-    settings: PrepSettings, jobs: Sequence[ScanJob], plan: Plan, work: WorkFolder
+    exclusions: Exclusions, jobs: Sequence[ScanJob], plan: Plan, work: WorkFolder
 ) -> list[Copy]:
     """Copies that a prep has left out, as many as are drawn: of its own samples, then of others."""
     own = Corpus.open(work.corpus)
@@ -57,7 +56,6 @@ def copies_of(
         if isinstance(one, Scanned) and isinstance(other, Scanned):
             found.append(Copy(one, own, other.key, share))
     excluded = {row.name for row in plan.left_out if row.code == "excluded"}
-    exclusions = read_exclusions(settings.excluded if excluded else ())
     for job in jobs:
         if len(found) == MOST_PAIRS or job.case.name not in excluded:
             continue

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.exclusions import Exclusions, read_exclusions
+from data_prep.exclusions import Exclusions
 from data_prep.files import write_bytes
 from data_prep.fingerprint import as_text
 from data_prep.layouts.case import Layout, LeftOut
@@ -51,9 +51,10 @@ def make_plan(
     jobs: Sequence[ScanJob],
     scanned: Sequence[Scanned | LeftOut],
     classes: list[dict[str, Any]] | None,
+    exclusions: Exclusions,
 ) -> Plan:
     """The plan of all cases; InputError if none is left."""
-    kept, left_out = _survivors(jobs, scanned, read_exclusions(settings.excluded))
+    kept, left_out = _survivors(jobs, scanned, exclusions)
     pairs: list[tuple[int, int, float]] = []
     if settings.duplicates == "all":
         kept, near, pairs = _without_near_duplicates(jobs, kept)

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, books, shard_name
 from data_prep.deface import may_be_head
-from data_prep.exclusions import read_exclusions
+from data_prep.exclusions import Exclusions
 from data_prep.files import write_bytes, write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id, subject_from_name
@@ -44,6 +44,7 @@ def complete(
     kept: Sequence[Scanned],
     written: Sequence[Written],
     plan: Plan,
+    exclusions: Exclusions,
     root: Path,
 ) -> tuple[PrepResult, list[LeftOut]]:
     """Writes all that a corpus has besides its shards; gives all that was left out."""
@@ -111,7 +112,7 @@ def complete(
             *_book_notes(layout, left_out, files["total"]),
             *_head_notes(metas),
             *_comparison_notes(counts),
-            *read_exclusions(settings.excluded).notes(),
+            *exclusions.notes(),
             *_label_notes(counts),
         ],
     )

@@ -34,6 +34,7 @@ from data_prep.naming import (
     REQUEST_FILE,
     private_folder,
     read_salt,
+    read_withdrawn,
 )
 from data_prep.settings import NEVER_RESAMPLED, PrepResult, PrepSettings
 from data_prep.shards import canonical_json
@@ -194,6 +195,12 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
         raise InputError(
             f"output={output}: holds another corpus; choose another place, or replace it with "
             "overwrite=true"
+        )
+    back = read_withdrawn(private).intersection(corpus.keys)
+    if back:
+        raise InputError(
+            f"output={output}: has {len(back)} samples that were withdrawn; withdraw them again "
+            "with remove=, or replace it with overwrite=true: they stay out"
         )
     counts = corpus.info["counts"]
     return PrepResult(

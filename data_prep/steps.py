@@ -14,11 +14,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 from data_prep.errors import FailedError, InputError
+from data_prep.exclusions import Exclusions, read_exclusions
 from data_prep.layouts.case import Layout, LeftOut
 from data_prep.naming import DUPLICATES
 from data_prep.pictures import copies_of, draw_copies
@@ -49,6 +52,12 @@ class Prep:
     classes: list[dict[str, Any]] | None
     salt: bytes
     work: WorkFolder
+    excluded: tuple[Path, ...]
+
+    @cached_property
+    def exclusions(self) -> Exclusions:
+        """What must stay out, read once."""
+        return read_exclusions(self.excluded)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,9 @@ def plan_shards(prep: Prep) -> Plan:
         raise InputError(_missing("case", missing, len(prep.jobs), "scanned", "scan"))
     scanned = [read_case(work, job.number) for job in prep.jobs]
     try:
-        plan = make_plan(prep.settings, prep.layout, prep.jobs, scanned, prep.classes)
+        plan = make_plan(
+            prep.settings, prep.layout, prep.jobs, scanned, prep.classes, prep.exclusions
+        )
     except InputError:
         work.remove()  # what is not there cannot be gone on with
         raise
@@ -157,10 +168,10 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
     ]
     written = [read_shard_note(work, number) for number in range(len(plan.shards))]
     result, left_out = complete(
-        prep.settings, prep.layout, prep.jobs, kept, written, plan, work.corpus
+        prep.settings, prep.layout, prep.jobs, kept, written, plan, prep.exclusions, work.corpus
     )
     result.private.mkdir(mode=0o700, exist_ok=True)
-    copies = copies_of(prep.settings, prep.jobs, plan, work)
+    copies = copies_of(prep.exclusions, prep.jobs, plan, work)
     draw_copies(copies, work, result.private / DUPLICATES)
     publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
     report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")

@@ -15,7 +15,7 @@ import pytest
 from phantoms import save, scan
 
 import data_prep.generations
-from data_prep.build import prep
+from data_prep.build import prep, prep_step
 from data_prep.check import check
 from data_prep.corpus import Corpus, books
 from data_prep.errors import CorruptionError, InputError
@@ -192,6 +192,37 @@ def test_what_was_withdrawn_does_not_come_back(output: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="no usable scan"):
         run(tmp_path / "in" / "list.csv", output, append=True)
     assert len(Corpus.open(output)) == 8 and check(output) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_was_withdrawn_does_not_come_back_by_writing_it_again(
+    begun: bool, output: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in" / "list.csv"
+    again = PrepSettings(
+        input=source, output=output, processes=1, shard_mib=0.012, overwrite=True, step="scan"
+    )
+    if begun:  # with who is withdrawn before it goes on
+        prep_step(again)
+        prep_step(again.model_copy(update={"step": "plan"}))
+    remove(RemoveSettings(output=output, remove="patient 1"))
+    lines = run(source, output, overwrite=True)
+    withdrawn = tmp_path / "c.private" / "withdrawn.txt"
+    assert f"what was withdrawn stays out: {withdrawn}" in lines
+    corpus = Corpus.open(output)
+    assert len(corpus) == 8 and corpus.info["counts"]["rejected"] == {"excluded": 2}
+    assert "already is this corpus (8 samples)" in run(source, output)[-1]
+
+
+def test_a_corpus_that_has_who_was_withdrawn_is_not_what_is_asked_for(
+    output: Path, tmp_path: Path
+) -> None:
+    """As where it was written again by a prep that did not look."""
+    (tmp_path / "c.private" / "withdrawn.txt").write_text(f"{Corpus.open(output).keys[0]}\n")
+    with pytest.raises(InputError, match="has 1 samples that were withdrawn"):
+        run(tmp_path / "in" / "list.csv", output)
+    run(tmp_path / "in" / "list.csv", output, overwrite=True)
+    assert len(Corpus.open(output)) == 9
 
 
 @pytest.fixture(scope="module")
