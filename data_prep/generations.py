@@ -52,10 +52,11 @@ from data_prep.naming import (
 from data_prep.pictures import pictured
 from data_prep.progress import tell
 from data_prep.publish import Say, counts_of, label_counts, take_place
+from data_prep.request import check_request, existing_result
 from data_prep.settings import SHAPING, PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
 from data_prep.splits import PARTS, split_from, write_split
-from data_prep.work import WorkFolder, hold
+from data_prep.work import WorkFolder, hold, remove_folder, work_root
 from data_prep.write import write_parquet
 
 SUBJECT = "subject "
@@ -117,63 +118,104 @@ def append(
     Raises:
         InputError: as `prep`, or the input is of another kind than the corpus.
     """
-    output, private = settings.output, private_folder(settings.output)
+    output = settings.output
     beside = output.with_name(f".{output.name}.more")
     request = hashlib.sha256(b"append").hexdigest()
     with hold(output, request, alone=True):
         corpus = Corpus.open(output)  # one that was moved away by a start that was killed is back
-    more = Corpus.open(beside) if beside.exists() else None
-    if more is None or not _has(corpus, more):
         settings = _as_it_was_made(settings, corpus, said)
         _refuse_other_options(settings, corpus)
-        more = _prepared(settings, corpus, beside, say)
-        _refuse_other_classes(settings, corpus, more)  # before anything is put together
+        words = _beside(settings, corpus, beside)
+        index = _prepared_before(words, corpus)
+    index = index or _prepared(words, corpus, say)
     with hold(output, request, alone=True) as work:
-        corpus = Corpus.open(output)
-        if not _has(corpus, more):
-            _make_anew(work)
-            both = ((corpus, output), (more, beside))
-            parts = [_Part(one, path, range(len(one))) for one, path in both]
-            change = {"added": len(more), "removed": 0, "index": more.index_hash}
-            result = _put_together(work.corpus, parts, change)
-            _join_private(private, private_folder(beside), next_generation(corpus))
-            _note_index(output, result)
-            take_place(work.corpus, output)
+        if index not in _additions(Corpus.open(output)):
+            _join(output, beside, work)
         work.remove()
-        shutil.rmtree(private_folder(beside), ignore_errors=True)
-        shutil.rmtree(beside, ignore_errors=True)
+        _discard(beside)
         corpus = Corpus.open(output)
-    number = len(corpus.info["generations"])
-    say(f"{output}: {len(more)} volumes added as generation {number}, {len(corpus)} in all")
+    added = _additions(corpus)[index]
+    number = added["number"]
+    say(f"{output}: {added['added']} volumes added as generation {number}, {len(corpus)} in all")
     return {
         "output": str(output),
-        "added": len(more),
+        "added": added["added"],
         "samples": len(corpus),
         "generation": number,
         "index_hash": corpus.index_hash,
     }
 
 
-def _prepared(settings: PrepSettings, corpus: Corpus, beside: Path, say: Say) -> Corpus:
-    """The addition as a corpus beside it; what is said names the places where things will stay."""
-    private, theirs = private_folder(settings.output), private_folder(beside)
+def _join(output: Path, beside: Path, work: WorkFolder) -> None:
+    """Puts a corpus and what was prepared beside it together; no file of that is open afterwards.
+
+    Raises:
+        InputError: their labels do not go together; the addition is removed.
+    """
+    corpus, more = Corpus.open(output), Corpus.open(beside)
+    _refuse_other_classes(corpus, more)
+    _make_anew(work)
+    both = ((corpus, output), (more, beside))
+    parts = [_Part(one, path, range(len(one))) for one, path in both]
+    change = {"added": len(more), "removed": 0, "index": more.index_hash}
+    result = _put_together(work.corpus, parts, change)
+    _join_private(private_folder(output), private_folder(beside), next_generation(corpus))
+    _note_index(output, result)
+    take_place(work.corpus, output)
+
+
+def _prepared_before(words: PrepSettings, corpus: Corpus) -> str:
+    """Hash of the index of an addition that a start that was killed has prepared; empty: none.
+
+    It may even have put it together with the corpus. What one with another input has left goes.
+    """
+    beside, theirs = words.output, private_folder(words.output)
+    if not beside.exists() and not theirs.exists():
+        return ""
+    request = check_request(words.model_copy(update={"output": corpus.path}))[2]
+    note = read_note(theirs / REQUEST_FILE)
+    asked = note.get("request") == request
+    if asked and (note["index"] in _additions(corpus) or _answers(words, request)):
+        return str(note["index"])
+    if beside.exists():
+        _discard(beside)
+    return ""
+
+
+def _prepared(words: PrepSettings, corpus: Corpus, say: Say) -> str:
+    """Prepares an addition as a corpus beside the one that it is for; hash of its index.
+
+    What is said names the places where things will stay.
+    """
+    beside, theirs = words.output, private_folder(words.output)
+    private = private_folder(corpus.path)
 
     def lasting(text: str) -> str:
-        return text.replace(str(theirs), str(private)).replace(str(beside), str(settings.output))
+        return text.replace(str(theirs), str(private)).replace(str(beside), str(corpus.path))
 
     try:
-        prep(
-            _beside(settings, corpus, beside),
-            lambda line: say(f"addition: {lasting(line)}"),
-            onto=corpus,
-        )
+        made = prep(words, lambda line: say(f"addition: {lasting(line)}"), onto=corpus)
     except InputError as error:
         if (theirs / REFUSED_FILE).is_file():
             private.mkdir(mode=0o700, exist_ok=True)
             (theirs / REFUSED_FILE).replace(private / REFUSED_FILE)
             shutil.rmtree(theirs)
         raise type(error)([lasting(problem) for problem in error.problems]) from error
-    return Corpus.open(beside)
+    return made.index_hash
+
+
+def _answers(settings: PrepSettings, request: str) -> bool:
+    """Whether the corpus of a request is there, whole."""
+    try:
+        return existing_result(settings, request) is not None
+    except InputError:
+        return False
+
+
+def _discard(beside: Path) -> None:
+    """Removes an addition; last its private folder, by which it is known until then."""
+    for folder in (beside, work_root(beside), private_folder(beside)):
+        remove_folder(folder)
 
 
 def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSettings:
@@ -182,7 +224,6 @@ def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSetting
     return settings.model_copy(
         update={
             "append": False,
-            "overwrite": True,
             "output": beside,
             "name": corpus.info["name"],
             "labels": corpus.labelled,
@@ -191,9 +232,9 @@ def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSetting
     )
 
 
-def _has(corpus: Corpus, more: Corpus) -> bool:
-    """Whether an addition is in the corpus already: a start was killed while it tidied up."""
-    return more.index_hash in [one.get("index") for one in corpus.info["generations"]]
+def _additions(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """What was added to a corpus, by the hash of its index when it came."""
+    return {one["index"]: one for one in corpus.info["generations"] if "index" in one}
 
 
 def _make_anew(work: WorkFolder) -> None:
@@ -451,7 +492,7 @@ def _refuse_other_options(settings: PrepSettings, corpus: Corpus) -> None:
         raise InputError(problems)
 
 
-def _refuse_other_classes(settings: PrepSettings, corpus: Corpus, more: Corpus) -> None:
+def _refuse_other_classes(corpus: Corpus, more: Corpus) -> None:
     """A label value has one meaning in all of a corpus."""
     names = {row["value"]: row["name"] for row in corpus.classes}
     values = {row["name"]: row["value"] for row in corpus.classes}
@@ -462,10 +503,9 @@ def _refuse_other_classes(settings: PrepSettings, corpus: Corpus, more: Corpus) 
         or values.get(row["name"], row["value"]) != row["value"]
     ]
     if strange:
-        for folder in (more.path, private_folder(more.path)):
-            shutil.rmtree(folder, ignore_errors=True)
+        _discard(more.path)
         raise InputError(
-            f"classes={{{', '.join(strange[:5])}}}: {settings.output} has other names or values "
+            f"classes={{{', '.join(strange[:5])}}}: {corpus.path} has other names or values "
             "for these; classes= gives the labels of an addition those of the corpus"
         )
 

@@ -92,12 +92,17 @@ class WorkFolder:
         return self.plan.exists() and not self.corpus.exists()
 
     def remove(self) -> None:
-        """Removes it at once for all who look, then its bytes."""
-        if self.path.exists():
-            done = self.path.with_suffix(DONE)
-            shutil.rmtree(done, ignore_errors=True)
-            self.path.rename(done)
-            shutil.rmtree(done, ignore_errors=True)
+        """Removes it, as `remove_folder` does."""
+        remove_folder(self.path)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder at once for all who look, then its bytes, and those that a kill left."""
+    done = path.with_suffix(DONE)
+    shutil.rmtree(done, ignore_errors=True)
+    if path.exists():
+        path.rename(done)
+        shutil.rmtree(done, ignore_errors=True)
 
 
 def _numbers(folder: Path) -> set[int]:

@@ -467,6 +467,63 @@ def test_a_kill_leaves_one_corpus_and_the_same_command_ends_it(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("moment", ["before", "within", "after"])
+def test_a_kill_while_tidying_up_swallows_no_other_input(
+    moment: str, output: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more, other = (scans(tmp_path / n, seed + k, 4) for k, n in enumerate(("more", "other"), 1))
+    beside = tmp_path / ".c.more"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder: Path) -> None:
+        held = [one.readlink() for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+        assert not any(beside in one.parents for one in held)
+        if moment == "within":
+            (folder / "corpus.json").unlink()
+        elif moment == "after":
+            folder.rename(folder.with_suffix(".done"))
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("data_prep.generations._discard", killed)
+        run(more, output, append=True)
+    assert len(Corpus.open(output)) == 14
+    # The same command ends it, and what another one brings comes in.
+    assert "4 volumes added as generation 2, 14 in all" in run(more, output, append=True)[-1]
+    assert not list(tmp_path.glob(".*"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("data_prep.generations._discard", killed)
+        run(other, output, append=True)
+    new = scans(tmp_path / "new", seed + 3, 2)
+    assert "2 volumes added as generation 4, 20 in all" in run(new, output, append=True)[-1]
+    assert check(output) == [] and len(keymap(output)) == 20 and not list(tmp_path.glob(".*"))
+
+
+def test_an_addition_that_was_prepared_and_not_put_together_is_of_its_input(
+    output: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more, other = (scans(tmp_path / n, seed + k, 4) for k, n in enumerate(("more", "other"), 1))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    for _ in range(2):  # the second start finds what the first has prepared
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr("data_prep.generations._join", killed)
+            run(more, output, append=True)
+    run(other, output, append=True)
+    corpus = Corpus.open(output)
+    assert len(corpus) == 14 and not list(tmp_path.glob(".*"))
+    (added,) = [row["input"] for row in keymap(output) if row["key"] == corpus.keys[10]]
+    kept = np.asarray(nib.load(tmp_path / "other" / added).dataobj)
+    assert sorted(corpus.read(10, "image").ravel()) == sorted(kept.ravel())
+
+
 def test_an_addition_is_made_as_its_corpus_was_and_need_not_be_told(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
