@@ -19,6 +19,7 @@ from data_prep.layouts.case import (
     Layout,
     LeftOut,
     is_image,
+    known_sequence,
     leave_out,
     looks_like_a_label,
     may_be_dicom,
@@ -68,11 +69,13 @@ def from_bids(
     if not images or not (labels or forced):
         return None
     wanted = list(channels) or [_common_suffix(root, images, labels)]
-    layout = Layout(f"BIDS ({', '.join(wanted)} {'with' if labels else 'without'} label maps)")
+    sequence = BETWEEN_CHANNELS.join(channels or map(known_sequence, wanted))
+    told = sequence.replace(BETWEEN_CHANNELS, ", ") or "images"
+    layout = Layout(f"BIDS ({told} {'with' if labels else 'without'} label maps)")
     problems: list[str] = []
     used: set[Path] = set()
     for session, found in sorted(images.items()):
-        case = _case(root, session, found, labels.get(session, []), wanted, problems)
+        case = _case(root, session, found, labels.get(session, []), wanted, sequence, problems)
         if case is not None:
             layout.cases.append(case)
             used |= set(case.files)
@@ -85,7 +88,7 @@ def from_bids(
 
 
 def _unlabelled(root: Path, files: list[Path], forced: bool) -> Layout | None:
-    """Every image of a subject as it is; its suffix is its sequence.
+    """Every image of a subject as it is; its suffix is its sequence, if it is that of one.
 
     The session stays in the case's id, which is private: it often is a date.
     """
@@ -108,7 +111,7 @@ def _unlabelled(root: Path, files: list[Path], forced: bool) -> Layout | None:
                 (path,),
                 subject=subject_from_name(name),
                 modality=modality_from_name(suffix) or modality_from_name(name),
-                sequence=suffix.replace(BETWEEN_CHANNELS, ","),
+                sequence=known_sequence(suffix),
             )
         )
     taken = set(named)
@@ -127,6 +130,7 @@ def _case(
     images: list[Path],
     labels: list[Path],
     wanted: list[str],
+    sequence: str,
     problems: list[str],
 ) -> Case | None:
     chosen = []
@@ -164,7 +168,7 @@ def _case(
         id="_".join(filter(None, session)),
         subject=session[0].removeprefix("sub-"),
         modality=modality_from_name(" ".join(wanted)),
-        sequence=BETWEEN_CHANNELS.join(wanted),
+        sequence=sequence,
     )
 
 

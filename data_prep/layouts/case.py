@@ -23,6 +23,19 @@ MR_WORDS = {
     "swi", "bold", "dce", "tof", "mprage", "cinemri",
 }  # fmt: skip
 OTHER_WORDS = {"pet": "PET", "suv": "PET", "fdg": "PET", "spect": "SPECT"}
+BIDS_SUFFIXES = (
+    "T1w", "T2w", "PDw", "T2starw", "FLAIR", "inplaneT1", "inplaneT2", "PDT2", "angio", "T2star",
+    "FLASH", "PD", "T1map", "T2map", "T2starmap", "R1map", "R2map", "R2starmap", "PDmap", "MTRmap",
+    "MTsat", "UNIT1", "T1rho", "MWFmap", "MTVmap", "Chimap", "S0map", "M0map", "MESE", "MEGRE",
+    "VFA", "IRT1", "MP2RAGE", "MPM", "MTS", "MTR", "bold", "cbv", "sbref", "phase", "noRF", "dwi",
+    "ADC", "FA", "colFA", "expADC", "trace", "asl", "m0scan", "phasediff", "phase1", "phase2",
+    "magnitude", "magnitude1", "magnitude2", "fieldmap", "epi", "TB1DAM", "TB1EPI", "TB1AFI",
+    "TB1TFL", "TB1RFM", "TB1SRGE", "TB1map", "RB1COR", "RB1map", "pet", "mrsi", "mrsref",
+)  # fmt: skip
+"""Of images of MR and PET, in the schema of the BIDS specification."""
+SEQUENCES = {suffix.lower() for suffix in BIDS_SUFFIXES} | CT_WORDS | MR_WORDS | OTHER_WORDS.keys()
+SEQUENCES |= {"cbct", "gre", "mra", "mtw", "minip", "qsm", "dti", "md", "b0", "dsc", "cbf", "stir"}
+"""What a scan may be said to be, in small letters: all else that stands there may be a name."""
 LABEL_WORDS = {
     "seg", "dseg", "aseg", "label", "labels", "mask", "masks", "segmentation", "segmentations",
     "gt", "groundtruth", "annotation", "annotations", "parcellation",
@@ -164,6 +177,11 @@ def words(name: str) -> list[str]:
     for suffix in SUFFIXES:
         lower = lower.removesuffix(suffix)
     return [word for word in re.split(r"[^a-z0-9]+", lower) if word]
+
+
+def known_sequence(text: str) -> str:
+    """The text if it is the name of a sequence, or nothing: it goes into the corpus as it is."""
+    return text if text.lower() in SEQUENCES else ""
 
 
 def looks_like_a_label(name: str) -> bool:

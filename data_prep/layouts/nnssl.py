@@ -18,6 +18,7 @@ from data_prep.layouts.case import (
     Layout,
     below,
     is_there,
+    known_sequence,
     leave_out,
     modality_from_name,
     read_description,
@@ -85,7 +86,7 @@ def _case(
     mask = _masks(image).get("anonymization_mask")
     name = file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
     told = subject.get("subject_info") or {}
-    sequence = str(image.get("modality") or "")
+    stated = str(image.get("modality") or "")
     return Case(
         name=name,
         images=(file,),
@@ -93,8 +94,8 @@ def _case(
         id=str(image.get("name") or ""),
         # Numbers of subjects begin anew in each data set.
         subject=f"{dataset}/{subject_id}",
-        modality=_modality(sequence, name),
-        sequence=sequence.replace(";", ","),
+        modality=_modality(stated, name),
+        sequence=known_sequence(stated),
         source=dataset[:64],
         group=tuple((key, str(told[key])[:64]) for key in GROUPS if key in told),
     )
@@ -109,8 +110,8 @@ def _stated(image: Any) -> list[str]:
     return [str(image["image_path"]), *_masks(image).values()]
 
 
-def _modality(sequence: str, name: str) -> str | None:
-    word = sequence.upper()
+def _modality(stated: str, name: str) -> str | None:
+    word = stated.upper()
     if word in _CT:
         return "CT"
     if word in _OTHER:

@@ -167,6 +167,44 @@ def test_words_of_headers_and_names_are_in_nothing(tmp_path: Path, seed: int) ->
     assert len(names) == len(set(names))
 
 
+def bids_named_freely(folder: Path) -> Path:
+    for n in range(2):
+        save(
+            folder / f"sub-{n}" / "anat" / f"sub-{n}_MeierAnna-19610203.nii.gz",
+            scan(n).astype(np.int16),
+        )
+    return folder
+
+
+def bids_with_labels_named_freely(folder: Path) -> Path:
+    for path in sorted(bids_named_freely(folder).rglob("*.nii.gz")):
+        label = (ras_array() > 500).astype(np.uint8)
+        save(path.with_name(path.name.replace("MeierAnna-19610203", "dseg")), label)
+    return folder
+
+
+def collection_told_freely(folder: Path) -> Path:
+    save(folder / "a.nii.gz", scan(0).astype(np.int16))
+    image = {"image_path": "a.nii.gz", "modality": "T1w of MeierAnna-19610203"}
+    subjects = {"1": {"sessions": {"1": {"images": [image]}}}}
+    data = {"datasets": {"ds": {"subjects": subjects}}}
+    (folder / "pretrain_data.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make", [bids_named_freely, bids_with_labels_named_freely, collection_told_freely]
+)
+def test_what_is_no_name_of_a_sequence_is_not_taken_for_one(
+    make: Callable[[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = make(tmp_path / "in")
+    assert main(["prep", f"input={source}", f"output={tmp_path / 'c'}", "processes=1"]) == 0
+    assert Corpus.open(tmp_path / "c").groups("sequence")[0] == ""
+    found = everything(tmp_path / "c") + "".join(capfd.readouterr()).lower().encode()
+    assert b"meieranna" not in found and b"19610203" not in found
+
+
 def listed(folder: Path, *rows: str) -> Path:
     for name in ("a", "b", "Mustermann"):
         save(folder / f"{name}.nii.gz", scan(ord(name[0])).astype(np.int16))
