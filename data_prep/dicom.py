@@ -139,31 +139,31 @@ class Series:
             Reject: pixel data is cut off or of a kind that cannot be read.
         """
         scales = {one.scale for one in self.slices}
-        planes, stored = self._planes()
-        if stored and len(scales) == 1:
+        planes = self._planes()
+        if len(scales) == 1 and all(stored for _, stored in planes):
             ((slope, intercept),) = scales
-            return np.stack(planes, axis=2), slope, intercept
-        if stored:
-            scaled = zip(planes, self.slices, strict=True)
-            planes = [p.astype(np.float32) * one.scale[0] + one.scale[1] for p, one in scaled]
-        return np.stack(planes, axis=2).astype(np.float32), 1.0, 0.0
+            return np.stack([plane for plane, _ in planes], axis=2), slope, intercept
+        physical = np.empty(self.shape, np.float32)
+        for k, (plane, stored) in enumerate(planes):
+            slope, intercept = self.slices[k].scale if stored else (1.0, 0.0)
+            physical[:, :, k] = plane.astype(np.float32) * slope + intercept
+        return physical, 1.0, 0.0
 
-    def _planes(self) -> tuple[list[np.ndarray], bool]:
-        """`[I, J]` of each slice, and whether slope and intercept are still to be applied."""
-        frames: dict[Path, tuple[np.ndarray, bool]] = {}
-        planes, stored = [], True
+    def _planes(self) -> list[tuple[np.ndarray, bool]]:
+        """`[I, J]` of each slice, and whether it is as stored: else slope and all are applied."""
+        files: dict[Path, tuple[np.ndarray, bool]] = {}
+        planes = []
         for one in self.slices:
-            if one.file not in frames:
-                if len(frames) > 1:  # all frames of one file follow each other, or nearly
-                    frames.pop(next(iter(frames)))
-                frames[one.file] = _pixels(one.file)
-            pixels, own = frames[one.file]
-            stored &= own
-            plane = pixels[one.frame] if len(pixels) > one.frame else None
+            if one.file not in files:
+                if len(files) > 1:  # all frames of one file follow each other, or nearly
+                    files.pop(next(iter(files)))
+                files[one.file] = _pixels(one.file)
+            frames, stored = files[one.file]
+            plane = frames[one.frame] if len(frames) > one.frame else None
             if plane is None or plane.shape != one.shape[::-1]:
                 raise Reject("truncated", f"{one.file.name}: pixels are not those of its header")
-            planes.append(plane.T)
-        return planes, stored
+            planes.append((plane.T, stored))
+        return planes
 
 
 def is_dicom(path: Path) -> bool:

@@ -43,6 +43,9 @@ from data_prep.splits import split_from
 TASKS = Path(__file__).parents[1] / "conf" / "task"
 """The tasks that finetuning knows; their files are read here, the package is not imported."""
 
+REVISION = 2
+"""Of prep itself: counted up when the same input gives another corpus than before."""
+
 BITS = 16
 """Structures that bit planes of uint16 can tell apart."""
 
@@ -352,6 +355,7 @@ def versions() -> dict[str, str]:
         "blosc2": str(blosc2.__version__),
         "nibabel": str(nib.__version__),
         "numpy": str(np.__version__),
+        "prep": str(REVISION),
         "pyarrow": str(pa.__version__),
         "voxelith": own,
     }

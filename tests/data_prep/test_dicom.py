@@ -107,28 +107,50 @@ def test_frames_that_do_not_say_where_they_lie_are_refused(tmp_path: Path) -> No
     assert refusal is not None and refusal.code == "bad_geometry"
 
 
-@pytest.mark.parametrize("compressor", ["JPEG2000", "JPEGLS", "JPEG"])
-def test_compressed_slices_are_those_that_were_not(compressor: str, tmp_path: Path) -> None:
-    plain = write_series(tmp_path / "a", ras_array(), square(OBLIQUE), modality="MR")
-    (tmp_path / "b").mkdir()
-    for path in plain:
+def compressed(files: list[Path], folder: Path, compressor: str) -> None:
+    """The same slices in another folder, with their pixels packed."""
+    folder.mkdir()
+    for path in files:
         writer = SimpleITK.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.UseCompressionOn()
         writer.SetCompressor(compressor)
-        writer.SetFileName(str(tmp_path / "b" / path.name))
-        writer.Execute(SimpleITK.Cast(SimpleITK.ReadImage(str(path)), SimpleITK.sitkUInt16))
+        writer.SetFileName(str(folder / path.name))
+        # Unscaled: SimpleITK's image has slope and intercept applied.
+        kept = dcmread(path)
+        pixels = SimpleITK.GetImageFromArray(kept.pixel_array[None].astype(np.uint16))
+        writer.Execute(pixels)
         # Of what it has written the pixels alone: the header is the plain file's.
-        packed, kept = dcmread(tmp_path / "b" / path.name), dcmread(path)
+        packed = dcmread(folder / path.name)
         assert packed.file_meta.TransferSyntaxUID.is_compressed
         kept.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
         kept.PixelData, kept.PixelRepresentation = packed.PixelData, 0
         kept["PixelData"].is_undefined_length = True
-        kept.save_as(tmp_path / "b" / path.name)
+        kept.save_as(folder / path.name)
+
+
+@pytest.mark.parametrize("compressor", ["JPEG2000", "JPEGLS", "JPEG"])
+def test_compressed_slices_are_those_that_were_not(compressor: str, tmp_path: Path) -> None:
+    plain = write_series(tmp_path / "a", ras_array(), square(OBLIQUE), modality="MR")
+    compressed(plain, tmp_path / "b", compressor)
     (one,), (other,) = volumes(tmp_path / "a"), volumes(tmp_path / "b")
     found, expected = read_channels([other]), read_channels([one])
     np.testing.assert_array_equal(found.physical(), expected.physical())
     np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("varying", [0.0, 0.5])
+def test_a_series_may_be_packed_in_part(varying: float, tmp_path: Path, seed: int) -> None:
+    """Of a packed slice slope and intercept are applied already, of its neighbour they are not."""
+    scales = [(1.0 + varying * k, -1024.0) for k in range(11)]
+    plain = write_series(tmp_path / "a", ras_array(), square(OBLIQUE), scales=scales)
+    packed = np.random.default_rng(seed).permutation(plain)[: len(plain) // 2]
+    compressed(list(packed), tmp_path / "b", "JPEG2000")
+    for path in set(plain) - set(packed):
+        shutil.copy(path, tmp_path / "b")
+    (one,), (other,) = volumes(tmp_path / "a"), volumes(tmp_path / "b")
+    found, expected = read_channels([other]), read_channels([one])
+    np.testing.assert_array_equal(found.physical(), expected.physical())
 
 
 def test_echoes_of_one_series_are_volumes_of_their_own(tmp_path: Path) -> None:
