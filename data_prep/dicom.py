@@ -248,9 +248,10 @@ def _same_pixels(one: Path, other: Path) -> bool:
 def _files_of(volumes: Sequence[Series]) -> Iterable[SeriesFiles]:
     """Of volumes that lie in the same files, which of them is meant."""
     seen: Counter[tuple[Path, ...]] = Counter()
+    first = min(one.file for volume in volumes for one in volume.slices)
     for volume in volumes:
         files = tuple(sorted({one.file for one in volume.slices}))
-        yield SeriesFiles(files, seen[files])
+        yield SeriesFiles(files, seen[files], first)
         seen[files] += 1
 
 

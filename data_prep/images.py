@@ -66,10 +66,17 @@ class Reject(Exception):  # noqa: N818 - a verdict on one scan, not a program er
 
 @dataclass(frozen=True)
 class SeriesFiles:
-    """One volume of a DICOM series: its files, and which of the volumes that they hold."""
+    """One volume of a DICOM series.
+
+    Attributes:
+        files: Those that hold it.
+        volume: Which of the volumes that these hold.
+        first: The first file of the whole series, which is the same for all of its volumes.
+    """
 
     files: tuple[Path, ...]
-    volume: int = 0
+    volume: int
+    first: Path
 
     @property
     def name(self) -> str:

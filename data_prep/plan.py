@@ -123,7 +123,7 @@ def _without_near_duplicates(
         found = [
             (other, share)
             for other, share in near
-            if other in kept and jobs[order[other].number].case.image_files != job.case.image_files
+            if other in kept and jobs[order[other].number].case.whole != job.case.whole
         ]
         if found:
             other, share = found[0]

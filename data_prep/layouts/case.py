@@ -99,6 +99,11 @@ class Case:
         return self.series.files if self.series else self.images
 
     @property
+    def whole(self) -> tuple[Path, ...]:
+        """The file or series that the case is a volume of: the same for all of its volumes."""
+        return (self.series.first,) if self.series else self.images
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Every file of the case."""
         return (*self.image_files, *self._beside_images)

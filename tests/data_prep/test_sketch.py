@@ -14,6 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_series import write_series
 from plants import KINDS, resampled, windowed
 from scipy import ndimage
 
@@ -348,3 +349,20 @@ def test_volumes_of_one_file_are_alike_and_stay(
     (tmp_path / "in" / "one.nii.gz").symlink_to(SAMPLES / REAL[0])
     result, _ = run(tmp_path / "in", tmp_path / "d", volumes="apart")
     assert result.samples == 3 and left_out(tmp_path / "d")["one.nii.gz"][0] == "near_duplicate"
+
+
+def test_volumes_of_one_series_are_alike_and_stay(
+    scans: list[Volume], tmp_path: Path, seed: int
+) -> None:
+    """Echoes are files of their own; the same scan in another series is a copy."""
+    image = nib.load(SAMPLES / REAL[0])
+    array = np.asarray(image.dataobj).astype(np.int16)
+    noise = np.random.default_rng(seed).integers(-2, 3, (3, *array.shape)).astype(np.int16)
+    for number, echo in enumerate(("10", "80", "10")):
+        write_series(
+            tmp_path / "in" / f"{number}", array + noise[number], image.affine, modality="MR",
+            SeriesInstanceUID="1.2.3.5" if number == 2 else "1.2.3.4", EchoTime=echo,
+        )  # fmt: skip
+    result, _ = run(tmp_path / "in", tmp_path / "c")
+    assert result.samples == 2 and result.rejected["near_duplicate"] == 1
+    assert left_out(tmp_path / "c")["2/1.dcm"][0] == "near_duplicate"
