@@ -51,6 +51,9 @@ SAME_PLACE = 1e-2
 UNEVEN = 0.1
 """Share of the usual distance by which one may differ; beyond 1.5 of it a slice is missing."""
 
+ASIDE = 0.5
+"""Share of a pixel that a slice may lie beside the line from the first to the last."""
+
 APART = (
     "EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "InversionTime", "TriggerTime",
     "AcquisitionNumber", "ImageType", "StackID",
@@ -477,9 +480,10 @@ def _repeated(slices: Sequence[Slice]) -> int:
 
 
 def _sorted(slices: list[Slice]) -> tuple[Slice, ...]:
-    """By place; refuses gaps."""
+    """By place; refuses gaps, and slices beside the line of the others, which may be tilted."""
     places = _places(slices)
     order = np.argsort(places)
+    ordered = tuple(slices[n] for n in order)
     gaps = np.diff(places[order])
     if len(gaps):
         usual = float(np.median(gaps))
@@ -494,7 +498,17 @@ def _sorted(slices: list[Slice]) -> tuple[Slice, ...]:
             raise Reject(
                 "uneven_slices", f"distances go from {gaps.min():.2f} to {gaps.max():.2f} mm"
             )
-    return tuple(slices[n] for n in order)
+        way = np.array([one.position - ordered[0].position for one in ordered])
+        share = (places[order] - places[order][0]) / gaps.sum()
+        aside = np.abs((way - share[:, None] * way[-1]) @ ordered[0].directions.T)
+        wrong = (aside > ASIDE * np.array(ordered[0].spacing)).any(axis=1)
+        if wrong.any():
+            raise Reject(
+                "uneven_slices",
+                f"{wrong.sum()} of {len(slices)} slices lie beside the line from the first to the "
+                f"last, by up to {aside.max():.2f} mm",
+            )
+    return ordered
 
 
 # Files.

@@ -329,6 +329,23 @@ def test_deflated_files_unpack_to_no_more_than_a_limit(
     np.testing.assert_array_equal(one.array, other.array)
 
 
+def test_slices_beside_the_others_are_no_grid(tmp_path: Path, seed: int) -> None:
+    """Some are moved within their planes, of an upright stack or of one of a tilted gantry."""
+    rng = np.random.default_rng(seed)
+    for name, affine in (("upright", square(OBLIQUE)), ("tilted", _tilted())):
+        files = write_series(tmp_path / name, ras_array(), affine)
+        assert len(volumes(tmp_path / name)) == 1
+        first, last = sorted(rng.choice(range(1, 11), 2, replace=False))
+        for path in files[first:last]:
+            across = np.array(dcmread(path).ImageOrientationPatient).reshape(2, 3)
+            aside = rng.uniform(0.5, 30) * across[int(rng.integers(2))]
+            place = np.array(dcmread(path).ImagePositionPatient) + aside
+            changed(path, {"ImagePositionPatient": list(place.round(6))})
+        refusal = only(tmp_path / name).refusal
+        assert refusal is not None and refusal.code == "uneven_slices"
+        assert "slices lie beside the line" in refusal.detail
+
+
 def test_gaps_and_tilts_are_found_by_place(tmp_path: Path) -> None:
     write_series(tmp_path / "gap", ras_array(), square(OBLIQUE), skip=[3, 4])
     refusal = only(tmp_path / "gap").refusal
