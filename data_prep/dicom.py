@@ -36,6 +36,7 @@ from data_prep.images import (
     Reject,
     SeriesFiles,
     inflated,
+    of_the_system,
 )
 from data_prep.progress import bar
 
@@ -170,12 +171,18 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its magic number or else by its name."""
+    """Whether a file is DICOM, by its magic number or else by its name.
+
+    Raises:
+        OSError: the system does not let it be read.
+    """
     try:
         with path.open("rb") as file:
             file.seek(MAGIC_OFFSET)
             return file.read(4) == MAGIC or path.name.lower().endswith(SUFFIXES)
-    except OSError:
+    except OSError as error:
+        if of_the_system(error):
+            raise
         return False
 
 
@@ -200,6 +207,9 @@ def find_series(files: Sequence[Path]) -> list[Found]:
     """Takes DICOM files apart by series, whatever their names and folders; in order of names.
 
     Of copies of a slice the first counts, and the others are refused one by one.
+
+    Raises:
+        OSError: the system does not let one be read, without which its series would be another.
     """
     series: dict[tuple[str, ...], list[_Read]] = defaultdict(list)
     found = []
@@ -207,6 +217,8 @@ def find_series(files: Sequence[Path]) -> list[Found]:
         try:
             read = _read(path)
         except Reject as error:
+            if system := of_the_system(error):
+                raise system from None
             found.append(Found((path,), "", refusal=error))
         else:
             series[read.series].append(read)
@@ -243,7 +255,9 @@ def _once(reads: Sequence[_Read]) -> tuple[list[_Read], list[tuple[_Read, _Read]
 def _same_pixels(one: Path, other: Path) -> bool:
     try:
         values = [_dataset(path, specific_tags=["PixelData"]).PixelData for path in (one, other)]
-    except Exception:  # whatever is wrong with it, reading finds and says
+    except Exception as error:  # whatever is wrong with it, reading finds and says
+        if system := of_the_system(error):
+            raise system from None
         return False
     return bool(values[0] == values[1])
 

@@ -7,6 +7,7 @@ it can hold costs nothing. NIfTI is nibabel's to read, NRRD is SimpleITK's, Meta
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
 import os
@@ -62,6 +63,25 @@ class Reject(Exception):  # noqa: N818 - a verdict on one scan, not a program er
 
     def __reduce__(self) -> tuple[type[Reject], tuple[str, str]]:
         return type(self), (self.code, self.detail)
+
+
+OF_THE_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL,
+)  # fmt: skip
+"""What the system says of a file that is not there, or is none; all else may pass, or be mended."""
+
+
+def of_the_system(error: BaseException | None) -> OSError | None:
+    """The error of the system that another one comes of, if it says nothing of the file itself.
+
+    A server that does not answer, too many open files, a right that is missing: no verdict on a
+    scan may be founded on these.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno and error.errno not in OF_THE_FILE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @dataclass(frozen=True)

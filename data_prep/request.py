@@ -113,12 +113,12 @@ def _told(settings: PrepSettings, problems: list[str], noted: bool) -> list[str]
     where = ""
     if noted:
         rows = [["", "wrong_input", problem] for problem in full]
-        where = f" (in full: {_note_refused(settings, rows)})"
+        where = f" (in full: {note_refused(settings, rows)})"
     told = [without_names(p) + (where if p in full else "") for p in problems]
     return list(dict.fromkeys(told))
 
 
-def _note_refused(settings: PrepSettings, rows: list[list[str]]) -> Path:
+def note_refused(settings: PrepSettings, rows: list[list[str]]) -> Path:
     """Writes down for its owner what is wrong with an input."""
     private = private_folder(settings.output)
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -341,7 +341,7 @@ def nothing_left(settings: PrepSettings, layout: Layout, left_out: Sequence[Left
     else:  # where names are replaced they stay out of logs as well
         counts = Counter(row.code for row in left_out)
         shown = [f"{count} {code}" for code, count in sorted(counts.items())]
-    noted = _note_refused(settings, sorted([r.name, r.code, r.detail] for r in left_out))
+    noted = note_refused(settings, sorted([r.name, r.code, r.detail] for r in left_out))
     return f"{said} Left out: {'; '.join(shown)}. All of them: {noted}"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.deface import defaced
 from data_prep.files import atomic, write_bytes
 from data_prep.fingerprint import fingerprint
-from data_prep.images import Reject
+from data_prep.images import Reject, of_the_system
 from data_prep.intensity import (
     INT16,
     channel_statistics,
@@ -119,14 +119,32 @@ class Scanned:
         ]
 
 
-def scan_case(job: ScanJob) -> None:
-    """Scans a case and notes what came of it; with that it is done."""
+class UnreadError(Exception):
+    """The system, and not the file, is why a case cannot be read: nothing can be said of it.
+
+    The message has no names; `detail` has the file's.
+    """
+
+    def __init__(self, message: str, detail: str) -> None:
+        self.detail = detail
+        super().__init__(message)
+
+
+def scan_case(job: ScanJob) -> tuple[str, str] | None:
+    """Scans a case and notes what came of it; with that it is done.
+
+    If the system kept it from being read it is not, and what it said is returned, with a detail
+    that names the file.
+    """
     begun = job.work.begun_note(job.number)
     begun.touch()
     try:
         note_case(job, scan(job))
+    except UnreadError as error:
+        return str(error), error.detail
     finally:  # only a process that dies leaves it
         begun.unlink(missing_ok=True)
+    return None
 
 
 def note_case(job: ScanJob, found: Scanned | LeftOut) -> None:
@@ -141,9 +159,15 @@ def read_case(work: WorkFolder, number: int) -> Scanned | LeftOut:
 
 
 def scan(job: ScanJob) -> Scanned | LeftOut:
-    """Judge and encode one case; whatever fails is a reason to leave it out, but for writing."""
+    """Judge and encode one case; whatever fails is a reason to leave it out, but for writing.
+
+    Raises:
+        UnreadError: it cannot be read now.
+    """
     try:
         meta, payloads, look = _judged(job)
+    except UnreadError:
+        raise
     except Reject as error:
         return LeftOut(job.case.name, error.code, error.detail)
     except MemoryError:
@@ -168,7 +192,12 @@ def scan(job: ScanJob) -> Scanned | LeftOut:
 
 def _judged(job: ScanJob) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]:
     """Of a case KEY.json, payloads and sketch; Reject says why it cannot be used."""
-    volume, label, mask = _read(job)
+    try:
+        volume, label, mask = _read(job)
+    except Exception as error:
+        if system := of_the_system(error):
+            raise UnreadError(system.strerror or "system error", str(system)) from error
+        raise
     check_plausible(volume)
     if job.deface is not None:
         volume, mask = defaced(volume, mask, job.deface)
@@ -389,6 +418,7 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
     for path in case.files:
         if not path.is_file():
             raise Reject("missing_file", f"{path.name} does not exist")
+        path.open("rb").close()  # libraries make of what may be wrong here that it is no image
     if job.labelled and not case.label_files:
         raise Reject("label_missing", "the corpus is labelled and this image has no label")
     try:
@@ -419,7 +449,8 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
     except Reject as error:
         problems.append(error)
     if problems:
-        raise Reject(problems[0].code, "; ".join(error.detail for error in problems))
+        said = "; ".join(error.detail for error in problems)
+        raise Reject(problems[0].code, said) from problems[0]
     return volume, label, mask
 
 
@@ -450,7 +481,8 @@ def _label(job: ScanJob, volume: Volume) -> np.ndarray:
         ways = "overlap=last gives them to the later one, overlap=bits keeps both"
         problems.append(Reject("label_overlap", f"{'; '.join(shared[:5])} ({ways})"))
     if problems:
-        raise Reject(problems[0].code, "; ".join(error.detail for error in problems))
+        said = "; ".join(error.detail for error in problems)
+        raise Reject(problems[0].code, said) from problems[0]
     return merged if merged.max() > 255 else merged.astype(np.uint8)
 
 

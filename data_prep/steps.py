@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +29,7 @@ from data_prep.pictures import copies_of, draw_copies
 from data_prep.plan import Plan, make_plan, read_plan, write_plan
 from data_prep.progress import bar
 from data_prep.publish import Say, complete, publish, report
+from data_prep.request import note_refused
 from data_prep.scan import ScanJob, Scanned, note_case, read_case, scan_case
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.work import WorkFolder
@@ -74,6 +76,9 @@ def scan_cases(prep: Prep, each: Mapper) -> Done:
     """Scans the cases that are not scanned; of one that ends processes a row is all that remains.
 
     Who was being scanned when a process died is scanned alone: whoever dies then was the cause.
+
+    Raises:
+        FailedError: with all cases that the system did not let be read; the others are done.
     """
     mine = prep.jobs[prep.settings.share]
     todo = _not_scanned(prep, mine)
@@ -84,13 +89,28 @@ def scan_cases(prep: Prep, each: Mapper) -> Done:
             _scan_alone(job)
         left = _not_scanned(prep, todo)
         try:
-            _each(each, scan_case, left, "scan")
+            said = _each(each, scan_case, left, "scan")
+            if unread := [(job, why) for job, why in zip(left, said, strict=True) if why]:
+                raise FailedError(_unread(prep, unread))
             break
         except BrokenProcessPool:
             todo = _not_scanned(prep, left)
             if len(todo) == len(left) and not prep.work.begun():
                 raise  # no case is to blame
     return Done("scan", prep.settings.part or "1/1", len(mine), done)
+
+
+def _unread(prep: Prep, unread: Sequence[tuple[ScanJob, tuple[str, str]]]) -> str:
+    """What to do about cases that the system did not let be read; they are named in a file."""
+    rows = [[job.case.name, "unread", detail] for job, (_, detail) in unread]
+    counts = Counter(said for _, (said, _) in unread)
+    said = ", ".join(f"{said}: {count}" for said, count in sorted(counts.items()))
+    return (
+        f"scan: {len(unread)} cases cannot be read now ({said}). That may pass or be mended, so "
+        f"they are not left out; all others are done. {note_refused(prep.settings, rows)} names "
+        "them. When they can be read, start the same command again; what never can be has to be "
+        "taken out of the input, which is scanned anew then"
+    )
 
 
 def _not_scanned(prep: Prep, jobs: Sequence[ScanJob]) -> list[ScanJob]:
@@ -188,11 +208,9 @@ def _missing(what: str, numbers: Sequence[int], total: int, done: str, step: str
     )
 
 
-def _each(each: Mapper, work: Callable[[Any], None], jobs: Sequence[Any], what: str) -> None:
+def _each(each: Mapper, work: Callable[[Any], Any], jobs: Sequence[Any], what: str) -> list[Any]:
     try:
-        if jobs:
-            for _ in bar(iterable=each(work, jobs), desc=what, total=len(jobs)):
-                pass
+        return list(bar(iterable=each(work, jobs), desc=what, total=len(jobs))) if jobs else []
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.errors import InputError, Naming
 from data_prep.folds import FOLDS_FILE, read_folds
-from data_prep.images import open_image
+from data_prep.images import of_the_system, open_image
 from data_prep.layouts.bids import from_bids
 from data_prep.layouts.case import BETWEEN_CHANNELS, Case, Layout, LeftOut, case_id, files_below
 from data_prep.layouts.decathlon import from_decathlon
@@ -54,8 +54,24 @@ def find_cases(
 
     Raises:
         InputError: the input is missing, empty, or a list or description with mistakes (all at
-            once).
+            once), or a file cannot be read now.
     """
+    try:
+        return _found(source, channels, subjects, volumes, forced)
+    except OSError as error:
+        way = f"cannot be read ({error.strerror}); start again when it can be, or take it away"
+        raise InputError(
+            Naming(f"{error.filename or source}: {way}", f"a file of {source}: {way}")
+        ) from error
+
+
+def _found(
+    source: Path,
+    channels: Sequence[str],
+    subjects: re.Pattern[str] | None,
+    volumes: str,
+    forced: str,
+) -> Layout:
     layout = _recognise(source, channels, forced)
     _leave_impossible(layout)
     layout.cases = list(dict.fromkeys(layout.cases))
@@ -101,7 +117,9 @@ def _parts(case: Case, volumes: str) -> list[Case]:
         return [case]
     try:
         count = open_image(case.images[0]).shape[3]
-    except Exception:  # whatever is wrong with it, scanning finds and says
+    except Exception as error:  # whatever is wrong with it, scanning finds and says
+        if system := of_the_system(error):
+            raise system from None
         return [case]
     if count < 2:
         return [case]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +18,13 @@ from phantoms import oriented, ras_array
 from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from data_prep import dicom
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.dicom import Found, find_series, is_dicom
+from data_prep.errors import InputError, without_names
 from data_prep.images import Reject, SeriesFiles
+from data_prep.layouts.find import find_cases
 from data_prep.settings import PrepSettings
 from data_prep.volume import read_channels, read_nifti
 
@@ -357,6 +362,36 @@ def test_gaps_and_tilts_are_found_by_place(tmp_path: Path) -> None:
     write_series(tmp_path / "tilt", ras_array(), _tilted())
     with pytest.raises(Reject, match="sheared"):
         read_channels(volumes(tmp_path / "tilt"))
+
+
+@pytest.mark.parametrize("moment", ["_dataset", "is_dicom"])
+def test_a_series_is_not_taken_without_a_file_that_cannot_be_read_now(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its last slice it would be a shorter one, and nobody would know."""
+    files = write_series(tmp_path / "in", ras_array(), square(OBLIQUE))
+    module = "data_prep.layouts.piles" if moment == "is_dicom" else "data_prep.dicom"
+    reads = getattr(dicom, moment)
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if path == files[-1]:
+            monkeypatch.setattr(Path, "open", stale)
+        try:
+            return reads(path, *args, **options)
+        finally:
+            monkeypatch.setattr(Path, "open", opens)
+
+    def stale(path: Path, *args: Any, **options: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    opens = Path.open
+    monkeypatch.setattr(f"{module}.{moment}", fails)
+    with pytest.raises(InputError, match="Stale file handle") as caught:
+        find_cases(tmp_path / "in")
+    (problem,) = caught.value.problems
+    assert str(files[-1]) in problem and files[-1].name not in without_names(problem)
+    monkeypatch.undo()
+    assert len(find_cases(tmp_path / "in").cases[0].files) == len(files)
 
 
 def test_files_are_dicom_by_what_they_hold(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from phantoms import save, save_text, scan
@@ -484,3 +486,39 @@ def test_a_full_disk_is_a_clear_end_and_the_same_command_goes_on(
     quiet = tmp_path / "quiet" / "c"
     assert main([*words[:2], f"output={quiet}", *words[3:]]) == 0
     assert tree(tmp_path / "c") == tree(quiet)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_what_the_system_does_not_let_be_read_is_read_by_the_same_command_later(
+    part: str,
+    number: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    load = nibabel.load
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if Path(path) == folder / part / "p2.nii.gz":
+            raise OSError(number, os.strerror(number), str(path))
+        return load(path, *args, **options)
+
+    salt = tmp_path / "salt"
+    salt.write_bytes(b"0123456789abcdef")
+    words = ["prep", f"input={folder}", "processes=1", f"salt={salt}"]
+    output = tmp_path / "c"
+    with monkeypatch.context() as broken:
+        broken.setattr("nibabel.load", fails)
+        assert main([*words, f"output={output}"]) == 1
+    said = "".join(capfd.readouterr())
+    assert f"1 cases cannot be read now ({os.strerror(number)}: 1)" in said
+    assert "the same command goes on" in said and "Traceback" not in said and "p2" not in said
+    refused = tmp_path / "c.private" / "refused.csv"
+    assert "images/p2.nii.gz" in refused.read_text() and not output.exists()
+    assert len(list((tmp_path / ".c.prep").glob("*/scanned/*.json"))) == 7
+    assert main([*words, f"output={output}"]) == 0
+    quiet = tmp_path / "quiet" / "c"
+    assert main([*words, f"output={quiet}"]) == 0
+    assert tree(output) == tree(quiet) and not refused.exists()
