@@ -484,7 +484,8 @@ def _run(job: Job, environment: dict[str, str], ledger: Ledger, started: _Starte
     )
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "voxelith", "finetune", *words],
+            # -P: folders of where the sweep was started may have the names of our packages.
+            [sys.executable, "-P", "-m", "voxelith", "finetune", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},

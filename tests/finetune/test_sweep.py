@@ -221,6 +221,20 @@ def test_the_cost_counts_the_windows_that_the_network_sees(
     assert forecast([plan], 1).seconds == sum(seen) > 4
 
 
+def test_runs_import_nothing_from_where_the_sweep_was_started(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("conf", "finetune"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('not ours')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    alone = [w for w in words if not w.startswith(("ckpt=", "seed=", "runs="))]
+    ckpt = next(w for w in words if w.startswith("ckpt=")).partition(",")[0]
+    found = sweep([*alone, ckpt, "init=scratch", "runs=runs"])
+    assert len(found["done"]) == 1
+
+
 def test_after_a_kill_exactly_the_killed_runs_start_again(words: list[str]) -> None:
     """Three of six runs are killed while they work; a rerun starts these, a third one nothing."""
     runs = runs_of(words)
