@@ -7,9 +7,11 @@ them; their case is NAME.nii.gz.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_prep.errors import InputError
 from data_prep.images import Reject
 from data_prep.layouts.case import is_image
 from data_prep.volume import Volume, as_known, read_channels
@@ -49,6 +51,29 @@ def by_case(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]
                 f"takes 0000 to {channels - 1:04d}"
             )
     return cases, left_out
+
+
+def refuse_shared(source: Path, results: Mapping[Path, Path]) -> None:
+    """Cases whose results would have one name, of which the last alone would be kept.
+
+    Args:
+        source: the folder of the cases.
+        results: the file that becomes of each case.
+
+    Raises:
+        InputError: names all that share a result.
+    """
+    cases: dict[Path, list[str]] = defaultdict(list)
+    for case, result in results.items():
+        cases[result].append(str(case))
+    problems = [
+        f"input={source}: {', '.join(sharing)} would all become {result}; rename all but one of "
+        "them, or leave one form of each scan in the folder"
+        for result, sharing in cases.items()
+        if len(sharing) > 1
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def read_scan(files: Sequence[Path], known: Sequence[str]) -> Volume:

@@ -12,7 +12,7 @@ from data_prep.files import make_folder
 from data_prep.images import NIFTI, Reject
 from data_prep.layouts.case import stem
 from data_prep.progress import bar
-from data_prep.scans import by_case, read_scan, scan_files
+from data_prep.scans import by_case, read_scan, refuse_shared, scan_files
 from data_prep.volume import write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import read_answers, write_answers
@@ -44,8 +44,8 @@ def predict(settings: PredictSettings) -> Predicted:
     case, and its result is NAME.nii.gz.
 
     Raises:
-        InputError: no such network, no scan in the folder that can be read, or the output lies in
-            the input.
+        InputError: no such network, no scan in the folder that can be read, results of several
+            scans would have one name, or the output lies in the input.
     """
     source, output = settings.input, settings.output
     problems: list[str] = []
@@ -66,6 +66,9 @@ def predict(settings: PredictSettings) -> Predicted:
     network = attempt(problems, load_network, settings.ckpt, device=device)
     if problems or network is None:
         raise InputError(problems)
+    cases, left_out = by_case(names, network.channels)
+    if isinstance(network, Segmenter):
+        refuse_shared(source, {name: output / _result_name(name) for name in cases})
     make_folder(output, "output")
     network = replace(
         network,
@@ -73,7 +76,6 @@ def predict(settings: PredictSettings) -> Predicted:
         precision=settings.precision,
         window_batch=settings.window_batch,
     )
-    cases, left_out = by_case(names, network.channels)
     found = Predicted(left_out=left_out)
     kept = _answers(output, network, resume=settings.resume)
     try:

@@ -23,7 +23,7 @@ from data_prep.files import atomic, make_folder
 from data_prep.images import Reject
 from data_prep.layouts.case import stem
 from data_prep.progress import bar
-from data_prep.scans import by_case, read_scan, scan_files
+from data_prep.scans import by_case, read_scan, refuse_shared, scan_files
 from pretrain.encoder import Corner, Encoder, Features, load_encoder
 from pretrain.settings import FeaturesSettings
 
@@ -56,8 +56,8 @@ def features(settings: FeaturesSettings) -> Extracted:
     were finished.
 
     Raises:
-        InputError: no such encoder, no scan that can be read, the output lies in the input, or has
-            features of another encoder.
+        InputError: no such encoder, no scan that can be read, results of several scans would have
+            one name, the output lies in the input, or has features of another encoder.
     """
     source, output = settings.input, settings.output
     problems: list[str] = []
@@ -86,16 +86,18 @@ def features(settings: FeaturesSettings) -> Extracted:
     )
     if problems or encoder is None:
         raise InputError(problems)
+    folder = source.parent if alone else source
+    cases, left_out = by_case(names, encoder.module.in_channels)
+    maps = {name: output / f"{_stem(name)}.npz" for name in cases}
+    refuse_shared(folder, {} if table else maps)
     about = _about(encoder, settings.overlap)
     rows = _read_table(output, about) if table and settings.resume else {}
     into = output.parent if table or output.suffix == ".npz" else output
     make_folder(into, "output")
-    folder = source.parent if alone else source
-    cases, left_out = by_case(names, encoder.module.in_channels)
     found = Extracted(left_out=left_out)
     try:
         for name, files in bar(iterable=cases.items(), desc="features", unit="scan"):
-            target = output if output.suffix == ".npz" else output / f"{_stem(name)}.npz"
+            target = output if output.suffix == ".npz" else maps[name]
             if settings.resume and (str(name) in rows if table else _is_done(target, about)):
                 found.there.append(str(name))
                 continue

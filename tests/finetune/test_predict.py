@@ -349,6 +349,25 @@ def test_channels_of_a_case_are_read_together(tmp_path: Path) -> None:
     assert np.array_equal(volume.native.to_native(segmenter.segment(both)), a)
 
 
+def test_results_of_one_name_are_refused_before_any_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body_segmenter(1, tmp_path)
+    source, output = tmp_path / "in", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    for name in ("a.mha", "a.nii.gz", "a.nrrd", "b.nii.gz", "b.nii", "deep/a.nii.gz"):
+        (source / name).write_bytes(b"")
+    words = [f"ckpt={tmp_path / 'body'}", f"input={source}", f"output={output}", "device=cpu"]
+    for more in ([], ["resume=true"]):
+        assert voxelith.main(["predict", *words, *more]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith(
+            f"error: input={source}: a.mha, a.nii.gz, a.nrrd would all become "
+            f"{output / 'a.nii.gz'}; rename all but one"
+        )
+    assert not output.exists()
+
+
 # The release.
 
 

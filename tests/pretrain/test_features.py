@@ -97,6 +97,17 @@ def test_a_single_scan_goes_to_a_single_file(release: Path, scans: Path, tmp_pat
     assert (tmp_path / "folder" / "a.npz").is_file()
 
 
+def test_maps_of_one_name_are_refused_and_rows_are_told_apart(
+    release: Path, scans: Path, tmp_path: Path
+) -> None:
+    nib.save(nib.load(scans / "a.nii.gz"), scans / "a.nii")
+    with pytest.raises(InputError, match=r"a\.nii, a\.nii\.gz would all become .*a\.npz; rename"):
+        features(asked(release, scans, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    found = features(asked(release, scans, tmp_path / "out.parquet"))
+    assert found.written == ["a.nii", "a.nii.gz", "ward/b.nii.gz"]
+
+
 @pytest.mark.parametrize("kind", ["out", "out.parquet"])
 def test_what_cannot_be_read_is_left_out_and_the_rest_is_done(
     release: Path, scans: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
