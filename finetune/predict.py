@@ -38,7 +38,7 @@ def predict(settings: PredictSettings) -> Predicted:
     """Segments every scan below a folder; results keep the names and the geometry of the inputs.
 
     A network that answers for whole scans gives a row of answers.csv for each instead. What cannot
-    be read is left out, and the rest is done.
+    be read, or does not fit the network, is left out, and the rest is done.
 
     A network of several channels takes NAME_0000.nii.gz, NAME_0001.nii.gz, ... on one grid for a
     case, and its result is NAME.nii.gz.
@@ -86,16 +86,16 @@ def predict(settings: PredictSettings) -> Predicted:
                 continue
             try:
                 volume = read_scan([source / one for one in channels], network.modalities)
+                if isinstance(network, Answerer):
+                    assert kept is not None
+                    kept[str(name)] = network.answer(volume).tolist()
+                else:
+                    labels = network.label_values(network.segment(volume))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_nifti(labels, volume.native, target)
             except Reject as reject:
                 left_out[str(name)] = str(reject)
                 continue
-            if isinstance(network, Answerer):
-                assert kept is not None
-                kept[str(name)] = network.answer(volume).tolist()
-            else:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                labels = network.label_values(network.segment(volume))
-                write_nifti(labels, volume.native, target)
             found.written.append(target)
     finally:  # an interrupted folder keeps the answers that it has
         if isinstance(network, Answerer) and kept:

@@ -368,6 +368,21 @@ def test_results_of_one_name_are_refused_before_any_is_written(
     assert not output.exists()
 
 
+def test_a_scan_that_becomes_too_large_is_left_out_and_the_rest_is_done(tmp_path: Path) -> None:
+    segmenter = replace(body_segmenter(1, tmp_path), preprocess=Preprocess.default((1.0, 1.0, 1.0)))
+    write_network(segmenter, BACKBONE, "auto", tmp_path / "body")
+    source = tmp_path / "in"
+    source.mkdir()
+    nib.save(phantom("RAS", 0, (1, 1)), source / "b.nii.gz")
+    values = np.arange(60**3).reshape(60, 60, 60) % 900
+    vast = nib.Nifti1Image(values.astype(np.int16), np.diag([100.0, 100.0, 100.0, 1.0]))
+    nib.save(vast, source / "a.nii.gz")
+    found = predict(asked(tmp_path / "body", source, tmp_path / "out"))
+    assert [path.name for path in found.written] == ["b.nii.gz"]
+    assert list(found.left_out) == ["a.nii.gz"]
+    assert "too_large: (60, 60, 60) voxels become [6000, 6000, 6000]" in found.left_out["a.nii.gz"]
+
+
 # The release.
 
 
