@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,36 @@ def arm_of(row: Row) -> str:
     if row.arm in ("scratch", "scratch-own"):
         return row.arm
     return f"{row.arm}:{row.checkpoint_digest}:{row.checkpoint}"
+
+
+def refuse_mixed(rows: Iterable[Row]) -> None:
+    """Rows of a group that are no draws of one experiment.
+
+    Raises:
+        InputError: scratch at its own best has several recipes, or a fold has several splits.
+    """
+    recipes: dict[str, set[str]] = defaultdict(set)
+    splits: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        where = f"{row.dataset}, labels={row.labels}: "
+        splits[f"{where}{row.split}"].add(row.split_hash[:8])
+        if row.arm == "scratch-own":
+            recipes[f"{where}scratch at its own best"].add(row.recipe_hash[:8])
+    problems = [
+        f"{arm} was trained by several recipes (recipe_hash {', '.join(sorted(found))}, which the "
+        "runs of a sweep have in their names): they are no draws of one arm; give the runs of one"
+        for arm, found in recipes.items()
+        if len(found) > 1
+    ]
+    problems += [
+        f"{split} has other cases in some runs than in others (split_hash "
+        f"{', '.join(sorted(found))}): they are of several cross-validations; give the runs of "
+        "one, and make a table of each"
+        for split, found in splits.items()
+        if len(found) > 1
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def read_run(rows: Path) -> tuple[list[Row], Facts]:

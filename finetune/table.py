@@ -38,7 +38,7 @@ from finetune.cells import (
 )
 from finetune.comparisons import holm_by_family, median_difference, share_improved
 from finetune.costs import cost_note
-from finetune.facts import Facts, Run, arm_of, find_rows, read_run, run_of
+from finetune.facts import Facts, Run, arm_of, find_rows, read_run, refuse_mixed, run_of
 from finetune.intervals import (
     LEVEL,
     Estimate,
@@ -93,8 +93,8 @@ def read_table(runs: Sequence[Path], anchor: str = "", search: Path | None = Non
         search: folder of the runs in which rates were chosen; none by default.
 
     Raises:
-        InputError: a folder has no rows, two runs are the same arm and seed, or the anchor does not
-            fit the runs.
+        InputError: a folder has no rows, two runs are the same arm and seed, runs of one arm have
+            several recipes or a fold several splits, or the anchor does not fit the runs.
     """
     rows: list[Row] = []
     facts: dict[Run, Facts] = {}
@@ -124,7 +124,8 @@ def tabulate(
         searches: the runs in which the rates of each data set were chosen.
 
     Raises:
-        InputError: an arm holds the same case, class and seed twice, or an anchor does not fit.
+        InputError: an arm holds the same case, class and seed twice, or several recipes, a fold
+            has several splits, or an anchor does not fit.
     """
     versions = sorted({row.metric_version for row in rows})
     if len(versions) > 1:
@@ -140,6 +141,7 @@ def tabulate(
     groups = []
     order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
     for (dataset, *_), arms in order:
+        refuse_mixed(row for found in arms.values() for row in found)
         scratch, own = arms.pop("scratch", []), arms.pop("scratch-own", [])
         anchor = (anchors or {}).get(dataset)
         checkpoints = [found for _, found in sorted(arms.items(), key=_by_name)]

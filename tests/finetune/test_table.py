@@ -487,17 +487,43 @@ def test_a_training_that_was_too_short_is_marked(tmp_path: Path) -> None:
     assert "faster" not in " ".join(group.notes)
 
 
+def test_runs_of_several_own_recipes_are_no_draws_of_one_arm() -> None:
+    """Own rates change the recipe alone, not what arms share."""
+    twins = make_rows("scratch") + make_rows("pretrained", 0.05)
+    first, other = (
+        [dataclasses.replace(r, recipe_hash=name * 64) for r in scratch_own(0.0)] for name in "ab"
+    )
+    assert tabulate(twins + first).groups[0].main.own is not None
+    for mixed in (first + other, [r for r in first if r.seed < 2] + other[-24:]):
+        with pytest.raises(InputError, match=r"labels=4: .*recipe_hash aaaaaaaa, bbbbbbbb,"):
+            tabulate(twins + mixed)
+    # For another number of labels another rate may be the best.
+    few = [dataclasses.replace(r, labels="2", n_labels=2) for r in twins + other]
+    assert len(tabulate(twins + first + few).groups) == 2
+
+
+def folded(rows: list[Row], name: str = "hash") -> list[Row]:
+    """The rows as of five folds of a cross-validation, each scored on its validation."""
+    out = []
+    for r in rows:
+        fold = int(r.subject[1:]) % 5
+        told = {"split": f"fold-{fold}/validation", "split_hash": f"{name}{fold}"}
+        out.append(dataclasses.replace(r, **told))
+    return out
+
+
+def test_arms_of_two_cross_validations_are_refused() -> None:
+    """Their cases may be the same: what they were trained on is not."""
+    arms = make_rows("scratch", seeds=1, cases=40), make_rows("pretrained", 0.05, 1, 40)
+    with pytest.raises(InputError) as error:
+        tabulate(folded(arms[0], "x") + folded(arms[1], "y"))
+    assert len(error.value.problems) == 5
+    assert "hippocampus, labels=4: fold-0/validation has other cases in some runs" in str(error)
+    assert "(split_hash x0, y0)" in str(error)
+
+
 def test_folds_are_one_line_over_all_their_cases() -> None:
     """Five folds with one seed, as cross-validation is reported; each has a split of its own."""
-
-    def folded(rows: list[Row]) -> list[Row]:
-        out = []
-        for r in rows:
-            fold = int(r.subject[1:]) % 5
-            name = {"split": f"fold-{fold}/validation", "split_hash": f"hash{fold}"}
-            out.append(dataclasses.replace(r, **name))
-        return out
-
     arms = [make_rows("scratch", seeds=1, cases=40), make_rows("pretrained", 0.05, 1, 40)]
     (group,) = tabulate(folded(arms[0]) + folded(arms[1])).groups
     d = group.main.difference
