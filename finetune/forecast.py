@@ -74,7 +74,8 @@ def _measure(plan: Plan) -> tuple[float, float, int]:
     model, _ = build_model(plan)
     device = device_of(chosen)
     model.to(device).train()
-    micro = chosen.batch_size // (chosen.trainer.devices * chosen.trainer.nodes)
+    descends = chosen.fit == "descent"
+    micro = chosen.batch_size // (chosen.ranks if descends else 1)  # one process makes a probe
     channels = int(plan.release.config["backbone"]["args"].get("in_channels", 1))
     batch = Batch(
         torch.randn(micro, channels, *chosen.crop_size, device=device),
@@ -98,7 +99,11 @@ def _measure(plan: Plan) -> tuple[float, float, int]:
     threads = torch.get_num_threads()
     torch.set_num_threads(chosen.trainer.threads or 1)
     try:
-        step = timed(lambda: model(batch, 0.5).loss.backward())
+        if descends:
+            step = timed(lambda: model(batch, 0.5).loss.backward())
+        else:
+            with torch.inference_mode():
+                step = timed(lambda: model.encoder(batch.image))
         with torch.inference_mode():
             window = timed(lambda: kind_of(chosen).look(model, batch))
     finally:

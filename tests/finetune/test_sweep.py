@@ -195,6 +195,16 @@ def test_a_dry_run_starts_nothing_and_names_the_cost(
     assert not runs_of(words).exists()
 
 
+@pytest.mark.parametrize("protocol", ["probe_knn", "probe_ridge"])
+def test_a_dry_run_of_a_probe_trains_nothing_either(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    """What it costs is a look of the frozen encoder at each crop; its decoder is fitted after."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("trained"))
+    plans = [job.plan for job in plan_jobs([*words, f"protocol={protocol}"])]
+    assert forecast(plans, 1).seconds > 0
+
+
 def test_the_cost_counts_the_windows_that_the_network_sees(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
