@@ -45,8 +45,10 @@ from finetune.forecast import forecast
 from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
 from finetune.train import is_finished, make_plan
+from pretrain.loop import check_machine
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
+from pretrain.settings import TrainerSettings
 
 VARIED = ("ckpt", "transfer", "labels", "seed", "label_seed")
 """Keys of which a sweep has many values; the rest is composed once for all of these.
@@ -120,7 +122,7 @@ def sweep(
 
     Args:
         words: of `voxelith finetune`, with several values between commas.
-        jobs: runs at a time; by default one for each GPU, or for each core.
+        jobs: runs at a time; by default as many as there are GPUs, or cores, for.
         twins: add the scratch twins that are missing.
         dry_run: say what would be started, and what it would cost, and start nothing.
 
@@ -128,14 +130,18 @@ def sweep(
         Names of runs by what became of them.
 
     Raises:
-        InputError: wrong words, settings, checkpoints or corpora: of all combinations at once.
+        InputError: wrong words, settings, checkpoints or corpora: of all combinations at once; or
+            fewer GPUs than a run is to use.
     """
     words = expanded(words)
     found = plan_jobs(words, twins=twins)
-    runs = found[0].plan.settings.runs
+    runs, trainer = found[0].plan.settings.runs, found[0].plan.settings.trainer
     waiting = [job for job in found if not is_finished(job.folder, job.plan)]
-    devices = _devices(found[0].plan.settings)
-    jobs = min(jobs or len(devices) or len(os.sched_getaffinity(0)), max(1, len(waiting)))
+    if waiting and not dry_run:
+        check_machine(trainer)
+    devices = _devices(trainer)
+    by_cores = max(1, len(os.sched_getaffinity(0)) // trainer.devices)
+    jobs = min(jobs or len(devices) or by_cores, max(1, len(waiting)))
     added = sum(job.twin for job in found)
     print(
         f"sweep: {len(found)} runs in {runs}, {added} of them scratch twins that were added; "
@@ -398,16 +404,17 @@ def _only_sweep(runs: Path) -> Iterator[int]:
 # Running.
 
 
-def _devices(settings: FinetuneSettings) -> list[str]:
-    """The GPUs that runs are dealt to; none where they run on the CPU."""
-    if settings.trainer.accelerator == "cpu" or settings.trainer.devices > 1:
+def _devices(trainer: TrainerSettings) -> list[str]:
+    """The GPUs of each run at a time, as CUDA_VISIBLE_DEVICES has them; none where all use CPUs."""
+    if trainer.accelerator == "cpu":
         return []
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        return [name for name in visible.split(",") if name]
-    return [str(i) for i in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    found = [name for name in visible.split(",") if name]
+    found = found or [str(i) for i in range(torch.cuda.device_count())]
+    each = trainer.devices
+    return [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
 
 
 def _run_all(jobs: list[Job], at_once: int, devices: list[str], ledger: Ledger, lock: int) -> None:

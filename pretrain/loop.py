@@ -404,14 +404,14 @@ def check_machine(machine: TrainerSettings) -> None:
             number of processes than the settings say.
     """
     problems = []
-    if machine.accelerator in ("gpu", "cuda"):
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if there < machine.devices:
-            problems.append(
-                f"trainer.accelerator={machine.accelerator}, trainer.devices={machine.devices}: "
-                f"this machine has {there} GPUs; choose another trainer=, such as trainer=cpu or "
-                "trainer=auto, and for a recipe on two cores its twin experiment=NAME_small"
-            )
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = machine.accelerator in ("gpu", "cuda") or (machine.accelerator == "auto" and there)
+    if wanted and there < machine.devices:
+        problems.append(
+            f"trainer.accelerator={machine.accelerator}, trainer.devices={machine.devices}: "
+            f"this machine has {there} GPUs; choose another trainer=, such as trainer=cpu or "
+            "trainer=auto, and for a recipe on two cores its twin experiment=NAME_small"
+        )
     if TorchElasticEnvironment.detect():
         ranks, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if (machine.devices, machine.devices * machine.nodes) != (here, ranks):

@@ -231,6 +231,35 @@ def test_the_cost_counts_the_windows_that_the_network_sees(
     assert forecast([plan], 1).seconds == sum(seen) > 4
 
 
+@pytest.mark.parametrize(("devices", "dealt"), [(1, set("0123")), (2, {"0,1", "2,3"})])
+def test_each_run_at_a_time_has_gpus_of_its_own(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int,
+    dealt: set[str], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    seen = []
+    monkeypatch.setattr("finetune.sweep._run", lambda job, given, *_: seen.append(given))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given = [w for w in words if not w.startswith(("trainer=", "runs="))]
+    given += [f"runs={tmp_path / 'runs'}", f"trainer.devices={devices}"]
+    sweep(given)
+    assert len(seen) == 6 and {one["CUDA_VISIBLE_DEVICES"] for one in seen} == dealt
+    assert f"{len(dealt)} at a time" in capsys.readouterr().out
+
+
+def test_a_run_of_more_gpus_than_there_are_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.sweep._run", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    given = [w for w in words if not w.startswith(("trainer=", "runs="))]
+    with pytest.raises(InputError, match=r"trainer.devices=2: this machine has 1 GPUs"):
+        sweep([*given, f"runs={tmp_path / 'runs'}", "trainer.devices=2"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_runs_import_nothing_from_where_the_sweep_was_started(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
