@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import yaml  # type: ignore[import-untyped]
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -36,12 +35,16 @@ def _time(value: str) -> str:
     return value
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 480000 as a number, and it is a word of sbatch's."""
-    return str(value) if type(value) is int else value
+class _Yaml(yaml.SafeLoader):
+    """YAML whose numbers stay text until a key wants one: 24:00:00 is one, to the base of 60."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in known if not tag.endswith((":int", ":float"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-Word = Annotated[str, BeforeValidator(_number), AfterValidator(_word)]
+Word = Annotated[str, AfterValidator(_word)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -69,15 +72,6 @@ class ClusterSettings(BaseModel):
     image: str | None = None
     mounts: str | None = None
     environment: list[str] = []
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _yaml_reads_a_time_as_seconds(cls, value: Any) -> Any:
-        if not isinstance(value, int) or isinstance(value, bool):
-            return value
-        hours, rest = divmod(value, 3600)
-        # YAML 1.1 takes 24:00:00 for a number to the base of sixty.
-        return f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}" if value >= 3600 else str(value)
 
     @model_validator(mode="after")
     def _container_has_an_image(self) -> Self:
@@ -111,8 +105,6 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     Raises:
         InputError: there is no such cluster, or a key is wrong; all of them.
     """
-    import yaml  # type: ignore[import-untyped]
-
     rest = [word for word in words if not word.startswith(("cluster=", PREFIX))]
     given = dict(word.split("=", 1) for word in words if word.startswith(("cluster=", PREFIX)))
     name = given.pop("cluster", "slurm")
@@ -123,11 +115,11 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     files = {file.stem: file for root in roots for file in root.glob("*.yaml")}
     if name not in files:
         raise InputError(f"cluster={name}: no such cluster; {near(name, files)}")
-    stored = yaml.safe_load(files[name].read_text()) or {}
+    stored = yaml.load(files[name].read_text(), _Yaml) or {}
     typed = {}
     for key, value in given.items():
         try:
-            typed[key.removeprefix(PREFIX)] = yaml.safe_load(value)
+            typed[key.removeprefix(PREFIX)] = yaml.load(value, _Yaml)
         except yaml.YAMLError as error:
             raise InputError(
                 f"{key}={value}: cannot be read; texts with brackets or colons are quoted, as in "

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -248,10 +247,22 @@ def test_a_folder_with_nothing_but_a_cluster_is_enough(
 
 
 @pytest.mark.parametrize(
-    ("time", "hours"), [("90", 1.5), ("01:30:00", 1.5), ("2-12:00:00", 60.0), (5400, 1.5)]
-)
-def test_times_are_read_as_slurm_reads_them(time: Any, hours: float) -> None:
-    assert ClusterSettings(kind="slurm", time=time).hours == hours
+    ("time", "hours"),
+    [("90", 1.5), ("01:30:00", 1.5), ("2-12:00:00", 60.0), ("2880", 48.0), ("4320", 72.0),
+     ("7200", 120.0), ("72:00:00", 72.0), ("0060", 1.0)],
+)  # fmt: skip
+def test_times_are_read_as_slurm_reads_them(time: str, hours: float, tmp_path: Path) -> None:
+    """Typed and in a file; YAML would take 24:00:00 for a number of seconds."""
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text(f"kind: slurm\ntime: {time}\n")
+    for words in ([f"cluster.time={time}"], ["cluster=mine", f"--config-dir={tmp_path}"]):
+        found, _ = cluster_of(words)
+        assert (found.time, found.hours) == (time, hours)
+
+
+def test_a_time_that_slurm_reads_in_another_way_is_refused() -> None:
+    with pytest.raises(InputError, match=r"cluster.time: expected HH:MM:SS, .*or minutes"):
+        cluster_of(["cluster.time=45:00"])
 
 
 @pytest.mark.parametrize("value", ["a b", "x\n#SBATCH --uid=0", "$(id)", "`id`", "a;b", "'"])
