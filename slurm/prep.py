@@ -112,6 +112,11 @@ def _told(words: Sequence[str]) -> tuple[ClusterSettings, int, list[str], Any]:
     if found is not None and found[0].kind == "slurm" and "processes" not in typed:
         rest.append(f"processes={found[0].cpus_per_task}")
     settings = attempt(problems, settings_for, "prep", rest)
+    if settings is not None and settings.append:
+        problems.append(
+            "append=true: launch makes whole corpora; `voxelith prep append=true` with the same "
+            "words adds to one"
+        )
     if problems or found is None:
         raise InputError(problems)
     cpu = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "gres": None}

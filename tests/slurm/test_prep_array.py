@@ -103,6 +103,17 @@ def test_mistakes_are_told_at_once(samples: Path, tmp_path: Path) -> None:
         voxelith.COMMANDS["launch"].run(["status", str(tmp_path / "c")])
 
 
+def test_an_addition_is_sent_to_the_command_that_makes_it(samples: Path, tmp_path: Path) -> None:
+    """Not to overwrite=true, which would replace the corpus."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "corpus.json").write_text("{}")
+    given = words(samples / "pretrain.csv", tmp_path / "c", "append=true")
+    with pytest.raises(InputError) as error:
+        launch_prep(given, dry_run=True)
+    (said,) = error.value.problems
+    assert "append=true: launch makes" in said and "`voxelith prep append=true`" in said
+
+
 def test_without_a_scheduler_it_runs_here(
     samples: Path, tmp_path: Path, quiet: dict[str, bytes]
 ) -> None:
