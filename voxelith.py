@@ -138,7 +138,7 @@ def _bench(words: list[str]) -> Any:
 def _replay(words: list[str]) -> Any:
     from data_prep.errors import InputError
 
-    options = {"step": ""}
+    options = {"step": "", "corpus": ""}
     runs = _runs("replay", words, options)
     problems = []
     if len(runs) > 1:
@@ -149,7 +149,8 @@ def _replay(words: list[str]) -> Any:
         raise InputError(problems)
     from pretrain.replay import replay
 
-    return replay(runs[0], int(options["step"]) if options["step"] else None)
+    step = int(options["step"]) if options["step"] else None
+    return replay(runs[0], step, options["corpus"] or None)
 
 
 def _export(words: list[str]) -> Any:
@@ -594,15 +595,16 @@ example: voxelith bench estimate experiment=mae""",
     ),
     "replay": Command(
         "find where a run stopped being finite",
-        "replay RUN [step=N]",
+        "replay RUN [step=N] [corpus=DIR]",
         _replay,
         """
-RUN is the folder of a pretraining whose corpus is still there; N is the step to look at, counted
-from 1, by default the last that failed. The run is made again from the checkpoint before that step,
-on this machine. Printed are the micro-step, the rank and the first module whose output or gradient
-is not finite, the loss parts, parameters and gradients that are not, and the samples of that
-micro-step with their values; if all is finite, the samples of step N. The same goes to replay.json
-and replay.png in RUN/failures/step-N.
+RUN is the folder of a pretraining whose corpus is still there, or at corpus=DIR: an address with a
+password is given again, since no run keeps that. N is the step to look at, counted from 1, by
+default the last that failed. The run is made again from the checkpoint before that step, on this
+machine. Printed are the micro-step, the rank and the first module whose output or gradient is not
+finite, the loss parts, parameters and gradients that are not, and the samples of that micro-step
+with their values; if all is finite, the samples of step N. The same goes to replay.json and
+replay.png in RUN/failures/step-N.
 
 example: voxelith replay runs/first step=1200""",
     ),

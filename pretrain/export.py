@@ -22,7 +22,7 @@ from pretrain.objective import Objective
 from pretrain.optim import named_moments
 from pretrain.release import FORMAT, Release, TrainingState, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
-from pretrain.start import Origin, corpus_of, origin_of, recipe_hash, seen_volumes
+from pretrain.start import Origin, origin_of, recipe_hash, seen_volumes
 from pretrain.train import load_trained
 
 
@@ -47,9 +47,9 @@ def export(run_path: Path, output: Path, *, full: bool = False, name: str | None
     objective, facts, state = load_trained(run)
     step, trained_on = int(state["step"]), str(state["schedule"]["index_hash"])
     settings = run.config()
-    corpus, origin = corpus_of(run, trained_on), origin_of(run)
+    origin = origin_of(run)
     decoder = transferable_decoder(objective)
-    fingerprints = {"format": 1, "values": seen_volumes(corpus, origin)}
+    fingerprints = {"format": 1, "values": seen_volumes(run, trained_on)}
     config = {
         "format": FORMAT,
         "name": name or run.path.name,
@@ -69,7 +69,7 @@ def export(run_path: Path, output: Path, *, full: bool = False, name: str | None
             "optimizer": settings["optimizer"],
             "seconds": _device_seconds(run, settings),
             "metrics": _metrics(run, step),
-            "recipe_hash": recipe_hash(settings, corpus.index_hash, step, origin),
+            "recipe_hash": recipe_hash(settings, trained_on, step, origin),
             **({} if origin is None else {"init": origin.facts()}),
         },
         "data": {**facts["corpus"], **facts["data"]},

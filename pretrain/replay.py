@@ -104,22 +104,23 @@ def _bad_rows(tensor: Tensor, rows: int) -> list[int]:
 class Replay:
     """A run on this machine, without its trainer, its log and its folder's lease."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, corpus: str | None = None) -> None:
         config = run.config()
         if "objective" not in config:
             raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
         self.run = run
-        self.settings = PretrainSettings.model_validate(config)
+        lies = {} if corpus is None else {"corpus": corpus}
+        self.settings = PretrainSettings.model_validate({**config, **lies})
         facts = json.loads((run.path / "run.json").read_text())
-        corpus = corpus_for(self.settings)
-        if corpus.index_hash != facts["corpus"]["index_hash"]:
+        found = corpus_for(self.settings)
+        if found.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
-                f"{corpus}: is not the corpus that {run.path} was trained on "
-                f"(index {corpus.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
-                "put that one back"
+                f"{found}: is not the corpus that {run.path} was trained on "
+                f"(index {found.index_hash[:12]}, expected {facts['corpus']['index_hash'][:12]}); "
+                "put that one back, or give corpus=DIR where it lies now"
             )
         self.objective = build_objective(self.settings, int(facts["channels"]))
-        self.dataset: CropDataset = make_dataset(self.settings, corpus, self.objective.crops)
+        self.dataset: CropDataset = make_dataset(self.settings, found, self.objective.crops)
 
     def failure(self, step: int | None) -> dict[str, Any]:
         """What the run wrote of a failed step, by default of its last; {} if it wrote nothing."""
@@ -313,7 +314,7 @@ def _device(settings: PretrainSettings) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def replay(path: Path, step: int | None = None) -> dict[str, Any]:
+def replay(path: Path, step: int | None = None, corpus: str | None = None) -> dict[str, Any]:
     """Replays a step of a run, by default the last one that failed.
 
     Writes replay.json and replay.png into the step's folder under `failures/`.
@@ -321,6 +322,8 @@ def replay(path: Path, step: int | None = None) -> dict[str, Any]:
     Args:
         path: the run folder.
         step: the optimiser step, counted from 1.
+        corpus: where the corpus of the run lies, if not where it was, or with the password of its
+            address, which no run keeps.
 
     Returns:
         What replay.json holds: whether a value that is not finite was `found`; if so, in which
@@ -330,7 +333,7 @@ def replay(path: Path, step: int | None = None) -> dict[str, Any]:
         InputError: no such run, no failed step, or its corpus is not there.
     """
     run = RunFolder(path)
-    made = Replay(run)
+    made = Replay(run, corpus)
     failure = made.failure(step)
     chosen = made.settings
     number = int(failure["step"]) if step is None else step

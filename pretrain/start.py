@@ -7,6 +7,7 @@ other one no more once it has a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
-from data_prep.files import write_json
+from data_prep.errors import CorruptionError, InputError
+from data_prep.files import read_note, write_json
 from data_prep.licences import UNSTATED
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
@@ -86,7 +87,7 @@ def open_start(path: Path) -> Start:
     Or public weights from a file: see `pretrain.foreign`.
 
     Raises:
-        InputError: it is none of them, has no checkpoint yet, or the run's corpus is gone.
+        InputError: it is none of them, or has no checkpoint yet.
     """
     if path.is_file():
         return _of_file(path)
@@ -252,12 +253,35 @@ def recipe_hash(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def corpus_of(run: RunFolder, index_hash: str) -> Corpus:
-    """The corpus that a run was trained on.
+def keep_seen(run: RunFolder, corpus: Corpus) -> None:
+    """Writes into a run's folder the fingerprints of its corpus, unless they are there.
+
+    What needs them later may not get at the corpus again: its address had a password, which no run
+    keeps, or it has another generation by then.
+    """
+    file = run.path / "fingerprints.json"
+    if read_note(file).get("index_hash") != corpus.index_hash:
+        with contextlib.suppress(CorruptionError):  # of a volume that the training may skip
+            write_json(file, {"index_hash": corpus.index_hash, "values": _prints(corpus)})
+
+
+def seen_volumes(run: RunFolder, index_hash: str) -> list[str]:
+    """Fingerprints of all that a run's weights have seen: in its corpus, and before.
 
     Raises:
-        InputError: it is gone, or another one lies in its place.
+        InputError: a run of before they were kept, and its corpus is gone or another one.
     """
+    kept, origin = read_note(run.path / "fingerprints.json"), origin_of(run)
+    own = kept["values"] if kept.get("index_hash") == index_hash else _found(run, index_hash)
+    return sorted({*own, *(origin.fingerprints if origin else [])})
+
+
+def _prints(corpus: Corpus) -> list[str]:
+    return sorted(set().union(*corpus.scan_prints().values()))
+
+
+def _found(run: RunFolder, index_hash: str) -> list[str]:
+    """The fingerprints of a run's corpus, which is opened for them."""
     paths = run.config()["corpus"]
     corpus = Corpus.open(*([paths] if isinstance(paths, str) else paths))
     if corpus.index_hash != index_hash:
@@ -266,13 +290,7 @@ def corpus_of(run: RunFolder, index_hash: str) -> Corpus:
             f"{corpus.index_hash[:12]}, its checkpoint says {index_hash[:12]}); "
             "its fingerprints are needed: restore it"
         )
-    return corpus
-
-
-def seen_volumes(corpus: Corpus, origin: Origin | None) -> list[str]:
-    """Fingerprints of all that weights have seen: in this corpus, and before."""
-    before = set() if origin is None else set(origin.fingerprints)
-    return sorted(before.union(*corpus.scan_prints().values()))
+    return _prints(corpus)
 
 
 def is_run(path: Path) -> bool:
@@ -300,7 +318,7 @@ def _of_run(run: RunFolder) -> Start:
         digest=file_digest(newest),
         recipe_hash=recipe_hash(settings, index_hash, step, before),
         data=[data, *(before.data if before else [])],
-        fingerprints=seen_volumes(corpus_of(run, index_hash), before),
+        fingerprints=seen_volumes(run, index_hash),
     )
     return Start(checkpoint["objective"], origin, preprocess=facts.get("preprocess"))
 

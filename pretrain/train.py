@@ -43,6 +43,7 @@ from pretrain.start import (
     begin_from,
     check_same_start,
     is_run,
+    keep_seen,
     keep_start,
     open_start,
     other_intensities,
@@ -141,6 +142,7 @@ class Prepared:
                     data=data_facts(corpus),
                     parameters=sum(p.numel() for p in objective.encoder.parameters()),
                 )
+                keep_seen(run, corpus)
                 if not resumed:
                     keep_start(run, start, report, len(moments))
                 if report is not None:

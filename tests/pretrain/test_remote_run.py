@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from test_loop import settings
 
 from data_prep import download
 from data_prep.corpus import Corpus
+from data_prep.errors import InputError
 from data_prep.remote import Shelf
 from pretrain.ahead import SHARDS, Ahead
+from pretrain.export import export
+from pretrain.release import load_release
 from pretrain.train import make_dataset
 from voxelith import main
 
@@ -50,6 +54,41 @@ def test_a_run_from_elsewhere_is_the_run_from_here(
         # What the run keeps names the server, and no more.
         kept = b"".join(f.read_bytes() for f in (tmp_path / "there").rglob("*") if f.is_file())
         assert b"hush" not in kept and b"secret" not in kept and b"127.0.0.1" in kept
+
+
+def test_what_a_run_behind_a_password_is_needed_for_later(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """No run keeps the password: a release and a start need none, a replay is given it."""
+    runs = [f"runs={tmp_path}", *WORDS, "trainer.workers=0"]
+    with FaultServer(pretrain_corpus) as server:
+        server.password = "Basic " + base64.b64encode(b"me:hush").decode()
+        address = f"http://me:hush@127.0.0.1:{server.port}"
+        assert main(["pretrain", f"corpus={address}", "run=there", *runs]) == 0
+        run = tmp_path / "there"
+        release = export(run, tmp_path / "release")
+        assert release.fingerprints == set().union(*Corpus.open(address).scan_prints().values())
+        words = [f"corpus={pretrain_corpus}", "run=then", f"init={run}", *runs]
+        assert main(["pretrain", *words]) == 0
+        again = tmp_path / "again"
+        assert main(["export", str(tmp_path / "then"), str(again)]) == 0
+        assert load_release(again).fingerprints == release.fingerprints
+        assert main(["replay", str(run), "step=1"]) != 0
+        assert main(["replay", str(run), "step=1", f"corpus={address}"]) == 0
+
+
+def test_a_run_of_before_fingerprints_were_kept_has_them_from_its_corpus(
+    pretrain_corpus: Path, labelled_corpus: Path, tmp_path: Path
+) -> None:
+    words = [f"runs={tmp_path}", *WORDS, "trainer.workers=0"]
+    assert main(["pretrain", f"corpus={pretrain_corpus}", "run=r", *words]) == 0
+    kept, config = tmp_path / "r" / "fingerprints.json", tmp_path / "r" / "config.json"
+    digest = export(tmp_path / "r", tmp_path / "a").digest
+    kept.unlink()
+    assert export(tmp_path / "r", tmp_path / "b").digest == digest
+    config.write_text(config.read_text().replace(str(pretrain_corpus), str(labelled_corpus)))
+    with pytest.raises(InputError, match="its fingerprints are needed: restore it"):
+        export(tmp_path / "r", tmp_path / "c")
 
 
 def test_a_shelf_that_is_too_small_for_the_order_is_told_and_serves_all_the_same(
