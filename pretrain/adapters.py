@@ -14,10 +14,10 @@ the weights answer where both inputs say the same:
   Zisserman 2017, arXiv:1705.07750), so what does not change along it is answered as before; volumes
   to slices: the sum.
 
-Learned positions need none: they are interpolated to the grid of each crop, and the others are
-computed. What has another width or depth is another network.
+Learned positions of another reference grid are interpolated in it, as the encoder does for a crop;
+the others are computed. What has another width or depth is another network.
 
-Shape legend: O outputs, C channels, d h w voxels of a kernel.
+Shape legend: O outputs, C channels, d h w voxels of a kernel or cells of a grid, E width.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 Channels = Literal["repeat", "first"]
 
@@ -35,7 +36,7 @@ Channels = Literal["repeat", "first"]
 def adapted(
     value: Tensor, shape: tuple[int, ...], channels: Channels = "repeat"
 ) -> tuple[Tensor, str] | None:
-    """A weight in the shape that another input needs, and in words how; None: no adapter can.
+    """A kernel in the shape that another input needs, and in words how; None: no adapter can.
 
     Args:
         value: a kernel [O, C, d, h, w], or [O, C, h, w] of slices.
@@ -97,19 +98,39 @@ def to_kernel(weight: Tensor, size: tuple[int, ...]) -> tuple[Tensor, str]:
     return weight, ", ".join(said)
 
 
+def to_grid(weight: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, str] | None:
+    """Learned positions [d, h, w, E] on another grid, and in words how; None: of another width."""
+    if weight.ndim != 4 or weight.shape[3] != shape[3]:
+        return None
+    maps = weight.permute(3, 0, 1, 2)[None].float()
+    made = F.interpolate(maps, size=shape[:3], mode="trilinear", align_corners=False)
+    said = f"positions {list(weight.shape[:3])} to {list(shape[:3])}: trilinear"
+    return made[0].permute(1, 2, 3, 0).to(weight.dtype).contiguous(), said
+
+
 def adapted_state(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], channels: Channels = "repeat"
+    state: Mapping[str, Tensor], module: nn.Module, channels: Channels = "repeat"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights in the shapes of a module, and how those that had others were changed.
 
     What has the right shape, or none that an adapter makes, stays as it is.
     """
     found, how = dict(state), {}
-    for name in state.keys() & own.keys():
-        shape = tuple(own[name].shape)
-        if tuple(state[name].shape) == shape:
-            continue
-        changed = adapted(state[name], shape, channels)
-        if changed is not None:
-            found[name], how[name] = changed
+    for path, layer in module.named_modules(remove_duplicate=False):
+        name, own = f"{path}.weight", getattr(layer, "weight", None)
+        if name in state and own is not None and state[name].shape != own.shape:
+            changed = _changed(layer, state[name], tuple(own.shape), channels)
+            if changed is not None:
+                found[name], how[name] = changed
     return found, dict(sorted(how.items()))
+
+
+def _changed(
+    layer: nn.Module, value: Tensor, shape: tuple[int, ...], channels: Channels
+) -> tuple[Tensor, str] | None:
+    """What the kind of a layer asks for; None: it has no adapter."""
+    if isinstance(layer, _ConvNd):
+        return adapted(value, shape, channels)
+    from pretrain.backbones.vit import Position  # it imports timm, which most do without
+
+    return to_grid(value, shape) if isinstance(layer, Position) else None

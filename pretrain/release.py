@@ -225,7 +225,7 @@ class Release(Manifest):
         weights = self.path / "model.safetensors"
         if self.stored_channels is None:
             return load_strictly(encoder, weights)
-        state, how = adapted_state(read_tensors(weights), encoder.state_dict(), self.adapt_channels)
+        state, how = adapted_state(read_tensors(weights), encoder, self.adapt_channels)
         return _load(encoder, state, weights, how)
 
     def load_decoder(self, decoder: nn.Module, *, head: bool = False) -> LoadReport:
@@ -256,7 +256,7 @@ class Release(Manifest):
         body = read_tensors(weights, found if head else first_blocks(found, blocks))
         how: dict[str, str] = {}
         if self.stored_channels is not None:  # UNETR's decoder reads the image too
-            body, how = adapted_state(body, state, self.adapt_channels)
+            body, how = adapted_state(body, decoder, self.adapt_channels)
         fits = {name: tuple(tensor.shape) for name, tensor in body.items()}
         own = shapes_of(decoder)
         heads = {name: own[name] for name in fits if name in own} if head else {}

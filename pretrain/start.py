@@ -192,11 +192,10 @@ def begin_from(
         state = {f"encoder.{name}": value for name, value in found.items()}
     device = next(objective.parameters()).device
     own = objective.state_dict()
-    state, changed = adapted_state(
-        {name: value.to(device) for name, value in state.items()},
-        {name: value for name, value in own.items() if name.startswith(ENCODERS)},
-        channels,
-    )
+    state = {name: value.to(device) for name, value in state.items()}
+    encoders = {name: value for name, value in state.items() if name.startswith(ENCODERS)}
+    fitted, changed = adapted_state(encoders, objective, channels)
+    state |= fitted
     taken = set(objective.inherit(state, least))
     unfit = [n for n in own if n.startswith(ENCODERS) and n in state and n not in taken]
     if unfit and least >= INHERITED:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_loop import CNN_MAE, RESENC, settings
+from test_loop import CNN_MAE, MAE, RESENC, settings
 from tiny_pairs import CROPS, names, preset, shrink
 from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.errors import InputError
-from pretrain.adapters import Channels, adapted, adapted_state, to_channels, to_kernel
+from pretrain.adapters import Channels, adapted, adapted_state, to_channels, to_grid, to_kernel
 from pretrain.arguments import build
 from pretrain.backbones.backbone import Backbone
 from pretrain.start import begin_from
@@ -98,7 +98,7 @@ def test_another_width_is_another_network(shape: tuple[int, ...]) -> None:
 def test_every_backbone_takes_more_channels(name: str, channels: Channels, seed: int) -> None:
     """Its features of an image are those of the image in all channels, or in the first."""
     one, three = small(name, 1), small(name, 3)
-    state, how = adapted_state(one.state_dict(), three.state_dict(), channels)
+    state, how = adapted_state(one.state_dict(), three, channels)
     three.load_state_dict(state)
     assert how and all("1 to 3 channels" in said for said in how.values())
     for crop in CROPS:
@@ -113,7 +113,7 @@ def test_every_backbone_takes_more_channels(name: str, channels: Channels, seed:
         given = torch.cat([image, drawn(1, 2, *crop, seed=seed + 1)], 1)
     for found, expected in zip(three(given), one(image), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    again, how = adapted_state(three.state_dict(), one.state_dict(), channels)
+    again, how = adapted_state(three.state_dict(), one, channels)
     assert sorted(again) == sorted(one.state_dict()) and len(how) > 0
 
 
@@ -165,7 +165,39 @@ def test_another_crop_needs_no_adapter(pretrain_corpus: Any, tmp_path: Any) -> N
     chosen = settings(pretrain_corpus, tmp_path, "r", backbone=primus, objective=CNN_MAE)
     assert chosen.backbone != RESENC
     small_crop, large = (build(primus | {"in_channels": 1}, "").eval() for _ in range(2))
-    _, how = adapted_state(small_crop.state_dict(), large.state_dict())
+    _, how = adapted_state(small_crop.state_dict(), large)
     assert how == {}
     large.load_state_dict(small_crop.state_dict())
     assert large(drawn(1, 1, 16, 24, 32, seed=0))[-1].shape[2:] == (4, 6, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", ["repeat", "first"])
+@pytest.mark.parametrize("grid", [[6, 6, 8], [6, 8, 6], [8, 3, 12]])
+def test_positions_of_another_grid_are_what_the_encoder_interpolates(
+    pretrain_corpus: Any, tmp_path: Any, grid: list[int], channels: Channels, seed: int
+) -> None:
+    vit = {
+        "_target_": "pretrain.backbones.vit.ViT3D",
+        "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2, "position": "learned",
+    }  # fmt: skip
+    before, now = (
+        build_objective(
+            settings(
+                pretrain_corpus, tmp_path, "r", objective=MAE, crop_size=(16, 16, 16),
+                backbone={**vit, "position_grid": cells},
+            ),
+            1,
+        )
+        for cells in ([6, 6, 6], grid)
+    )  # fmt: skip
+    before.get_parameter("encoder.pos_embed.weight").copy_(1 + drawn(6, 6, 6, 12, seed=seed))
+    report = begin_from(now, before.state_dict(), channels=channels)
+    said = f"positions [6, 6, 6] to {grid}: trilinear"
+    assert report.adapted == {"encoder.pos_embed.weight": said} and report.covered == 1.0
+    image = drawn(1, 1, *(4 * n for n in grid), seed=seed + 1)
+    torch.testing.assert_close(now.encoder(image)[-1], before.encoder(image)[-1])
+
+
+def test_positions_of_another_width_are_another_network() -> None:
+    assert to_grid(torch.zeros(6, 6, 6, 12), (6, 6, 6, 24)) is None
