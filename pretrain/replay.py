@@ -1,11 +1,12 @@
 """`voxelith replay RUN [step=N]`: makes a step again and finds where a value stops being finite.
 
-The replay starts at the newest checkpoint before the step (at the seed, if there is none), makes
-every step up to it on this machine, the micro-batches of all ranks one after the other, and looks
-into the modules of the first one whose loss or gradient is not finite. On the machine that trained
-the numbers are the same; elsewhere, or where the run was compiled, they are equal to rounding, so a
-value at the edge of the range may stay finite here. An objective whose loss spans the batches of
-several ranks is not the same when they come one after the other.
+The replay starts at the newest checkpoint before the step (if there is none, as the run did: at the
+seed, or at what `init` gave), makes every step up to it on this machine, the micro-batches of all
+ranks one after the other, and looks into the modules of the first one whose loss or gradient is not
+finite. On the machine that trained the numbers are the same; elsewhere, or where the run was
+compiled, they are equal to rounding, so a value at the edge of the range may stay finite here. An
+objective whose loss spans the batches of several ranks is not the same when they come one after the
+other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, named
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
 from pretrain.augment import Augment
@@ -36,10 +37,12 @@ from pretrain.failures import (
 from pretrain.loader import CropDataset, collate, to_device
 from pretrain.loop import Loop, autocast_of, machine_precision
 from pretrain.objective import Batch
+from pretrain.optim import Moments, with_moments
 from pretrain.previews import PLANES, aspects, planes
 from pretrain.run_folder import RunFolder, load_checkpoint
 from pretrain.settings import PretrainSettings
-from pretrain.train import build_objective, corpus_for, make_dataset
+from pretrain.start import begin_from, open_start, origin_of
+from pretrain.train import build_objective, corpus_for, first_moments, make_dataset
 
 
 @dataclass
@@ -150,14 +153,18 @@ class Replay:
         loop = Loop(settings, self.dataset, self.run, augment=augment)
         objective = self.objective
         state = self.start(step)
+        moments: Moments = {}
         if state is not None:
             objective.load_state_dict(state["objective"])
             loop.step = int(state["step"])
+        elif settings.init is not None:
+            self._begin_from(settings.init)
+            moments = first_moments(objective, settings)
         objective.to(self.device).train()
         objective.loop = loop
         optimizer = loop.make_optimizer(objective)
-        if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
+        kept = with_moments(optimizer, objective, moments) if state is None else state["optimizer"]
+        optimizer.load_state_dict(kept)
         self.loop, self.precision = loop, precision
         report: dict[str, Any] = {
             "step": step,
@@ -172,6 +179,27 @@ class Replay:
                 if bad is not None:
                     return {**report, "step": loop.step + 1, "found": True, **bad}
         return {**report, "found": False, **self._samples(shape, step - 1)}
+
+    def _begin_from(self, init: Path) -> None:
+        """Gives the objective the weights that the run began from.
+
+        Raises:
+            InputError: they are gone, or others lie in their place.
+        """
+        start, began = named("init", init, open_start), origin_of(self.run)
+        if began is None or start.origin.digest != began.digest:
+            raise InputError(
+                f"init={init}: has digest {start.origin.digest[:12]}, and the run began from what "
+                f"{self.run.path}/init.json names; put that back, or give step=N of a step that "
+                "has a checkpoint before it"
+            )
+        begin_from(
+            self.objective,
+            start.state,
+            foreign=start.foreign,
+            channels=self.settings.adapt_channels,
+            least=self.settings.init_covers,
+        )
 
     def _step(self, optimizer: torch.optim.Optimizer, shape: Shape) -> dict[str, Any] | None:
         """One optimiser step; where it is not finite, nothing is stepped and it is examined."""
@@ -330,7 +358,8 @@ def replay(path: Path, step: int | None = None, corpus: str | None = None) -> di
         micro-step and module, in which loss parts, parameters and gradients; the samples.
 
     Raises:
-        InputError: no such run, no failed step, or its corpus is not there.
+        InputError: no such run, no failed step, or its corpus is not there, or what it began from,
+            where no checkpoint is from before the step.
     """
     run = RunFolder(path)
     made = Replay(run, corpus)

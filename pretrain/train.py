@@ -102,12 +102,8 @@ class Prepared:
             _warn(settings, corpus)
         objective = self.make()
         start = report = None
-        moments: Moments = {}
-        if settings.init_moments and settings.init is not None and not run.checkpoints.paths():
-            state = open_training(settings.init)  # by every rank: none gets another's moments
-            _check_optimizer(state, settings)
-            moments = fitting_moments(objective, state.moments)
-            del state
+        # By every rank: none gets another's moments.
+        moments = {} if run.checkpoints.paths() else first_moments(objective, settings)
         # Other ranks get these weights from the first one, when DDP starts.
         if main and settings.init is not None and not run.checkpoints.paths():
             start = self.start or named("init", settings.init, open_start)
@@ -263,6 +259,19 @@ def _check_optimizer(state: TrainingState, settings: PretrainSettings) -> None:
             f"init_moments=true: {settings.init} was trained by {state.optimizer}, and "
             f"optimizer={settings.optimizer} keeps something else; give optimizer={state.optimizer}"
         )
+
+
+def first_moments(objective: Objective, settings: PretrainSettings) -> Moments:
+    """The moments that a training begins with: those of `init` that fit, where they are wanted.
+
+    Raises:
+        InputError: `init` has none, or those of another optimiser.
+    """
+    if not settings.init_moments or settings.init is None:
+        return {}
+    state = open_training(settings.init)
+    _check_optimizer(state, settings)
+    return fitting_moments(objective, state.moments)
 
 
 def _with(moments: Moments, objective: Objective) -> str:

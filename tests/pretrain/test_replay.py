@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ VIT = {
     "num_heads": 2,
     "drop_path": 0.3,
 }
+CNN_MAE = {"_target_": "pretrain.objectives.cnn_mae.CnnMAE", "block": 4}
 MAE = {
     "_target_": "pretrain.objectives.mae.MAE",
     "decoder_dim": 24,
@@ -139,6 +141,28 @@ def test_a_replayed_step_is_the_step_bit_for_bit(
     assert saved is not None and saved["step"] == 9
     found = made.objective.state_dict()
     assert all(torch.equal(found[name], saved["objective"][name]) for name in found)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_a_run_that_began_from_another_is_replayed_from_that(
+    pretrain_corpus: Path, tmp_path: Path, moments: bool
+) -> None:
+    plain = {"objective": CNN_MAE, "steps": 3, "save_every": 3}
+    before = pretrain(settings(pretrain_corpus, tmp_path, run="before", **plain))
+    chosen = settings(pretrain_corpus, tmp_path, init=before, init_moments=moments, seed=1, **plain)
+    run = RunFolder(pretrain(chosen))
+    made = Replay(run)
+    assert made.to(3, Shape(4, 1, 1, 1), "32-true")["start"] == 0
+    saved = run.checkpoints.load()
+    assert saved is not None and saved["step"] == 3
+    found = made.objective.state_dict()
+    assert all(torch.equal(found[name], saved["objective"][name]) for name in found)
+    shutil.rmtree(before)
+    with pytest.raises(InputError, match=f"init={before}: "):
+        Replay(run).to(3, Shape(4, 1, 1, 1), "32-true")
+    pretrain(settings(pretrain_corpus, tmp_path, run="before", seed=2, **plain))
+    with pytest.raises(InputError, match=r"the run began from what .*init\.json names"):
+        Replay(run).to(3, Shape(4, 1, 1, 1), "32-true")
 
 
 def test_the_start_of_a_failed_step_outlives_its_checkpoint(
