@@ -81,7 +81,9 @@ def read_crop(
     channels, grid, group = draw.meta["channels"], draw.grid, draw.group
     lowest = [_code(c["statistics"]["min"], c) for c in channels]
     still = draw.matrix is None and grid.native
-    read = _read if still else _read_box
+    # Of a crop that lies wholly beyond its volume there is nothing to read, but a box beside it.
+    beside = (draw.start + group.size <= 0).any() or (draw.start >= grid.shape).any()
+    read = _read if still and not beside else _read_box
     crop = {
         "key": str(corpus.keys[draw.item]),
         **read(corpus, draw, lowest, label),

@@ -123,6 +123,26 @@ def test_native_crops_are_the_voxels_of_their_boxes(pretrain_corpus: Path, crops
     assert seen or crops is MULTI
 
 
+@pytest.mark.parametrize("spacing", [None, (1.4, 0.8, 1.1)])
+def test_a_base_that_lies_beyond_its_volume_is_padding(
+    pretrain_corpus: Path, spacing: tuple[float, float, float] | None
+) -> None:
+    """All outer ones do, where a volume is shorter than a crop; and none stops a run."""
+    layout, size = Bases(1, (1, 3, 3)), (12, 130, 120)
+    dataset = dataset_of(pretrain_corpus, layout, size, preprocess=Preprocess.default(spacing))
+    for position in range(3):
+        batch = sample(dataset, position)
+        crop, *bases = batch.valid.flatten(1).any(1).tolist()
+        assert crop and bases == [n == 4 for n in range(9)]
+        lowest = batch.image[batch.valid].min()
+        beyond = batch.image[~batch.valid]
+        torch.testing.assert_close(beyond, beyond[:1].expand_as(beyond))
+        assert beyond[0] <= lowest + 1e-4
+        half = to_batch(collate([dataset[10 * position + n] for n in (0, 5)]))
+        assert torch.equal(half.image, batch.image[[0, 5]])
+        assert torch.equal(half.valid, batch.valid[[0, 5]])
+
+
 def test_overlaps_with_the_bases_sum_to_one(pretrain_corpus: Path) -> None:
     """Of the boxes, whatever is mirrored afterwards."""
     dataset = dataset_of(pretrain_corpus, Bases(2, (1, 3, 3)))
