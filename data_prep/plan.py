@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import Any
 
 from data_prep.errors import InputError
@@ -21,7 +20,7 @@ from data_prep.request import class_rows, combined_rows, nothing_left
 from data_prep.scan import ScanJob, Scanned
 from data_prep.settings import PrepSettings
 from data_prep.shards import canonical_json
-from data_prep.sketch import TOGETHER, SketchIndex, batched
+from data_prep.sketch import SketchIndex
 from data_prep.work import WorkFolder
 from data_prep.write import assign_shards, sample_json
 
@@ -112,19 +111,16 @@ def _without_near_duplicates(
 ) -> tuple[list[Scanned], list[LeftOut], list[tuple[int, int, float]]]:
     """As `_survivors`, by sketches; volumes of one file or series are alike and mean to be."""
     order = sorted(samples, key=lambda sample: _precedence(jobs[sample.number]))
+    wholes = [jobs[sample.number].case.whole for sample in order]
     looks = [sample.look for sample in order]
     index = SketchIndex(looks)
     kept: dict[int, Scanned] = {}
     left_out, pairs = [], []
-    alike = chain.from_iterable(map(index.find_all, batched(looks, TOGETHER)))
+    # Copies that are left out themselves must not hide the one that stays.
+    alike = index.find_all(looks, among=lambda n, m: m in kept and wholes[m] != wholes[n])
     each = zip(order, alike, strict=True)
-    for n, (sample, near) in enumerate(bar(iterable=each, desc="duplicates", total=len(order))):
+    for n, (sample, found) in enumerate(bar(iterable=each, desc="duplicates", total=len(order))):
         job = jobs[sample.number]
-        found = [
-            (other, share)
-            for other, share in near
-            if other in kept and jobs[order[other].number].case.whole != job.case.whole
-        ]
         if found:
             other, share = found[0]
             how = f"a near-duplicate of {order[other].key} ({share:.0%} of features)"

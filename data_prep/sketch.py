@@ -18,9 +18,10 @@ from __future__ import annotations
 import base64
 import itertools
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,27 +188,34 @@ class SketchIndex:
 
     def find(self, wanted: Sketch, least: float = NEAR) -> list[tuple[int, float]]:
         """Numbers of near-duplicates with their similarity, the most similar first."""
-        return self.find_all([wanted], least)[0]
+        return next(self.find_all([wanted], least))
 
     def find_all(
-        self, wanted: Sequence[Sketch], least: float = NEAR
-    ) -> list[list[tuple[int, float]]]:
-        """As `find` for each of some hundred sketches, which are looked up together.
+        self,
+        wanted: Sequence[Sketch],
+        least: float = NEAR,
+        among: Callable[[int, int], bool] = lambda one, other: True,
+    ) -> Iterator[list[tuple[int, float]]]:
+        """As `find` for each of many sketches, some hundred of which are looked up together.
 
         Their words are sorted, so the table is walked through and not jumped about in: many times
         as fast as one by one where the table is larger than the caches.
-        """
-        found = []
-        for look, places in zip(wanted, self.candidates(wanted), strict=True):
-            alike = [(n, similarity(look, self.sketches[n], {0, turn})) for n, turn in places]
-            near = [pair for pair in alike if pair[1] >= least]
-            found.append(sorted(near, key=lambda pair: (-pair[1], pair[0])))
-        return found
 
-    def candidates(
-        self, wanted: Sequence[Sketch], most: int = _CANDIDATES
-    ) -> list[list[tuple[int, int]]]:
-        """Of each, those with the most parts of features in common, two at least; with the turn."""
+        Args:
+            wanted: Sketches.
+            least: The least similarity.
+            among: Whether for the sketch of one number in `wanted` another of the index counts;
+                asked when it is that one's turn. Of those that count the best are compared.
+        """
+        places = chain.from_iterable(map(self.candidates, batched(wanted, TOGETHER)))
+        for one, (look, found) in enumerate(zip(wanted, places, strict=True)):
+            best = islice((place for place in found if among(one, place[0])), _CANDIDATES)
+            alike = [(n, similarity(look, self.sketches[n], {0, turn})) for n, turn in best]
+            near = [pair for pair in alike if pair[1] >= least]
+            yield sorted(near, key=lambda pair: (-pair[1], pair[0]))
+
+    def candidates(self, wanted: Sequence[Sketch]) -> Iterator[list[tuple[int, int]]]:
+        """Of each, those with two parts of features in common or more, and the turn; best first."""
         pairs, votes, turns = (np.zeros(0, dtype=np.int64) for _ in range(3))
         size = max(1, len(self.sketches))
         features = _Features(wanted)
@@ -234,12 +242,12 @@ class SketchIndex:
         best = np.ones(len(pairs), dtype=np.bool_)
         best[1:] = pairs[1:] != pairs[:-1]
         pairs, votes, turns = pairs[best], votes[best], turns[best]
-        found: list[list[tuple[int, int]]] = [[] for _ in wanted]
-        for k in np.lexsort((pairs, -votes)):
-            query, owner = divmod(int(pairs[k]), size)
-            if len(found[query]) < most:
-                found[query].append((owner, int(turns[k])))
-        return found
+        order = np.lexsort((pairs, -votes, pairs // size))
+        queries, owners = np.divmod(pairs[order], size)
+        turns = turns[order]
+        ends = np.searchsorted(queries, np.arange(len(wanted) + 1))
+        for first, last in itertools.pairwise(ends):  # they are many: as tuples one by one
+            yield list(zip(owners[first:last].tolist(), turns[first:last].tolist(), strict=True))
 
 
 # Sampling.

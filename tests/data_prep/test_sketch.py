@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import itertools
 import json
@@ -21,6 +22,9 @@ from scipy import ndimage
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.layouts.case import Case
+from data_prep.plan import _without_near_duplicates
+from data_prep.scan import ScanJob, Scanned
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.sketch import (
     FEWEST,
@@ -32,6 +36,7 @@ from data_prep.sketch import (
     sketch,
 )
 from data_prep.volume import Volume, read_nifti, volume_from_array
+from data_prep.work import WorkFolder
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 REAL = (
@@ -161,7 +166,7 @@ def test_the_index_finds_what_looking_at_all_of_them_finds(seed: int) -> None:
     for wanted in sketches[::4]:
         all_of_them = {n: similarity(wanted, other) for n, other in enumerate(sketches)}
         assert dict(index.find(wanted)) == {n: s for n, s in all_of_them.items() if s >= NEAR}
-    assert index.find_all(sketches) == [index.find(wanted) for wanted in sketches]
+    assert list(index.find_all(sketches)) == [index.find(wanted) for wanted in sketches]
 
 
 def test_it_matters_not_who_asks_whom(scans: list[Volume], seed: int) -> None:
@@ -188,8 +193,8 @@ def test_what_most_scans_have_makes_no_candidates(seed: int) -> None:
         own = rng.integers(0, 256, (40, 18), dtype=np.uint8)
         sketches.append(Sketch(((2.0, np.unique(np.concatenate([common, own]), axis=0)),)))
     index = SketchIndex(sketches)
-    assert index.candidates(sketches[5:7]) == [[(5, 0)], [(6, 0)]]
-    assert SketchIndex(sketches[:200]).candidates(sketches[5:6])[0][1:]  # of few, it tells
+    assert list(index.candidates(sketches[5:7])) == [[(5, 0)], [(6, 0)]]
+    assert next(SketchIndex(sketches[:200]).candidates(sketches[5:6]))[1:]  # of few, it tells
 
 
 def test_threads_change_no_bit(tmp_path: Path) -> None:
@@ -334,6 +339,24 @@ def test_what_is_no_list_corpus_or_release_is_told_at_once(folder: Path, tmp_pat
     assert len(caught.value.problems) == 2
     assert f"exclude={tmp_path / 'bad'}: its fingerprints.json" in caught.value.problems[0]
     assert "a list of keys or fingerprints, a corpus or a release" in caught.value.problems[1]
+
+
+@pytest.mark.parametrize("count", [20, 70])
+def test_of_many_copies_of_a_scan_one_stays(count: int, seed: int) -> None:
+    """Also where more of them are left out than are compared with each."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2, (128, 144), dtype=np.uint8)
+    jobs, samples = [], []
+    for n in range(count):
+        noisy = np.packbits(bits ^ (rng.random(bits.shape) < 0.03), axis=1)
+        look = Sketch(((2.0, np.unique(noisy, axis=0)),))
+        case = Case(f"{n}.nii.gz", (Path(f"{n}.nii.gz"),))
+        jobs.append(ScanJob(n, case, f"k{n}", f"s{n}", WorkFolder(Path()), None, False))
+        text = base64.b64encode(look.to_bytes()).decode()
+        samples.append(Scanned(n, f"k{n}", {}, sketch=text))
+    kept, left_out, pairs = _without_near_duplicates(jobs, samples)
+    assert [sample.number for sample in kept] == [0] and len(left_out) == count - 1
+    assert {other for _, other, _ in pairs} == {0}
 
 
 def test_volumes_of_one_file_are_alike_and_stay(
