@@ -9,7 +9,7 @@ checkpoints/step-00000100.pt
 previews/              pictures
 init.json              where its first weights come from, unless they are random
 load_report.json       which of its tensors those are
-fingerprints.json      of the volumes of its corpus: what a pretraining has seen
+fingerprints.json      what a pretraining has seen, of a corpus behind a password
 events.jsonl           starts, saves with their seconds, ends
 metrics.jsonl          all that trackers are told, validation and looks at features too
 failures/              steps whose loss or gradient was not finite, and what ended which rank

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -252,13 +252,20 @@ def recipe_hash(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def keep_seen(run: RunFolder, corpus: Corpus) -> None:
-    """Writes into a run's folder the fingerprints of its corpus, unless they are there.
+def keep_seen(run: RunFolder, corpus: Corpus, given: str | Sequence[str]) -> None:
+    """Writes the fingerprints of a corpus behind a password into the folder of a run on it.
 
-    What needs them later may not get at the corpus again: its address had a password, which no run
-    keeps, or it has another generation by then.
+    What needs them later cannot get at the corpus again, since no run keeps the password. Of other
+    corpora nothing is copied: it is kilobytes for each volume.
+
+    Args:
+        run: that has described itself.
+        corpus: of it.
+        given: the paths or addresses of the corpus, as they were given.
     """
     file = run.path / "fingerprints.json"
+    if run.config()["corpus"] == given:
+        return
     if read_note(file).get("index_hash") != corpus.index_hash:
         with contextlib.suppress(CorruptionError):  # of a volume that the training may skip
             write_json(file, {"index_hash": corpus.index_hash, "values": _prints(corpus)})

@@ -129,8 +129,9 @@ class Prepared:
                 # A run that cannot go on is refused before its facts are written anew.
                 resumed = loop.restored_step()
                 loop.loggers = make_loggers(settings, run, resumed)
+                asked = settings.model_dump(mode="json")
                 run.describe(
-                    settings.model_dump(mode="json"),
+                    asked,
                     sys.argv,
                     channels=self.channels,
                     corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
@@ -138,7 +139,7 @@ class Prepared:
                     data=data_facts(corpus),
                     parameters=sum(p.numel() for p in objective.encoder.parameters()),
                 )
-                keep_seen(run, corpus)
+                keep_seen(run, corpus, asked["corpus"])
                 if not resumed:
                     keep_start(run, start, report, len(moments))
                 if report is not None:
