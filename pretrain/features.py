@@ -8,6 +8,7 @@ table of vectors alone is a .parquet with a row per scan and `about` in its meta
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,9 @@ COLUMNS = {
 PATIENCE = 10
 """Seconds of a scan before its windows are counted too."""
 
+SAVE_SECONDS = 60
+"""A table is written anew after as many: what kills a program leaves it no time to."""
+
 
 @dataclass(frozen=True)
 class Extracted:
@@ -52,18 +56,60 @@ class Extracted:
 def features(settings: FeaturesSettings) -> Extracted:
     """Features of a scan, or of every scan below a folder; names are those of the inputs.
 
-    What cannot be read is left out, and the rest is done. An interrupted table has the rows that
-    were finished.
+    What cannot be read is left out, and the rest is done. A table is written each minute and at its
+    end, so one that was killed lacks the rows of the last minute.
 
     Raises:
         InputError: no such encoder, no scan that can be read, results of several scans would have
             one name, the output lies in the input, or has features of another encoder.
     """
+    names, encoder = _opened(settings)
+    source, output = settings.input, settings.output
+    table = output.suffix == ".parquet"
+    folder = source.parent if source.is_file() else source
+    cases, left_out = by_case(names, encoder.module.in_channels)
+    maps = {name: output / f"{_stem(name)}.npz" for name in cases}
+    refuse_shared(folder, {} if table else maps)
+    about = _about(encoder, settings.overlap)
+    rows = _read_table(output, about) if table and settings.resume else {}
+    into = output.parent if table or output.suffix == ".npz" else output
+    make_folder(into, "output")
+    found = Extracted(left_out=left_out)
+    saved = time.monotonic()
+    try:
+        for name, files in bar(iterable=cases.items(), desc="features", unit="scan"):
+            target = output if output.suffix == ".npz" else maps[name]
+            if settings.resume and (str(name) in rows if table else _is_done(target, about)):
+                found.there.append(str(name))
+                continue
+            try:
+                volume = read_scan([folder / one for one in files], encoder.config["modalities"])
+                seen = encoder.see(volume, overlap=settings.overlap, each=_shown)
+            except Reject as reject:
+                left_out[str(name)] = str(reject)
+                continue
+            if table:
+                rows[str(name)] = _row(str(name), volume.modality, seen)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    _write_table(output, rows, about)
+                    saved = time.monotonic()
+            else:
+                _write_map(target, seen, about)
+            found.written.append(str(name))
+    finally:  # an interrupted folder keeps the rows that it has
+        if table and found.written:
+            _write_table(output, rows, about)
+    if not found.written and not found.there:
+        raise InputError([f"{folder / name}: {why}" for name, why in left_out.items()])
+    return found
+
+
+def _opened(settings: FeaturesSettings) -> tuple[list[Path], Encoder]:
+    """The files of scans and the encoder; all that is wrong with settings is raised together."""
     source, output = settings.input, settings.output
     problems: list[str] = []
     alone = source.is_file()
     names = [Path(source.name)] if alone else scan_files(source)
-    table = output.suffix == ".parquet"
     if not source.exists():
         problems.append(f"input={source}: is not there; give a NIfTI or a folder of them")
     elif not names:
@@ -86,38 +132,7 @@ def features(settings: FeaturesSettings) -> Extracted:
     )
     if problems or encoder is None:
         raise InputError(problems)
-    folder = source.parent if alone else source
-    cases, left_out = by_case(names, encoder.module.in_channels)
-    maps = {name: output / f"{_stem(name)}.npz" for name in cases}
-    refuse_shared(folder, {} if table else maps)
-    about = _about(encoder, settings.overlap)
-    rows = _read_table(output, about) if table and settings.resume else {}
-    into = output.parent if table or output.suffix == ".npz" else output
-    make_folder(into, "output")
-    found = Extracted(left_out=left_out)
-    try:
-        for name, files in bar(iterable=cases.items(), desc="features", unit="scan"):
-            target = output if output.suffix == ".npz" else maps[name]
-            if settings.resume and (str(name) in rows if table else _is_done(target, about)):
-                found.there.append(str(name))
-                continue
-            try:
-                volume = read_scan([folder / one for one in files], encoder.config["modalities"])
-                seen = encoder.see(volume, overlap=settings.overlap, each=_shown)
-            except Reject as reject:
-                left_out[str(name)] = str(reject)
-                continue
-            if table:
-                rows[str(name)] = _row(str(name), volume.modality, seen)
-            else:
-                _write_map(target, seen, about)
-            found.written.append(str(name))
-    finally:  # an interrupted folder keeps the rows that it has
-        if table and found.written:
-            _write_table(output, rows, about)
-    if not found.written and not found.there:
-        raise InputError([f"{folder / name}: {why}" for name, why in left_out.items()])
-    return found
+    return names, encoder
 
 
 def _shown(corners: Sequence[Corner]) -> Iterable[Corner]:

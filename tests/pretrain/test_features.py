@@ -148,6 +148,25 @@ def test_resume_does_what_is_missing_and_refuses_other_features(
         features(asked(other, scans, out, resume=True))
 
 
+def test_a_table_that_is_killed_has_the_rows_of_before(
+    release: Path, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.parquet"
+    there = []
+
+    def looked(*args: Any) -> Any:
+        there.append(pq.read_table(out)["file"].to_pylist() if out.exists() else [])
+        return read_scan(*args)
+
+    monkeypatch.setattr("pretrain.features.read_scan", looked)
+    monkeypatch.setattr("pretrain.features.SAVE_SECONDS", 0)
+    features(asked(release, scans, out))
+    assert there == [[], ["a.nii.gz"]]
+    whole = out.read_bytes()
+    features(asked(release, scans, out, resume=True))
+    assert out.read_bytes() == whole
+
+
 @torch.no_grad()
 def test_windows_overlap_as_stated(release: Path, seed: int) -> None:
     """Twice the crop along one axis: side by side without overlap, three windows with a half."""
