@@ -168,7 +168,7 @@ def render(
         cluster,
         words,
         run / "launch",
-        name=f"voxelith-{run.name}",
+        run.name,
         array=f"0-{elements - 1}{limit}" if elements else "",
         run=shlex.quote(str(run)),
         stages=[shlex.quote(str(stage)) for stage in stages or [run]],
@@ -176,7 +176,12 @@ def render(
 
 
 def rendered(
-    template: str, cluster: ClusterSettings, words: Sequence[str], folder: Path, **facts: Any
+    template: str,
+    cluster: ClusterSettings,
+    words: Sequence[str],
+    folder: Path,
+    name: str,
+    **facts: Any,
 ) -> str:
     """A batch script: a template with its own facts and those that all of them need.
 
@@ -185,6 +190,7 @@ def rendered(
         cluster: what it gives.
         words: of the command.
         folder: of the script, its logs and notes.
+        name: what the job is called after; sbatch takes an option for ended at a space.
         facts: what else the template asks for.
 
     Raises:
@@ -206,6 +212,7 @@ def rendered(
     )
     return environment.get_template(template).render(
         cluster=cluster,
+        name=f"voxelith-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}",
         directory=shlex.quote(str(Path.cwd())),
         container=_container(cluster, [*words, str(folder)]),
         words=[shlex.quote(word) for word in words],

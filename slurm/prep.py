@@ -131,7 +131,7 @@ def _script(
         cluster,
         ("prep", *words, f"step={step}"),
         launch_folder(output),
-        name=f"voxelith-{re.sub(r'[^A-Za-z0-9_.-]', '-', output.name)}",
+        output.name,
         step=step,
         parts=parts if STEPS[step] else 0,
         limit=f"%{cluster.array_limit}" if cluster.array_limit else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -263,6 +264,16 @@ def test_times_are_read_as_slurm_reads_them(time: str, hours: float, tmp_path: P
 def test_a_time_that_slurm_reads_in_another_way_is_refused() -> None:
     with pytest.raises(InputError, match=r"cluster.time: expected HH:MM:SS, .*or minutes"):
         cluster_of(["cluster.time=45:00"])
+
+
+@pytest.mark.parametrize("elements", [0, 3])
+def test_names_of_folders_may_have_spaces(tmp_path: Path, elements: int) -> None:
+    """sbatch splits the words of a directive as a shell does, and takes one option from each."""
+    cluster = ClusterSettings(kind="slurm")
+    script = render(tmp_path / "my 'best' sweep", ("finetune",), cluster, elements)
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert all(len(shlex.split(line[1:])) == 2 for line in options), options
+    assert "#SBATCH --job-name=voxelith-my--best--sweep" in options
 
 
 @pytest.mark.parametrize("value", ["a b", "x\n#SBATCH --uid=0", "$(id)", "`id`", "a;b", "'"])
