@@ -189,3 +189,28 @@ def test_a_prep_that_slurm_requeues_without_a_word_is_bounded(
         node.start(script, KILLED, restart=number)
     said = node.start(script, "exit 0", restart=6)
     assert "ended without a word, the second time after 2 of this part" in said
+
+
+def test_a_prep_that_gets_nowhere_by_its_time_limit_is_bounded(
+    node: Node, samples: Path, tmp_path: Path
+) -> None:
+    """Starts that have done something may go on for ever; a case that takes longer may not."""
+    given = [
+        f"input={samples / 'pretrain.csv'}", f"output={tmp_path / 'c'}", "keys=names",
+        "cluster.array=2", "cluster.max_restarts=3",
+    ]  # fmt: skip
+    scripts = launch_prep(given, dry_run=True)["scripts"]
+    (tmp_path / "c.launch").mkdir()
+    done = tmp_path / ".c.prep" / "x" / "scanned"
+    done.mkdir(parents=True)
+    ends = ("exit 138", "exit 140", "kill -TERM $BASHPID")
+    for number in range(9):
+        said = node.start(scripts["scan"], f"touch {done}/{2 * number}.json; {ends[number % 3]}")
+        assert node.asked[-1] == "requeue 7_1", said
+    for script, job in ((scripts["scan"], "7_1"), (scripts["plan"], "7")):
+        for number in range(3):
+            said = node.start(script, ends[number])
+            assert node.asked[-1] == f"requeue {job}", said
+        said = node.start(script, "exit 140")
+        assert "ended by SLURM before anything was done, after 3 restarts: not started" in said
+        assert said.endswith("code 140") and not any("requeue" in line for line in node.asked)
