@@ -27,7 +27,7 @@ from pretrain.cache import cache_folder
 from pretrain.crops import ONE, Crops
 from pretrain.health import Health
 from pretrain.loader import CropDataset, to_batch
-from pretrain.loop import Loop, check_machine
+from pretrain.loop import Loop, check_machine, machine_precision
 from pretrain.manifest import TRAINING
 from pretrain.noise import raw_batch
 from pretrain.objective import Batch, Objective
@@ -187,7 +187,7 @@ def prepare(
         attempt(problems, check_machine, settings.trainer)
         attempt(problems, check_loggers, settings)
     given = settings
-    settings = attempt(problems, on_these_ranks, settings) or settings
+    settings = attempt(problems, on_these_ranks, settings, elsewhere) or settings
     if main:
         attempt(problems, _check_run, run, settings)
     corpus = attempt(problems, corpus_for, settings)
@@ -291,15 +291,22 @@ def _check_run(run: RunFolder, settings: PretrainSettings) -> None:
             check_same_start(settings.init, run)
 
 
-def on_these_ranks(settings: PretrainSettings) -> PretrainSettings:
-    """Settings with the `accumulate` that this start has; of a run that goes on, see `resumed`.
+def on_these_ranks(settings: PretrainSettings, elsewhere: bool = False) -> PretrainSettings:
+    """Settings with the `accumulate` and the precision that this start has.
 
-    Every rank finds the same, also where the first one has written its settings already.
+    A run that goes on stays in its precision unless another is given; of its `accumulate` see
+    `resumed`. What `auto` comes to elsewhere is not known here. Every rank finds the same, also
+    where the first one has written its settings already.
     """
-    run = RunFolder(settings.runs / settings.run)
+    run, trainer = RunFolder(settings.runs / settings.run), settings.trainer
     if run.config_path.exists():
-        settings = settings.resumed(run.config())
-    return settings.model_copy(update={"accumulate": settings.micro_steps})
+        before = run.config()
+        settings, own = settings.resumed(before), before["trainer"]["precision"]
+    else:
+        own = "auto" if elsewhere else machine_precision(trainer)
+    if trainer.precision == "auto":
+        trainer = trainer.model_copy(update={"precision": own})
+    return settings.model_copy(update={"accumulate": settings.micro_steps, "trainer": trainer})
 
 
 def _check_micro_steps(make: Callable[[], Objective], settings: PretrainSettings) -> None:

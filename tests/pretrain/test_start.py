@@ -335,3 +335,26 @@ def test_public_weights_of_nnssl_are_where_it_begins(chosen: Any, tmp_path: Path
     assert sorted([*report["copied"], *report["new"]]) == sorted(found)
     assert report["sources"] == {}  # an objective calls them as nnssl does
     assert sorted([*report["copied"], *report["skipped"]]) == sorted(stored)
+
+
+def test_a_run_says_in_what_precision_it_is_computed_and_stays_in_it(
+    chosen: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seeds on two kinds of machines are no seeds of one recipe."""
+
+    def kept(run: Path) -> tuple[str, str]:
+        config = json.loads((run / "config.json").read_text())
+        return config["trainer"]["precision"], recipe_hash(config, "i", 1)
+
+    plain = kept(pretrain(chosen("plain")))
+    assert plain[0] == "32-true"
+    monkeypatch.setattr("pretrain.train.machine_precision", lambda _: "bf16-mixed")
+    half = kept(pretrain(chosen("half")))
+    assert half[0] == "bf16-mixed" and half[1] != plain[1]
+    # Elsewhere a run goes on as it was, one of before that kept no precision too.
+    monkeypatch.undo()
+    assert prepare(chosen("half")).settings.trainer.precision == "bf16-mixed"
+    config = tmp_path / "half" / "config.json"
+    config.write_text(config.read_text().replace("bf16-mixed", "auto"))
+    assert prepare(chosen("half")).settings.trainer.precision == "auto"
+    assert prepare(chosen("new"), elsewhere=True).settings.trainer.precision == "auto"
