@@ -385,7 +385,8 @@ def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixe
     """The precision that `auto` comes to on this machine."""
     if machine.precision != "auto":
         return machine.precision
-    usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # What is emulated (V100, T4) is slower than float32.
+    usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if usable else "32-true"
 
 

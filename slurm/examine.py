@@ -197,7 +197,7 @@ def _gpus(task: Task) -> dict[str, Any]:
         "count": count,
         "names": sorted({one.name for one in facts}),
         "gib": round(min((one.total_memory for one in facts), default=0) / 2**30, 1),
-        "bf16": count > 0 and torch.cuda.is_bf16_supported(),
+        "bf16": count > 0 and torch.cuda.is_bf16_supported(including_emulation=False),
     }
 
 

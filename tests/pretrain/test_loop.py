@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
-from pretrain.settings import PretrainSettings
+from pretrain.loop import machine_precision
+from pretrain.settings import PretrainSettings, TrainerSettings
 from pretrain.train import pretrain
+from slurm.examine import _gpus
 
 RESENC = {
     "_target_": "pretrain.backbones.resenc.ResEncUNetEncoder",
@@ -409,3 +412,23 @@ def test_loggers_write_offline(
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [point.step for point in events.Scalars("loss")] == [1, 2]
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: bool
+) -> None:
+    """As V100 and T4 do; nor does the doctor of a cluster call that support."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or not emulated
+
+    named = SimpleNamespace(name="GPU", total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: named)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    expected = "32-true" if emulated else "bf16-mixed"
+    assert machine_precision(TrainerSettings()) == expected
+    task: Any = SimpleNamespace(gpus=1)
+    assert _gpus(task)["bf16"] == (not emulated)
