@@ -150,9 +150,17 @@ class Cache:
         )
 
     def keep(self, arrived: Path, name: str, digest: str, commit: str | None) -> Fetched:
-        """Moves what has arrived to its place, and pins the reference to it."""
+        """Moves what has arrived to its place, and pins the reference to it.
+
+        What lies there already stays, unless it is no more what it was.
+        """
         place = self.place(digest, name)
         place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            try:
+                _check_kept(place, digest)
+            except InputError:
+                place.rename(self.partial / "damaged")
         if not place.exists():
             try:
                 arrived.rename(place)

@@ -463,6 +463,23 @@ def test_a_damaged_cache_is_noticed(fake: Fake, files: dict[str, bytes], cache: 
         fetch(url)
 
 
+def test_a_file_that_is_damaged_in_the_cache_is_replaced_by_what_comes_again(
+    fake: Fake, cache: Path
+) -> None:
+    data = weights()
+    first, second = (
+        f"{fake.put(at, {'w.safetensors': data})}/w.safetensors" for at in ("/a", "/b")
+    )
+    path = fetch(first).path
+    for ref, again in ((first, True), (second, False)):  # the same content by another reference
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert fetch(ref, again=again).path == path
+        assert path.read_bytes() == data
+    left = path.stat().st_ino
+    assert fetch(first, again=True).path == path and path.stat().st_ino == left
+    assert not list((cache / "partial").iterdir())
+
+
 def test_nothing_is_given_out_before_it_is_whole(
     fake: Fake, files: dict[str, bytes], cache: Path
 ) -> None:
