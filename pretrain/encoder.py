@@ -90,7 +90,8 @@ class Encoder:
             overlap: share of a window's side that the next one sees again, below 1.
 
         Raises:
-            InputError: unreadable scan, missing spacing, wrong channels or unknown modality.
+            InputError: unreadable scan, missing spacing, wrong channels or unknown modality, or
+                there is no such overlap.
         """
         try:
             return self.see(self._volume(scan, spacing, modality), overlap=overlap)
@@ -109,7 +110,12 @@ class Encoder:
 
         Raises:
             Reject: it has other channels than the encoder takes.
+            InputError: there is no such overlap.
         """
+        if not 0 <= overlap < 1:
+            raise InputError(
+                f"overlap={overlap}: must be a share of a window's side, at least 0 and below 1"
+            )
         channels = self.module.in_channels
         if len(volume.array) != channels:
             raise Reject(

@@ -184,6 +184,13 @@ def test_windows_overlap_as_stated(release: Path, seed: int) -> None:
     assert not np.allclose(found, apart)
 
 
+@pytest.mark.parametrize("overlap", [-0.5, 1.0, 1.5, float("nan")])
+def test_windows_that_leave_gaps_or_never_end_are_refused(release: Path, overlap: float) -> None:
+    encoder, scan = load_encoder(release), np.zeros((16, 16, 40))
+    with pytest.raises(InputError, match=f"overlap={overlap}: must be a share"):
+        encoder.features(scan, spacing=(1, 1, 1), modality="MR", overlap=overlap)
+
+
 def test_a_scan_that_takes_long_has_a_bar_of_its_windows(
     release: Path,
     tmp_path: Path,
