@@ -204,7 +204,7 @@ def _process_began() -> float:
 
 
 def _loader_alone(prepared: Prepared) -> float:
-    """Crops a second of one rank's loader, without training."""
+    """Samples a second of one rank's loader, without training."""
     settings = prepared.settings
     crops = plan_objective(settings, prepared.channels)().crops
     ranks = settings.ranks
@@ -219,11 +219,13 @@ def _loader_alone(prepared: Prepared) -> float:
         nodes=settings.trainer.nodes,
     )
     batches = iter(loader)
+    # A batch has a key for each crop.
     given = [len(next(batches)["key"]) for _ in range(1 + settings.trainer.workers)]
-    began, crops_given = time.perf_counter(), 0
+    began, later = time.perf_counter(), 0
     for batch in batches:
-        crops_given += len(batch["key"])
-    return crops_given / (time.perf_counter() - began) if crops_given else float(sum(given))
+        later += len(batch["key"])
+    rate = later / (time.perf_counter() - began) if later else float(sum(given))
+    return rate / crops.main
 
 
 def added_up(settings: PretrainSettings, one: Measured) -> Plan:
@@ -263,7 +265,7 @@ def as_text(name: str, settings: PretrainSettings, found: Plan) -> str:
     shares = ", ".join(
         f"{part} {seconds / found.seconds:.1%}" for part, seconds in found.parts.items()
     )
-    crops_wanted = one.loader / max(1e-9, settings.batch_size / ranks / one.per_step)
+    times = one.loader / max(1e-9, settings.batch_size / ranks / one.per_step)
     where = "rank 0's tensors" if torch.cuda.is_available() else "rank 0's process"
     lines = [
         f"{name or settings.run}: {found.seconds / 3600:.3g} hours for {settings.steps:,} steps of "
@@ -272,8 +274,8 @@ def as_text(name: str, settings: PretrainSettings, found: Plan) -> str:
         f"  measured: {STEPS - SETTLED} of {one.steps} steps on {one.ranks} of {ranks} ranks, "
         f"{one.per_step:.4g} s a step; {shares}",
         f"  data: {one.data_wait:.1%} of a step is waiting; the loader of a rank "
-        f"({machine.workers} workers) alone gives {one.loader:.4g} crops/s, "
-        f"{crops_wanted:.2g} times what it takes",
+        f"({machine.workers} workers) alone gives {one.loader:.4g} samples/s, "
+        f"{times:.2g} times what it takes",
         f"  memory: {one.memory / 2**30:.2f} GiB of {where}; loader's workers apart",
         f"  disk: {found.disk / 2**30:.2f} GiB in the run's folder; a checkpoint of "
         f"{one.checkpoint / 2**20:,.0f} MiB takes {one.save:.2g} s, {found.saves} times",

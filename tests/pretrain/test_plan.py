@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from test_loop import RESENC, settings
 
-from pretrain.plan import STEPS, Measured, added_up, as_text, plan
+from pretrain.plan import STEPS, Measured, _loader_alone, added_up, as_text, plan
 from pretrain.settings import PlanSettings
+from pretrain.train import prepare
 from voxelith import main
 
 ONE = Measured(
@@ -46,6 +48,20 @@ def test_a_plan_is_the_sum_of_its_parts(pretrain_corpus: Path, tmp_path: Path) -
     assert by_clock.saves == 34
 
 
+def test_a_loader_is_counted_in_samples_whatever_crops_they_have(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a step is: VoCo's samples have ten crops and more."""
+    now = itertools.count()
+    monkeypatch.setattr("pretrain.plan.time.perf_counter", lambda: float(next(now)))
+    pairs = {"_target_": "pretrain.objectives.simclr.SimCLR", "hidden_dim": 8, "out_dim": 8}
+    found = [
+        _loader_alone(prepare(chosen(pretrain_corpus, tmp_path, **more)))
+        for more in ({}, {"objective": pairs})
+    ]
+    assert found == [4 * (STEPS - 1)] * 2  # in a second by this clock, after the first batch
+
+
 def test_gradients_between_nodes_are_told_as_a_bound(pretrain_corpus: Path, tmp_path: Path) -> None:
     machine = {"accelerator": "cpu", "devices": 8, "nodes": 8, "workers": 4}
     asked = chosen(pretrain_corpus, tmp_path, trainer=machine, batch_size=256)
@@ -53,7 +69,7 @@ def test_gradients_between_nodes_are_told_as_a_bound(pretrain_corpus: Path, tmp_
     # A ring moves 2 (N - 1) / N of the bytes into each node: 1.97 GB at 12.5 GB/s.
     assert "a step gains at most 0.16 s (8%) at 100 Gbit/s Ethernet" in text
     assert "on 64 ranks" in text and "on 1 of 64 ranks" in text
-    # The loader of a rank gives 20 crops/s, and a step takes 4 of them in 2 s.
+    # The loader of a rank gives 20 samples/s, and a step takes 4 of them in 2 s.
     assert "10 times what it takes" in text
     more = as_text("", asked, added_up(asked, replace(ONE, ranks=64)))
     assert "not measured" not in more
