@@ -386,8 +386,10 @@ def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixe
     if machine.precision != "auto":
         return machine.precision
     # What is emulated (V100, T4) is slower than float32.
-    usable = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if usable else "32-true"
+    if machine.accelerator == "cpu" or not torch.cuda.is_available():
+        return "32-true"
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if native else "32-true"
 
 
 def autocast_of(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -430,5 +430,6 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     expected = "32-true" if emulated else "bf16-mixed"
     assert machine_precision(TrainerSettings()) == expected
+    assert machine_precision(TrainerSettings(accelerator="cpu")) == "32-true"
     task: Any = SimpleNamespace(gpus=1)
     assert _gpus(task)["bf16"] == (not emulated)
