@@ -30,6 +30,7 @@ from pretrain.release import LoadReport, TrainingState, constant_tensors, load_r
 from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
 
+TEACHER = "teacher.module."
 ENCODERS = ("encoder.", "teacher.")
 """What the names of an encoder's weights begin with in an objective."""
 
@@ -164,6 +165,13 @@ def keep_start(
         write_json(files[1], how | report.to_dict() | {"moments": moments})
 
 
+def _taught(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of a student and its teacher, which a release has: the teacher's names by the student's."""
+    own = [name for name in state if name.startswith("encoder.")]
+    taught = {name: name.replace("encoder.", TEACHER, 1) for name in own}
+    return taught if state.keys() >= set(taught.values()) else {}
+
+
 def begin_from(
     objective: Objective,
     state: Mapping[str, Tensor],
@@ -193,6 +201,8 @@ def begin_from(
     device = next(objective.parameters()).device
     own = objective.state_dict()
     state = {name: value.to(device) for name, value in state.items()}
+    taught = _taught(state) if objective.released is objective.encoder else {}
+    state |= {name: state[teacher] for name, teacher in taught.items()}
     encoders = {name: value for name, value in state.items() if name.startswith(ENCODERS)}
     fitted, changed = adapted_state(encoders, objective, channels)
     state |= fitted
@@ -225,6 +235,7 @@ def begin_from(
         names = {f"encoder.{name}": published.sources.get(name, name) for name in found}
         report.sources = {n: file for n, file in names.items() if n in taken and n != file}
         report.skipped |= published.skipped
+    report.sources |= {name: teacher for name, teacher in taught.items() if name in taken}
     report.adapted = {name: how for name, how in sorted(changed.items()) if name in taken}
     report.copied = sorted(taken - report.adapted.keys())
     return report

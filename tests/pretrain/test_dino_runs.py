@@ -19,7 +19,9 @@ from pretrain.export import export
 from pretrain.loop import Loop
 from pretrain.objective import Losses, Objective
 from pretrain.objectives.dino import DINO
+from pretrain.objectives.simmim import SimMIM
 from pretrain.settings import LoopSettings, PretrainSettings
+from pretrain.start import begin_from
 from pretrain.teacher import Teacher, check_restored, checksums
 from pretrain.train import pretrain
 
@@ -137,6 +139,27 @@ def small() -> tuple[DINO, Loop]:
     model = DINO(encoder=encoder, **{k: v for k, v in TINY.items() if k != "_target_"})
     chosen = LoopSettings(crop_size=(16, 16, 16), steps=10, batch_size=4, lr=1e-3)
     return model, bare_loop(chosen, model)
+
+
+def test_another_objective_begins_from_the_teacher_as_from_its_release() -> None:
+    source, _ = small()
+    with torch.no_grad():
+        for parameter in source.teacher.parameters():
+            parameter += 1.0
+    state = source.state_dict()
+    other = SimMIM(encoder=small()[0].encoder, block=8)
+    report = begin_from(other, state)
+    taught = source.teacher.module.state_dict()
+    assert all(torch.equal(v, taught[n]) for n, v in other.encoder.state_dict().items())
+    assert report.sources["encoder.norm.weight"] == "teacher.module.norm.weight"
+    same, _ = small()  # which has both
+    report = begin_from(same, state)
+    assert all(torch.equal(value, state[name]) for name, value in same.state_dict().items())
+    assert not report.sources
+    # VoCo's teacher is of a projector: its encoder is what its release has.
+    encoder = {f"encoder.{n}": v for n, v in taught.items()}
+    begin_from(other, {**encoder, "teacher.module.0.weight": torch.zeros(3)})
+    assert all(torch.equal(v, taught[n]) for n, v in other.encoder.state_dict().items())
 
 
 def test_ranks_with_other_teachers_end_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
