@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OURS = os.environ | {"PYTHONPATH": str(ROOT)}
-"""With it the runs of a sweep, too, are those of this checkout, whichever one is installed."""
 
 
 def voxelith(*words: str) -> None:
     """Says a command, and runs it in a process of its own."""
     print(f"$ voxelith {' '.join(words)}", flush=True)
     command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
-    subprocess.run(command, cwd=ROOT, check=True, env=OURS)
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def quietly(*words: str) -> tuple[float, str]:
@@ -33,7 +31,7 @@ def quietly(*words: str) -> tuple[float, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=OURS | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return time.perf_counter() - began, done.stdout
 

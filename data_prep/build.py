@@ -24,6 +24,7 @@ from data_prep.naming import (
     key_names,
     keyed_hash,
     private_folder,
+    read_withdrawn,
     subject_name,
 )
 from data_prep.progress import tell
@@ -197,7 +198,9 @@ def _jobs(
     onto: Corpus | None,
 ) -> list[ScanJob]:
     generation = next_generation(onto)
-    taken = onto.keys if onto else ()
+    # Of a name that was withdrawn too: its key is kept out whoever has it.
+    private = private_folder(onto.path if onto else settings.output)
+    taken = {*(onto.keys if onto else ()), *read_withdrawn(private)}
     names = key_names(layout.cases, taken, generation) if settings.keys == "names" else {}
     masks = {name for case in layout.cases for name, _ in case.organs}
     organs = tuple((r["name"], r["value"]) for r in classes or [] if r["name"] in masks)

@@ -52,6 +52,9 @@ SAME_PLACE = 1e-2
 UNEVEN = 0.1
 """Share of the usual distance by which one may differ; beyond 1.5 of it a slice is missing."""
 
+REVISION = 2
+"""Counted up when the same files give another scan than before."""
+
 ASIDE = 0.5
 """Share of a pixel that a slice may lie beside the line from the first to the last."""
 

@@ -31,7 +31,7 @@ from data_prep.corpus import (
     read_parquet,
     shard_name,
 )
-from data_prep.errors import CorruptionError, InputError, config_text, plain_message
+from data_prep.errors import CorruptionError, FailedError, InputError, config_text, plain_message
 from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
     DUPLICATES,
@@ -41,6 +41,7 @@ from data_prep.naming import (
     QUARANTINE_FILE,
     QUARANTINE_HEADER,
     REFUSED_FILE,
+    REFUSED_FILES,
     REQUEST_FILE,
     WITHDRAWN_FILE,
     keyed_hash,
@@ -195,11 +196,13 @@ def _prepared(words: PrepSettings, corpus: Corpus, say: Say) -> str:
 
     try:
         made = prep(words, lambda line: say(f"addition: {lasting(line)}"), onto=corpus)
-    except InputError as error:
+    except (InputError, FailedError) as error:
         if (theirs / REFUSED_FILE).is_file():
             private.mkdir(mode=0o700, exist_ok=True)
             (theirs / REFUSED_FILE).replace(private / REFUSED_FILE)
             shutil.rmtree(theirs)
+        if isinstance(error, FailedError):
+            raise FailedError(lasting(str(error)), error.result) from error
         raise type(error)([lasting(problem) for problem in error.problems]) from error
     return made.index_hash
 
@@ -550,7 +553,11 @@ def _forget(private: Path, left: set[str], names: set[str]) -> int:
         stays, subject = pictured(picture)
         if stays in gone or subject in names | subjects:
             picture.unlink()
-    for rest in (private / DUPLICATES_OF_BEFORE, private / REFUSED_FILE, *private.glob("*.html")):
+    for rest in (
+        private / DUPLICATES_OF_BEFORE,
+        *private.glob(REFUSED_FILES),
+        *private.glob("*.html"),
+    ):
         rest.unlink(missing_ok=True)  # whom they show or name cannot be taken out of them
     # Last, since it says which names are to go.
     if any(row[0] in gone for row in keymap):

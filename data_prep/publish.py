@@ -20,7 +20,7 @@ from data_prep.naming import (
     PRIVATE_FILES,
     QUARANTINE_FILE,
     QUARANTINE_HEADER,
-    REFUSED_FILE,
+    REFUSED_FILES,
     REQUEST_FILE,
     private_folder,
     subject_name,
@@ -303,7 +303,8 @@ def publish(
     subjects = _subjects_left_out(settings, others, left_out, salt)
     rows = sorted([row.name, row.code, row.detail, subjects.get(row.name, "")] for row in left_out)
     write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
-    (private / REFUSED_FILE).unlink(missing_ok=True)
+    for file in private.glob(REFUSED_FILES):
+        file.unlink()
     note = canonical_json({"request": request, "index": result.index_hash})
     write_bytes(private / REQUEST_FILE, note, mode=0o600)
 

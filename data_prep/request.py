@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,14 @@ import yaml  # type: ignore[import-untyped]
 
 from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.deface import deface_files, deface_function
-from data_prep.errors import InputError, Naming, near, without_names
+from data_prep.dicom import REVISION
+from data_prep.errors import InputError, Naming, attempt, near, without_names
 from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.files import write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
+from data_prep.images import of_the_system
 from data_prep.layouts.case import Layout, LeftOut, case_id
-from data_prep.layouts.find import find_cases
+from data_prep.layouts.find import cannot_be_read, find_cases
 from data_prep.naming import (
     QUARANTINE_HEADER,
     REFUSED_FILE,
@@ -43,16 +44,13 @@ from data_prep.splits import split_from
 TASKS = Path(__file__).parents[1] / "conf" / "task"
 """The tasks that finetuning knows; their files are read here, the package is not imported."""
 
-REVISION = 2
-"""Of prep itself: counted up when the same input gives another corpus than before."""
-
 BITS = 16
 """Structures that bit planes of uint16 can tell apart."""
 
 
 def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
     """The layout, whether it is labelled, and a digest of the request; InputError with all."""
-    problems = []
+    problems: list[str] = []
     source, output = settings.input.resolve(), settings.output.resolve()
     if output == source or source in output.parents:
         problems.append(f"output={settings.output}: lies inside the input; choose another place")
@@ -82,10 +80,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
         lambda: named_classes(settings),
         lambda: settings.deface and deface_function(settings.deface),
     ):
-        try:
-            check()
-        except InputError as error:
-            problems += error.problems
+        attempt(problems, check)
     labelled = False
     if layout is not None:
         has = any(case.label_files for case in layout.cases)
@@ -100,9 +95,10 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
         problems += _split_problems(layout, labelled)
         if labelled:
             problems += _class_problems(settings, layout)
-    if problems or layout is None:
+    request = None if problems or layout is None else attempt(problems, _request, settings, layout)
+    if layout is None or request is None:
         raise InputError(_told(settings, list(dict.fromkeys(problems)), noted))
-    return layout, labelled, _request(settings, layout)
+    return layout, labelled, request
 
 
 def _told(settings: PrepSettings, problems: list[str], noted: bool) -> list[str]:
@@ -122,8 +118,11 @@ def note_refused(settings: PrepSettings, rows: list[list[str]]) -> Path:
     """Writes down for its owner what is wrong with an input."""
     private = private_folder(settings.output)
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_csv(private / REFUSED_FILE, QUARANTINE_HEADER[:3], rows)
-    return private / REFUSED_FILE
+    file = private / REFUSED_FILE
+    if settings.part:  # of tasks side by side each has its own
+        file = file.with_stem(f"{file.stem}-{settings.part.partition('/')[0]}")
+    write_csv(file, QUARANTINE_HEADER[:3], rows)
+    return file
 
 
 def _split_problems(layout: Layout, labelled: bool) -> list[str]:
@@ -161,12 +160,18 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
     files = []
     for case in layout.cases:
         for path in case.files:
-            with suppress(OSError, ValueError):  # what is not there, scanning finds and says
+            try:
                 state = path.stat()
+            except (OSError, ValueError) as error:  # what is not there, scanning finds and says
+                if system := of_the_system(error):
+                    raise cannot_be_read(system, settings.input) from error
+            else:
                 files.append([str(path), state.st_size, state.st_mtime_ns])
         told = [case.subject, case.sequence, case.source, case.licence, case.split, case.fold]
         files.append([*told, [list(pair) for pair in case.group]])
     files.append([layout.folds])
+    if any(case.series for case in layout.cases):
+        files.append([f"DICOM {REVISION}"])
     classes = _class_file(settings.classes) if isinstance(settings.classes, Path) else None
     files.append([exclusion_digest(path) for path in settings.excluded])
     code = deface_files(settings.deface) if settings.deface else []
@@ -355,7 +360,6 @@ def versions() -> dict[str, str]:
         "blosc2": str(blosc2.__version__),
         "nibabel": str(nib.__version__),
         "numpy": str(np.__version__),
-        "prep": str(REVISION),
         "pyarrow": str(pa.__version__),
         "voxelith": own,
     }

@@ -7,6 +7,7 @@ them into a note beside them.
 from __future__ import annotations
 
 import base64
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -195,7 +196,10 @@ def _judged(job: ScanJob) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]
     try:
         volume, label, mask = _read(job)
     except Exception as error:
-        if system := of_the_system(error):
+        system = of_the_system(error)
+        if system and system.errno == errno.ENOMEM:  # of a file that is mapped: no other day helps
+            raise MemoryError from error
+        if system:
             raise UnreadError(system.strerror or "system error", str(system)) from error
         raise
     check_plausible(volume)
@@ -418,7 +422,8 @@ def _read(job: ScanJob) -> tuple[Volume, np.ndarray | None, np.ndarray | None]:
     for path in case.files:
         if not path.is_file():
             raise Reject("missing_file", f"{path.name} does not exist")
-        path.open("rb").close()  # libraries make of what may be wrong here that it is no image
+        if case.series is None:  # libraries make of what may be wrong here that it is no image
+            path.open("rb").close()
     if job.labelled and not case.label_files:
         raise Reject("label_missing", "the corpus is labelled and this image has no label")
     try:

@@ -482,6 +482,7 @@ def _run(job: Job, environment: dict[str, str], ledger: Ledger, started: _Starte
     words = [*job.words, f"run={job.name}"]
     if not environment and job.plan.settings.trainer.threads is None:
         words.append("trainer.threads=1")  # runs side by side gain more than threads do
+    paths = filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
     began = time.time()
     ledger.update(
         job.name,
@@ -491,11 +492,12 @@ def _run(job: Job, environment: dict[str, str], ledger: Ledger, started: _Starte
     )
     with log.open("wb") as file:
         process = subprocess.Popen(
-            # -P: folders of where the sweep was started may have the names of our packages.
+            # -P: folders of where the sweep was started may have the names of our packages. Ours
+            # are those that run here, whichever are installed.
             [sys.executable, "-P", "-m", "voxelith", "finetune", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # ctrl-c reaches the sweep alone, which tells them once
             pass_fds=(started.lock,),
         )

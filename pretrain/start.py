@@ -165,8 +165,13 @@ def keep_start(
         write_json(files[1], how | report.to_dict() | {"moments": moments})
 
 
-def _taught(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of a student and its teacher, which a release has: the teacher's names by the student's."""
+def taught_names(objective: Objective, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The teacher's names by the student's, where an objective without a teacher begins from both.
+
+    It gets the teacher, as from a release.
+    """
+    if objective.released is not objective.encoder:
+        return {}
     own = [name for name in state if name.startswith("encoder.")]
     taught = {name: name.replace("encoder.", TEACHER, 1) for name in own}
     return taught if state.keys() >= set(taught.values()) else {}
@@ -201,7 +206,7 @@ def begin_from(
     device = next(objective.parameters()).device
     own = objective.state_dict()
     state = {name: value.to(device) for name, value in state.items()}
-    taught = _taught(state) if objective.released is objective.encoder else {}
+    taught = taught_names(objective, state)
     state |= {name: state[teacher] for name, teacher in taught.items()}
     encoders = {name: value for name, value in state.items() if name.startswith(ENCODERS)}
     fitted, changed = adapted_state(encoders, objective, channels)

@@ -47,6 +47,7 @@ from pretrain.start import (
     keep_start,
     open_start,
     other_intensities,
+    taught_names,
 )
 from pretrain.strip import add_to_strip
 from pretrain.tracking import check_loggers, log_load, make_loggers
@@ -272,7 +273,10 @@ def first_moments(objective: Objective, settings: PretrainSettings) -> Moments:
         return {}
     state = open_training(settings.init)
     _check_optimizer(state, settings)
-    return fitting_moments(objective, state.moments)
+    # A teacher's weights have no moments: those under their names are of the student.
+    taught = taught_names(objective, state.objective)
+    own = {name: kept for name, kept in state.moments.items() if name not in taught}
+    return fitting_moments(objective, own)
 
 
 def _with(moments: Moments, objective: Objective) -> str:
@@ -299,14 +303,22 @@ def on_these_ranks(settings: PretrainSettings, elsewhere: bool = False) -> Pretr
     where the first one has written its settings already.
     """
     run, trainer = RunFolder(settings.runs / settings.run), settings.trainer
+    own = "auto" if elsewhere else machine_precision(trainer)
     if run.config_path.exists():
         before = run.config()
-        settings, own = settings.resumed(before), before["trainer"]["precision"]
-    else:
-        own = "auto" if elsewhere else machine_precision(trainer)
+        settings, kept = settings.resumed(before), before["trainer"]["precision"]
+        if run.checkpoints.paths():  # else nothing has been computed in it
+            if trainer.precision == "auto" and not elsewhere and kept not in ("auto", own):
+                _say(f"{run.path}: goes on in {kept}, as it began; {own} would be usual here")
+            own = kept
     if trainer.precision == "auto":
         trainer = trainer.model_copy(update={"precision": own})
     return settings.model_copy(update={"accumulate": settings.micro_steps, "trainer": trainer})
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _check_micro_steps(make: Callable[[], Objective], settings: PretrainSettings) -> None:

@@ -59,10 +59,13 @@ def find_cases(
     try:
         return _found(source, channels, subjects, volumes, forced)
     except OSError as error:
-        way = f"cannot be read ({error.strerror}); start again when it can be, or take it away"
-        raise InputError(
-            Naming(f"{error.filename or source}: {way}", f"a file of {source}: {way}")
-        ) from error
+        raise cannot_be_read(error, source) from error
+
+
+def cannot_be_read(error: OSError, source: Path) -> InputError:
+    """What is said of a file of an input that the system does not let be read."""
+    way = f"cannot be read ({error.strerror}); start again when it can be, or take it away"
+    return InputError(Naming(f"{error.filename or source}: {way}", f"a file of {source}: {way}"))
 
 
 def _found(

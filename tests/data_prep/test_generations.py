@@ -180,6 +180,25 @@ def test_another_scan_of_the_same_name_comes_in(keys: str, tmp_path: Path) -> No
         run(_all_of(tmp_path, heads), tmp_path / "c", append=True, **given)
 
 
+@pytest.mark.parametrize("append", [True, False])
+def test_a_name_that_was_withdrawn_may_be_that_of_another_scan(
+    append: bool, tmp_path: Path
+) -> None:
+    heads = ("IXI013-HH-1212_T1.nii.gz", "IXI014-HH-1236_T1.nii.gz", "IXI033-HH-1259_T1.nii.gz")
+    for folder, names in (("one", heads[:2]), ("two", heads[2:])):
+        (tmp_path / folder).mkdir()
+        for number, head in enumerate(names):
+            (tmp_path / folder / f"case_{number}.nii.gz").symlink_to(SAMPLES / "ixi" / head)
+    run(tmp_path / "one", tmp_path / "c", keys="names")
+    remove(RemoveSettings(output=tmp_path / "c", remove="case_0"))
+    run(tmp_path / "two", tmp_path / "c", keys="names", append=append, overwrite=not append)
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(corpus) == 1 + append and "case_0" not in corpus.keys
+    (tmp_path / "one" / "case_1.nii.gz").unlink()
+    with pytest.raises(InputError, match="no usable scan"):  # of who was withdrawn
+        run(tmp_path / "one", tmp_path / "c", keys="names", append=True)
+
+
 def _all_of(folder: Path, heads: Sequence[str]) -> Path:
     (folder / "all").mkdir()
     for head in heads:

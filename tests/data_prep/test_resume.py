@@ -26,9 +26,10 @@ from phantoms import save, save_text, scan
 from data_prep.build import prep, prep_step
 from data_prep.check import check
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import FailedError, InputError
 from data_prep.fingerprint import fingerprint
 from data_prep.naming import keyed_hash
+from data_prep.request import check_request
 from data_prep.settings import PrepSettings
 from data_prep.steps import workers
 from voxelith import main
@@ -522,3 +523,62 @@ def test_what_the_system_does_not_let_be_read_is_read_by_the_same_command_later(
     quiet = tmp_path / "quiet" / "c"
     assert main([*words, f"output={quiet}"]) == 0
     assert tree(output) == tree(quiet) and not refused.exists()
+
+
+def test_parts_that_could_not_read_all_name_it_each_for_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = nibabel.load
+    output, private = tmp_path / "c", tmp_path / "c.private"
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name in ("p2.nii.gz", "p5.nii.gz"):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return load(path, *args, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("nibabel.load", fails)
+        for part in ("1/2", "2/2"):
+            with pytest.raises(FailedError, match=f"refused-{part[0]}.csv names them"):
+                prep_step(settings(folder, output, step="scan", part=part))
+    named = [(private / f"refused-{part}.csv").read_text() for part in (1, 2)]
+    assert sorted("p2.nii.gz" in text for text in named) == [False, True]
+    assert sorted("p5.nii.gz" in text for text in named) == [False, True]
+    assert prep(settings(folder, output)).samples == 6
+    assert not list(private.glob("refused*"))
+
+
+def test_no_request_is_made_without_a_file_that_cannot_be_looked_at_now(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be another one, and all that was scanned in vain."""
+    chosen = settings(folder, tmp_path / "c")
+    layout, _, request = check_request(chosen)
+    monkeypatch.setattr("data_prep.request.find_cases", lambda *_: layout)
+    look = Path.stat
+
+    def fails(path: Path, **options: Any) -> Any:
+        if path.name == "p2.nii.gz":
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return look(path, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "stat", fails)
+        with pytest.raises(InputError, match=r"cannot be read \(Stale file handle\)"):
+            check_request(chosen)
+    assert check_request(chosen)[2] == request
+
+
+def test_a_file_that_no_memory_holds_is_too_large(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = nibabel.load
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "p2.nii.gz" and path.parent.name == "images":
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return load(path, *args, **options)
+
+    monkeypatch.setattr("nibabel.load", fails)
+    assert prep(settings(folder, tmp_path / "c")).samples == 5
+    assert "too_large" in (tmp_path / "c.private" / "quarantine.csv").read_text()

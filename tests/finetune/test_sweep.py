@@ -267,7 +267,6 @@ def test_runs_import_nothing_from_where_the_sweep_was_started(
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise RuntimeError('not ours')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     alone = [w for w in words if not w.startswith(("ckpt=", "seed=", "runs="))]
     ckpt = next(w for w in words if w.startswith("ckpt=")).partition(",")[0]
     found = sweep([*alone, ckpt, "init=scratch", "runs=runs"])

@@ -21,7 +21,7 @@ from pretrain.objective import Losses, Objective
 from pretrain.objectives.dino import DINO
 from pretrain.objectives.simmim import SimMIM
 from pretrain.settings import LoopSettings, PretrainSettings
-from pretrain.start import begin_from
+from pretrain.start import begin_from, taught_names
 from pretrain.teacher import Teacher, check_restored, checksums
 from pretrain.train import pretrain
 
@@ -149,6 +149,9 @@ def test_another_objective_begins_from_the_teacher_as_from_its_release() -> None
     state = source.state_dict()
     other = SimMIM(encoder=small()[0].encoder, block=8)
     report = begin_from(other, state)
+    # Moments under these names are of the student, and are not taken.
+    assert taught_names(other, state).keys() == {f"encoder.{n}" for n in other.encoder.state_dict()}
+    assert not taught_names(small()[0], state)
     taught = source.teacher.module.state_dict()
     assert all(torch.equal(v, taught[n]) for n, v in other.encoder.state_dict().items())
     assert report.sources["encoder.norm.weight"] == "teacher.module.norm.weight"

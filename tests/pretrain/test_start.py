@@ -351,8 +351,12 @@ def test_a_run_says_in_what_precision_it_is_computed_and_stays_in_it(
     monkeypatch.setattr("pretrain.train.machine_precision", lambda _: "bf16-mixed")
     half = kept(pretrain(chosen("half")))
     assert half[0] == "bf16-mixed" and half[1] != plain[1]
-    # Elsewhere a run goes on as it was, one of before that kept no precision too.
+    # A start that came to no checkpoint has computed nothing.
+    shutil.copytree(tmp_path / "half", tmp_path / "none")
+    shutil.rmtree(tmp_path / "none" / "checkpoints")
     monkeypatch.undo()
+    assert prepare(chosen("none")).settings.trainer.precision == "32-true"
+    # Elsewhere a run goes on as it was, one of before that kept no precision too.
     assert prepare(chosen("half")).settings.trainer.precision == "bf16-mixed"
     config = tmp_path / "half" / "config.json"
     config.write_text(config.read_text().replace("bf16-mixed", "auto"))
