@@ -63,3 +63,8 @@ def _prepare(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("corpus") / name.removesuffix(".csv")
     prep(PrepSettings(input=SAMPLES / name, output=output, keys="names", processes=1, shard_mib=1))
     return output
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Guides take minutes each: at the end one process would be left alone with them."""
+    items.sort(key=lambda item: item.path.name != "test_guides.py")
