@@ -92,6 +92,11 @@ def next_generation(corpus: Corpus | None) -> int:
     return 1 + (len(corpus.info["generations"]) if corpus else 0)
 
 
+def _private(settings: PrepSettings, onto: Corpus | None) -> Path:
+    """The private folder of the corpus that is written or added to."""
+    return private_folder(onto.path if onto else settings.output)
+
+
 @contextmanager
 def _begun(
     settings: PrepSettings, say: Say, onto: Corpus | None = None
@@ -100,7 +105,7 @@ def _begun(
     layout, labelled, request = check_request(settings)
     say(f"input: {layout.description}; {len(layout.cases)} images")
     known = [onto.path] if onto else []
-    withdrawn = private_folder(onto.path if onto else settings.output) / WITHDRAWN_FILE
+    withdrawn = _private(settings, onto) / WITHDRAWN_FILE
     if withdrawn.is_file():
         known.append(withdrawn)
         say(f"what was withdrawn stays out: {withdrawn}")
@@ -199,8 +204,7 @@ def _jobs(
 ) -> list[ScanJob]:
     generation = next_generation(onto)
     # Of a name that was withdrawn too: its key is kept out whoever has it.
-    private = private_folder(onto.path if onto else settings.output)
-    taken = {*(onto.keys if onto else ()), *read_withdrawn(private)}
+    taken = {*(onto.keys if onto else ()), *read_withdrawn(_private(settings, onto))}
     names = key_names(layout.cases, taken, generation) if settings.keys == "names" else {}
     masks = {name for case in layout.cases for name, _ in case.organs}
     organs = tuple((r["name"], r["value"]) for r in classes or [] if r["name"] in masks)

@@ -69,9 +69,10 @@ def p_against_stronger(p: float, others: Sequence[float], *, loses: bool) -> flo
     Returns:
         NaN where `p` is, and of a gain where any of them is.
     """
-    if loses:
-        return min((1 + len(others)) * p, 1.0) if not math.isnan(p) else p
-    return math.nan if any(map(math.isnan, (p, *others))) else max(p, *others, 0.0)
+    tested = [p] if loses else [p, *others]
+    if any(map(math.isnan, tested)):
+        return math.nan
+    return min((1 + len(others)) * p, 1.0) if loses else max(tested)
 
 
 def share_improved(differences: Floats, *, higher_is_better: bool = True) -> float:

@@ -12,6 +12,7 @@ from data_prep.errors import InputError
 from finetune.anchor import Labels
 from finetune.budget import Curve, read_curve
 from finetune.costs import Cost
+from finetune.lines import OWN
 from finetune.rows import Row, read_rows
 
 Run = tuple[str, ...]
@@ -58,7 +59,7 @@ def refuse_mixed(rows: Iterable[Row]) -> None:
         where = f"{row.dataset}, labels={row.labels}: "
         splits[f"{where}{row.split}"].add(row.split_hash[:8])
         if row.arm == "scratch-own":
-            recipes[f"{where}scratch at its own best"].add(row.recipe_hash[:8])
+            recipes[f"{where}{OWN}"].add(row.recipe_hash[:8])
     problems = [
         f"{arm} was trained by several recipes (recipe_hash {', '.join(sorted(found))}, which the "
         "runs of a sweep have in their names): they are no draws of one arm; give the runs of one"

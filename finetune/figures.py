@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from finetune.intervals import Estimate
-from finetune.lines import Group, Line, Table
+from finetune.lines import OWN, Group, Line, Table
 from finetune.pages import data_uri
 from pretrain.previews import PLANES, planes
 
@@ -339,7 +339,7 @@ def _label_curves(axis: Axes, lines: Sequence[Line]) -> None:
             for end in (low, high):
                 axis.plot(counts, end, color=colour, alpha=0.5, linewidth=0.8)
             means = [value.mean for _, value in found]
-            label = "scratch at its own best" if arm == "scratch-own" else arm
+            label = OWN if arm == "scratch-own" else arm
             axis.plot(counts, means, style, color=colour, markersize=5, linewidth=1.8, label=label)
     counts = sorted({line.n_labels for line in lines})
     axis.set_xscale("log")

@@ -14,6 +14,8 @@ from finetune.rows import Row
 
 ALL_CLASSES = "mean"
 ELSEWHERE = "predicted elsewhere"
+OWN = "scratch at its own best"
+"""What the third arm is called to readers."""
 
 BETTER, WORSE, UNCLEAR = "pretrained better", "scratch better", "no clear difference"
 SEEN = "tainted"
@@ -252,7 +254,7 @@ def _sentence(group: Group) -> str:
     d = line.decides or line.difference
     arms = f"{title} {line.pretrained.mean:{form}} pretrained, {line.scratch.mean:{form}} scratch"
     if line.own is not None:
-        arms += f", {line.own.mean:{form}} scratch at its own best"
+        arms += f", {line.own.mean:{form}} {OWN}"
     basis, gap = _basis(d), f"{d.mean:+{form}}"
     if not d.has_interval:
         return f"{what}: {UNDECIDED}, {arms}, difference {gap} ({basis}; {d.note})."

@@ -10,10 +10,9 @@ from finetune.cells import Scores, score_matrix
 from finetune.comparisons import suitability
 from finetune.facts import Facts, Run, run_of
 from finetune.intervals import LEVEL
-from finetune.lines import Line
+from finetune.lines import OWN, Line
 from finetune.rows import Row
 
-OWN = "scratch at its own best"
 CLASS_UNITS = 10
 """With 6 cases of a class up to 7 % of true zeros were called a difference, with 10 up to 6 %; see
 docs/results/scan_tasks.md."""

@@ -30,7 +30,7 @@ from finetune.figures import (
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
-from finetune.lines import ALL_CLASSES, BETTER, SEEN, UNDEFINED, WORSE, Group, Line, Table
+from finetune.lines import ALL_CLASSES, BETTER, OWN, SEEN, UNDEFINED, WORSE, Group, Line, Table
 from finetune.pages import render
 from finetune.rows import Row, read_rows
 from finetune.scan_metrics import score_in_words
@@ -203,7 +203,7 @@ def _why(line: Line) -> str:
         return "A difference is only shown where both arms have the same cases and seeds."
     if not d.has_interval:
         return f"There is no interval: {d.note}."
-    which = "of the difference to scratch at its own best " if line.own_is_stronger else ""
+    which = f"of the difference to {OWN} " if line.own_is_stronger else ""
     if d.low <= 0 <= d.high:
         return f"The 95 % interval {which}holds zero: these runs cannot tell the arms apart."
     if line.verdict not in (BETTER, WORSE):

@@ -52,6 +52,7 @@ from finetune.lines import (
     BETTER,
     CLASSIFICATION,
     ELSEWHERE,
+    OWN,
     SEEN,
     UNCLEAR,
     UNDECIDED,
@@ -65,7 +66,6 @@ from finetune.lines import (
     shown_digits,
 )
 from finetune.notes import (
-    OWN,
     missed_or_invented,
     not_compared,
     not_enough,

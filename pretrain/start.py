@@ -31,6 +31,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.settings import FREE
 
 TEACHER = "teacher.module."
+"""What the names of a teacher's weights begin with, where a student's begin with `encoder.`."""
 ENCODERS = ("encoder.", "teacher.")
 """What the names of an encoder's weights begin with in an objective."""
 
@@ -291,7 +292,7 @@ def seen_volumes(run: RunFolder, index_hash: str) -> list[str]:
     """Fingerprints of all that a run's weights have seen: in its corpus, and before.
 
     Raises:
-        InputError: a run of before they were kept, and its corpus is gone or another one.
+        InputError: the run has not kept them, and its corpus is gone or another one.
     """
     kept, origin = read_note(run.path / "fingerprints.json"), origin_of(run)
     own = kept["values"] if kept.get("index_hash") == index_hash else _found(run, index_hash)
