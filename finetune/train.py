@@ -31,6 +31,7 @@ from data_prep.errors import InputError, attempt, differences, named
 from data_prep.files import write_json
 from data_prep.preprocess import Preprocess
 from finetune.costs import Cost
+from finetune.done_before import take_over, trained_alike
 from finetune.evaluate import choose_split
 from finetune.kinds import device_of, kind_of
 from finetune.labels import choose_labels
@@ -84,9 +85,16 @@ def finetune(settings: FinetuneSettings) -> Path:
             print(f"finetune: {run.path}: its predictions are scored anew, {_told(plan, rows)}")
         return run.path
     model, report = build_model(plan)
+    alike = trained_alike(plan)
     with run.lease() if main else nullcontext():
         if main:
             _describe(run, plan, model, report)
+        if alike:
+            take_over(alike, run)
+            rows = _score_again(plan, run)
+            write_rows(rows, run.path / "rows.csv")
+            print(f"finetune: {run.path}: trained already in {alike.name}, {_told(plan, rows)}")
+            return run.path
         train(plan, run, model, report)
         if main:
             devices = settings.trainer.devices * settings.trainer.nodes

@@ -301,3 +301,37 @@ def test_a_signal_while_it_predicts_keeps_what_is_predicted(stage: Stage, tmp_pa
     assert {name: (predicted / name).stat().st_mtime_ns for name in first} == first
     whole, cut = (read_rows(tmp_path / name / "rows.csv") for name in ("whole", "cut"))
     assert len(whole) == 32 and str(cut) == str(whole)
+
+
+def test_what_a_twin_of_another_recipe_was_trained_as_is_not_trained_again(
+    stage: Stage, arms: list[Path]
+) -> None:
+    """Scratch at its own best is such a twin, seed for seed: its answers, under the arm's name."""
+    other = {"init": "scratch", "lr": 1e-3, "recipe_of": "own"}
+    other["search"] = {"lr": [1e-3, 2e-3, 5e-3], "draws": 1}
+    taken = finetune(stage.settings(**other, own={"lr": 5e-3}, seed=1, run="own-1"))
+    twin = stage.folder / "runs" / "scratch-1"
+    said, whose = (json.loads((run / "run.json").read_text()) for run in (taken, twin))
+    assert said["trained_in"] == twin.name and said["cost"] == whose["cost"]
+    assert said["identity"]["recipe_hash"] == whose["identity"]["recipe_hash"]
+    assert said["identity"]["config_hash"] != whose["identity"]["config_hash"]
+    mine, theirs = read_rows(taken / "rows.csv"), read_rows(twin / "rows.csv")
+    renamed = {"arm": "scratch", "config_hash": whose["identity"]["config_hash"]}
+    assert {row.arm for row in mine} == {"scratch-own"}
+    assert [dataclasses.replace(row, **renamed) for row in mine] == theirs
+    for name in ("model.safetensors", "metrics.csv"):
+        assert (taken / name).read_bytes() == (twin / name).read_bytes()
+    # Another rate, another draw, other looks meanwhile, or a twin that is not finished: trained.
+    for n, change in enumerate(({"own": {"lr": 2e-3}}, {"label_seed": 7}, {"validations": 4})):
+        chosen = {"own": {"lr": 5e-3}, "seed": 1, **other, **change}
+        run = finetune(stage.settings(**chosen, run=f"own-1-{n}"))
+        assert "trained_in" not in json.loads((run / "run.json").read_text())
+        shutil.rmtree(run)
+    shutil.rmtree(taken)
+    (twin / "rows.csv").rename(twin / "rows.part")
+    run = finetune(stage.settings(**other, own={"lr": 5e-3}, seed=1, run="own-1"))
+    (twin / "rows.part").rename(twin / "rows.csv")
+    assert "trained_in" not in json.loads((run / "run.json").read_text())
+    assert (run / "predictions").is_dir()
+    assert read_rows(run / "rows.csv") == mine  # which is what copying relies on
+    shutil.rmtree(run)

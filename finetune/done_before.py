@@ -1,0 +1,64 @@
+"""Scratch at its own best where another recipe's twin was trained just so: the same run once.
+
+Of several pretrained recipes one may do best at the rate that is best for scratch. Its twins are
+then what the third arm of each other recipe would train, seed for seed, and a sweep's most common
+waste. A finished one beside the run gives its network and its answers; they are scored under the
+name of the arm, and run.json says whose they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import read_note, write_json
+from finetune.answers import ANSWERS
+from finetune.metrics import METRIC_VERSION
+from finetune.plan import Plan
+from finetune.rows import are_current
+from pretrain.run_folder import RunFolder
+
+TAKEN = (
+    "step_zero.json", "metrics.csv", "metrics.jsonl", "validation.csv",
+    "model.json", "model.safetensors", ANSWERS, "predictions",
+)  # fmt: skip
+
+
+def trained_alike(plan: Plan) -> Path | None:
+    """The finished run beside this one that was trained and tested as it would be, if any."""
+    settings = plan.settings
+    # Ranks that look at different moments could come to different answers, and wait for ever.
+    if settings.recipe_of == "twin" or settings.trainer.devices * settings.trainer.nodes > 1:
+        return None
+    # What a run is, but for the shared recipe that it is compared under.
+    mine = _without_shared(plan.identity)
+    for rows in sorted(settings.runs.glob("*/rows.csv")):
+        facts, config = (read_note(rows.parent / name) for name in ("run.json", "config.json"))
+        if (
+            _without_shared(facts.get("identity", {})) == mine
+            and config.get("validations") == settings.validations
+            and are_current(rows, METRIC_VERSION)
+            and (rows.parent / "model.safetensors").exists()
+        ):
+            return rows.parent
+    return None
+
+
+def take_over(alike: Path, run: RunFolder) -> None:
+    """Copies what training and testing gave, and what they cost; the rows are made from it."""
+    for name in TAKEN:
+        there, here = alike / name, run.path / name
+        if there.is_dir():
+            shutil.rmtree(here, ignore_errors=True)
+            shutil.copytree(there, here)
+        elif there.exists():
+            shutil.copyfile(there, here)
+    cost = read_note(alike / "run.json")["cost"]
+    facts = read_note(run.path / "run.json") | {"cost": cost, "trained_in": alike.name}
+    write_json(run.path / "run.json", facts)
+    shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
+
+
+def _without_shared(identity: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name != "config_hash"}
