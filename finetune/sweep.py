@@ -136,6 +136,11 @@ def sweep(
     words = expanded(words)
     found = plan_jobs(words, twins=twins)
     runs, trainer = found[0].plan.settings.runs, found[0].plan.settings.trainer
+    if trainer.nodes > 1:  # each run would wait here for ranks that nobody starts
+        raise InputError(
+            f"trainer.nodes={trainer.nodes}: a sweep starts its runs on this machine; leave it "
+            "out, or give the sweep to a cluster with `voxelith launch finetune -m`"
+        )
     waiting = [job for job in found if not is_finished(job.folder, job.plan)]
     if waiting and not dry_run:
         check_machine(trainer)

@@ -248,6 +248,12 @@ def test_each_run_at_a_time_has_gpus_of_its_own(
     assert f"{len(dealt)} at a time" in capsys.readouterr().out
 
 
+def test_runs_of_several_machines_are_refused(words: list[str]) -> None:
+    """Each would wait for ranks that nobody starts."""
+    with pytest.raises(InputError, match=r"trainer.nodes=2: .* `voxelith launch finetune -m`"):
+        sweep([*words, "trainer.nodes=2"], dry_run=True)
+
+
 def test_a_run_of_more_gpus_than_there_are_is_refused(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
