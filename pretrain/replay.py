@@ -41,8 +41,8 @@ from pretrain.optim import Moments, with_moments
 from pretrain.previews import PLANES, aspects, planes
 from pretrain.run_folder import RunFolder, load_checkpoint
 from pretrain.settings import PretrainSettings
-from pretrain.start import begin_from, open_start, origin_of
-from pretrain.train import build_objective, corpus_for, first_moments, make_dataset
+from pretrain.start import open_start, origin_of
+from pretrain.train import begin, build_objective, corpus_for, first_moments, make_dataset
 
 
 @dataclass
@@ -193,13 +193,7 @@ class Replay:
                 f"{self.run.path}/init.json names; put that back, or give step=N of a step that "
                 "has a checkpoint before it"
             )
-        begin_from(
-            self.objective,
-            start.state,
-            foreign=start.foreign,
-            channels=self.settings.adapt_channels,
-            least=self.settings.init_covers,
-        )
+        begin(self.objective, start.state, self.settings, foreign=start.foreign)
 
     def _step(self, optimizer: torch.optim.Optimizer, shape: Shape) -> dict[str, Any] | None:
         """One optimiser step; where it is not finite, nothing is stepped and it is examined."""

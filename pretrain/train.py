@@ -34,7 +34,7 @@ from pretrain.objective import Batch, Objective
 from pretrain.optim import Moments, fitting_moments, named_moments
 from pretrain.previews import draw_previews
 from pretrain.probe import Probe
-from pretrain.release import TrainingState, load_release
+from pretrain.release import LoadReport, TrainingState, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import WINDOW, Schedule
 from pretrain.settings import PretrainSettings, SamplingSettings, check_same, ranks_that_fit
@@ -108,13 +108,7 @@ class Prepared:
         # Other ranks get these weights from the first one, when DDP starts.
         if main and settings.init is not None and not run.checkpoints.paths():
             start = self.start or named("init", settings.init, open_start)
-            report = begin_from(
-                objective,
-                start.state,
-                foreign=start.foreign,
-                channels=settings.adapt_channels,
-                least=settings.init_covers,
-            )
+            report = begin(objective, start.state, settings, foreign=start.foreign)
         dataset = make_dataset(settings, corpus, objective.crops)
         loop = Loop(
             settings,
@@ -223,6 +217,23 @@ def prepare(
     return Prepared(settings, run, corpus, channels, make, probe, start)
 
 
+def begin(
+    objective: Objective,
+    state: Mapping[str, Tensor],
+    settings: PretrainSettings,
+    *,
+    foreign: bool,
+) -> LoadReport:
+    """Lets an objective begin from weights, as the settings of a run say; see `begin_from`."""
+    return begin_from(
+        objective,
+        state,
+        foreign=foreign,
+        channels=settings.adapt_channels,
+        least=settings.init_covers,
+    )
+
+
 def _check_start(
     make: Callable[[], Objective],
     settings: PretrainSettings,
@@ -233,13 +244,7 @@ def _check_start(
     with torch.device("meta"):
         objective = make()
     if state is not None:
-        begin_from(
-            objective,
-            state,
-            foreign=foreign,
-            channels=settings.adapt_channels,
-            least=settings.init_covers,
-        )
+        begin(objective, state, settings, foreign=foreign)
     frozen = not any(p.requires_grad for p in objective.encoder.parameters())
     if frozen and settings.init is None:
         raise InputError(
