@@ -114,14 +114,15 @@ def make_table(
 
 
 def markdown(table: Table) -> str:
-    """Every mean with its interval, cases, subjects and seeds, and notes below."""
+    """The verdicts; every mean with its interval, cases, subjects and seeds; and notes below."""
     records = _records(table)
     names = list(records[0]) if records else []
     out = [names, ["---" if name in WORDS else "--:" for name in names]]
     out += [[text.replace("|", r"\|") for text in record.values()] for record in records]
     lines = [f"| {' | '.join(cells)} |" for cells in out]
     notes = [f"- {note}" for note in notes_of(table)]
-    return "\n".join([table.verdict, "", *lines, "", _explain(table), "", *notes]).rstrip() + "\n"
+    said = [f"- {group.sentence}" for group in table.groups]
+    return "\n".join([*said, "", *lines, "", _explain(table), "", *notes]).rstrip() + "\n"
 
 
 def html(table: Table, pictures: Mapping[str, bytes]) -> str:
@@ -214,11 +215,13 @@ def csv_text(table: Table) -> str:
 
 
 def _records(table: Table) -> list[dict[str, str]]:
-    """Column to text, of each line."""
+    """Column to text, of each line; those that verdicts are about come first."""
     arms = _arms(table)
     varied = _varied(table)
+    mains = [group.main for group in table.groups]
+    rest = [line for group in table.groups for line in group.lines if line is not group.main]
     records = []
-    for line in table.lines:
+    for line in mains + rest:
         basis = line.difference or line.pretrained or line.scratch or NOTHING
         records.append(
             {

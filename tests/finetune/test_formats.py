@@ -66,6 +66,10 @@ def test_markdown_and_html_show_the_same() -> None:
     ]
     assert rows == Cells(html(table, {})).rows
     assert any(NASTY in row for row in rows) and "<i>" not in html(table, {})
+    # What the verdicts are about comes first, a sentence and a row each.
+    assert markdown(table).splitlines()[:2] == [f"- {group.sentence}" for group in table.groups]
+    assert [row[-1] for row in rows[1:3]] == [group.main.verdict for group in table.groups]
+    assert len(rows) - 1 == len(table.lines)
 
 
 def test_the_page_fetches_nothing() -> None:
