@@ -6,15 +6,20 @@ first looks like the second, so a difference is only read from curves that have 
 - converged: the last quarter of training gains no more than 0.5 Dice points on validation;
 - generalises better: both arms have converged, and one ends more than 0.5 points above the other;
 - converges faster: both have converged within 0.5 points of each other, and one needs at most 80 %
-  of the steps of the other to come, for good, within 0.5 points of the lower end.
+  of the steps of the other to come, for good, within 0.5 points of the lower end, which chance does
+  less than once in twenty times.
 
-An end is the mean of the last quarter. These are statements about curves, meaned over draws and
-cases; how sure a difference at the end is says its interval (finetune/intervals.py).
+An end is the mean of the last quarter, a curve the mean over draws and cases. How sure a difference
+at the end is says its interval (finetune/intervals.py). How sure a speed is says an exact test: if
+the arms were alike, each draw could as well have had their curves the other way round (Fisher 1935;
+Pitman 1937), so p is the share of all such exchanges that are as far from equal speed. Five draws
+can tell nothing by it, six can.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +37,9 @@ CURVE = "validation.csv"
 MARGIN = 0.5
 """Dice points that count as nothing."""
 FASTER = 0.8
+LEVEL = 0.05
+EXCHANGED = 10
+"""Draws up to which all exchanges of the arms are tried, and 1024 of them above."""
 
 Reading = Literal[
     "not converged", "generalises better", "generalises worse", "converges faster",
@@ -140,32 +148,67 @@ def mean_curve(curves: Sequence[Curve | None]) -> Curve | None:
 
 @dataclass(frozen=True)
 class BudgetReading:
-    """What two curves say of the first arm, beside the second.
+    """What the curves of two arms say of the first, beside the second.
 
     `gap` is the difference of their ends in points; `speed` how many times fewer steps the first
     needs to come near the lower end, NaN where a curve has not converged or leaves that level
-    again.
+    again; `p` how often chance would make speeds so unequal, NaN where there is no speed.
     """
 
     reading: Reading
     gap: float
     speed: float
+    p: float
 
 
-def read_budget(first: Curve, second: Curve) -> BudgetReading:
-    """Tells faster from better; see the module for the definitions."""
-    gap = first.end - second.end
-    if not (first.converged and second.converged):
-        return BudgetReading("not converged", gap, math.nan)
-    level = min(first.end, second.end) - MARGIN
-    a, b = first.steps_to(level), second.steps_to(level)
-    speed = b / a if math.isfinite(a) and math.isfinite(b) else math.nan
-    if gap > MARGIN:
-        return BudgetReading("generalises better", gap, speed)
-    if gap < -MARGIN:
-        return BudgetReading("generalises worse", gap, speed)
-    if speed >= 1 / FASTER:
-        return BudgetReading("converges faster", gap, speed)
-    if speed <= FASTER:
-        return BudgetReading("converges slower", gap, speed)
-    return BudgetReading("no difference", gap, speed)
+def read_budget(first: Sequence[Curve], second: Sequence[Curve]) -> BudgetReading:
+    """Tells faster from better; see the module for the definitions.
+
+    Args:
+        first: curves of an arm, one of each draw, all at the same steps.
+        second: of the other arm, the same draws in the same order.
+    """
+    a, b = mean_curve(first), mean_curve(second)
+    if a is None or b is None or len(first) != len(second) or a.steps != b.steps:
+        raise ValueError("expected a curve of each arm for each draw, all at the same steps")
+    gap = a.end - b.end
+    if not (a.converged and b.converged):
+        return BudgetReading("not converged", gap, math.nan, math.nan)
+    speed = math.exp(_log_speed(a, b))
+    if speed in (0, math.inf):
+        speed = math.nan
+    p = math.nan if math.isnan(speed) else _chance(first, second)
+    reading: Reading = "no difference"
+    if abs(gap) > MARGIN:
+        reading = "generalises better" if gap > 0 else "generalises worse"
+    elif p < LEVEL and not FASTER < speed < 1 / FASTER:
+        reading = "converges faster" if speed > 1 else "converges slower"
+    return BudgetReading(reading, gap, speed, p)
+
+
+def _log_speed(a: Curve, b: Curve) -> float:
+    """How many times fewer steps one needs than the other; NaN where neither comes there."""
+    level = min(a.end, b.end) - MARGIN
+    mine, others = a.steps_to(level), b.steps_to(level)
+    if math.isinf(mine) and math.isinf(others):
+        return math.nan
+    return -math.inf if math.isinf(mine) else math.log(others / mine)
+
+
+def _chance(first: Sequence[Curve], second: Sequence[Curve]) -> float:
+    """The share of exchanges of the arms within draws that make speeds as unequal as they are."""
+    steps = first[0].steps
+    dice = np.array([[curve.dice for curve in arm] for arm in (first, second)])
+    draws = dice.shape[1]
+    if draws <= EXCHANGED:
+        exchanges = np.array(list(itertools.product([False, True], repeat=draws)))
+    else:
+        drawn = np.random.default_rng(0).random((2**EXCHANGED - 1, draws)) < 0.5
+        exchanges = np.vstack([np.zeros((1, draws), bool), drawn])  # the arms as they are count
+    found = []
+    for exchanged in exchanges:
+        swapped = np.where(exchanged[:, None], dice[::-1], dice).mean(axis=1)
+        found.append(abs(_log_speed(*(Curve(steps, arm.tolist()) for arm in swapped))))
+    # Where neither arm comes to the level for good, none is faster.
+    unequal = np.nan_to_num(found, nan=0.0, posinf=math.inf)
+    return float((unequal >= unequal[0] * (1 - 1e-9)).mean())

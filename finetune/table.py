@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,23 +278,36 @@ def _with_facts(
     if costs := [one.cost for one in twins if one.cost is not None]:
         notes.append(cost_note(costs))
     group = dataclasses.replace(group, notes=(*group.notes, *notes))
-    a, b = (
-        mean_curve([None if one is None else one.curve for one in known[arm]])
-        for arm in ("pretrained", "scratch")
-    )
-    return _with_budget(group, a, b)
+    curves = {arm: _curves(arms.get(arm, []), facts) for arm in ("pretrained", "scratch")}
+    return _with_budget(group, curves)
 
 
-def _with_budget(group: Group, a: Curve | None, b: Curve | None) -> Group:
+def _curves(rows: Sequence[Row], facts: Mapping[Run, Facts]) -> dict[str, Curve]:
+    """The curve of each draw of an arm, the mean over its checkpoints; none if one is not known."""
+    runs: dict[str, dict[Run, Curve | None]] = defaultdict(dict)
+    for row in rows:
+        known = facts.get(run_of(row))
+        runs[row.draw][run_of(row)] = None if known is None else known.curve
+    if mean_curve([curve for found in runs.values() for curve in found.values()]) is None:
+        return {}
+    means = {draw: mean_curve(list(found.values())) for draw, found in runs.items()}
+    return {draw: mean for draw, mean in means.items() if mean is not None}
+
+
+def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Group:
     """The group with what its arms' curves say: whether training ended, and who was faster."""
-    curves = {arm: c for arm, c in (("pretrained", a), ("scratch", b)) if c is not None}
+    means = {arm: mean_curve(list(found.values())) for arm, found in by_draw.items()}
+    curves = {arm: curve for arm, curve in means.items() if curve is not None}
     gains = {arm: curve.last_gain for arm, curve in curves.items()}
     if not gains:
         return group
     notes = []
-    if a is not None and b is not None:
-        read = read_budget(a, b)
-        speed = f", {read.speed:.1f} times as fast" if math.isfinite(read.speed) else ""
+    first, second = by_draw["pretrained"], by_draw["scratch"]
+    both = [draw for draw in first if draw in second]
+    if both and first[both[0]].steps == second[both[0]].steps:
+        read = read_budget([first[draw] for draw in both], [second[draw] for draw in both])
+        known = math.isfinite(read.speed)
+        speed = f", {read.speed:.1f} times as fast (p {read.p:.2g})" if known else ""
         sure = group.main.verdict in (BETTER, WORSE)
         said: str = read.reading if sure or "generalises" not in read.reading else "ends apart"
         chance = "" if sure or said == read.reading else ", no more than chance may do"

@@ -3,9 +3,14 @@ import math
 import numpy as np
 import pytest
 
-from finetune.budget import Curve, read_budget
+from finetune.budget import FASTER, Curve, read_budget
 
 STEPS = list(range(100, 2001, 100))
+
+
+def noisy(time: float, rng: np.random.Generator) -> Curve:
+    curve = rising(80, time)
+    return Curve(curve.steps, [dice + 0.3 * rng.normal() for dice in curve.dice])
 
 
 def rising(end: float, time: float, steps: list[int] = STEPS) -> Curve:
@@ -33,29 +38,51 @@ def test_noise_alone_is_no_gain(seed: int) -> None:
 
 
 def test_a_head_start_is_not_a_better_end() -> None:
-    found = read_budget(rising(80, 100), rising(80, 250))
-    assert found.reading == "converges faster"
+    first, second = [rising(80, 100)] * 6, [rising(80, 250)] * 6
+    found = read_budget(first, second)
+    assert found.reading == "converges faster" and found.p == 2 / 2**6  # all draws, either way
     assert abs(found.gap) < 0.5
     # 1 - exp(-s / time) reaches the same level after steps in proportion to time.
     assert found.speed == pytest.approx(2.5, rel=0.15)
-    assert read_budget(rising(80, 250), rising(80, 100)).reading == "converges slower"
+    assert read_budget(second, first).reading == "converges slower"
+    # Five draws of arms that are alike would look so once in sixteen times.
+    few = read_budget(first[:5], second[:5])
+    assert (few.reading, few.p) == ("no difference", 2 / 2**5)
+    assert few.speed == pytest.approx(found.speed)
+    many = read_budget(
+        first * 3, second * 3
+    )  # not all exchanges are tried, and these do not chance
+    assert many.reading == "converges faster" and many.p == 1 / 1024
+
+
+def test_chance_makes_no_arm_faster(seed: int) -> None:
+    """Noisy draws of two equal arms: speeds differ, and seldom more than the level says."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(100):
+        times = rng.lognormal(math.log(200), 0.5, (2, 8))
+        arms = [[noisy(time, rng) for time in arm] for arm in times]
+        found.append(read_budget(*arms))
+    called = [one.reading.startswith("converges") for one in found]
+    unequal = [one.speed > 1 / FASTER or one.speed < FASTER for one in found]
+    assert np.mean(called) < 0.12 < np.mean(unequal)  # which was what decided before
 
 
 def test_a_better_end_is_called_so_even_if_it_comes_later() -> None:
-    found = read_budget(rising(84, 300), rising(80, 150))
+    found = read_budget([rising(84, 300)], [rising(80, 150)])
     assert found.reading == "generalises better" and found.gap == pytest.approx(4, abs=0.3)
-    assert read_budget(rising(80, 150), rising(84, 300)).reading == "generalises worse"
+    assert read_budget([rising(80, 150)], [rising(84, 300)]).reading == "generalises worse"
 
 
 def test_a_gap_before_the_end_is_no_verdict() -> None:
     """With a tenth of the steps the head start looks like a better end."""
     short = list(range(10, 201, 10))
-    found = read_budget(rising(80, 100, short), rising(80, 250, short))
+    found = read_budget([rising(80, 100, short)], [rising(80, 250, short)])
     assert found.gap > 5 and found.reading == "not converged" and math.isnan(found.speed)
 
 
 def test_equal_curves_differ_in_nothing() -> None:
-    found = read_budget(rising(80, 200), rising(80.2, 210))
+    found = read_budget([rising(80, 200)], [rising(80.2, 210)])
     assert found.reading == "no difference"
 
 
