@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 import tarfile
 import tempfile
@@ -142,9 +143,8 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
 def shown(table: Table) -> list[Group]:
     """Recipes, then encoders that there is one of: no single seed of a recipe."""
     recipes = [group for group in table.groups if of_recipe(group)]
-    others = [group for group in table.groups if not of_recipe(group)]
-    seeds = [recipe.checkpoint for recipe in recipes]
-    return recipes + [one for one in others if not any(one.checkpoint in seed for seed in seeds)]
+    names = {told(group) for group in recipes}
+    return recipes + [group for group in table.groups if told(group) not in names]
 
 
 def of_recipe(group: Group) -> bool:
@@ -154,11 +154,8 @@ def of_recipe(group: Group) -> bool:
 
 
 def told(group: Group) -> str:
-    """The encoder; of a recipe without its seeds."""
-    if not of_recipe(group):
-        return group.checkpoint.removesuffix("-0")
-    first = group.checkpoint.split(": ")[1].split(", ")[0]
-    return first.replace("-0", "")
+    """The encoder without its pretraining seed, or seeds."""
+    return re.sub(r"-(\d+|\{[\d,]+\})(?= with |$)", "", group.checkpoint)
 
 
 def stronger(line: Line) -> Any:

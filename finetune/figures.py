@@ -293,7 +293,7 @@ def draw_budget(table: Table) -> bytes | None:
                     curve.steps, curve.dice, style, color=ARM_COLOURS[arm], markersize=4, lw=1.6,
                     label=arm,
                 )  # fmt: skip
-            told = group.told.replace(": ", ":\n").replace(", ", "\n")
+            told = group.told.replace(", ", "\n")
             axis.set_title(f"{group.dataset}, {group.n_labels} labels\n{told}", fontsize=8.5)
             axis.set_xlabel("step")
             axis.set_ylabel("validation Dice")

@@ -11,6 +11,7 @@ compared in the same way (`scan_metrics`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -446,9 +447,26 @@ def _head(checkpoints: Sequence[list[Row]], scratch: list[Row], own: list[Row]) 
         return heads[0]
     return dataclasses.replace(
         heads[0],
-        checkpoint=f"{len(heads)} pretraining seeds: {', '.join(row.checkpoint for row in heads)}",
+        checkpoint=_together([row.checkpoint for row in heads]),
         checkpoint_digest="+".join(row.checkpoint_digest for row in heads),
     )
+
+
+def _together(names: Sequence[str]) -> str:
+    """Names of a recipe's checkpoints as one: mae-0, mae-1, mae-2 are mae-{0,1,2}."""
+    if len(set(names)) == 1:
+        return f"{names[0]}, {len(names)} pretraining seeds"
+    words = [re.findall(r"\w+|\W+", name) for name in names]
+    head = _alike(words)
+    tail = _alike([one[head:][::-1] for one in words])
+    varied = ",".join("".join(one[head : len(one) - tail]) for one in words)
+    return f"{''.join(words[0][:head])}{{{varied}}}{''.join(words[0][len(words[0]) - tail :])}"
+
+
+def _alike(words: Sequence[Sequence[str]]) -> int:
+    """With how many of the same they all begin."""
+    both = itertools.takewhile(lambda found: len(set(found)) == 1, zip(*words, strict=False))
+    return len(list(both))
 
 
 def _line(

@@ -15,7 +15,7 @@ from finetune.formats import make_table, markdown
 from finetune.intervals import estimate_recipe
 from finetune.lines import Table
 from finetune.rows import Row, read_rows, write_rows
-from finetune.table import read_table, tabulate
+from finetune.table import _together, read_table, tabulate
 
 
 def test_a_large_gain_is_seen_and_a_small_one_is_not() -> None:
@@ -575,7 +575,7 @@ def test_checkpoints_that_differ_in_the_seed_have_a_line_together() -> None:
     rows = make_rows("scratch") + seeds_of_a_recipe(gains)
     *alone, recipe = tabulate(rows).groups
     assert [group.checkpoint for group in alone] == ["mae-0", "mae-1", "mae-2"]
-    assert recipe.checkpoint == "3 pretraining seeds: mae-0, mae-1, mae-2"
+    assert recipe.checkpoint == "mae-{0,1,2}"
     draws = [0, 1, 2]
     scratch = dice(make_rows("scratch"), draws)
     cube = np.stack([dice(make_rows("pretrained", gain), draws) - scratch for gain in gains])
@@ -594,6 +594,21 @@ def test_checkpoints_that_differ_in_the_seed_have_a_line_together() -> None:
     assert recipe.main.pretrained.mean == pytest.approx(
         np.mean([g.main.pretrained.mean for g in alone if g.main.pretrained is not None])
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["mae-9", "mae-10", "mae-11"], "mae-{9,10,11}"),
+        (["vf-0 with decoder", "vf-1 with decoder"], "vf-{0,1} with decoder"),
+        (["a/first", "b/first"], "{a,b}/first"),
+        (["mae", "mae-1"], "mae{,-1}"),
+        (["seed1", "seed12"], "{seed1,seed12}"),
+        (["mae", "mae", "mae"], "mae, 3 pretraining seeds"),
+    ],
+)
+def test_checkpoints_of_a_recipe_have_a_name_together(names: list[str], told: str) -> None:
+    assert _together(names) == told
 
 
 def test_draws_of_a_recipe_are_shared_or_each_checkpoints_own() -> None:
