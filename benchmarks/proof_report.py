@@ -16,6 +16,7 @@ import re
 import statistics
 import tarfile
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ TITLES = {
     "shift-coarse": "Looked at, validation subjects: the same on scans with voxels of 1.5 mm",
 }
 
+SEED = re.compile(r"-(\d+|\{[\d,]+\})(?= with |$)")
+"""What the name of an encoder ends with."""
 SHOWN = {
     "forest.png": "Differences of all cells of test subjects with their intervals",
     "label_curves.png": "Dice against the number of labels",
@@ -77,12 +80,14 @@ def main() -> None:
             for name, path in runs.items()
             if path.with_name(f"{path.name}-2mm").exists()
         }
+        used = weights([path for name, path in runs.items() if name in CELLS])
     pictures = draw_table(overview(tables))
     for name in SHOWN:
         (PROOF / name).unlink(missing_ok=True)
         if name in pictures:
             write_bytes(PROOF / name, pictures[name])
-    write_text(PROOF / "proof.md", summary(tables, wide, [n for n in SHOWN if n in pictures]))
+    said = summary(tables, wide, [n for n in SHOWN if n in pictures])
+    write_text(PROOF / "proof.md", said + used)
 
 
 def overview(tables: Mapping[str, Table]) -> Table:
@@ -140,6 +145,39 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
     return "\n".join(lines) + "\n"
 
 
+def weights(cells: Sequence[Path]) -> str:
+    """Whether the runs on test subjects used the weights that they say, by encoder."""
+    found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = defaultdict(list)
+    for path in cells:
+        for run in sorted(path.glob("*/load_report.json")):
+            config = json.loads((run.parent / "config.json").read_text())
+            arm = "scratch" if config["init"] == "scratch" else Path(config["ckpt"]).name
+            step_zero = json.loads((run.parent / "step_zero.json").read_text())
+            found[SEED.sub("", arm)].append((json.loads(run.read_text()), step_zero))
+    lines = [
+        "",
+        "## The weights that were used",
+        "",
+        "Of all runs on test subjects: the least share of the encoder's parameters that came from "
+        "the release, tensors that were copied and that began anew, and runs whose features before "
+        "the first step are those of the release to the last bit, on its golden scan.",
+        "",
+        "| encoder | runs | taken | copied | anew | equal to the release |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for arm, both in found.items():
+        reports = [report for report, _ in both]
+        copied = {len(one["copied"]) for one in reports}
+        anew = {len(one["new"]) + len(one["skipped"]) for one in reports}
+        counts = [" to ".join(map(str, sorted(number))) for number in (copied, anew)]
+        equal = sum(one["features_equal_release"] for _, one in both)
+        lines.append(
+            f"| {arm} | {len(both)} | {min(one['covered'] for one in reports):.0%} "
+            f"| {' | '.join(counts)} | {equal} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def shown(table: Table) -> list[Group]:
     """Recipes, then encoders that there is one of: no single seed of a recipe."""
     recipes = [group for group in table.groups if of_recipe(group)]
@@ -155,7 +193,7 @@ def of_recipe(group: Group) -> bool:
 
 def told(group: Group) -> str:
     """The encoder without its pretraining seed, or seeds."""
-    return re.sub(r"-(\d+|\{[\d,]+\})(?= with |$)", "", group.checkpoint)
+    return SEED.sub("", group.checkpoint)
 
 
 def stronger(line: Line) -> Any:
