@@ -755,7 +755,18 @@ def _command_help(name: str, words: list[str]) -> str:
 
     command = COMMANDS[name]
     usage = f"usage: voxelith {command.usage} [--json]"
-    return f"{usage}\n\n{command.summary}\n{command.more}\n\n{describe(name, words)}".rstrip()
+    keys = _cluster_keys(words) if name == "launch" else describe(name, words)
+    return f"{usage}\n\n{command.summary}\n{command.more}\n\n{keys}".rstrip()
+
+
+def _cluster_keys(words: list[str]) -> str:
+    """The keys of the cluster that the words name."""
+    from conf.help import describe_file
+    from slurm.settings import CLUSTERS, cluster_of
+
+    cluster, _ = cluster_of(words)
+    title = "the cluster (beside these, the keys of the command: voxelith pretrain --help)"
+    return describe_file(title, "cluster", CLUSTERS / "slurm.yaml", cluster.model_dump())
 
 
 def _show(text: str) -> None:

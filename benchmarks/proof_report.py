@@ -107,9 +107,10 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
         "",
         "Made by `python benchmarks/proof_report.py` from the archives beside it, by the "
         "[protocol](../protocol.md). Means over subjects and draws of labels, with 95 % intervals; "
-        "of a recipe over three pretraining seeds, which are random too. Differences are to the "
-        "stronger of two scratch arms. p: Holm's, over the nominated recipes of the cell. *Seen*: "
-        "the true difference that would have been found with 80 %.",
+        "of a recipe over three pretraining seeds, which are random too. Differences are to "
+        "scratch, and to the stronger of two arms of it where scratch has a better rate of its "
+        "own. p: Holm's, over the nominated recipes of the cell. *Seen*: the true difference that "
+        "would have been found with a chance of 80 %. The last three columns are differences too.",
     ]
     for picture in pictures:
         lines += ["", f"![{SHOWN[picture]}]({picture})"]

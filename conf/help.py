@@ -48,6 +48,18 @@ def describe(command: str, words: list[str]) -> str:
     return "\n".join(f"{title}:\n{rows}" for title, rows in _sections(line) if rows)
 
 
+def describe_file(title: str, group: str, file: Path, values: Mapping[str, Any]) -> str:
+    """The keys of an option that is no part of a command, as `describe` shows those that are.
+
+    Args:
+        title: above them.
+        group: that the option is of.
+        file: that says what its keys are about.
+        values: of the keys.
+    """
+    return f"{title}:\n{_rows(_keys_in(group, file), dict(_leaves(values, f'{group}.')))}"
+
+
 def _sections(line: Line) -> Iterator[tuple[str, str]]:
     options = {g: "???" if g in line.missing else line.choices[g] or "null" for g in line.groups}
     if options:
@@ -115,7 +127,7 @@ def _row(left: str, about: str) -> str:
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         elif name != "_target_":
             yield f"{prefix}{name}", config_text(value)
@@ -126,10 +138,13 @@ def _keys_in(group: str, file: Path) -> dict[str, Key]:
 
 
 def keys_of(file: Path) -> dict[str, Key]:
-    """The keys that a YAML sets, dotted and in its order."""
+    """The keys that a YAML sets, dotted and in its order.
+
+    A comment beside a key goes on in the lines below it, as far in as it began.
+    """
     found: dict[str, Key] = {}
     above: list[tuple[int, str]] = []
-    before = "x"
+    before, column = "x", 0
     for line in file.read_text().splitlines():
         match = re.fullmatch(r"( *)(\w+):(?: [^#]*)?(?:# (.*))?", line)
         if match:
@@ -137,6 +152,11 @@ def keys_of(file: Path) -> dict[str, Key]:
             above = [*(part for part in above if part[0] < depth), (depth, match[2])]
             name = ".".join(part for _, part in above)
             found[name] = Key(match[3] or "", not before.strip())
+            column = match.start(3) if match[3] else 0
+        elif column and line.startswith(f"{' ' * (column - 2)}# "):
+            found[name] = found[name]._replace(about=f"{found[name].about} {line[column:]}")
+        else:
+            column = 0
         before = line
     return {name: key for name, key in found.items() if name not in ("defaults", "_target_")}
 

@@ -20,6 +20,7 @@ from pydantic import (
 from conf.compose import HERE, take_option
 from data_prep.errors import InputError, near, plain_message
 
+CLUSTERS = HERE / "cluster"
 PREFIX = "cluster."
 
 
@@ -111,7 +112,7 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     without, own = take_option(rest, "--config-dir")
     groups = {file.parent.name for folder in own for file in Path(folder).glob("*/*.yaml")}
     rest = without if groups == {"cluster"} else rest
-    roots = (HERE / "cluster", *(Path(folder) / "cluster" for folder in own))
+    roots = (CLUSTERS, *(Path(folder) / "cluster" for folder in own))
     files = {file.stem: file for root in roots for file in root.glob("*.yaml")}
     if name not in files:
         raise InputError(f"cluster={name}: no such cluster; {near(name, files)}")

@@ -15,7 +15,8 @@ from conf.compose import GIVEN, HERE, SETTINGS, read_words
 from conf.help import describe, keys_of
 from conf.signatures import class_arguments
 from data_prep.errors import InputError, config_text
-from voxelith import COMMANDS
+from slurm.settings import ClusterSettings
+from voxelith import COMMANDS, _command_help
 
 GROUPS = ("backbone", "objective")
 FILES = [file for group in GROUPS for file in sorted((HERE / group).glob("*.yaml"))]
@@ -38,7 +39,7 @@ def rows(command: str, *words: str) -> dict[str, tuple[str, str]]:
 def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             found |= leaves(value, f"{prefix}{name}.")
         elif name != "_target_":
             found[f"{prefix}{name}"] = value
@@ -124,15 +125,35 @@ def test_a_users_own_option_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["objective.more"] == ("3", "or less")
 
 
+def test_a_cluster_is_shown_with_its_keys(tmp_path: Path) -> None:
+    """Also those that a file of one's own leaves out, with the words beside --help."""
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "mine.yaml").write_text("kind: slurm\nmemory: 64G\n")
+    words = ["pretrain", "--config-dir", str(tmp_path), "cluster=mine", "cluster.nodes=2", "x=1"]
+    said = {
+        line.split()[0].partition("=")[0]: line.split()[0]
+        for line in _command_help("launch", words).splitlines()
+        if line.startswith("  cluster.")
+    }
+    assert set(said) == {f"cluster.{name}" for name in ClusterSettings.model_fields}
+    assert said["cluster.memory"] == "cluster.memory=64G"
+    assert said["cluster.nodes"] == "cluster.nodes=2"
+
+
 def test_keys_of_a_yaml(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(
         "# head\ndefaults:\n  - a: b\n\n_target_: x\none: 1  # first\n\n"
         "two:      # second\n  three: {a: 1}\n  four:\n    five: [1, 2]  # 5 # five\nsix:\n"
+        "seven: x  # the first\n          # and more\n# of what follows\neight: y\n"
     )
     found = keys_of(file)
-    assert list(found) == ["one", "two", "two.three", "two.four", "two.four.five", "six"]
-    assert [key.about for key in found.values()] == ["first", "second", "", "", "5 # five", ""]
+    assert list(found) == [
+        "one", "two", "two.three", "two.four", "two.four.five", "six", "seven", "eight",
+    ]  # fmt: skip
+    assert [key.about for key in found.values()] == [
+        "first", "second", "", "", "5 # five", "", "the first and more", "",
+    ]  # fmt: skip
     assert [name for name, key in found.items() if key.apart] == ["two"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ from finetune.settings import FREE, FinetuneSettings, config_hash
 from finetune.train import build_model, finetune, make_plan
 
 PROTOCOLS = sorted(file.stem for file in (HERE / "protocol").glob("*.yaml"))
+
+
+def test_the_page_lists_every_protocol_with_its_steps() -> None:
+    page = (HERE.parent / "docs" / "data_sets.md").read_text().partition("## Protocols")[2]
+    told = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            names, family, steps, _ = line.strip("| ").split(" | ")
+            families = [name.lower().rstrip("s") for name in family.split(", ")]
+            told |= {
+                name: (families[n % len(families)], int(steps))
+                for n, name in enumerate(re.findall(r"`(\w+)`", names))
+            }
+    found = {name: composed(name) for name in PROTOCOLS}
+    assert told == {name: (one.family, one.steps) for name, one in found.items()}
 
 
 def composed(protocol: str | None = None, *words: str) -> FinetuneSettings:
