@@ -38,8 +38,12 @@ MARGIN = 0.5
 """Dice points that count as nothing."""
 FASTER = 0.8
 LEVEL = 0.05
-EXCHANGED = 10
-"""Draws up to which all exchanges of the arms are tried, and 1024 of them above."""
+EXCHANGED = 15
+"""Draws up to which all exchanges of the arms are tried, and 16384 of them above."""
+LAST = 0.75
+"""Where the last quarter begins."""
+
+Floats = NDArray[np.float64]
 
 Reading = Literal[
     "not converged", "generalises better", "generalises worse", "converges faster",
@@ -75,7 +79,7 @@ class Curve:
     @property
     def _last(self) -> NDArray[np.bool_]:
         steps = np.asarray(self.steps, float)
-        return steps >= 0.75 * steps[-1] if len(steps) else np.zeros(0, bool)
+        return steps >= LAST * steps[-1] if len(steps) else np.zeros(0, bool)
 
     @property
     def last_gain(self) -> float:
@@ -106,14 +110,7 @@ class Curve:
         so the answer is never before the first.
         """
         values, steps = np.asarray(self.dice, float), np.asarray(self.steps, float)
-        below = np.flatnonzero(values < dice)
-        if not len(below):
-            return float(steps[0])
-        k = below[-1]
-        if k == len(values) - 1:
-            return math.inf
-        share = (dice - values[k]) / (values[k + 1] - values[k])
-        return float(steps[k] + share * (steps[k + 1] - steps[k]))
+        return float(_steps_to(steps, values, np.asarray(dice)))
 
 
 def read_curve(run: Path) -> Curve | None:
@@ -151,8 +148,9 @@ class BudgetReading:
     """What the curves of two arms say of the first, beside the second.
 
     `gap` is the difference of their ends in points; `speed` how many times fewer steps the first
-    needs to come near the lower end, NaN where a curve has not converged or leaves that level
-    again; `p` how often chance would make speeds so unequal, NaN where there is no speed.
+    needs to come within the margin of the lower end, NaN where the ends are apart (the better one
+    passes the other's end early, which is no speed), where a curve has not converged or leaves
+    that level again; `p` how often chance would make speeds so unequal, NaN where there is none.
     """
 
     reading: Reading
@@ -174,41 +172,73 @@ def read_budget(first: Sequence[Curve], second: Sequence[Curve]) -> BudgetReadin
     gap = a.end - b.end
     if not (a.converged and b.converged):
         return BudgetReading("not converged", gap, math.nan, math.nan)
-    speed = math.exp(_log_speed(a, b))
-    if speed in (0, math.inf):
-        speed = math.nan
-    p = math.nan if math.isnan(speed) else _chance(first, second)
-    reading: Reading = "no difference"
     if abs(gap) > MARGIN:
-        reading = "generalises better" if gap > 0 else "generalises worse"
-    elif p < LEVEL and not FASTER < speed < 1 / FASTER:
+        reading: Reading = "generalises better" if gap > 0 else "generalises worse"
+        return BudgetReading(reading, gap, math.nan, math.nan)
+    dice = np.array([[curve.dice for curve in arm] for arm in (first, second)], float)
+    speeds = _log_speeds(np.asarray(a.steps, float), *_exchanged(dice))
+    if not math.isfinite(speeds[0]):
+        return BudgetReading("no difference", gap, math.nan, math.nan)
+    # Where neither arm comes to the level for good, none is faster.
+    unequal = np.nan_to_num(np.abs(speeds), nan=0.0, posinf=math.inf)
+    speed, p = math.exp(speeds[0]), float((unequal >= unequal[0] * (1 - 1e-9)).mean())
+    reading = "no difference"
+    if p < LEVEL and not FASTER < speed < 1 / FASTER:
         reading = "converges faster" if speed > 1 else "converges slower"
     return BudgetReading(reading, gap, speed, p)
 
 
-def _log_speed(a: Curve, b: Curve) -> float:
-    """How many times fewer steps one needs than the other; NaN where neither comes there."""
-    level = min(a.end, b.end) - MARGIN
-    mine, others = a.steps_to(level), b.steps_to(level)
-    if math.isinf(mine) and math.isinf(others):
-        return math.nan
-    return -math.inf if math.isinf(mine) else math.log(others / mine)
+def _exchanged(dice: Floats) -> tuple[Floats, Floats]:
+    """Mean curves of both arms, [exchanges, measurements]: first as they are, then exchanged.
 
+    The first draw keeps its arms: exchanging all others instead gives the same speed, inverted.
 
-def _chance(first: Sequence[Curve], second: Sequence[Curve]) -> float:
-    """The share of exchanges of the arms within draws that make speeds as unequal as they are."""
-    steps = first[0].steps
-    dice = np.array([[curve.dice for curve in arm] for arm in (first, second)])
+    Args:
+        dice: [2 arms, draws, measurements].
+    """
     draws = dice.shape[1]
     if draws <= EXCHANGED:
-        exchanges = np.array(list(itertools.product([False, True], repeat=draws)))
+        rest = np.array(list(itertools.product([0.0, 1.0], repeat=draws - 1)))
     else:
-        drawn = np.random.default_rng(0).random((2**EXCHANGED - 1, draws)) < 0.5
-        exchanges = np.vstack([np.zeros((1, draws), bool), drawn])  # the arms as they are count
-    found = []
-    for exchanged in exchanges:
-        swapped = np.where(exchanged[:, None], dice[::-1], dice).mean(axis=1)
-        found.append(abs(_log_speed(*(Curve(steps, arm.tolist()) for arm in swapped))))
-    # Where neither arm comes to the level for good, none is faster.
-    unequal = np.nan_to_num(found, nan=0.0, posinf=math.inf)
-    return float((unequal >= unequal[0] * (1 - 1e-9)).mean())
+        rest = np.random.default_rng(0).integers(0, 2, (2 ** (EXCHANGED - 1), draws - 1))
+        rest[0] = 0
+    swapped = np.hstack([np.zeros((len(rest), 1)), rest.reshape(len(rest), draws - 1)])
+    both = dice.sum(axis=0)
+    first = ((1 - swapped) @ dice[0] + swapped @ dice[1]) / draws
+    return first, both.sum(axis=0) / draws - first
+
+
+def _log_speeds(steps: Floats, a: Floats, b: Floats) -> Floats:
+    """Log of how many times fewer steps `a` needs than `b`, of pairs of curves.
+
+    Args:
+        steps: [measurements].
+        a: [pairs, measurements].
+        b: likewise.
+
+    Returns:
+        [pairs]; infinite where one never comes to the level for good, NaN where neither does.
+    """
+    last = steps >= LAST * steps[-1]
+    level = np.minimum(a[:, last].mean(axis=1), b[:, last].mean(axis=1)) - MARGIN
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.log(_steps_to(steps, b, level)) - np.log(_steps_to(steps, a, level)))
+
+
+def _steps_to(steps: Floats, dice: Floats, level: Floats) -> Floats:
+    """The step from which on curves stay at a level or above it; see `Curve.steps_to`.
+
+    Args:
+        steps: [measurements].
+        dice: [..., measurements].
+        level: [...].
+    """
+    below = dice < level[..., None]
+    after = dice.shape[-1] - np.argmax(below[..., ::-1], axis=-1)  # the first that stays
+    after = np.where(below.any(axis=-1), after, 0)
+    ends = len(steps) - 1
+    k, before = np.clip(after, 0, ends), np.clip(after - 1, 0, ends)
+    low, high = (np.take_along_axis(dice, i[..., None], -1)[..., 0] for i in (before, k))
+    share = np.where(high > low, (level - low) / np.where(high > low, high - low, 1), 0)
+    found = steps[before] + share * (steps[k] - steps[before])
+    return np.where(after == 0, steps[0], np.where(after > ends, math.inf, found))

@@ -304,11 +304,12 @@ def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Gr
         return group
     notes = []
     first, second = by_draw["pretrained"], by_draw["scratch"]
-    both = [draw for draw in first if draw in second]
+    both = sorted(first.keys() & second.keys())
     if both and first[both[0]].steps == second[both[0]].steps:
         read = read_budget([first[draw] for draw in both], [second[draw] for draw in both])
-        known = math.isfinite(read.speed)
-        speed = f", {read.speed:.1f} times as fast (p {read.p:.2g})" if known else ""
+        whose = " of these checkpoints" if _several(group) else ""
+        speed = f", {read.speed:.1f} times as fast (p {read.p:.2g}{whose})"
+        speed = speed if math.isfinite(read.speed) else ""
         sure = group.main.verdict in (BETTER, WORSE)
         said: str = read.reading if sure or "generalises" not in read.reading else "ends apart"
         chance = "" if sure or said == read.reading else ", no more than chance may do"
@@ -324,6 +325,11 @@ def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Gr
     lines = [dataclasses.replace(line, still_gains=max(gains.values())) for line in group.lines]
     notes = [*group.notes, *notes]
     return dataclasses.replace(group, lines=tuple(lines), notes=tuple(notes), curves=curves)
+
+
+def _several(group: Group) -> bool:
+    """Whether it is of several checkpoints, which a test over draws alone takes as they are."""
+    return group.main.pretrained is not None and group.main.pretrained.pretrainings > 1
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:
