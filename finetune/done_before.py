@@ -17,31 +17,47 @@ from finetune.answers import ANSWERS
 from finetune.metrics import METRIC_VERSION
 from finetune.plan import Plan
 from finetune.rows import are_current
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, versions
 
+ANSWERED = (ANSWERS, "predictions")
+"""What a run answers, by the kind of its task."""
 TAKEN = (
-    "step_zero.json", "metrics.csv", "metrics.jsonl", "validation.csv",
-    "model.json", "model.safetensors", ANSWERS, "predictions",
+    "step_zero.json", "metrics.csv", "metrics.jsonl", "validation.csv", "model.json",
+    "model.safetensors", *ANSWERED,
 )  # fmt: skip
 
 
-def trained_alike(plan: Plan) -> Path | None:
-    """The finished run beside this one that was trained and tested as it would be, if any."""
+def trained_alike(plan: Plan, device: str) -> Path | None:
+    """The finished run beside this one that was trained and tested as it would be, if any.
+
+    Args:
+        plan: of this run.
+        device: that it would be trained on, as costs name it.
+    """
     settings = plan.settings
     # Ranks that look at different moments could come to different answers, and wait for ever.
     if settings.recipe_of == "twin" or settings.trainer.devices * settings.trainer.nodes > 1:
         return None
-    # What a run is, but for the shared recipe that it is compared under.
-    mine = _without_shared(plan.identity)
+    wanted = {
+        **_without_shared(plan.identity),
+        "versions": versions(),
+        # What no recipe holds, and rounds: `auto` is another precision on another device.
+        "trainer": settings.trainer.model_dump(mode="json"),
+        "device": device,
+        "validations": settings.validations,
+    }
     for rows in sorted(settings.runs.glob("*/rows.csv")):
-        facts, config = (read_note(rows.parent / name) for name in ("run.json", "config.json"))
-        if (
-            _without_shared(facts.get("identity", {})) == mine
-            and config.get("validations") == settings.validations
-            and are_current(rows, METRIC_VERSION)
-            and (rows.parent / "model.safetensors").exists()
-        ):
-            return rows.parent
+        run = rows.parent
+        facts, config = (read_note(run / name) for name in ("run.json", "config.json"))
+        found = {
+            **_without_shared(facts.get("identity", {})),
+            "versions": facts.get("versions"),
+            "trainer": config.get("trainer"),
+            "device": facts.get("cost", {}).get("device"),
+            "validations": config.get("validations"),
+        }
+        if found == wanted and are_current(rows, METRIC_VERSION) and _is_whole(run, plan):
+            return run
     return None
 
 
@@ -61,4 +77,12 @@ def take_over(alike: Path, run: RunFolder) -> None:
 
 
 def _without_shared(identity: dict[str, Any]) -> dict[str, Any]:
+    """What a run is, but for the shared recipe that it is compared under."""
     return {name: value for name, value in identity.items() if name != "config_hash"}
+
+
+def _is_whole(run: Path, plan: Plan) -> bool:
+    """Whether the network and all answers are still there: both are large, and may be cleared."""
+    answers, labels = (run / name for name in ANSWERED)
+    answered = all((labels / f"{key}.nii.gz").exists() for key in plan.test.keys)
+    return (run / "model.safetensors").exists() and (answered or answers.exists())

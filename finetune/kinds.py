@@ -129,6 +129,12 @@ def device_of(settings: FinetuneSettings) -> torch.device:
     return torch.device("cuda" if accelerated else "cpu")
 
 
+def device_name(settings: FinetuneSettings) -> str:
+    """What costs call it."""
+    device = device_of(settings)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 class Segmenting(Kind):
     """Each voxel gets a class; labels are those of the corpus."""
 

@@ -33,7 +33,7 @@ from data_prep.preprocess import Preprocess
 from finetune.costs import Cost
 from finetune.done_before import take_over, trained_alike
 from finetune.evaluate import choose_split
-from finetune.kinds import device_of, kind_of
+from finetune.kinds import device_name, device_of, kind_of
 from finetune.labels import choose_labels
 from finetune.lora import add_adapters
 from finetune.meter import priced, training_flops
@@ -85,7 +85,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             print(f"finetune: {run.path}: its predictions are scored anew, {_told(plan, rows)}")
         return run.path
     model, report = build_model(plan)
-    alike = trained_alike(plan)
+    alike = trained_alike(plan, device_name(settings))
     with run.lease() if main else nullcontext():
         if main:
             _describe(run, plan, model, report)
@@ -375,7 +375,6 @@ def _cost(plan: Plan, model: Supervised) -> Cost:
             if settings.lora is not None:
                 add_adapters(bare.encoder, settings.lora)
         flops = training_flops(bare, settings, int(plan.corpus.shapes[0, 0]), plan.train_keys[0])
-    device = device_of(settings)
     made = plan.release.config["training"] if settings.init == "pretrained" else {}
     return Cost(
         parameters=sum(p.numel() for p in weights),
@@ -384,7 +383,7 @@ def _cost(plan: Plan, model: Supervised) -> Cost:
         train_seconds=None,
         predict_seconds=None,
         peak_mib=None,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        device=device_name(settings),
         pretrain_seconds=made.get("seconds"),
     )
 

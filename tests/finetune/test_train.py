@@ -321,17 +321,38 @@ def test_what_a_twin_of_another_recipe_was_trained_as_is_not_trained_again(
     assert [dataclasses.replace(row, **renamed) for row in mine] == theirs
     for name in ("model.safetensors", "metrics.csv"):
         assert (taken / name).read_bytes() == (twin / name).read_bytes()
-    # Another rate, another draw, other looks meanwhile, or a twin that is not finished: trained.
-    for n, change in enumerate(({"own": {"lr": 2e-3}}, {"label_seed": 7}, {"validations": 4})):
+    shutil.rmtree(taken)
+    # Of another rate, draw, number of looks or way to compute it is trained.
+    threads = {"accelerator": "cpu", "precision": "32-true", "workers": 0, "threads": 1}
+    changes = [{"own": {"lr": 2e-3}}, {"label_seed": 7}, {"validations": 4}, {"trainer": threads}]
+    for n, change in enumerate(changes):
         chosen = {"own": {"lr": 5e-3}, "seed": 1, **other, **change}
         run = finetune(stage.settings(**chosen, run=f"own-1-{n}"))
         assert "trained_in" not in json.loads((run / "run.json").read_text())
         shutil.rmtree(run)
-    shutil.rmtree(taken)
-    (twin / "rows.csv").rename(twin / "rows.part")
-    run = finetune(stage.settings(**other, own={"lr": 5e-3}, seed=1, run="own-1"))
-    (twin / "rows.part").rename(twin / "rows.csv")
+
+
+@pytest.mark.parametrize("missing", ["rows.csv", "model.safetensors", "predictions"])
+def test_a_twin_that_is_not_whole_is_nothing_to_take_over(
+    stage: Stage, arms: list[Path], missing: str
+) -> None:
+    """The run is trained, and gives what taking over would have given."""
+    twin = stage.folder / "runs" / "scratch-1"
+    other = {"init": "scratch", "lr": 1e-3, "recipe_of": "own", "own": {"lr": 5e-3}, "seed": 1}
+    other["search"] = {"lr": [1e-3, 5e-3], "draws": 1}
+    gone = twin / missing
+    if missing == "predictions":
+        gone = twin / missing / f"{stage.test_keys[0]}.nii.gz"
+    kept = gone.with_name("kept")
+    gone.rename(kept)
+    try:
+        run = finetune(stage.settings(**other, run=f"whole-{missing}"))
+    finally:
+        kept.rename(gone)
     assert "trained_in" not in json.loads((run / "run.json").read_text())
-    assert (run / "predictions").is_dir()
-    assert read_rows(run / "rows.csv") == mine  # which is what copying relies on
+    trained = read_rows(run / "rows.csv")
+    shutil.rmtree(run)
+    run = finetune(stage.settings(**other, run="whole"))
+    assert "trained_in" in json.loads((run / "run.json").read_text())
+    assert read_rows(run / "rows.csv") == trained
     shutil.rmtree(run)
