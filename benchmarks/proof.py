@@ -259,7 +259,9 @@ def explore(work: Path, jobs: int) -> None:
     draws = SEARCH_DRAWS[:3]
     finetune(work, PRIMARY, "explored", checkpoints, draws=draws, jobs=jobs,
              words=(*SEARCHED, f"lr={RATES.split(',')[0]}"))  # fmt: skip
-    probed = [work / f"{method}-0" for method in (*ROUND_1, *ROUND_2, *EXPLORED)]
+    methods = dict.fromkeys((*ROUND_1, *ROUND_2, *EXPLORED))
+    seeds = {method: SEEDS if method in NOMINATED else SEEDS[:1] for method in methods}
+    probed = [work / f"{method}-{seed}" for method in methods for seed in seeds[method]]
     probe(work, "probed", probed, draws=draws, part="validation", jobs=jobs)
     keep(work / "explored")
 

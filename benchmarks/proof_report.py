@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from pilot import mean_dice
-from proof import CELLS, PRIMARY, PROOF, ROUND_2
+from proof import CELLS, NOMINATED, PRIMARY, PROOF, ROUND_2
 
 from data_prep.files import write_bytes, write_text
 from finetune.budget import Curve, mean_curve, read_curve
 from finetune.comparisons import holm
 from finetune.figures import draw_table
 from finetune.formats import cell, make_table
-from finetune.lines import Group, Line, Table
-from finetune.table import read_table
+from finetune.lines import BETTER, UNCLEAR, WORSE, Group, Line, Table
+from finetune.table import LEVEL, read_table
 
 LOOKED = ("one-label", "shift-plain", "shift-blurred", "shift-coarse")
 """Where the primary interval holds zero, on validation subjects."""
@@ -70,13 +70,16 @@ def main() -> None:
         for method in ROUND_2:  # each was searched at the one rate that is best for scratch
             for run in (Path(folder) / "round-2").glob(f"hippocampus-{method}-0-*"):
                 run.rename(search / run.name)
-        tables = {n: make_table([path], PROOF / n, search=search) for n, path in runs.items()}
+        tables = {
+            name: judged(make_table([path], PROOF / name, search=search))
+            for name, path in runs.items()
+        }
         of_task = [name for name, (task, *_) in CELLS.items() if task == "hippocampus"]
         hippocampi = [runs[name] for name in of_task if name in runs]
         if len(hippocampi) > 1:
             make_table(hippocampi, PROOF / "hippocampus", search=search)
         wide = {
-            name: read_table([path.with_name(f"{path.name}-2mm")])
+            name: judged(read_table([path.with_name(f"{path.name}-2mm")]))
             for name, path in runs.items()
             if path.with_name(f"{path.name}-2mm").exists()
         }
@@ -100,6 +103,38 @@ def overview(tables: Mapping[str, Table]) -> Table:
     return Table(tuple(groups))
 
 
+def judged(table: Table) -> Table:
+    """A cell by the rules of the protocol.
+
+    The difference of a line is the one that its p rests on, and the verdicts of recipes are those
+    after Holm over all that were nominated, those of the cell that are still to be scored included.
+    """
+    recipes = [group for group in table.groups if of_recipe(group)]
+    missing = [1.0] * max(0, len(NOMINATED) - len(recipes))
+    adjusted = iter(holm([*(group.main.p for group in recipes), *missing]))
+    groups = []
+    for group in table.groups:
+        main, *others = map(resting, group.lines)
+        if of_recipe(group):
+            main = dataclasses.replace(main, adjusted_p=next(adjusted))
+            if main.verdict in (BETTER, WORSE) and main.adjusted_p >= LEVEL:
+                main = dataclasses.replace(main, verdict=UNCLEAR)
+        groups.append(dataclasses.replace(group, lines=(main, *others)))
+    return Table(tuple(groups))
+
+
+def resting(line: Line) -> Line:
+    """A line whose difference is to the scratch arm over which a gain is least sure."""
+    both = (line.difference, line.against_own)
+    if None in both:
+        return line
+    twin, own = both
+    assert twin is not None and own is not None
+    sign = 1 if line.measures.higher_is_better else -1
+    gains = min(sign * twin.mean, sign * own.mean) > 0
+    return dataclasses.replace(line, own_is_stronger=own.p > twin.p) if gains else line
+
+
 def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Sequence[str]) -> str:
     """What proof.md shows: the nominated recipes and the controls of each cell."""
     lines = [
@@ -108,22 +143,21 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
         "Made by `python benchmarks/proof_report.py` from the archives beside it, by the "
         "[protocol](../protocol.md). Means over subjects and draws of labels, with 95 % intervals; "
         "of a recipe over three pretraining seeds, which are random too. Differences are to "
-        "scratch, and to the stronger of two arms of it where scratch has a better rate of its "
-        "own. p: Holm's, over the nominated recipes of the cell. *Seen*: the true difference that "
-        "would have been found with a chance of 80 %. The last three columns are differences too.",
+        "scratch; where scratch has a better rate of its own, to the arm over which a gain is less "
+        "sure. p: Holm's, over both nominated recipes. *Seen*: the true difference that one such "
+        "test would have found with a chance of 80 %, by what varied here. The last three columns "
+        "are differences too, and like the controls one look each, corrected for nothing.",
     ]
     for picture in pictures:
         lines += ["", f"![{SHOWN[picture]}]({picture})"]
     for name, table in tables.items():
         groups = shown(table)
-        recipes = [group for group in groups if of_recipe(group)]
-        adjusted = dict(zip(map(told, recipes), holm([one.main.p for one in recipes]), strict=True))
         at_two = {told(group): group for group in wide[name].groups} if name in wide else {}
         lines += [
             "",
             f"## {TITLES.get(name, name)}",
             "",
-            f"[All lines]({name}/table.md).",
+            f"[All lines]({name}/table.md), each by itself.",
             "",
             "| encoder | subjects | draws | Dice | scratch | difference | p | seen "
             "| surface Dice 1 mm | 2 mm | HD95, mm |",
@@ -133,7 +167,7 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
             main = group.main
             found = main.decides
             seen = f"{found.detectable():.1f}" if found is not None else ""
-            p = adjusted.get(told(group))
+            p = main.adjusted_p if of_recipe(group) else None
             basis = "" if found is None else f"{found.units} | {found.draws}"
             lines.append(
                 f"| {told(group)} | {basis or ' | '} "

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEW_CASES = 20
-"""A data set with fewer test cases than this never decides."""
+"""A data set with fewer test cases than this is noted to be unfit to decide between methods."""
 
 Floats = NDArray[np.float64]
 
