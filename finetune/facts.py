@@ -24,7 +24,8 @@ class Facts(NamedTuple):
 
     `without_label` names classes that no labelled case of its draw has, `trained` is the recipe
     that it trained with, `classes` are the label values of each structure that it is scored on,
-    `by_voxels_alone` the test cases of which copies could not be looked for in pretraining.
+    `by_voxels_alone` the test cases of which copies could not be looked for in pretraining,
+    `label_subjects` how many people its labelled cases are of; 0 where that is not said.
     """
 
     curve: Curve | None
@@ -33,6 +34,7 @@ class Facts(NamedTuple):
     trained: dict[str, Any]
     classes: dict[str, Labels]
     by_voxels_alone: Sequence[str]
+    label_subjects: int = 0
 
 
 def run_of(row: Row) -> Run:
@@ -94,6 +96,7 @@ def read_run(rows: Path) -> tuple[list[Row], Facts]:
         said.get("trained", {}),
         {c["name"]: frozenset(c["values"]) for c in scored},
         said.get("compared_by_voxels_alone", ()),
+        said.get("label_subjects", 0),
     )
 
 

@@ -37,6 +37,17 @@ def without_label(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     ]
 
 
+def few_subjects(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
+    """Whose scans the labelled cases are, where some are of the same subject."""
+    known = {run: facts[run].label_subjects for run in map(run_of, rows) if run in facts}
+    cases = {row.n_labels for row in rows}
+    found = sorted(set(known.values()) - {0})
+    if not found or len(cases) > 1 or found == sorted(cases):
+        return []
+    people = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    return [f"draws take whole subjects first: {cases.pop()} labelled cases are of {people}"]
+
+
 def not_compared(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     """Of how many test cases copies in pretraining would not have been found."""
     known = [facts[run] for run in dict.fromkeys(map(run_of, rows)) if run in facts]

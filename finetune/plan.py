@@ -45,6 +45,12 @@ class Plan:
         return self.settings.seed if chosen is None else chosen
 
     @property
+    def label_subjects(self) -> int:
+        """How many people the labelled cases are of."""
+        subjects, position = self.corpus.subjects, self.corpus.position
+        return len({subjects[position(key)] for key in self.train_keys})
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What a run is; a run folder holds one of these for life."""
         return {

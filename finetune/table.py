@@ -67,6 +67,7 @@ from finetune.lines import (
     shown_digits,
 )
 from finetune.notes import (
+    few_subjects,
     missed_or_invented,
     not_compared,
     not_enough,
@@ -272,7 +273,8 @@ def _with_facts(
         arm: [facts.get(run) for run in dict.fromkeys(map(run_of, rows))]
         for arm, rows in arms.items()
     }
-    notes = without_label([row for rows in arms.values() for row in rows], facts)
+    every = [row for rows in arms.values() for row in rows]
+    notes = without_label(every, facts) + few_subjects(every, facts)
     notes += not_compared(arms["pretrained"], facts) if arms.get("pretrained") else []
     notes += search_notes(arms, known, searches)
     twins = [one for arm in ("pretrained", "scratch") for one in known[arm] if one is not None]

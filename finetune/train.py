@@ -352,6 +352,7 @@ def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport)
         corpus={"path": str(plan.corpus.path), "index_hash": plan.corpus.index_hash},
         release={"name": plan.release.name, "digest": plan.release.digest},
         label_keys=list(plan.train_keys),
+        label_subjects=plan.label_subjects,
         partly_annotated=plan.partial,
         classes_without_label=list(plan.unlabelled),
         compared_by_voxels_alone=plan.by_voxels_alone,

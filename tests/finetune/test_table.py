@@ -171,6 +171,23 @@ def test_classes_that_a_label_draw_lacks_are_noted(tmp_path: Path) -> None:
         read_table([tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("people", "told"),
+    [((2, 3, 2), "4 labelled cases are of 2 to 3"), ((2, 2, 2), "are of 2"), ((4, 4, 4), "")],
+)
+def test_draws_whose_cases_are_of_the_same_people_are_noted(
+    people: tuple[int, ...], told: str, tmp_path: Path
+) -> None:
+    for arm in ("scratch", "pretrained"):
+        for seed in range(3):
+            run = tmp_path / f"{arm}-{seed}"
+            run.mkdir()
+            write_rows([r for r in make_rows(arm) if r.seed == seed], run / "rows.csv")
+            (run / "run.json").write_text(json.dumps({"label_subjects": people[seed]}))
+    said = [n for n in read_table([tmp_path]).groups[0].notes if "whole subjects" in n]
+    assert len(said) == bool(told) and all(note.endswith(told) for note in said)
+
+
 def test_cases_of_which_copies_were_not_looked_for_are_noted(tmp_path: Path) -> None:
     for arm in ("scratch", "pretrained"):
         (tmp_path / arm).mkdir()

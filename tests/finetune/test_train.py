@@ -105,7 +105,10 @@ def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
     ]
     assert {r.arm for r in rows} == {"pretrained"}
     assert {(r.n_labels, r.seed, r.pretrain_seed, r.steps) for r in rows} == {(2, 0, 5, 8)}
-    cost = json.loads((run / "run.json").read_text())["cost"]
+    said = json.loads((run / "run.json").read_text())
+    cost, corpus = said["cost"], Corpus.open(stage.corpus)
+    people = {corpus.subjects[corpus.position(key)] for key in said["label_keys"]}
+    assert said["label_subjects"] == len(people) == 1  # both sides of one
     alone = [json.loads((r / "run.json").read_text())["compared_by_voxels_alone"] for r in arms[:2]]
     assert alone == [list(stage.test_keys), []]  # phantoms are too small for sketches
     assert 0 < cost["train_seconds"] < 600 and 0 < cost["predict_seconds"] < 600
