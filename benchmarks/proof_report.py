@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 import tarfile
@@ -25,7 +26,7 @@ from pilot import mean_dice
 from proof import CELLS, NOMINATED, PRIMARY, PROOF, ROUND_2
 
 from data_prep.files import write_bytes, write_text
-from finetune.budget import Curve, mean_curve, read_curve
+from finetune.budget import MARGIN, Curve, mean_curve, read_curve
 from finetune.comparisons import holm
 from finetune.figures import draw_table
 from finetune.formats import cell, make_table
@@ -157,7 +158,7 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
             "",
             f"## {TITLES.get(name, name)}",
             "",
-            f"[All lines]({name}/table.md), each by itself.",
+            f"[All lines]({name}/table.md), each by itself.{still_gaining(groups)}",
             "",
             "| encoder | subjects | draws | Dice | scratch | difference | p | seen "
             "| surface Dice 1 mm | 2 mm | HD95, mm |",
@@ -217,7 +218,9 @@ def shown(table: Table) -> list[Group]:
     """Recipes, then encoders that there is one of: no single seed of a recipe."""
     recipes = [group for group in table.groups if of_recipe(group)]
     names = {told(group) for group in recipes}
-    return recipes + [group for group in table.groups if told(group) not in names]
+    others = [group for group in table.groups if told(group) not in names]
+    order = list(NOMINATED)
+    return sorted(recipes, key=lambda one: order.index(told(one).split(" with ")[0])) + others
 
 
 def of_recipe(group: Group) -> bool:
@@ -229,6 +232,17 @@ def of_recipe(group: Group) -> bool:
 def told(group: Group) -> str:
     """The encoder without its pretraining seed, or seeds."""
     return SEED.sub("", group.checkpoint)
+
+
+def still_gaining(groups: Sequence[Group]) -> str:
+    """What training still gained at its end, where that is more than nothing."""
+    gains = [g.main.still_gains for g in groups if not math.isnan(g.main.still_gains)]
+    if max(gains, default=0.0) <= MARGIN:
+        return ""
+    return (
+        f" Not converged: the last quarter of training still gained up to {max(gains):.1f} points "
+        "on validation subjects, in one arm or the other."
+    )
 
 
 def stronger(line: Line) -> Any:

@@ -45,7 +45,7 @@ def few_subjects(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     if not found or len(cases) > 1 or found == sorted(cases):
         return []
     people = str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-    return [f"draws take whole subjects first: {cases.pop()} labelled cases are of {people}"]
+    return [f"draws take whole subjects first: {cases.pop()} labelled cases are of {people} people"]
 
 
 def not_compared(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:

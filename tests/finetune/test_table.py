@@ -173,7 +173,11 @@ def test_classes_that_a_label_draw_lacks_are_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("people", "told"),
-    [((2, 3, 2), "4 labelled cases are of 2 to 3"), ((2, 2, 2), "are of 2"), ((4, 4, 4), "")],
+    [
+        ((2, 3, 2), "4 labelled cases are of 2 to 3 people"),
+        ((2, 2, 2), "are of 2 people"),
+        ((4, 4, 4), ""),
+    ],
 )
 def test_draws_whose_cases_are_of_the_same_people_are_noted(
     people: tuple[int, ...], told: str, tmp_path: Path
