@@ -33,6 +33,8 @@ from finetune.formats import cell, make_table
 from finetune.lines import BETTER, UNCLEAR, WORSE, Group, Line, Table
 from finetune.table import LEVEL, read_table
 
+FULL, NOT_WORSE = "hippocampus-all", 1
+"""Where pretraining should at least do no harm, and the margin in points of Dice."""
 LOOKED = ("one-label", "shift-plain", "shift-blurred", "shift-coarse")
 """Where the primary interval holds zero, on validation subjects."""
 TITLES = {
@@ -158,7 +160,8 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
             "",
             f"## {TITLES.get(name, name)}",
             "",
-            f"[All lines]({name}/table.md), each by itself.{still_gaining(groups)}",
+            f"[All lines]({name}/table.md), each by itself.{still_gaining(groups)}"
+            f"{not_worse(groups) if name == FULL else ''}",
             "",
             "| encoder | subjects | draws | Dice | scratch | difference | p | seen "
             "| surface Dice 1 mm | 2 mm | HD95, mm |",
@@ -243,6 +246,16 @@ def still_gaining(groups: Sequence[Group]) -> str:
         f" Not converged: the last quarter of training still gained up to {max(gains):.1f} points "
         "on validation subjects, in one arm or the other."
     )
+
+
+def not_worse(groups: Sequence[Group]) -> str:
+    """Whether recipes are not worse than scratch by more than the protocol's margin."""
+    said = ""
+    for group in filter(of_recipe, groups):
+        low = math.nan if group.main.decides is None else group.main.decides.low
+        what = "is not" if low > -NOT_WORSE else "may be"
+        said += f" {told(group)} {what} worse by more than {NOT_WORSE} point (from {low:+.1f} on)."
+    return said
 
 
 def stronger(line: Line) -> Any:
