@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -335,27 +336,41 @@ def test_what_a_twin_of_another_recipe_was_trained_as_is_not_trained_again(
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("missing", ["rows.csv", "model.safetensors", "predictions"])
-def test_a_twin_that_is_not_whole_is_nothing_to_take_over(
-    stage: Stage, arms: list[Path], missing: str
+def _rename(twin: Path, name: str) -> None:
+    (twin / name).rename(twin / "kept")
+
+
+def _tell(twin: Path, **other: dict[str, str]) -> None:
+    """Another version of something, or another device."""
+    file = twin / "run.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {name: facts[name] | new for name, new in other.items()}))
+
+
+UNLIKE: dict[str, Callable[[Path], None]] = {
+    "unfinished": lambda twin: _rename(twin, "rows.csv"),
+    "weights cleared": lambda twin: _rename(twin, "model.safetensors"),
+    "answers cleared": lambda twin: next((twin / "predictions").iterdir()).unlink(),
+    "another torch": lambda twin: _tell(twin, versions={"torch": "2.0"}),
+    "another device": lambda twin: _tell(twin, cost={"device": "NVIDIA H200"}),
+}
+
+
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_what_is_not_whole_or_was_computed_otherwise_is_not_taken_over(
+    stage: Stage, arms: list[Path], unlike: str, tmp_path: Path
 ) -> None:
-    """The run is trained, and gives what taking over would have given."""
-    twin = stage.folder / "runs" / "scratch-1"
+    """The run is trained, and gives what taking over gives."""
     other = {"init": "scratch", "lr": 1e-3, "recipe_of": "own", "own": {"lr": 5e-3}, "seed": 1}
     other["search"] = {"lr": [1e-3, 5e-3], "draws": 1}
-    gone = twin / missing
-    if missing == "predictions":
-        gone = twin / missing / f"{stage.test_keys[0]}.nii.gz"
-    kept = gone.with_name("kept")
-    gone.rename(kept)
-    try:
-        run = finetune(stage.settings(**other, run=f"whole-{missing}"))
-    finally:
-        kept.rename(gone)
-    assert "trained_in" not in json.loads((run / "run.json").read_text())
-    trained = read_rows(run / "rows.csv")
-    shutil.rmtree(run)
-    run = finetune(stage.settings(**other, run="whole"))
-    assert "trained_in" in json.loads((run / "run.json").read_text())
-    assert read_rows(run / "rows.csv") == trained
-    shutil.rmtree(run)
+    found = {}
+    for name, change in (("alike", None), ("unlike", UNLIKE[unlike])):
+        twin = tmp_path / name / "twin"
+        shutil.copytree(arms[3], twin)
+        if change is not None:
+            change(twin)
+        run = finetune(stage.settings(**other, runs=tmp_path / name, run="own"))
+        taken = "trained_in" in json.loads((run / "run.json").read_text())
+        assert taken == (change is None)
+        found[name] = read_rows(run / "rows.csv")
+    assert found["alike"] == found["unlike"]
