@@ -74,7 +74,10 @@ def main() -> None:
             for run in (Path(folder) / "round-2").glob(f"hippocampus-{method}-0-*"):
                 run.rename(search / run.name)
         tables = {
-            name: judged(make_table([path], PROOF / name, search=search))
+            name: judged(
+                make_table([path], PROOF / name, search=search),
+                0 if name in LOOKED else len(NOMINATED),
+            )
             for name, path in runs.items()
         }
         of_task = [name for name, (task, *_) in CELLS.items() if task == "hippocampus"]
@@ -82,7 +85,7 @@ def main() -> None:
         if len(hippocampi) > 1:
             make_table(hippocampi, PROOF / "hippocampus", search=search)
         wide = {
-            name: judged(read_table([path.with_name(f"{path.name}-2mm")]))
+            name: judged(read_table([path.with_name(f"{path.name}-2mm")]), 0)
             for name, path in runs.items()
             if path.with_name(f"{path.name}-2mm").exists()
         }
@@ -106,14 +109,14 @@ def overview(tables: Mapping[str, Table]) -> Table:
     return Table(tuple(groups))
 
 
-def judged(table: Table) -> Table:
+def judged(table: Table, nominated: int) -> Table:
     """A cell by the rules of the protocol.
 
     The difference of a line is the one that its p rests on, and the verdicts of recipes are those
-    after Holm over all that were nominated, those of the cell that are still to be scored included.
+    after Holm over all that were nominated for it, those that are still to be scored included.
     """
     recipes = [group for group in table.groups if of_recipe(group)]
-    missing = [1.0] * max(0, len(NOMINATED) - len(recipes))
+    missing = [1.0] * max(0, nominated - len(recipes))
     adjusted = iter(holm([*(group.main.p for group in recipes), *missing]))
     groups = []
     for group in table.groups:
