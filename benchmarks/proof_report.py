@@ -30,8 +30,9 @@ from finetune.budget import MARGIN, Curve, mean_curve, read_curve
 from finetune.comparisons import holm
 from finetune.figures import draw_table
 from finetune.formats import cell, make_table
+from finetune.intervals import LEVEL
 from finetune.lines import BETTER, UNCLEAR, WORSE, Group, Line, Table
-from finetune.table import LEVEL, read_table
+from finetune.table import read_table
 
 FULL, NOT_WORSE = "hippocampus-all", 1
 """Where pretraining should at least do no harm, and the margin in points of Dice."""
@@ -115,13 +116,13 @@ def judged(table: Table, nominated: int) -> Table:
     The difference of a line is the one that its p rests on, and the verdicts of recipes are those
     after Holm over all that were nominated for it, those that are still to be scored included.
     """
-    recipes = [group for group in table.groups if of_recipe(group)]
+    recipes = [group for group in table.groups if group.of_recipe]
     missing = [1.0] * max(0, nominated - len(recipes))
     adjusted = iter(holm([*(group.main.p for group in recipes), *missing]))
     groups = []
     for group in table.groups:
         main, *others = map(resting, group.lines)
-        if of_recipe(group):
+        if group.of_recipe:
             main = dataclasses.replace(main, adjusted_p=next(adjusted))
             if main.verdict in (BETTER, WORSE) and main.adjusted_p >= LEVEL:
                 main = dataclasses.replace(main, verdict=UNCLEAR)
@@ -174,7 +175,7 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
             main = group.main
             found = main.decides
             seen = f"{found.detectable():.1f}" if found is not None else ""
-            p = main.adjusted_p if of_recipe(group) else None
+            p = main.adjusted_p if group.of_recipe else None
             basis = "" if found is None else f"{found.units} | {found.draws}"
             lines.append(
                 f"| {told(group)} | {basis or ' | '} "
@@ -222,17 +223,11 @@ def weights(cells: Sequence[Path]) -> str:
 
 def shown(table: Table) -> list[Group]:
     """Recipes, then encoders that there is one of: no single seed of a recipe."""
-    recipes = [group for group in table.groups if of_recipe(group)]
+    recipes = [group for group in table.groups if group.of_recipe]
     names = {told(group) for group in recipes}
     others = [group for group in table.groups if told(group) not in names]
     order = list(NOMINATED)
     return sorted(recipes, key=lambda one: order.index(told(one).split(" with ")[0])) + others
-
-
-def of_recipe(group: Group) -> bool:
-    """Whether it is of several pretraining seeds."""
-    found = group.main.pretrained
-    return found is not None and found.pretrainings > 1
 
 
 def told(group: Group) -> str:
@@ -254,7 +249,7 @@ def still_gaining(groups: Sequence[Group]) -> str:
 def not_worse(groups: Sequence[Group]) -> str:
     """Whether recipes are not worse than scratch by more than the protocol's margin."""
     said = ""
-    for group in filter(of_recipe, groups):
+    for group in [one for one in groups if one.of_recipe]:
         low = math.nan if group.main.decides is None else group.main.decides.low
         what = "is not" if low > -NOT_WORSE else "may be"
         said += f" {told(group)} {what} worse by more than {NOT_WORSE} point (from {low:+.1f} on)."

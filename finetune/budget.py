@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import CorruptionError
+from finetune.intervals import LEVEL
 
 CURVE = "validation.csv"
 """The file of a run that holds its curve; finetune/validation.py writes it."""
@@ -37,7 +38,6 @@ CURVE = "validation.csv"
 MARGIN = 0.5
 """Dice points that count as nothing."""
 FASTER = 0.8
-LEVEL = 0.05
 EXCHANGED = 15
 """Draws up to which all exchanges of the arms are tried, and 16384 of them above."""
 LAST = 0.75

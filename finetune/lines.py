@@ -196,6 +196,12 @@ class Group:
         return self.lines[0]
 
     @property
+    def of_recipe(self) -> bool:
+        """Whether it is of several checkpoints, which differ in the seed of their pretraining."""
+        found = self.main.pretrained
+        return found is not None and found.pretrainings > 1
+
+    @property
     def but_recipe(self) -> tuple[str, int, str, str, str]:
         """What it has in common with groups that differ in nothing but their recipe."""
         main = self.main

@@ -309,7 +309,8 @@ def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Gr
     both = sorted(first.keys() & second.keys())
     if both and first[both[0]].steps == second[both[0]].steps:
         read = read_budget([first[draw] for draw in both], [second[draw] for draw in both])
-        whose = " of these checkpoints" if _several(group) else ""
+        # A test over draws alone takes the checkpoints as they are.
+        whose = " of these checkpoints" if group.of_recipe else ""
         speed = f", {read.speed:.1f} times as fast (p {read.p:.2g}{whose})"
         speed = speed if math.isfinite(read.speed) else ""
         sure = group.main.verdict in (BETTER, WORSE)
@@ -327,11 +328,6 @@ def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Gr
     lines = [dataclasses.replace(line, still_gains=max(gains.values())) for line in group.lines]
     notes = [*group.notes, *notes]
     return dataclasses.replace(group, lines=tuple(lines), notes=tuple(notes), curves=curves)
-
-
-def _several(group: Group) -> bool:
-    """Whether it is of several checkpoints, which a test over draws alone takes as they are."""
-    return group.main.pretrained is not None and group.main.pretrained.pretrainings > 1
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:
