@@ -30,8 +30,7 @@ from finetune.budget import MARGIN, Curve, mean_curve, read_curve
 from finetune.comparisons import holm
 from finetune.figures import draw_table
 from finetune.formats import cell, make_table
-from finetune.intervals import LEVEL
-from finetune.lines import BETTER, UNCLEAR, WORSE, Group, Line, Table
+from finetune.lines import Group, Line, Table
 from finetune.table import read_table
 
 FULL, NOT_WORSE = "hippocampus-all", 1
@@ -123,9 +122,7 @@ def judged(table: Table, nominated: int) -> Table:
     for group in table.groups:
         main, *others = map(resting, group.lines)
         if group.of_recipe:
-            main = dataclasses.replace(main, adjusted_p=next(adjusted))
-            if main.verdict in (BETTER, WORSE) and main.adjusted_p >= LEVEL:
-                main = dataclasses.replace(main, verdict=UNCLEAR)
+            main = main.adjusted(next(adjusted))
         groups.append(dataclasses.replace(group, lines=(main, *others)))
     return Table(tuple(groups))
 

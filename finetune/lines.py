@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from finetune.budget import Curve
 from finetune.comparisons import p_against_stronger
-from finetune.intervals import Estimate
+from finetune.intervals import LEVEL, Estimate
 from finetune.rows import Row
 
 ALL_CLASSES = "mean"
@@ -172,6 +172,11 @@ class Line:
         others = [math.nan if other is None else other.p] if self.own is not None else []
         loses = found.mean < 0 if self.measures.higher_is_better else found.mean > 0
         return p_against_stronger(found.p, others, loses=loses)
+
+    def adjusted(self, p: float) -> Line:
+        """The line with its adjusted p, and no verdict where p lets chance over many explain it."""
+        verdict = UNCLEAR if self.verdict in (BETTER, WORSE) and p >= LEVEL else self.verdict
+        return dataclasses.replace(self, adjusted_p=p, verdict=verdict)
 
 
 @dataclass(frozen=True)

@@ -245,15 +245,14 @@ def _with_p(group: Group, p: float, tested: int) -> Group:
         p: adjusted.
         tested: how many comparisons p is adjusted over.
     """
-    main, notes = dataclasses.replace(group.main, adjusted_p=p), group.notes
+    main, notes = group.main.adjusted(p), group.notes
     if tested > 1 and not math.isnan(p):
         notes += (f"p is adjusted over {tested} comparisons (Holm); chances are those of one",)
-    if main.verdict in (BETTER, WORSE) and p >= LEVEL:
+    if main.verdict != group.main.verdict:
         notes += (
-            f"{main.verdict} by itself (p {main.p:.2g}), not among the data sets that this "
+            f"{group.main.verdict} by itself (p {main.p:.2g}), not among the data sets that this "
             f"checkpoint is compared on (p {p:.2g}, Holm)",
         )
-        main = dataclasses.replace(main, verdict=UNCLEAR)
     return dataclasses.replace(group, lines=(main, *group.lines[1:]), notes=notes)
 
 
