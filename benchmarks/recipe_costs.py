@@ -40,7 +40,10 @@ def _row(name: str) -> dict[str, Any]:
     told = estimate(settings, precisions=())
     row: dict[str, Any] = {
         "recipe": name,
+        "gpus": settings.ranks,
         "batch_size": settings.batch_size,
+        "samples_at_once": settings.micro_batch,
+        "steps": settings.steps,
         "encoder_parameters": told.parameters,
         "other_parameters": told.other_parameters,
         "flops_per_sample": told.flops_per_sample,
@@ -64,17 +67,23 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         "Told by `python benchmarks/recipe_costs.py` without a GPU; what the numbers hold and "
         "leave out stands in [docs/gpu.md](../gpu.md). Memory is in bf16 on one device: a fixed "
         "part and one for each sample, in GiB; `fit` samples at once fill "
-        f"{SHARE:.0%} of 80 GB. `+ckpt`: with `trainer.checkpointing=true`.",
+        f"{SHARE:.0%} of 80 GB. `+ckpt`: with `trainer.checkpointing=true`. *GiB a GPU*: on the "
+        "GPUs that the recipe names; where yours has less, raise `accumulate`. Of a recipe in "
+        "stages it is the first.",
         "",
-        "| recipe | batch | encoder M | rest M | GFLOP a sample | TFLOP a step | EFLOP in all "
-        "| fixed | a sample | fit | a sample +ckpt | fit +ckpt |",
-        "| --- |" + " ---: |" * 11,
+        "| recipe | GPUs | batch | steps | GiB a GPU | encoder M | rest M | GFLOP a sample "
+        "| TFLOP a step | EFLOP in all | fixed | a sample | fit | a sample +ckpt | fit +ckpt |",
+        "| --- |" + " ---: |" * 14,
     ]
     for row in rows:
         plain, again = row["plain"], row["checkpointing"]
+        on_each = plain["fixed_bytes"] + plain["bytes_per_sample"] * row["samples_at_once"]
         cells = [
             row["recipe"],
+            str(row["gpus"]),
             str(row["batch_size"]),
+            str(row["steps"]),
+            f"{on_each / GIB:.1f}",
             f"{row['encoder_parameters'] / 1e6:.1f}",
             f"{row['other_parameters'] / 1e6:.1f}",
             f"{row['flops_per_sample'] / 1e9:,.0f}",
