@@ -30,7 +30,19 @@ from finetune.figures import (
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
-from finetune.lines import ALL_CLASSES, BETTER, OWN, SEEN, UNDEFINED, WORSE, Group, Line, Table
+from finetune.lines import (
+    ALL_CLASSES,
+    BETTER,
+    NO_PRETRAINED,
+    NO_TWIN,
+    OWN,
+    SEEN,
+    UNDEFINED,
+    WORSE,
+    Group,
+    Line,
+    Table,
+)
 from finetune.pages import render
 from finetune.rows import Row, read_rows
 from finetune.scan_metrics import score_in_words
@@ -38,11 +50,10 @@ from finetune.scan_task import ScanTask
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings, choose_task
 from finetune.step_zero import FILE as STEP_ZERO
-from finetune.table import NOTHING
 from finetune.training import read_log, training_section
 
 MAX_BYTES = 10_000_000
-_TONES = {"pretrained better": "better", "scratch better": "worse"}
+_TONES = {BETTER: "better", WORSE: "worse"}
 
 
 @dataclass(frozen=True)
@@ -142,13 +153,11 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
 def _group(group: Group) -> dict[str, Any]:
     line = group.main
     headline = {
-        "pretrained better": "Pretraining helped",
-        "scratch better": "Scratch was better",
-        "no clear difference": "No clear difference",
-        "undecided": "Undecided",
+        BETTER: "Pretraining helped",
+        WORSE: "Scratch was better",
         SEEN: "Every test case was seen in pretraining",
-        "no scratch twin": "No scratch twin, no verdict",
-        "no pretrained arm": "Only the scratch arm",
+        NO_TWIN: "No scratch twin, no verdict",
+        NO_PRETRAINED: "Only the scratch arm",
         UNDEFINED: f"{line.measures.title} is not defined",
     }.get(line.verdict, line.verdict.capitalize())
     comparison = None
@@ -171,7 +180,7 @@ def _group(group: Group) -> dict[str, Any]:
         "tone": _TONES.get(line.verdict, "unclear"),
         "why": _why(line),
         **_arms(line),
-        "basis": line.difference or line.pretrained or line.scratch or NOTHING,
+        "basis": line.basis,
         "comparison": comparison,
         "lines": [_line(one) for one in group.lines],
         "notes": group.notes,
@@ -221,14 +230,13 @@ def _number(value: Estimate | None, digits: int, sign: bool = False) -> dict[str
 
 
 def _line(line: Line) -> dict[str, Any]:
-    basis = line.difference or line.pretrained or line.scratch or NOTHING
     return {
         "metric": line.measures.title,
         "unit": line.unit,
         "class_name": _class(line),
         "overall": line.class_name == ALL_CLASSES,
         **_arms(line),
-        "basis": basis,
+        "basis": line.basis,
         "improved": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
         "verdict": line.verdict,
         "tone": _TONES.get(line.verdict, "unclear"),
