@@ -21,6 +21,7 @@ from data_prep.files import check_free
 from data_prep.licences import UNSTATED
 from finetune.answerer import Answerer
 from finetune.cards import card
+from finetune.cells import score_in_words
 from finetune.evaluate import comparable
 from finetune.lines import metrics_of
 from finetune.model_file import (
@@ -31,7 +32,6 @@ from finetune.model_file import (
     task_outputs,
 )
 from finetune.rows import Row, read_rows
-from finetune.scan_metrics import score_in_words
 from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain import export as pretraining

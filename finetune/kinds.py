@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,6 @@ from finetune.pooled import Pooled, pooled, standard
 from finetune.predictions import find_predictions
 from finetune.probes import fit_probe
 from finetune.rows import Row
-from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter
@@ -108,10 +106,6 @@ class Kind(ABC):
         Raises:
             InputError: it is not there any more.
         """
-
-    @abstractmethod
-    def told(self, rows: Sequence[Row]) -> str:
-        """The main score of a run in words."""
 
     @abstractmethod
     def look(self, model: Supervised, batch: Batch) -> Tensor:
@@ -269,11 +263,6 @@ class Segmenting(Kind):
 
         return score(corpus, plan.test, self.task, read, plan.origin)
 
-    def told(self, rows: Sequence[Row]) -> str:
-        """Mean Dice."""
-        mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
-        return f"Dice {100 * mean:.1f}"
-
     def look(self, model: Supervised, batch: Batch) -> Tensor:
         """Logits."""
         assert isinstance(model, Segmentation)
@@ -357,10 +346,6 @@ class Answering(Kind):
         if absent := [key for key in plan.test.keys if key not in answers]:
             raise InputError(f"{run.path / ANSWERS}: has no answer for {', '.join(absent[:5])}")
         return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
-
-    def told(self, rows: Sequence[Row]) -> str:
-        """The main score."""
-        return score_in_words(rows)
 
     def look(self, model: Supervised, batch: Batch) -> Tensor:
         """Answers."""

@@ -20,6 +20,7 @@ from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.files import read_note, write_text
 from data_prep.volume import read_label
+from finetune.cells import score_in_words, unseen
 from finetune.curves import Curve, draw_losses
 from finetune.facts import find_rows
 from finetune.figures import (
@@ -45,7 +46,6 @@ from finetune.lines import (
 )
 from finetune.pages import render
 from finetune.rows import Row, read_rows
-from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
 from finetune.segmentation import class_table
 from finetune.settings import TaskSettings, choose_task
@@ -334,7 +334,7 @@ def _overlay(
 
 def _run_line(run: _Run) -> dict[str, Any]:
     head = run.rows[0]
-    means, scans = _case_means(run.rows), any(math.isfinite(row.truth) for row in run.rows)
+    scored = {r.case for r in unseen(run.rows) if math.isfinite(r.dsc) or math.isfinite(r.truth)}
     covered = read_note(run.path / "load_report.json").get("covered", 0.0)
     equal = read_note(run.path / STEP_ZERO).get("features_equal_release")
     return {
@@ -343,8 +343,8 @@ def _run_line(run: _Run) -> dict[str, Any]:
         "labels": head.n_labels,
         "seed": head.seed,
         "steps": head.steps,
-        "score": _run_score(run.rows),
-        "cases": len({row.case for row in run.rows}) if scans else len(means),
+        "score": score_in_words(run.rows),
+        "cases": len(scored),
         "missed": sum(row.outcome == "missed" for row in run.rows),
         "loaded": f"{covered:.0%}",
         "start": "–" if equal is None else "the release's" if equal else "others",
@@ -364,14 +364,6 @@ def _loads(runs: list[_Run]) -> list[dict[str, Any]]:
             )
             same["runs"].append(run.path.name)
     return list(found.values())
-
-
-def _run_score(rows: list[Row]) -> str:
-    """The main score of a run in words."""
-    if any(math.isfinite(row.truth) for row in rows):
-        return score_in_words(rows)
-    means = _case_means(rows)
-    return f"Dice {np.mean(list(means.values())):.1f}" if means else "–"
 
 
 def _facts(runs: list[_Run]) -> list[tuple[str, str]]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import InputError
+from finetune.cells import mean_score
 from finetune.facts import Facts, find_rows, read_run
 from finetune.lines import Metric, metrics_of, shown_digits
 from finetune.rows import Row
-from finetune.scan_metrics import mean_score
 
 FREE = frozenset({"lr", "weight_decay", "warmup", "part"})
 """What a search may vary, and the part of the split, which it must."""
@@ -106,13 +106,13 @@ def read_searches(folder: Path) -> dict[str, Search]:
                 "folder of the runs as finetune made it"
             )
         head = rows[0]
-        metric = metrics.setdefault(head.dataset, metrics_of(rows)[0])
+        metrics.setdefault(head.dataset, metrics_of(rows)[0])
         one = Tried(
             encoder=_encoder(head) if head.arm == "pretrained" else "",
             rate=float(facts.trained["lr"]),
             labels=head.labels,
             draw=f"{head.checkpoint_digest} {head.draw}",
-            score=_score(rows, metric),
+            score=mean_score(rows),
             cases=frozenset((row.split_hash, row.case) for row in rows),
             trained=facts.trained,
         )
@@ -123,17 +123,6 @@ def read_searches(folder: Path) -> dict[str, Search]:
 def _encoder(row: Row) -> str:
     """The recipe of its pretraining, or the checkpoint."""
     return row.pretrain_recipe or row.checkpoint_digest
-
-
-def _score(rows: Sequence[Row], metric: Metric) -> float:
-    """Over classes, then cases; of answers for whole scans as `scan_metrics` has it."""
-    if metric.of_scans:
-        return mean_score(rows)
-    cases: dict[str, list[float]] = {}
-    for row in rows:
-        cases.setdefault(row.case, []).append(row.dsc)
-    scored = [np.nanmean(values) for values in cases.values() if not np.all(np.isnan(values))]
-    return 100 * float(np.mean(scored)) if scored else float("nan")
 
 
 def search_notes(
