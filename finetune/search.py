@@ -20,8 +20,8 @@ from finetune.facts import Facts, find_rows, read_run
 from finetune.lines import Metric, metrics_of, shown_digits
 from finetune.rows import Row
 
-FREE = frozenset({"lr", "weight_decay", "warmup", "part"})
-"""What a search may vary, and the part of the split, which it must."""
+MAY_DIFFER = frozenset({"lr", "weight_decay", "warmup", "part", "labels"})
+"""What a search may vary, the part of the split, which it must, and labels, told by themselves."""
 
 Known = Mapping[str, Sequence[Facts | None]]
 
@@ -198,7 +198,7 @@ def _unfair(search: Search, arms: Mapping[str, list[Row]], known: Known) -> list
             for name in one.trained.keys() | trained[0].keys()
             if one.trained.get(name) != trained[0].get(name)
         }
-        if names := sorted(other - FREE):
+        if names := sorted(other - MAY_DIFFER):
             found.append(f"it differs from the report in {', '.join(names)}")
     if other_labels := {one.labels for one in search.tried} - {rows[0].labels}:
         found.append(f"it had labels={', '.join(sorted(other_labels))}")
