@@ -7,7 +7,6 @@ as any other.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError, near
-from data_prep.files import check_free
+from data_prep.files import check_free, read_table
 from data_prep.licences import UNSTATED
 from finetune.answerer import Answerer
 from finetune.cards import card
@@ -152,7 +151,7 @@ def export_run(
             "goes on from its last checkpoint"
         )
     network = load_network(run_path, "cpu")
-    facts = json.loads((run_path / "run.json").read_text())
+    facts = read_table(run_path / "run.json")
     corpus, start = _corpus(config, facts, run_path), _start(config, facts, run_path)
     described = _config(run_path, config, facts, corpus, start, network, name)
     return write_release(

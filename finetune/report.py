@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.files import read_note, write_text
+from data_prep.files import read_note, read_table, write_text
 from data_prep.volume import read_label
 from finetune.cells import score_in_words, unseen
 from finetune.curves import Curve, draw_losses
@@ -141,9 +141,7 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
         rows = read_rows(file)
         if not rows:
             raise InputError(f"{file}: holds no row")
-        runs.append(
-            _Run(folder, json.loads(facts.read_text()), json.loads(config.read_text()), rows)
-        )
+        runs.append(_Run(folder, read_table(facts), read_table(config), rows))
     return sorted(runs, key=lambda run: (run.rows[0].n_labels, run.arm, run.seed))
 
 

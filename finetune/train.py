@@ -28,7 +28,7 @@ from torch import nn
 
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences, named
-from data_prep.files import write_json
+from data_prep.files import read_table, write_json
 from data_prep.preprocess import Preprocess
 from finetune.cells import score_in_words, unseen
 from finetune.costs import Cost
@@ -330,7 +330,7 @@ def is_finished(run: RunFolder, plan: Plan) -> bool:
     file = run.path / "run.json"
     if not file.exists():
         return False
-    facts = {"recipe": {}, "identity": {}, **json.loads(file.read_text())}
+    facts = {"recipe": {}, "identity": {}, **read_table(file)}
     if any(facts["identity"].get(name) != value for name, value in plan.identity.items()):
         now = json.loads(json.dumps({**plan.recipe, **plan.identity}))
         changed = differences({**facts["recipe"], **facts["identity"]}, now)
