@@ -21,7 +21,7 @@ from data_prep.errors import InputError
 from data_prep.files import read_note, read_table, write_text
 from data_prep.volume import read_label
 from finetune.cells import score_in_words, unseen
-from finetune.curves import Curve, draw_losses
+from finetune.curves import Losses, draw_losses
 from finetune.facts import find_rows
 from finetune.figures import (
     Overlay,
@@ -250,7 +250,7 @@ def _losses(runs: list[_Run]) -> str | None:
     for run in runs:
         log = read_log(run.path / "metrics.csv")
         if log is not None:
-            curves.append(Curve(run.arm, run.seed, log["step"], log["loss"]))
+            curves.append(Losses(run.arm, run.seed, log["step"], log["loss"]))
     return draw_losses(curves) if curves else None
 
 

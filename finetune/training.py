@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.files import read_note
+from finetune.costs import duration
 from finetune.curves import Log, draw_health, draw_training
 from finetune.pages import data_uri
 from pretrain.events import Events, Start
@@ -146,18 +147,6 @@ def _state(run: Path, config: dict[str, Any], log: Log | None, starts: Sequence[
 def _pace(log: Log) -> float:
     """Seconds of a step, of the last ten rows."""
     return float(np.nanmedian(log["seconds_per_step"][-10:]))
-
-
-def duration(seconds: float) -> str:
-    """A span in the two units that matter."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def _figures(config: dict[str, Any], log: Log, starts: Sequence[Start]) -> list[tuple[str, str]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
+from finetune.costs import duration
 from finetune.report import make_report
-from finetune.training import duration, sort_runs, training_section
+from finetune.training import sort_runs, training_section
 from pretrain.events import Events
 from pretrain.run_folder import RunFolder
 from voxelith import main
@@ -43,7 +44,7 @@ def test_a_pretraining_is_shown_under_way_killed_and_done(
     while process.poll() is None and not list(run.glob("checkpoints/step-00000010.pt")):
         time.sleep(0.01)
     assert main(["report", str(run), f"output={page}"]) == 0
-    assert re.search(r"Under way: step \d+ of 400, about \d+ (s|min) left", words(page))
+    assert re.search(r"Under way: step \d+ of 400, about [\d.]+ (s|min) left", words(page))
     process.kill()
     process.wait()
     assert main(["report", str(run), f"output={page}"]) == 0
@@ -94,7 +95,8 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.4, "0 s"), (59, "1 min"), (3600, "1 h 00 min"), (200000, "2 d 7 h")],
-)
+    [(0.41, "0.41 s"), (59, "59 s"), (119, "120 s"), (3600, "60 min"), (7300, "2 h"),
+     (200000, "2.3 days")],
+)  # fmt: skip
 def test_a_span_in_words(seconds: float, said: str) -> None:
     assert duration(seconds) == said
