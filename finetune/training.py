@@ -128,8 +128,11 @@ def _state(run: Path, config: dict[str, Any], log: Log | None, starts: Sequence[
     folder, steps = RunFolder(run), int(config["steps"])
     step, saved = _last(log), folder.checkpoints.last_step()
     where = f"step {step:,} of {steps:,}"
-    if saved >= steps:
+    if saved >= steps and "objective" in config:
         return f"Finished: {steps:,} steps."
+    if saved >= steps:
+        now = "this is under way" if folder.held() else "the same command goes on with them"
+        return f"Trained: {steps:,} steps; not all test cases are predicted yet, and {now}."
     if folder.held():
         left = (steps - step) * _pace(log) if log is not None else float("nan")
         more = "" if np.isnan(left) else f", about {duration(left)} left at the pace of late"
