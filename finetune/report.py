@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
@@ -47,12 +48,13 @@ from finetune.lines import (
 from finetune.pages import render
 from finetune.rows import Row, read_rows
 from finetune.scan_task import ScanTask
-from finetune.segmentation import class_table
+from finetune.segmentation import class_table, to_classes
 from finetune.settings import TaskSettings, choose_task
 from finetune.step_zero import FILE as STEP_ZERO
 from finetune.training import read_log, training_section
 
 MAX_BYTES = 10_000_000
+"""Beyond it, the page goes without pictures of trainings."""
 _TONES = {BETTER: "better", WORSE: "worse"}
 
 
@@ -72,6 +74,12 @@ class _Run:
     @property
     def seed(self) -> int:
         return self.rows[0].seed
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether there are label maps of all its cases: they are large, and may be cleared."""
+        cases, folder = {row.case for row in self.rows}, self.path / "predictions"
+        return all((folder / f"{case}.nii.gz").is_file() for case in cases)
 
     @property
     def recipe(self) -> str:
@@ -106,14 +114,12 @@ def make_report(
     sections = [training_section(run) for run in trainings]
     worth = "What pretraining was worth: " + ", ".join(dict.fromkeys(g.dataset for g in groups))
     path = output if output.suffix == ".html" else output / "report.html"
-    page = render(
-        "report.html.j2",
+    values = dict(
         notice=notice,
         title=worth if groups else ", ".join(run.name for run in trainings),
         groups=[_group(group) for group in groups],
         own=table is not None and any(line.own is not None for line in table.lines),
         pictures=None if table is None else on_page(draw_table(table)),
-        trainings=sections,
         losses=_losses(runs),
         cases=_cases(runs),
         runs=[_run_line(run) for run in runs],
@@ -121,11 +127,32 @@ def make_report(
         facts=_facts(runs),
         commands=_commands([*trainings, *(run.path for run in runs)]),
     )
-    if len(page.encode()) > MAX_BYTES:
-        raise RuntimeError(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
+    page = render("report.html.j2", **values, trainings=sections, without_pictures=0)
+    if without_pictures := _lighten(sections, len(page.encode()) - MAX_BYTES):
+        page = render(
+            "report.html.j2", **values, trainings=sections, without_pictures=without_pictures
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
+
+
+def _lighten(sections: Sequence[dict[str, Any]], surplus: int) -> int:
+    """Takes pictures from trainings, the last first, until the page is smaller by so many bytes.
+
+    Returns:
+        How many trainings have lost theirs.
+    """
+    lightened = 0
+    for section in reversed(sections):
+        strip = (section["health"] or {}).get("strip")
+        pictures = [p for p in ((section["previews"] or {}).get("picture"), strip) if p]
+        if surplus > 0 and pictures:
+            surplus -= sum(map(len, pictures))
+            section["previews"] = None
+            section["health"] = section["health"] and section["health"] | {"strip": None}
+            lightened += 1
+    return lightened
 
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
@@ -254,12 +281,17 @@ def _losses(runs: list[_Run]) -> str | None:
     return draw_losses(curves) if curves else None
 
 
-def _cases(runs: list[_Run]) -> dict[str, str] | None:
-    """Worst, median and best case of the pretrained arm, with the same seed of every arm."""
+def _cases(every: list[_Run]) -> dict[str, str] | None:
+    """Worst, median and best case of the pretrained arm, with the same seed of every arm.
+
+    Of runs whose predictions are all there, over a corpus that is as it was.
+    """
+    runs = [run for run in every if run.has_predictions]
     lead = [run for arm in ("pretrained", "scratch") for run in runs if run.arm == arm]
-    if not lead or not Path(lead[0].facts["corpus"]["path"]).is_dir():
+    found = next(((run, corpus) for run in lead if (corpus := _corpus(run)) is not None), None)
+    if found is None:
         return None
-    first = lead[0]
+    first, corpus = found
     task = choose_task(first.config["task"])
     if isinstance(task, ScanTask):
         return None  # nothing that could be drawn
@@ -274,7 +306,6 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
     if not ranked:
         return None
     picks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    corpus = Corpus.open(first.facts["corpus"]["path"])
     overlays = [
         _overlay(corpus, key, f"{name} case", chosen, means, task)
         for name, key in list(picks.items())[::-1]
@@ -288,6 +319,16 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
         "picture": draw_cases(overlays, [c.name for c in task.classes]),
         "names": ", ".join(f"{name} {key}" for name, key in list(picks.items())[::-1]),
     }
+
+
+def _corpus(run: _Run) -> Corpus | None:
+    """The corpus that a run was scored on, if it is on this machine and still the same."""
+    said = run.facts["corpus"]
+    try:
+        corpus = Corpus.open(said["path"]) if Path(said["path"]).is_dir() else None
+    except InputError:
+        return None
+    return corpus if corpus is not None and corpus.index_hash == said["index_hash"] else None
 
 
 def _case_means(rows: list[Row]) -> dict[str, float]:
@@ -308,10 +349,10 @@ def _overlay(
 ) -> Overlay:
     i = corpus.position(key)
     volume = corpus.volume(i)
-    table = class_table(task).numpy().clip(min=0)
+    table = class_table(task).clamp(min=0)
 
     def classes(labels: np.ndarray) -> np.ndarray:
-        return np.asarray(table[np.minimum(labels, len(table) - 1)])
+        return to_classes(torch.from_numpy(labels.astype(np.int64)), table).numpy()
 
     predictions = {
         arm: classes(read_label(run.path / "predictions" / f"{key}.nii.gz", volume))

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from arm_rows import make_rows, scratch_own
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from numpy.typing import NDArray
+from small_runs import TASK
 
+from data_prep.corpus import Corpus
+from data_prep.volume import write_nifti
 from finetune.cells import mean_score
 from finetune.figures import CLASS_COLOURS, Overlay, draw_cases
 from finetune.report import make_report
@@ -123,6 +127,42 @@ def test_one_run_has_one_score_wherever_it_is_told(tmp_path: Path) -> None:
     page = make_report([], [run], table, tmp_path / "report.html").read_text()
     assert '<td class="n">Dice 70.0</td><td class="n">3</td>' in page
     assert _told(rows) == "Dice 70.0 over 3 cases (1 that pretraining has seen left out)"
+
+
+def test_cases_are_drawn_of_runs_whose_predictions_and_corpus_are_there(
+    labelled_corpus: Path, tmp_path: Path
+) -> None:
+    """One label value is the largest of a byte: values are no bytes while they are looked up."""
+    corpus = Corpus.open(labelled_corpus)
+    keys = dict(zip([f"c{n}" for n in range(3)], corpus.keys, strict=False))
+    rows = make_rows("scratch", seeds=2, cases=3) + make_rows("pretrained", seeds=2, cases=3)
+    runs = write_runs(tmp_path, [dataclasses.replace(row, case=keys[row.case]) for row in rows])
+    for run in runs:
+        facts = json.loads((run / "run.json").read_text())
+        facts["corpus"] = {"path": str(labelled_corpus), "index_hash": corpus.index_hash}
+        (run / "run.json").write_text(json.dumps(facts))
+        (run / "config.json").write_text(json.dumps({"task": TASK | {"ignore": 255}}))
+        (run / "predictions").mkdir()
+        for key in keys.values():
+            volume = corpus.volume(corpus.position(key))
+            labels = corpus.read(corpus.position(key), "seg").astype(np.uint8)
+            labels[:2] = 255
+            write_nifti(labels, volume.native, run / "predictions" / f"{key}.nii.gz")
+    table = read_table(runs)
+
+    def page() -> str:
+        return make_report([], runs, table, tmp_path / "report.html").read_text()
+
+    assert "test case of the pretrained arm (seed 0, 4 labels), every arm" in page()
+    next((tmp_path / "pretrained-0" / "predictions").iterdir()).unlink()
+    assert "test case of the pretrained arm (seed 1, 4 labels), every arm" in page()
+    shutil.rmtree(tmp_path / "scratch-1" / "predictions")
+    assert "test case of the pretrained arm (seed 1, 4 labels)." in page()
+    for run in runs:
+        (run / "run.json").write_text(
+            (run / "run.json").read_text().replace(corpus.index_hash, "x")
+        )
+    assert "beside the truth" not in page()
 
 
 def pixels(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], colour: str) -> int:
