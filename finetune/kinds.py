@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.progress import bar
 from data_prep.volume import read_label, write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import ANSWERS, read_answers, score_answers, write_answers
@@ -331,13 +332,21 @@ class Answering(Kind):
         return said
 
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
-        """answers.csv and its rows."""
+        """answers.csv and its rows; answers that these weights gave stay."""
         assert isinstance(model, Pooled) and plan.targets is not None
-        answerer = Answerer(model=model, task=self.task, **looks(plan))
-        write_network(answerer, plan.release.config["backbone"], self.settings.decoder, run.path)
-        answers = answerer.all(plan.corpus, plan.test.keys)
-        write_answers(run.path, "key", self.task, answers)
-        return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
+        corpus, answerer = plan.corpus, Answerer(model=model, task=self.task, **looks(plan))
+        backbone = plan.release.config["backbone"]
+        if not write_network(answerer, backbone, self.settings.decoder, run.path):
+            (run.path / ANSWERS).unlink(missing_ok=True)  # of a start whose checkpoint was lost
+        answers = read_answers(run.path, "key", self.task)
+        left = [key for key in plan.test.keys if key not in answers]
+        try:
+            for key in bar(iterable=left, desc="answer", unit="case"):
+                heed(self.settings.steps)
+                answers[key] = answerer.answer(corpus.volume(corpus.position(key))).tolist()
+        finally:  # a run that is ended keeps the answers that it has
+            write_answers(run.path, "key", self.task, answers)
+        return score_answers(corpus, plan.test, plan.targets, answers, plan.origin)
 
     def score_again(self, plan: Plan, run: RunFolder) -> list[Row]:
         """From answers.csv."""
