@@ -415,6 +415,8 @@ def _devices(trainer: TrainerSettings) -> list[str]:
         return []
     import torch
 
+    if not torch.cuda.is_available():
+        return []  # whatever is said to be visible
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     found = [name for name in visible.split(",") if name]
     found = found or [str(i) for i in range(torch.cuda.device_count())]
