@@ -36,7 +36,7 @@ def trained_alike(plan: Plan, device: str) -> Path | None:
     """
     settings = plan.settings
     # Ranks that look at different moments could come to different answers, and wait for ever.
-    if settings.recipe_of == "twin" or settings.trainer.devices * settings.trainer.nodes > 1:
+    if settings.recipe_of == "twin" or settings.ranks > 1:
         return None
     wanted = {
         **_without_shared(plan.identity),

@@ -263,7 +263,7 @@ def run_name(plan: Plan) -> str:
     if chosen.init == "pretrained":
         arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
         arm += "" if plan.transfer == "encoder" else f"-{plan.transfer}"
-    draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
+    draw = f"-draw={chosen.label_draw}" if chosen.label_draw != chosen.seed else ""
     labels = chosen.labels.replace("%", "pct")
     split = "" if chosen.split == "auto" else f"-{chosen.split}"
     name = (

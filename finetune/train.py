@@ -98,8 +98,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             return run.path
         train(plan, run, model, report)
         if main:
-            devices = settings.trainer.devices * settings.trainer.nodes
-            with priced(run, device_of(settings), devices):
+            with priced(run, device_of(settings), settings.ranks):
                 rows = _predict_and_score(plan, run, model)
             write_rows(rows, run.path / "rows.csv")
             # The weights lie in model.safetensors; what only a resumption needs can go.
@@ -167,9 +166,8 @@ def make_plan(
     targets = kind.targets(corpus, test.name)
     partial = kind.partial(corpus, train)
     whole = [key for key in train.keys if key not in partial]
-    seed = settings.seed if settings.label_seed is None else settings.label_seed
     subjects = [corpus.subjects[corpus.position(key)] for key in whole]
-    chosen = choose_labels(whole, subjects, settings.labels, seed)
+    chosen = choose_labels(whole, subjects, settings.labels, settings.label_draw)
     resolved = {
         "network": release.equal_but_weights(crop),
         "index_hash": corpus.index_hash,
