@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import InputError, some
 from data_prep.progress import bar
 from data_prep.volume import read_label, write_nifti
 from finetune.answerer import Answerer
@@ -353,7 +353,7 @@ class Answering(Kind):
         assert plan.targets is not None
         answers = read_answers(run.path, "key", self.task)
         if absent := [key for key in plan.test.keys if key not in answers]:
-            raise InputError(f"{run.path / ANSWERS}: has no answer for {', '.join(absent[:5])}")
+            raise InputError(f"{run.path / ANSWERS}: has no answer for {some(absent)}")
         return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
 
     def look(self, model: Supervised, batch: Batch) -> Tensor:
