@@ -69,16 +69,16 @@ def main() -> None:
 
     adamw = {"monai": _plain_adamw(monai), "ours": _our_adamw(ours)}
     steps = {
-        "monai float32": _step(forward["monai"], monai, adamw["monai"], device),
-        "ours float32": _step(forward["ours"], ours, adamw["ours"], device),
-        "ours bf16": _step(forward["ours"], ours, _our_adamw(ours), device, bf16=True),
+        "monai float32": _step(forward["monai"], adamw["monai"], device),
+        "ours float32": _step(forward["ours"], adamw["ours"], device),
+        "ours bf16": _step(forward["ours"], _our_adamw(ours), device, bf16=True),
     }
     if chosen.compile:
         compiled = _ours(chosen).to(device)
         compile_parts(compiled)
         loss, optimizer = _our_loss(compiled, image), _our_adamw(compiled)
-        steps["ours float32 compiled"] = _step(loss, compiled, optimizer, device)
-        steps["ours bf16 compiled"] = _step(loss, compiled, optimizer, device, bf16=True)
+        steps["ours float32 compiled"] = _step(loss, optimizer, device)
+        steps["ours bf16 compiled"] = _step(loss, optimizer, device, bf16=True)
     seconds: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in PARTS} for name in steps
     }
@@ -233,7 +233,6 @@ def _our_adamw(net: torch.nn.Module) -> torch.optim.Optimizer:
 
 def _step(
     forward: Loss,
-    net: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     *,

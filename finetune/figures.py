@@ -75,17 +75,21 @@ class Overlay:
 
 def svg(figure: Figure) -> str:
     """A figure as a data URI: sharp at any size."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return data_uri(buffer.getvalue(), "image/svg+xml")
+    return data_uri(_drawn(figure, format="svg", metadata={"Date": None}), "image/svg+xml")
 
 
 def png(figure: Figure, dpi: int = 190) -> bytes:
     """A figure as a file of pixels."""
+    return _drawn(figure, format="png", dpi=dpi)
+
+
+def _drawn(figure: Figure, **how: Any) -> bytes:
+    """A figure as a file; it is closed, whatever comes of it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    plt.close(figure)
+    try:
+        figure.savefig(buffer, **how)
+    finally:
+        plt.close(figure)
     return buffer.getvalue()
 
 
