@@ -22,16 +22,17 @@ writes bf16 tokens into float32 mask tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from line import ROOT
 from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
 from torch import Tensor
 
+from data_prep.files import write_json
 from pretrain.backbones.vit import ViT3D
 from pretrain.bench import machine, spread
 from pretrain.estimate import StorageCounter, counted_flops
@@ -126,7 +127,7 @@ def main() -> None:
         "versions": versions(),
     }
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(chosen.output, result)
     print(f"{chosen.output}: written")
 
 
@@ -148,7 +149,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--discard", type=int, default=3, help="steps of each before the first")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/mae_step.json"))
+    results = ROOT / "docs" / "results"
+    parser.add_argument("--output", type=Path, default=results / "mae_step.json")
     return parser.parse_args()
 
 
