@@ -23,6 +23,7 @@ import torch
 from line import ROOT
 
 from data_prep.corpus import Corpus
+from data_prep.files import write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.bench import machine
 from pretrain.loader import CropDataset
@@ -82,8 +83,8 @@ def main() -> None:
         "machine": machine(torch.device("cpu")), "versions": versions(),
     }  # fmt: skip
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "at_64_gpus.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (OUT / "at_64_gpus.md").write_text(page(facts))
+    write_json(OUT / "at_64_gpus.json", facts)
+    write_text(OUT / "at_64_gpus.md", page(facts))
     print(page(facts))
 
 

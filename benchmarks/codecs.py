@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from large_ct import large
+from line import ROOT
 from numpy.typing import NDArray
 
 from data_prep.files import write_json, write_text
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--large", type=Path)
     parser.add_argument("--labels", action="store_true")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/codecs"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "codecs")
     chosen = parser.parse_args()
     blosc2.set_nthreads(1)
     kept = np.uint8 if chosen.labels else np.int16

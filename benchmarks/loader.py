@@ -42,6 +42,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from large_ct import write
+from line import ROOT
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", default=(96, 160))
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/loader"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "loader")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     blosc2.set_nthreads(1)

@@ -22,16 +22,17 @@ writes bf16 tokens into float32 mask tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from line import ROOT
 from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
 from torch import Tensor
 
+from data_prep.files import write_json
 from pretrain.backbones.vit import ViT3D
 from pretrain.bench import machine, spread
 from pretrain.estimate import StorageCounter, counted_flops
@@ -69,16 +70,16 @@ def main() -> None:
 
     adamw = {"monai": _plain_adamw(monai), "ours": _our_adamw(ours)}
     steps = {
-        "monai float32": _step(forward["monai"], monai, adamw["monai"], device),
-        "ours float32": _step(forward["ours"], ours, adamw["ours"], device),
-        "ours bf16": _step(forward["ours"], ours, _our_adamw(ours), device, bf16=True),
+        "monai float32": _step(forward["monai"], adamw["monai"], device),
+        "ours float32": _step(forward["ours"], adamw["ours"], device),
+        "ours bf16": _step(forward["ours"], _our_adamw(ours), device, bf16=True),
     }
     if chosen.compile:
         compiled = _ours(chosen).to(device)
         compile_parts(compiled)
         loss, optimizer = _our_loss(compiled, image), _our_adamw(compiled)
-        steps["ours float32 compiled"] = _step(loss, compiled, optimizer, device)
-        steps["ours bf16 compiled"] = _step(loss, compiled, optimizer, device, bf16=True)
+        steps["ours float32 compiled"] = _step(loss, optimizer, device)
+        steps["ours bf16 compiled"] = _step(loss, optimizer, device, bf16=True)
     seconds: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in PARTS} for name in steps
     }
@@ -126,7 +127,7 @@ def main() -> None:
         "versions": versions(),
     }
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(chosen.output, result)
     print(f"{chosen.output}: written")
 
 
@@ -148,7 +149,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--discard", type=int, default=3, help="steps of each before the first")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/mae_step.json"))
+    results = ROOT / "docs" / "results"
+    parser.add_argument("--output", type=Path, default=results / "mae_step.json")
     return parser.parse_args()
 
 
@@ -233,7 +235,6 @@ def _our_adamw(net: torch.nn.Module) -> torch.optim.Optimizer:
 
 def _step(
     forward: Loss,
-    net: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     *,

@@ -22,7 +22,6 @@ its part is left out, and said so.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -35,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from line import ROOT
 from monai.metrics import (
     compute_average_surface_distance,
     compute_dice,
@@ -44,6 +44,7 @@ from monai.metrics import (
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from data_prep.files import write_json
 from finetune.metrics import Score, score_class, score_labels
 from finetune.settings import TaskClass
 from finetune.surfaces import distances, surface
@@ -171,7 +172,7 @@ def main() -> None:
         "versions": versions() | _more_versions(),
     }
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(chosen.output, result)
     print(f"{chosen.output}: written")
 
 
@@ -181,7 +182,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", type=int, nargs=3, default=(400, 512, 512), metavar="N")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/metrics.json"))
+    results = ROOT / "docs" / "results"
+    parser.add_argument("--output", type=Path, default=results / "metrics.json")
     return parser.parse_args()
 
 

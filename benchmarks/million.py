@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from line import ROOT
 
 from data_prep.build import prep
 from data_prep.corpus import books
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/million"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "million")
     chosen = parser.parse_args()
     folder = chosen.work / "corpus"
     if not folder.exists():

@@ -17,6 +17,8 @@ from typing import Any
 
 from line import ROOT, quietly, sample_corpus
 
+from data_prep.files import write_json, write_text
+
 OUT = ROOT / "docs" / "results" / "plan"
 RUNS = {
     "mae_small": ["steps=600", "save_every=100", "preview_every=200"],
@@ -65,7 +67,7 @@ def main() -> None:
 
     OUT.mkdir(parents=True, exist_ok=True)
     facts = {"machine": machine(torch.device("cpu")), "versions": versions(), "runs": rows}
-    (OUT / "plan.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(OUT / "plan.json", facts)
     lines = [
         "# What `voxelith plan` says, and what the run takes",
         "",
@@ -81,7 +83,7 @@ def main() -> None:
         f"{r['taken_seconds']:.0f} | {r['ratio']:.2f} |"
         for r in rows
     ]
-    (OUT / "plan.md").write_text("\n".join(lines) + "\n")
+    write_text(OUT / "plan.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

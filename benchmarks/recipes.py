@@ -50,7 +50,7 @@ def main() -> None:
         parser.error(f"no such recipe: {', '.join(unknown)}; there are {', '.join(SMALL)}")
     chosen.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
-        work = chosen.work or Path(made)
+        work = chosen.work.resolve() if chosen.work else Path(made)
         corpora = {name: _corpus(name, work) for name in ("pretrain", "hippocampus")}
         waiting, running = list(chosen.names), {}
         failed: list[str] = []
@@ -93,13 +93,14 @@ def _start(name: str, corpora: dict[str, Path], work: Path) -> subprocess.Popen[
         f"runs={work / 'runs'}", f"health.probe={corpora['hippocampus']}", "health.every=50",
         "trainer.threads=1", "resume=never",
     ]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "voxelith", "pretrain", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=(work / f"{name}.log").open("wb"),
-    )
+    with (work / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "voxelith", "pretrain", *words],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
 
 
 def _runs(name: str) -> dict[str, PretrainSettings]:

@@ -44,6 +44,7 @@ from pretrain.run_folder import versions
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bucket_server import ADDRESS, CREDENTIALS, bucket_server
 from fault_server import FaultServer
+from line import ROOT
 from loader import crops_of, make_scans
 
 BATCH, STEPS, WORKERS = 4, 40, 4
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--step", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/remote"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "remote")
     chosen = parser.parse_args()
     raw, corpus = chosen.work / "Dataset001_CT", chosen.work / "in-shards"
     if not raw.exists():

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from line import ROOT
 
 from data_prep.files import write_json, write_text
 from data_prep.layouts.case import Case
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scan", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/resampling"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "resampling")
     chosen = parser.parse_args()
     volume = as_physical(read_nifti(chosen.scan, "CT"))
     rows: dict[str, dict[str, list[float]]] = {}

@@ -20,6 +20,8 @@ from typing import Any
 
 from line import ROOT, quietly, sample_corpus
 
+from data_prep.files import write_json, write_text
+
 OUT = ROOT / "docs" / "results" / "scaling"
 WORDS = ["experiment=mae_small", "trainer=cpu", "trainer.threads=1", "trainer.workers=0",
          "warmup=5", "steps=40", "log_every=5", "preview_every=0", "health.every=0",
@@ -102,8 +104,8 @@ def main() -> None:
         "words": WORDS, "machine": machine(torch.device("cpu")), "versions": versions(),
     }  # fmt: skip
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "scaling.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (OUT / "scaling.md").write_text(page(facts))
+    write_json(OUT / "scaling.json", facts)
+    write_text(OUT / "scaling.md", page(facts))
     print(json.dumps({k: facts[k] for k in ("ratios", "parameters", "gradient_bytes")}))
 
 

@@ -13,7 +13,6 @@ what a cache must hold. Writes docs/results/shuffling/; seconds, no data.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from line import ROOT
 from numpy.typing import NDArray
 
+from data_prep.files import write_json, write_text
 from pretrain.schedule import WINDOW, Schedule, generator
 
 OUT = ROOT / "docs" / "results" / "shuffling"
@@ -91,7 +91,7 @@ def main() -> None:
     rows = [measured(*case, seed=0) for case in CASES]
     OUT.mkdir(parents=True, exist_ok=True)
     facts = {"numpy": np.__version__, "python": sys.version.split()[0], "epochs": EPOCHS}
-    (OUT / "shuffling.json").write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    write_json(OUT / "shuffling.json", facts | {"rows": rows})
     names = ("volume", "shard", "subject, keys=names", "subject, keys=hmac")
     lines = [
         "# How well the order is mixed",
@@ -118,7 +118,7 @@ def main() -> None:
         f"{WINDOW} shards of each lane are mixed. More lanes mix better and need a larger cache "
         "where shards come from elsewhere; on a local disk they cost nothing.",
     ]
-    (OUT / "shuffling.md").write_text("\n".join(lines) + "\n")
+    write_text(OUT / "shuffling.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

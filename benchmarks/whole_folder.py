@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from line import ROOT
 
 from data_prep.files import write_text
 from pretrain.bench import machine
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--report", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     chosen = parser.parse_args()
     data = chosen.data.resolve()
     with tempfile.TemporaryDirectory() as folder:

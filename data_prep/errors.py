@@ -105,6 +105,12 @@ def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {match[0]}?" if match else otherwise or f"known: {', '.join(options)}"
 
 
+def some(names: Iterable[object], most: int = 5) -> str:
+    """The first names, and a sign where there are more."""
+    shown = [str(name) for name in names]
+    return ", ".join([*shown[:most], *["..."] * (len(shown) > most)])
+
+
 def attempt(
     problems: list[str], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> T | None:

@@ -156,6 +156,27 @@ def _ends_whole(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The table in a JSON file of ours that must be there.
+
+    Raises:
+        InputError: it is not, or no table can be read.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{path}: cannot be read ({why}); restore it, or start again what made it"
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{path}: holds {json.dumps(found):.40}, expected a table of names and values; restore "
+            "it, or start again what made it"
+        )
+    return found
+
+
 def read_note(path: Path) -> dict[str, Any]:
     """The table in a small JSON file; empty where there is none, or no table that can be read."""
     try:

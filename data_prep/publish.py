@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, books, shard_name
 from data_prep.deface import may_be_head
+from data_prep.errors import some
 from data_prep.exclusions import Exclusions
 from data_prep.files import write_bytes, write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
@@ -159,20 +160,18 @@ def _head_notes(metas: Sequence[dict[str, Any]]) -> list[str]:
 
 def _comparison_notes(counts: dict[str, Any]) -> list[str]:
     keys = counts["not_comparable"]
-    shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-    return [f"{len(keys)} too small to be compared with near-duplicates: {shown}"] if keys else []
+    said = f"{len(keys)} too small to be compared with near-duplicates: {some(keys)}"
+    return [said] if keys else []
 
 
 def _label_notes(counts: dict[str, Any]) -> list[str]:
     notes = []
     empty = counts.get("empty_labels", [])
     if empty:
-        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        notes.append(f"{len(empty)} labels are empty: {shown}")
+        notes.append(f"{len(empty)} labels are empty: {some(empty)}")
     absent = [name for name, n in counts.get("cases_by_class", {}).items() if not n]
     if absent:
-        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        notes.append(f"no case has a voxel of {shown}")
+        notes.append(f"no case has a voxel of {some(absent, 8)}")
     return notes
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from data_prep.errors import some
 from data_prep.files import write_bytes
 from data_prep.images import FloatArray, Image, Reject, SeriesFiles, open_image
 from data_prep.settings import MINIMUM_SLICES
@@ -370,12 +371,13 @@ def read_label(
     elif permitted is not None:
         strange = sorted({int(v) for v in np.unique(values)} - set(permitted))
         if strange:
-            shown = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
             fix = (
                 "name them there too, or leave classes out, if it was given, to keep every value "
                 "(a task picks its own)"
             )
-            problems.append(("label_values", f"the label holds {shown}, not in classes; {fix}"))
+            problems.append(
+                ("label_values", f"the label holds {some(strange, 8)}, not in classes; {fix}")
+            )
     if problems:
         raise Reject(problems[0][0], "; ".join(detail for _, detail in problems))
     return np.ascontiguousarray(values, dtype=np.uint8 if high < 256 else np.uint16)

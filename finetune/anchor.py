@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from data_prep.errors import InputError, near
+from data_prep.errors import InputError, near, some
 from data_prep.layouts.case import stem
 from data_prep.naming import slug
 from finetune.rows import Row
@@ -164,5 +164,4 @@ def _read(path: Path) -> dict[str, dict[Labels, tuple[float, int]]]:
 
 
 def _some(names: Sequence[str], total: int, what: str) -> str:
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} of {total} {what} ({shown})"
+    return f"{len(names)} of {total} {what} ({some(names)})"

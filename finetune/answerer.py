@@ -9,16 +9,13 @@ of which a NIfTI knows nothing, count as any other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
-from data_prep.progress import bar
 from data_prep.volume import Volume
 from finetune.finetuned import Finetuned
 from finetune.infer import filled, starts
@@ -32,13 +29,6 @@ class Answerer(Finetuned):
 
     model: Pooled
     task: ScanTask
-
-    def all(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, list[float]]:
-        """The answers for some cases of a corpus, by key."""
-        return {
-            key: self.answer(corpus.volume(corpus.position(key))).tolist()
-            for key in bar(iterable=keys, desc="answer", unit="case")
-        }
 
     def answer(self, volume: Volume) -> Tensor:
         """What is said of a scan, float32 [K] on the CPU, as `Pooled.answers` has it."""

@@ -103,15 +103,6 @@ class Curve:
         """Mean Dice of the last quarter."""
         return float(np.asarray(self.dice, float)[self._last].mean())
 
-    def steps_to(self, dice: float) -> float:
-        """The step from which on the curve stays at `dice` or above, infinite if it never does.
-
-        Between measurements it is a straight line; from the first one back to step 0 it is unknown,
-        so the answer is never before the first.
-        """
-        values, steps = np.asarray(self.dice, float), np.asarray(self.steps, float)
-        return float(_steps_to(steps, values, np.asarray(dice)))
-
 
 def read_curve(run: Path) -> Curve | None:
     """A run's curve; None if it has none, or if a look found no structure to score.
@@ -226,7 +217,10 @@ def _log_speeds(steps: Floats, a: Floats, b: Floats) -> Floats:
 
 
 def _steps_to(steps: Floats, dice: Floats, level: Floats) -> Floats:
-    """The step from which on curves stay at a level or above it; see `Curve.steps_to`.
+    """The step from which on curves stay at a level or above it, infinite if they never do.
+
+    Between measurements they are straight lines; from the first one back to step 0 they are
+    unknown, so the answer is never before the first.
 
     Args:
         steps: [measurements].

@@ -13,12 +13,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
-from finetune.lines import ALL_CLASSES, Metric
+from finetune.lines import ALL_CLASSES, Metric, metrics_of, shown_digits
 from finetune.rows import Row
 from finetune.scan_metrics import Scores, scan_scores
 
 Parts = Sequence[Scores]
 """The scores of one checkpoint, or of each of several that are one recipe."""
+
+
+def score_in_words(rows: Sequence[Row]) -> str:
+    """The main score of one run in words."""
+    metric, mean = metrics_of(rows)[0], mean_score(rows)
+    if math.isnan(mean):
+        return f"{metric.title} not defined"
+    unit = metric.unit.format(unit=rows[0].unit)
+    told = "" if unit == "points" else f" {unit}"
+    return f"{metric.title} {mean:.{shown_digits(metric, mean)}f}{told}"
+
+
+def mean_score(rows: Sequence[Row]) -> float:
+    """The main score of one run, the mean over its subjects; NaN where it is not defined.
+
+    As in a table, of cases that the checkpoint has not seen in pretraining.
+    """
+    scores = case_scores(unseen(rows), metrics_of(rows)[0], ALL_CLASSES, ())
+    subject = subjects_of(rows)
+    found: dict[str, list[float]] = {}
+    for (case, _), value in scores.items():
+        found.setdefault(subject[case], []).append(value)
+    return float(np.mean([np.mean(values) for values in found.values()])) if found else math.nan
+
+
+def unseen(rows: Iterable[Row]) -> list[Row]:
+    """Rows of cases that the checkpoint has not seen in pretraining, as far as that is known."""
+    return [row for row in rows if row.status != "tainted"]
 
 
 def score_differences(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from data_prep.corpus import Corpus
 from data_prep.files import legible, read_csv, write_text
@@ -128,7 +127,7 @@ def _draw_sizes(corpus: Corpus) -> str:
                               alpha=0.75, label=kind)  # fmt: skip
                 axis.set_title(f"{what} along {name}, {unit}")
         axes[0, 2].legend(loc="upper right")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw_intensities(corpus: Corpus) -> str:
@@ -160,7 +159,7 @@ def _draw_intensities(corpus: Corpus) -> str:
             unit = "HU" if kind == "CT" else "scanner's units"
             axis.set_title(f"{kind}: 0.5 % to 99.5 %, median; {unit}")
             axis.set_xticks([])
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw_slices(corpus: Corpus) -> bytes:
@@ -176,17 +175,7 @@ def _draw_slices(corpus: Corpus) -> bytes:
             _, h, w = corpus.spacings[i]
             axis.imshow(middle_slice(corpus, i), cmap="gray", vmin=0, vmax=1, aspect=h / w)
             axis.set_title(corpus.keys[i][:18], fontsize=6.5, fontweight="normal")
-        try:
-            return png(figure, dpi=110)
-        finally:
-            plt.close(figure)
-
-
-def _svg(figure: Figure) -> str:
-    try:
-        return svg(figure)
-    finally:
-        plt.close(figure)
+        return png(figure, dpi=110)
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:

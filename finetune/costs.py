@@ -48,8 +48,8 @@ def cost_note(costs: Sequence[Cost]) -> str:
         said[0] += f" ({first.trained_parameters / 1e6:.3g} M trained)"
     parts = (
         (mean([c.flops for c in costs]), lambda v: f"{v / 1e12:.3g} TFLOP"),
-        (mean([c.train_seconds for c in costs]), lambda v: f"{_duration(v)} of training"),
-        (mean([c.predict_seconds for c in costs]), lambda v: f"{_duration(v)} of prediction"),
+        (mean([c.train_seconds for c in costs]), lambda v: f"{duration(v)} of training"),
+        (mean([c.predict_seconds for c in costs]), lambda v: f"{duration(v)} of prediction"),
         (mean([c.peak_mib for c in costs]), lambda v: f"{v / 1024:.2g} GiB at its peak"),
     )
     said += [text(value) for value, text in parts if not math.isnan(value)]
@@ -57,12 +57,12 @@ def cost_note(costs: Sequence[Cost]) -> str:
     note = f"a run: {', '.join(said)} ({devices})"
     pretraining = mean([c.pretrain_seconds for c in costs])
     if not math.isnan(pretraining):
-        note += f"; the pretraining before it: {_duration(pretraining)}"
+        note += f"; the pretraining before it: {duration(pretraining)}"
     return note
 
 
-def _duration(seconds: float) -> str:
-    """Of a device, to two digits."""
+def duration(seconds: float) -> str:
+    """A span of time in words, to two digits."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"

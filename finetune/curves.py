@@ -22,8 +22,8 @@ NO_PARTS = {
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A loss over steps."""
+class Losses:
+    """The training losses of a run over its steps."""
 
     arm: str
     seed: int
@@ -31,7 +31,7 @@ class Curve:
     loss: NDArray[Any]
 
 
-def draw_losses(curves: Sequence[Curve]) -> str:
+def draw_losses(curves: Sequence[Losses]) -> str:
     """Loss against step of finished finetunings, one line for each."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")

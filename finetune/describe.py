@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.files import read_table
 from data_prep.licences import strictest_first
 from pretrain.manifest import DECODER, FACTS, Manifest, file_digest, read_manifest, stored_shapes
 
@@ -126,7 +127,7 @@ def _in_short(why: str) -> str:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    config, facts = _json(path / "config.json"), _json(path / "run.json")
+    config, facts = read_table(path / "config.json"), read_table(path / "run.json")
     finetuned = "task" in config
     found: dict[str, Any] = {
         "path": str(path),
@@ -151,7 +152,7 @@ def _run(path: Path) -> dict[str, Any]:
         }
     training["finished"] = (path / "rows.csv").is_file()
     training["labelled_cases"] = len(facts.get("label_keys", ()))
-    stored = _json(path / "model.json") if (path / "model.json").is_file() else {}
+    stored = read_table(path / "model.json") if (path / "model.json").is_file() else {}
     return found | {
         "architecture": stored.get("backbone"),
         "decoder": config.get("decoder", "auto"),
@@ -205,16 +206,6 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
 def _count(weights: Path) -> int:
     """Numbers in a safetensors file, from its header."""
     return sum(math.prod(shape) for shape in stored_shapes(weights).values())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON that can be read ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: is no table of names and values")
-    return found
 
 
 def _lines(facts: Mapping[str, Any], depth: int) -> list[str]:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import read_note, write_json
+from data_prep.files import atomic, atomic_folder, read_note, write_json
 from finetune.answers import ANSWERS
 from finetune.metrics import METRIC_VERSION
 from finetune.plan import Plan
@@ -36,7 +36,7 @@ def trained_alike(plan: Plan, device: str) -> Path | None:
     """
     settings = plan.settings
     # Ranks that look at different moments could come to different answers, and wait for ever.
-    if settings.recipe_of == "twin" or settings.trainer.devices * settings.trainer.nodes > 1:
+    if settings.recipe_of == "twin" or settings.ranks > 1:
         return None
     wanted = {
         **_without_shared(plan.identity),
@@ -67,9 +67,11 @@ def take_over(alike: Path, run: RunFolder) -> None:
         there, here = alike / name, run.path / name
         if there.is_dir():
             shutil.rmtree(here, ignore_errors=True)
-            shutil.copytree(there, here)
+            with atomic_folder(here) as folder:
+                shutil.copytree(there, folder, dirs_exist_ok=True)
         elif there.exists():
-            shutil.copyfile(there, here)
+            with there.open("rb") as source, atomic(here) as target:
+                shutil.copyfileobj(source, target)
     cost = read_note(alike / "run.json")["cost"]
     facts = read_note(run.path / "run.json") | {"cost": cost, "trained_in": alike.name}
     write_json(run.path / "run.json", facts)

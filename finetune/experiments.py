@@ -58,24 +58,29 @@ def _checkpoints(wanted: Sequence[str], without: set[str]) -> list[str]:
     ]
     found: dict[str, None] = {}
     for ref in wanted:
-        if ref != KNOWN_ONES:
-            found[str(released(ref))] = None
-            continue
-        for one in KNOWN.values():
-            if one.name in without or one.reference is None:
-                why = "without=" if one.name in without else one.note
-                print(f"experiment: {one.name} is left out: {why}")
-                continue
+        for one in _known(without) if ref == KNOWN_ONES else [ref]:
             try:
-                found[str(released(one.name))] = None
+                found[str(released(one))] = None
             except (InputError, UnreachableError) as error:
-                problems += [
-                    f"{one.name}: {problem}; without={one.name} leaves it out"
-                    for problem in getattr(error, "problems", [str(error)])
-                ]
+                said = getattr(error, "problems", [str(error)])
+                if ref == KNOWN_ONES:
+                    said = [f"{one}: {problem}; without={one} leaves it out" for problem in said]
+                problems += said
     if problems:
         raise InputError(problems)
     return list(found)
+
+
+def _known(without: set[str]) -> list[str]:
+    """Names of all checkpoints that are known and can be had, but for those to be left out."""
+    kept = []
+    for one in KNOWN.values():
+        if one.name in without or one.reference is None:
+            why = "without=" if one.name in without else one.note
+            print(f"experiment: {one.name} is left out: {why}")
+        else:
+            kept.append(one.name)
+    return kept
 
 
 def with_family(combination: dict[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ as any other.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
@@ -17,10 +16,11 @@ from typing import Any
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError, near
-from data_prep.files import check_free
+from data_prep.files import check_free, read_table
 from data_prep.licences import UNSTATED
 from finetune.answerer import Answerer
 from finetune.cards import card
+from finetune.cells import score_in_words
 from finetune.evaluate import comparable
 from finetune.lines import metrics_of
 from finetune.model_file import (
@@ -31,7 +31,6 @@ from finetune.model_file import (
     task_outputs,
 )
 from finetune.rows import Row, read_rows
-from finetune.scan_metrics import score_in_words
 from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain import export as pretraining
@@ -152,7 +151,7 @@ def export_run(
             "goes on from its last checkpoint"
         )
     network = load_network(run_path, "cpu")
-    facts = json.loads((run_path / "run.json").read_text())
+    facts = read_table(run_path / "run.json")
     corpus, start = _corpus(config, facts, run_path), _start(config, facts, run_path)
     described = _config(run_path, config, facts, corpus, start, network, name)
     return write_release(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.errors import InputError
+from data_prep.files import read_table
 from finetune.anchor import Labels
 from finetune.budget import Curve, read_curve
 from finetune.costs import Cost
@@ -85,7 +85,9 @@ def read_run(rows: Path) -> tuple[list[Row], Facts]:
     Raises:
         InputError: it cannot be read.
     """
-    said = _read(rows.with_name("run.json"))
+    path = rows.with_name("run.json")
+    # Rows that were made or moved elsewhere have none.
+    said = read_table(path) if path.is_file() else {}
     task = said.get("recipe", {}).get("task")
     labelled = task and "target" not in task
     scored = (task["regions"] or task["classes"]) if labelled else ()
@@ -98,16 +100,6 @@ def read_run(rows: Path) -> tuple[list[Row], Facts]:
         said.get("compared_by_voxels_alone", ()),
         said.get("label_subjects", 0),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A run.json; rows that were made or moved elsewhere have none."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore it, or remove it") from error
 
 
 def find_rows(runs: Sequence[Path]) -> list[Path]:

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from finetune.intervals import Estimate
-from finetune.lines import OWN, Group, Line, Table
+from finetune.lines import BETTER, OWN, WORSE, Group, Line, Table
 from finetune.pages import data_uri
 from pretrain.previews import PLANES, planes
 
@@ -30,8 +30,8 @@ WIDTH = 10.4
 ARM_COLOURS = {"pretrained": "#1f5fa8", "scratch": "#d1711c", "scratch-own": "#6f3a08"}
 CLASS_COLOURS = ("#ffb02e", "#35c9ff", "#ff5c8a", "#7dff6a", "#c79bff", "#fff56a", "#ff7b3a")
 _VERDICT_COLOURS = {
-    "pretrained better": ARM_COLOURS["pretrained"],
-    "scratch better": ARM_COLOURS["scratch"],
+    BETTER: ARM_COLOURS["pretrained"],
+    WORSE: ARM_COLOURS["scratch"],
 }
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
 INK, FAINT, GRID = "#1c2733", "#6b7785", "#e4e8ed"
@@ -75,17 +75,21 @@ class Overlay:
 
 def svg(figure: Figure) -> str:
     """A figure as a data URI: sharp at any size."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return data_uri(buffer.getvalue(), "image/svg+xml")
+    return data_uri(_drawn(figure, format="svg", metadata={"Date": None}), "image/svg+xml")
 
 
 def png(figure: Figure, dpi: int = 190) -> bytes:
     """A figure as a file of pixels."""
+    return _drawn(figure, format="png", dpi=dpi)
+
+
+def _drawn(figure: Figure, **how: Any) -> bytes:
+    """A figure as a file; it is closed, whatever comes of it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    plt.close(figure)
+    try:
+        figure.savefig(buffer, **how)
+    finally:
+        plt.close(figure)
     return buffer.getvalue()
 
 
@@ -241,7 +245,7 @@ def _centre_zero(axis: Axes, values: Sequence[Estimate], line: Line) -> None:
     sides = (-reach, reach) if line.measures.higher_is_better else (reach, -reach)
     axis.set_xlim(*sides)
     unit = f"{line.measures.title} points" if line.unit == "points" else line.quantity
-    axis.set_xlabel(f"← scratch better | pretrained better →\n{unit}, 95 % interval")
+    axis.set_xlabel(f"← {WORSE} | {BETTER} →\n{unit}, 95 % interval")
 
 
 def draw_label_curves(table: Table) -> bytes | None:

@@ -20,7 +20,7 @@ from finetune.budget import MARGIN
 from finetune.intervals import Estimate
 from finetune.lines import BETTER, UNCLEAR, WORSE, Line, Table
 from finetune.pages import data_uri, render
-from finetune.table import NOTHING, read_table
+from finetune.table import read_table
 
 WORDS = (
     "data set", "split", "protocol", "recipe", "checkpoint", "metric", "class", "verdict",
@@ -222,7 +222,6 @@ def _records(table: Table) -> list[dict[str, str]]:
     rest = [line for group in table.groups for line in group.lines if line is not group.main]
     records = []
     for line in mains + rest:
-        basis = line.difference or line.pretrained or line.scratch or NOTHING
         records.append(
             {
                 "data set": line.dataset,
@@ -232,9 +231,9 @@ def _records(table: Table) -> list[dict[str, str]]:
                 "metric": line.quantity,
                 "class": line.class_name,
                 **{name: show(line) for name, show in arms.items()},
-                "cases": str(basis.cases),
-                "subjects": str(basis.units),
-                "seeds": str(basis.draws),
+                "cases": str(line.basis.cases),
+                "subjects": str(line.basis.units),
+                "seeds": str(line.basis.draws),
                 "better in": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
                 "median": "–" if math.isnan(line.median) else f"{line.median:+.{line.digits}f}",
                 "p (Holm)": "–" if math.isnan(line.adjusted_p) else f"{line.adjusted_p:.2g}",

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import InputError, some
+from data_prep.progress import bar
 from data_prep.volume import read_label, write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import ANSWERS, read_answers, score_answers, write_answers
@@ -29,7 +29,6 @@ from finetune.pooled import Pooled, pooled, standard
 from finetune.predictions import find_predictions
 from finetune.probes import fit_probe
 from finetune.rows import Row
-from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
 from finetune.segmentation import Segmentation
 from finetune.segmenter import Segmenter
@@ -108,10 +107,6 @@ class Kind(ABC):
         Raises:
             InputError: it is not there any more.
         """
-
-    @abstractmethod
-    def told(self, rows: Sequence[Row]) -> str:
-        """The main score of a run in words."""
 
     @abstractmethod
     def look(self, model: Supervised, batch: Batch) -> Tensor:
@@ -269,11 +264,6 @@ class Segmenting(Kind):
 
         return score(corpus, plan.test, self.task, read, plan.origin)
 
-    def told(self, rows: Sequence[Row]) -> str:
-        """Mean Dice."""
-        mean = np.nanmean([row.dsc for row in rows]) if rows else float("nan")
-        return f"Dice {100 * mean:.1f}"
-
     def look(self, model: Supervised, batch: Batch) -> Tensor:
         """Logits."""
         assert isinstance(model, Segmentation)
@@ -342,25 +332,29 @@ class Answering(Kind):
         return said
 
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
-        """answers.csv and its rows."""
+        """answers.csv and its rows; answers that these weights gave stay."""
         assert isinstance(model, Pooled) and plan.targets is not None
-        answerer = Answerer(model=model, task=self.task, **looks(plan))
-        write_network(answerer, plan.release.config["backbone"], self.settings.decoder, run.path)
-        answers = answerer.all(plan.corpus, plan.test.keys)
-        write_answers(run.path, "key", self.task, answers)
-        return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
+        corpus, answerer = plan.corpus, Answerer(model=model, task=self.task, **looks(plan))
+        backbone = plan.release.config["backbone"]
+        if not write_network(answerer, backbone, self.settings.decoder, run.path):
+            (run.path / ANSWERS).unlink(missing_ok=True)  # of a start whose checkpoint was lost
+        answers = read_answers(run.path, "key", self.task)
+        left = [key for key in plan.test.keys if key not in answers]
+        try:
+            for key in bar(iterable=left, desc="answer", unit="case"):
+                heed(self.settings.steps)
+                answers[key] = answerer.answer(corpus.volume(corpus.position(key))).tolist()
+        finally:  # a run that is ended keeps the answers that it has
+            write_answers(run.path, "key", self.task, answers)
+        return score_answers(corpus, plan.test, plan.targets, answers, plan.origin)
 
     def score_again(self, plan: Plan, run: RunFolder) -> list[Row]:
         """From answers.csv."""
         assert plan.targets is not None
         answers = read_answers(run.path, "key", self.task)
         if absent := [key for key in plan.test.keys if key not in answers]:
-            raise InputError(f"{run.path / ANSWERS}: has no answer for {', '.join(absent[:5])}")
+            raise InputError(f"{run.path / ANSWERS}: has no answer for {some(absent)}")
         return score_answers(plan.corpus, plan.test, plan.targets, answers, plan.origin)
-
-    def told(self, rows: Sequence[Row]) -> str:
-        """The main score."""
-        return score_in_words(rows)
 
     def look(self, model: Supervised, batch: Batch) -> Tensor:
         """Answers."""

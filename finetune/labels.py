@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 
 
 def choose_labels(
-    keys: Sequence[str], subjects: Sequence[str], labels: str | int, seed: int
+    keys: Sequence[str], subjects: Sequence[str], labels: str, seed: int
 ) -> list[str]:
     """Chooses the labelled cases of one draw.
 
@@ -30,7 +30,7 @@ def choose_labels(
         The chosen keys in the order of the draw: a smaller subset is a prefix of a larger one.
 
     Raises:
-        InputError: `labels` is malformed or asks for more cases than there are.
+        InputError: `labels` asks for more cases than there are.
     """
     order = sorted(
         zip(keys, subjects, strict=True), key=lambda case: (_rank(seed, case[1]), case[1], case[0])
@@ -38,34 +38,25 @@ def choose_labels(
     return [key for key, _ in order[: count_labels(labels, len(order))]]
 
 
-def count_labels(labels: str | int, available: int) -> int:
-    """Turns "all", "16" or "10%" into a number of cases.
+def count_labels(labels: str, available: int) -> int:
+    """Turns "all", "16" or "10%", as the settings let it through, into a number of cases.
 
     Raises:
         InputError: as in `choose_labels`.
     """
     if available < 1:
         raise InputError("the training part of the split holds no case: nothing to finetune on")
-    text = str(labels).strip()
-    if text == "all":
+    if labels == "all":
         return available
-    share = text.endswith("%")
-    try:
-        number = float(text[:-1]) if share else float(int(text))
-    except ValueError:
-        number = math.nan
-    if not number > 0 or (share and number > 100):
+    if labels.endswith("%"):
+        # Shares of decimal percentages are exact but for float noise: 10 % of 30 is 3, not 4.
+        return max(1, math.ceil(round(float(labels[:-1]) / 100 * available, 6)))
+    if int(labels) > available:
         raise InputError(
-            f'labels={text}: expected "all", a number of cases such as 16, or a share such as 10%'
+            f"labels={labels}: the training part holds {available} cases with all classes "
+            f"annotated; ask for at most {available}, or all"
         )
-    # Shares of decimal percentages are exact but for float noise: 10 % of 30 is 3, not 4.
-    count = math.ceil(round(number / 100 * available, 6)) if share else int(number)
-    if count > available:
-        raise InputError(
-            f"labels={text}: the training part holds {available} cases with all classes annotated; "
-            f"ask for at most {available}, or all"
-        )
-    return count
+    return int(labels)
 
 
 def _rank(seed: int, subject: str) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from finetune.budget import Curve
 from finetune.comparisons import p_against_stronger
-from finetune.intervals import LEVEL, Estimate
+from finetune.intervals import LEVEL, NOTHING, Estimate
 from finetune.rows import Row
 
 ALL_CLASSES = "mean"
@@ -24,6 +24,8 @@ UNDECIDED = "undecided"
 """The verdict where an interval that it needs is refused."""
 UNDEFINED = "not defined"
 """The verdict where the test cases do not tell: all of one class."""
+NO_TWIN, NO_PRETRAINED = "no scratch twin", "no pretrained arm"
+"""The verdicts where an arm is missing."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,11 @@ class Line:
         return f"{self.measures.title} ({self.unit})"
 
     @property
+    def basis(self) -> Estimate:
+        """Whose cases, subjects and draws count: the difference's, or those of the arm there is."""
+        return self.difference or self.pretrained or self.scratch or NOTHING
+
+    @property
     def decides(self) -> Estimate | None:
         """The difference that the verdict is about: to the stronger of both scratch arms."""
         return self.against_own if self.own_is_stronger else self.difference
@@ -257,9 +264,9 @@ def _sentence(group: Group) -> str:
         missing = {
             SEEN: "every test case was seen in pretraining, so there is nothing to believe.",
             UNDEFINED: f"{title} is not defined, for all test cases are of one class.",
-            "no scratch twin": "no difference is shown without a scratch twin "
+            NO_TWIN: "no difference is shown without a scratch twin "
             "(run the same with init=scratch).",
-            "no pretrained arm": "only the scratch arm is there.",
+            NO_PRETRAINED: "only the scratch arm is there.",
         }.get(line.verdict, "the arms share no case and seed.")
         return f"{what}: {missing}"
     d = line.decides or line.difference

@@ -5,7 +5,6 @@ What is written says what the network is asked, so what is read is a segmenter o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data_prep.errors import CorruptionError, InputError, plain_message
-from data_prep.files import write_bytes, write_json
+from data_prep.files import read_table, write_bytes, write_json
 from data_prep.preprocess import Preprocess
 from data_prep.volume import read_channels
 from finetune.answerer import Answerer
@@ -115,7 +114,7 @@ def read_model_file(run: Path) -> ModelFile:
         InputError: it is damaged, or of another version.
     """
     path = run / "model.json"
-    config: dict[str, Any] = json.loads(path.read_text())
+    config = read_table(path)
     if config.get("format") != MODEL_FORMAT:
         raise InputError(
             f"{path}: format {config.get('format')!r}, expected {MODEL_FORMAT}; "

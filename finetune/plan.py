@@ -39,12 +39,6 @@ class Plan:
     """Of a task of whole scans: what is to be answered for each case of the split."""
 
     @property
-    def label_seed(self) -> int:
-        """The seed of the label draw."""
-        chosen = self.settings.label_seed
-        return self.settings.seed if chosen is None else chosen
-
-    @property
     def label_subjects(self) -> int:
         """How many people the labelled cases are of."""
         subjects, position = self.corpus.subjects, self.corpus.position
@@ -60,7 +54,7 @@ class Plan:
             "checkpoint_digest": self.release.digest if self._pretrained else None,
             "init": self.settings.init,
             "seed": self.settings.seed,
-            "label_seed": self.label_seed,
+            "label_seed": self.settings.label_draw,
             # Scratch takes nothing over: checkpoints of one architecture share its runs.
             "transfer": self.transfer if self._pretrained and self.transfer != "encoder" else None,
         }
@@ -78,7 +72,7 @@ class Plan:
             labels=settings.labels,
             n_labels=len(self.train_keys),
             seed=settings.seed,
-            label_seed=self.label_seed,
+            label_seed=settings.label_draw,
             init_seed=settings.seed,
             pretrain_seed=int(made.get("seed", -1)),
             pretrain_recipe=pretraining and f"{pretraining}/{self.transfer}",

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import InputError, some
 from data_prep.images import Reject
 from data_prep.layouts.case import is_image, stem
 from data_prep.naming import slug
@@ -160,14 +160,14 @@ def _unclear(file: Path, cases: set[str], scans: dict[str, Scan]) -> str:
 
 
 def _missing(folder: Path, keys: Sequence[str], absent: Sequence[str], keymap: Path | None) -> str:
-    shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
     hint = (
         "; where files have the scans' own names, keymap=FILE takes the keymap.csv that prep wrote "
         "beside the corpus"
     )
     return (
-        f"predictions={folder}: {len(absent)} of {len(keys)} cases are missing ({shown}); expected "
-        f"KEY.nii.gz for each, a case without a finding too (all zeros){'' if keymap else hint}"
+        f"predictions={folder}: {len(absent)} of {len(keys)} cases are missing ({some(absent)}); "
+        "expected KEY.nii.gz for each, a case without a finding too (all zeros)"
+        f"{'' if keymap else hint}"
     )
 
 

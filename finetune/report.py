@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.files import read_note, write_text
+from data_prep.files import read_note, read_table, write_text
 from data_prep.volume import read_label
-from finetune.curves import Curve, draw_losses
+from finetune.cells import score_in_words, unseen
+from finetune.curves import Losses, draw_losses
 from finetune.facts import find_rows
 from finetune.figures import (
     Overlay,
@@ -30,19 +32,30 @@ from finetune.figures import (
 )
 from finetune.formats import on_page
 from finetune.intervals import Estimate
-from finetune.lines import ALL_CLASSES, BETTER, OWN, SEEN, UNDEFINED, WORSE, Group, Line, Table
+from finetune.lines import (
+    ALL_CLASSES,
+    BETTER,
+    NO_PRETRAINED,
+    NO_TWIN,
+    OWN,
+    SEEN,
+    UNDEFINED,
+    WORSE,
+    Group,
+    Line,
+    Table,
+)
 from finetune.pages import render
 from finetune.rows import Row, read_rows
-from finetune.scan_metrics import score_in_words
 from finetune.scan_task import ScanTask
-from finetune.segmentation import class_table
+from finetune.segmentation import class_table, to_classes
 from finetune.settings import TaskSettings, choose_task
 from finetune.step_zero import FILE as STEP_ZERO
-from finetune.table import NOTHING
 from finetune.training import read_log, training_section
 
 MAX_BYTES = 10_000_000
-_TONES = {"pretrained better": "better", "scratch better": "worse"}
+"""Beyond it, the page goes without pictures of trainings."""
+_TONES = {BETTER: "better", WORSE: "worse"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,12 @@ class _Run:
     @property
     def seed(self) -> int:
         return self.rows[0].seed
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether there are label maps of all its cases: they are large, and may be cleared."""
+        cases, folder = {row.case for row in self.rows}, self.path / "predictions"
+        return all((folder / f"{case}.nii.gz").is_file() for case in cases)
 
     @property
     def recipe(self) -> str:
@@ -95,14 +114,12 @@ def make_report(
     sections = [training_section(run) for run in trainings]
     worth = "What pretraining was worth: " + ", ".join(dict.fromkeys(g.dataset for g in groups))
     path = output if output.suffix == ".html" else output / "report.html"
-    page = render(
-        "report.html.j2",
+    values = dict(
         notice=notice,
         title=worth if groups else ", ".join(run.name for run in trainings),
         groups=[_group(group) for group in groups],
         own=table is not None and any(line.own is not None for line in table.lines),
         pictures=None if table is None else on_page(draw_table(table)),
-        trainings=sections,
         losses=_losses(runs),
         cases=_cases(runs),
         runs=[_run_line(run) for run in runs],
@@ -110,11 +127,32 @@ def make_report(
         facts=_facts(runs),
         commands=_commands([*trainings, *(run.path for run in runs)]),
     )
-    if len(page.encode()) > MAX_BYTES:
-        raise RuntimeError(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
+    page = render("report.html.j2", **values, trainings=sections, without_pictures=0)
+    if without_pictures := _lighten(sections, len(page.encode()) - MAX_BYTES):
+        page = render(
+            "report.html.j2", **values, trainings=sections, without_pictures=without_pictures
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
+
+
+def _lighten(sections: Sequence[dict[str, Any]], surplus: int) -> int:
+    """Takes pictures from trainings, the last first, until the page is smaller by so many bytes.
+
+    Returns:
+        How many trainings have lost theirs.
+    """
+    lightened = 0
+    for section in reversed(sections):
+        strip = (section["health"] or {}).get("strip")
+        pictures = [p for p in ((section["previews"] or {}).get("picture"), strip) if p]
+        if surplus > 0 and pictures:
+            surplus -= sum(map(len, pictures))
+            section["previews"] = None
+            section["health"] = section["health"] and section["health"] | {"strip": None}
+            lightened += 1
+    return lightened
 
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
@@ -130,9 +168,7 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
         rows = read_rows(file)
         if not rows:
             raise InputError(f"{file}: holds no row")
-        runs.append(
-            _Run(folder, json.loads(facts.read_text()), json.loads(config.read_text()), rows)
-        )
+        runs.append(_Run(folder, read_table(facts), read_table(config), rows))
     return sorted(runs, key=lambda run: (run.rows[0].n_labels, run.arm, run.seed))
 
 
@@ -142,13 +178,11 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
 def _group(group: Group) -> dict[str, Any]:
     line = group.main
     headline = {
-        "pretrained better": "Pretraining helped",
-        "scratch better": "Scratch was better",
-        "no clear difference": "No clear difference",
-        "undecided": "Undecided",
+        BETTER: "Pretraining helped",
+        WORSE: "Scratch was better",
         SEEN: "Every test case was seen in pretraining",
-        "no scratch twin": "No scratch twin, no verdict",
-        "no pretrained arm": "Only the scratch arm",
+        NO_TWIN: "No scratch twin, no verdict",
+        NO_PRETRAINED: "Only the scratch arm",
         UNDEFINED: f"{line.measures.title} is not defined",
     }.get(line.verdict, line.verdict.capitalize())
     comparison = None
@@ -171,7 +205,7 @@ def _group(group: Group) -> dict[str, Any]:
         "tone": _TONES.get(line.verdict, "unclear"),
         "why": _why(line),
         **_arms(line),
-        "basis": line.difference or line.pretrained or line.scratch or NOTHING,
+        "basis": line.basis,
         "comparison": comparison,
         "lines": [_line(one) for one in group.lines],
         "notes": group.notes,
@@ -221,14 +255,13 @@ def _number(value: Estimate | None, digits: int, sign: bool = False) -> dict[str
 
 
 def _line(line: Line) -> dict[str, Any]:
-    basis = line.difference or line.pretrained or line.scratch or NOTHING
     return {
         "metric": line.measures.title,
         "unit": line.unit,
         "class_name": _class(line),
         "overall": line.class_name == ALL_CLASSES,
         **_arms(line),
-        "basis": basis,
+        "basis": line.basis,
         "improved": "–" if math.isnan(line.improved) else f"{line.improved:.0%}",
         "verdict": line.verdict,
         "tone": _TONES.get(line.verdict, "unclear"),
@@ -244,16 +277,21 @@ def _losses(runs: list[_Run]) -> str | None:
     for run in runs:
         log = read_log(run.path / "metrics.csv")
         if log is not None:
-            curves.append(Curve(run.arm, run.seed, log["step"], log["loss"]))
+            curves.append(Losses(run.arm, run.seed, log["step"], log["loss"]))
     return draw_losses(curves) if curves else None
 
 
-def _cases(runs: list[_Run]) -> dict[str, str] | None:
-    """Worst, median and best case of the pretrained arm, with the same seed of every arm."""
+def _cases(every: list[_Run]) -> dict[str, str] | None:
+    """Worst, median and best case of the pretrained arm, with the same seed of every arm.
+
+    Of runs whose predictions are all there, over a corpus that is as it was.
+    """
+    runs = [run for run in every if run.has_predictions]
     lead = [run for arm in ("pretrained", "scratch") for run in runs if run.arm == arm]
-    if not lead or not Path(lead[0].facts["corpus"]["path"]).is_dir():
+    found = next(((run, corpus) for run in lead if (corpus := _corpus(run)) is not None), None)
+    if found is None:
         return None
-    first = lead[0]
+    first, corpus = found
     task = choose_task(first.config["task"])
     if isinstance(task, ScanTask):
         return None  # nothing that could be drawn
@@ -268,7 +306,6 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
     if not ranked:
         return None
     picks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    corpus = Corpus.open(first.facts["corpus"]["path"])
     overlays = [
         _overlay(corpus, key, f"{name} case", chosen, means, task)
         for name, key in list(picks.items())[::-1]
@@ -282,6 +319,16 @@ def _cases(runs: list[_Run]) -> dict[str, str] | None:
         "picture": draw_cases(overlays, [c.name for c in task.classes]),
         "names": ", ".join(f"{name} {key}" for name, key in list(picks.items())[::-1]),
     }
+
+
+def _corpus(run: _Run) -> Corpus | None:
+    """The corpus that a run was scored on, if it is on this machine and still the same."""
+    said = run.facts["corpus"]
+    try:
+        corpus = Corpus.open(said["path"]) if Path(said["path"]).is_dir() else None
+    except InputError:
+        return None
+    return corpus if corpus is not None and corpus.index_hash == said["index_hash"] else None
 
 
 def _case_means(rows: list[Row]) -> dict[str, float]:
@@ -302,10 +349,10 @@ def _overlay(
 ) -> Overlay:
     i = corpus.position(key)
     volume = corpus.volume(i)
-    table = class_table(task).numpy().clip(min=0)
+    table = class_table(task).clamp(min=0)
 
     def classes(labels: np.ndarray) -> np.ndarray:
-        return np.asarray(table[np.minimum(labels, len(table) - 1)])
+        return to_classes(torch.from_numpy(labels.astype(np.int64)), table).numpy()
 
     predictions = {
         arm: classes(read_label(run.path / "predictions" / f"{key}.nii.gz", volume))
@@ -326,7 +373,7 @@ def _overlay(
 
 def _run_line(run: _Run) -> dict[str, Any]:
     head = run.rows[0]
-    means, scans = _case_means(run.rows), any(math.isfinite(row.truth) for row in run.rows)
+    scored = {r.case for r in unseen(run.rows) if math.isfinite(r.dsc) or math.isfinite(r.truth)}
     covered = read_note(run.path / "load_report.json").get("covered", 0.0)
     equal = read_note(run.path / STEP_ZERO).get("features_equal_release")
     return {
@@ -335,8 +382,8 @@ def _run_line(run: _Run) -> dict[str, Any]:
         "labels": head.n_labels,
         "seed": head.seed,
         "steps": head.steps,
-        "score": _run_score(run.rows),
-        "cases": len({row.case for row in run.rows}) if scans else len(means),
+        "score": score_in_words(run.rows),
+        "cases": len(scored),
         "missed": sum(row.outcome == "missed" for row in run.rows),
         "loaded": f"{covered:.0%}",
         "start": "–" if equal is None else "the release's" if equal else "others",
@@ -356,14 +403,6 @@ def _loads(runs: list[_Run]) -> list[dict[str, Any]]:
             )
             same["runs"].append(run.path.name)
     return list(found.values())
-
-
-def _run_score(rows: list[Row]) -> str:
-    """The main score of a run in words."""
-    if any(math.isfinite(row.truth) for row in rows):
-        return score_in_words(rows)
-    means = _case_means(rows)
-    return f"Dice {np.mean(list(means.values())):.1f}" if means else "–"
 
 
 def _facts(runs: list[_Run]) -> list[tuple[str, str]]:

@@ -20,7 +20,6 @@ from data_prep.files import write_text
 ROW_FORMAT = 2
 LATER = frozenset({"pretrain_recipe", "truth", "answer", "unit"})
 """Columns that files of this format may lack: they came later, and their defaults are right."""
-ARMS = ("pretrained", "scratch", "scratch-own", "external")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.lines import ALL_CLASSES, Metric, metrics_of, shown_digits
+from finetune.lines import ALL_CLASSES, Metric
 from finetune.rows import Row
 
 Floats = NDArray[np.float64]
@@ -65,26 +65,6 @@ def scan_scores(rows: Sequence[Row], metric: Metric, class_name: str) -> Scores:
             values = by_subject(values, [found[0].subject for found in table])
         scores |= {(c, draw): metric.scale * float(v) for c, v in zip(cases, values, strict=True)}
     return scores
-
-
-def score_in_words(rows: Sequence[Row]) -> str:
-    """The main score of one run in words."""
-    metric, mean = metrics_of(rows)[0], mean_score(rows)
-    if math.isnan(mean):
-        return f"{metric.title} not defined"
-    unit = metric.unit.format(unit=rows[0].unit)
-    told = "" if unit == "points" else f" {unit}"
-    return f"{metric.title} {mean:.{shown_digits(metric, mean)}f}{told}"
-
-
-def mean_score(rows: Sequence[Row]) -> float:
-    """The main score of one run, the mean over its subjects; NaN where it is not defined."""
-    scores = scan_scores(rows, metrics_of(rows)[0], ALL_CLASSES)
-    subject = {row.case: row.subject for row in rows}
-    found: dict[str, list[float]] = {}
-    for (case, _), value in scores.items():
-        found.setdefault(subject[case], []).append(value)
-    return float(np.mean([np.mean(values) for values in found.values()])) if found else math.nan
 
 
 def by_subject(values: Floats, subjects: Sequence[str]) -> Floats:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import InputError
+from finetune.cells import mean_score
 from finetune.facts import Facts, find_rows, read_run
 from finetune.lines import Metric, metrics_of, shown_digits
 from finetune.rows import Row
-from finetune.scan_metrics import mean_score
 
-FREE = frozenset({"lr", "weight_decay", "warmup", "part"})
-"""What a search may vary, and the part of the split, which it must."""
+MAY_DIFFER = frozenset({"lr", "weight_decay", "warmup", "part", "labels"})
+"""What a search may vary, the part of the split, which it must, and labels, told by themselves."""
 
 Known = Mapping[str, Sequence[Facts | None]]
 
@@ -106,13 +106,13 @@ def read_searches(folder: Path) -> dict[str, Search]:
                 "folder of the runs as finetune made it"
             )
         head = rows[0]
-        metric = metrics.setdefault(head.dataset, metrics_of(rows)[0])
+        metrics.setdefault(head.dataset, metrics_of(rows)[0])
         one = Tried(
             encoder=_encoder(head) if head.arm == "pretrained" else "",
             rate=float(facts.trained["lr"]),
             labels=head.labels,
             draw=f"{head.checkpoint_digest} {head.draw}",
-            score=_score(rows, metric),
+            score=mean_score(rows),
             cases=frozenset((row.split_hash, row.case) for row in rows),
             trained=facts.trained,
         )
@@ -123,17 +123,6 @@ def read_searches(folder: Path) -> dict[str, Search]:
 def _encoder(row: Row) -> str:
     """The recipe of its pretraining, or the checkpoint."""
     return row.pretrain_recipe or row.checkpoint_digest
-
-
-def _score(rows: Sequence[Row], metric: Metric) -> float:
-    """Over classes, then cases; of answers for whole scans as `scan_metrics` has it."""
-    if metric.of_scans:
-        return mean_score(rows)
-    cases: dict[str, list[float]] = {}
-    for row in rows:
-        cases.setdefault(row.case, []).append(row.dsc)
-    scored = [np.nanmean(values) for values in cases.values() if not np.all(np.isnan(values))]
-    return 100 * float(np.mean(scored)) if scored else float("nan")
 
 
 def search_notes(
@@ -209,7 +198,7 @@ def _unfair(search: Search, arms: Mapping[str, list[Row]], known: Known) -> list
             for name in one.trained.keys() | trained[0].keys()
             if one.trained.get(name) != trained[0].get(name)
         }
-        if names := sorted(other - FREE):
+        if names := sorted(other - MAY_DIFFER):
             found.append(f"it differs from the report in {', '.join(names)}")
     if other_labels := {one.labels for one in search.tried} - {rows[0].labels}:
         found.append(f"it had labels={', '.join(sorted(other_labels))}")

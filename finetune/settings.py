@@ -379,6 +379,11 @@ class FinetuneSettings(LoopSettings):
         """What rows call this run: pretrained, its twin scratch, or scratch at its own best."""
         return "scratch-own" if self.recipe_of == "own" else self.init
 
+    @property
+    def label_draw(self) -> int:
+        """The seed of the label draw."""
+        return self.seed if self.label_seed is None else self.label_seed
+
     def effective(self) -> FinetuneSettings:
         """The settings that are trained with: scratch at its own best departs from what is shared.
 

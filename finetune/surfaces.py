@@ -68,11 +68,6 @@ class Surface:
         """Positions [N, 3 or 2] of surfels on the lattice."""
         return np.stack(np.unravel_index(self.cells[chosen], self.lattice.shape), axis=1)
 
-    @property
-    def points(self) -> Floats:
-        """Positions [N, 3 or 2] in mm from the first corner of the mask's first voxel."""
-        return (self.index() - _steps(self.spacing).reach) * np.asarray(self.spacing)
-
 
 def surface(mask: Mask, spacing: Sequence[float]) -> Surface:
     """Returns the surfels of a mask; what lies beyond its edges counts as outside.

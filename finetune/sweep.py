@@ -263,7 +263,7 @@ def run_name(plan: Plan) -> str:
     if chosen.init == "pretrained":
         arm = f"{chosen.ckpt.resolve().name}-{plan.release.digest[:6]}"
         arm += "" if plan.transfer == "encoder" else f"-{plan.transfer}"
-    draw = f"-draw={plan.label_seed}" if plan.label_seed != chosen.seed else ""
+    draw = f"-draw={chosen.label_draw}" if chosen.label_draw != chosen.seed else ""
     labels = chosen.labels.replace("%", "pct")
     split = "" if chosen.split == "auto" else f"-{chosen.split}"
     name = (
@@ -415,6 +415,8 @@ def _devices(trainer: TrainerSettings) -> list[str]:
         return []
     import torch
 
+    if not torch.cuda.is_available():
+        return []  # whatever is said to be visible
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     found = [name for name in visible.split(",") if name]
     found = found or [str(i) for i in range(torch.cuda.device_count())]

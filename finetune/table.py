@@ -20,8 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.errors import InputError, named
 from finetune.anchor import ANCHOR, Anchor, read_anchors
 from finetune.budget import MARGIN, Curve, mean_curve, read_budget
@@ -53,6 +51,8 @@ from finetune.lines import (
     BETTER,
     CLASSIFICATION,
     ELSEWHERE,
+    NO_PRETRAINED,
+    NO_TWIN,
     OWN,
     SEEN,
     UNCLEAR,
@@ -81,9 +81,6 @@ from finetune.notes import (
 )
 from finetune.rows import Row
 from finetune.search import Search, read_searches, search_notes
-
-NOTHING = estimate(np.empty((0, 0)), 0)
-"""What is known where every case had to be left out."""
 
 
 def read_table(runs: Sequence[Path], anchor: str = "", search: Path | None = None) -> Table:
@@ -565,9 +562,9 @@ def _bounded(value: Estimate, metric: Metric) -> Estimate:
 def _verdict(line: Line, *, has_scratch: bool, has_pretrained: bool) -> str:
     difference = line.decides
     if not has_pretrained:
-        return "no pretrained arm"
+        return NO_PRETRAINED
     if not has_scratch:
-        return "no scratch twin"
+        return NO_TWIN
     if difference is None:
         return "nothing to pair"
     if math.isnan(line.p):

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError, near
+from data_prep.errors import InputError, near, some
 from data_prep.naming import KEYMAP_FILE, private_folder
 from finetune.predictions import KnownCases
 from finetune.scan_task import ScanTask
 
 KEY = "key"
-SHOWN = 5
-"""Names of cases in a message."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +74,22 @@ def read_targets(path: Path, task: ScanTask, corpus: Corpus, keys: Sequence[str]
             f"{keymap.parent.name} beside the corpus"
         )
         problems.append(
-            f"{where}: {len(strange)} rows are of no case of {corpus.path} ({_some(strange)}); "
+            f"{where}: {len(strange)} rows are of no case of {corpus.path} ({some(strange)}); "
             f"{KEY} holds keys of the corpus, or names of its scans; mend or remove them{hint}"
         )
     if doubtful:
         problems.append(
-            f"{where}: {len(doubtful)} rows may be of several cases ({_some(doubtful)}); give "
+            f"{where}: {len(doubtful)} rows may be of several cases ({some(doubtful)}); give "
             "their keys, or their scans' paths"
         )
     if absent := [key for key in keys if key not in cells]:
         problems.append(
             f"{where}: {len(absent)} of {len(keys)} cases of the split have no row "
-            f"({_some(absent)}); add them, or leave these cases out of the split"
+            f"({some(absent)}); add them, or leave these cases out of the split"
         )
     if twice := [key for key, found in cells.items() if len(found) > 1]:
         problems.append(
-            f"{where}: {len(twice)} cases have more than one row ({_some(twice)}); leave one"
+            f"{where}: {len(twice)} cases have more than one row ({some(twice)}); leave one"
         )
     values, wrong = {}, []
     for key in keys:
@@ -108,7 +106,7 @@ def read_targets(path: Path, task: ScanTask, corpus: Corpus, keys: Sequence[str]
             else f"one of the classes of task {task.name}, {', '.join(task.classes)}"
         )
         problems.append(
-            f"{where}: {task.target} of {len(wrong)} cases is not {wanted} ({_some(wrong)}); mend "
+            f"{where}: {task.target} of {len(wrong)} cases is not {wanted} ({some(wrong)}); mend "
             "them, or leave these cases out of the split"
         )
     if problems:
@@ -126,7 +124,7 @@ def _rows(path: Path, task: ScanTask, where: str) -> list[tuple[str, str]]:
             if missing:
                 raise InputError(
                     f"{where}: has no column {' and '.join(missing)}; "
-                    f"{near(missing[-1], names, f'it has {_some(names)}')}"
+                    f"{near(missing[-1], names, f'it has {some(names)}')}"
                 )
             return [((r[KEY] or "").strip(), (r[task.target] or "").strip()) for r in reader]
     except (OSError, ValueError, csv.Error) as error:
@@ -142,7 +140,3 @@ def _value(cell: str, task: ScanTask) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)

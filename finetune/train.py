@@ -28,8 +28,9 @@ from torch import nn
 
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences, named
-from data_prep.files import write_json
+from data_prep.files import read_table, write_json
 from data_prep.preprocess import Preprocess
+from finetune.cells import score_in_words, unseen
 from finetune.costs import Cost
 from finetune.done_before import take_over, trained_alike
 from finetune.evaluate import choose_split
@@ -82,7 +83,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             with run.lease():
                 rows = _score_again(plan, run)
                 write_rows(rows, run.path / "rows.csv")
-            print(f"finetune: {run.path}: its predictions are scored anew, {_told(plan, rows)}")
+            print(f"finetune: {run.path}: its predictions are scored anew, {_told(rows)}")
         return run.path
     model, report = build_model(plan)
     alike = trained_alike(plan, device_name(settings))
@@ -93,26 +94,28 @@ def finetune(settings: FinetuneSettings) -> Path:
             take_over(alike, run)
             rows = _score_again(plan, run)
             write_rows(rows, run.path / "rows.csv")
-            print(f"finetune: {run.path}: trained already in {alike.name}, {_told(plan, rows)}")
+            print(f"finetune: {run.path}: trained already in {alike.name}, {_told(rows)}")
             return run.path
         train(plan, run, model, report)
         if main:
-            devices = settings.trainer.devices * settings.trainer.nodes
-            with priced(run, device_of(settings), devices):
+            with priced(run, device_of(settings), settings.ranks):
                 rows = _predict_and_score(plan, run, model)
             write_rows(rows, run.path / "rows.csv")
             # The weights lie in model.safetensors; what only a resumption needs can go.
             shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
             print(
                 f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
-                f"seed {settings.seed}: {_told(plan, rows)} -> {run.path}"
+                f"seed {settings.seed}: {_told(rows)} -> {run.path}"
             )
     return run.path
 
 
-def _told(plan: Plan, rows: list[Row]) -> str:
+def _told(rows: list[Row]) -> str:
     """The scores in a few words."""
-    return f"{kind_of(plan.settings).told(rows)} over {len(plan.test.keys)} cases"
+    counted, cases = ({row.case for row in found} for found in (unseen(rows), rows))
+    left_out = len(cases) - len(counted)
+    seen = f" ({left_out} that pretraining has seen left out)" if left_out else ""
+    return f"{score_in_words(rows)} over {len(counted)} cases{seen}"
 
 
 def make_plan(
@@ -163,9 +166,8 @@ def make_plan(
     targets = kind.targets(corpus, test.name)
     partial = kind.partial(corpus, train)
     whole = [key for key in train.keys if key not in partial]
-    seed = settings.seed if settings.label_seed is None else settings.label_seed
     subjects = [corpus.subjects[corpus.position(key)] for key in whole]
-    chosen = choose_labels(whole, subjects, settings.labels, seed)
+    chosen = choose_labels(whole, subjects, settings.labels, settings.label_draw)
     resolved = {
         "network": release.equal_but_weights(crop),
         "index_hash": corpus.index_hash,
@@ -326,7 +328,7 @@ def is_finished(run: RunFolder, plan: Plan) -> bool:
     file = run.path / "run.json"
     if not file.exists():
         return False
-    facts = {"recipe": {}, "identity": {}, **json.loads(file.read_text())}
+    facts = {"recipe": {}, "identity": {}, **read_table(file)}
     if any(facts["identity"].get(name) != value for name, value in plan.identity.items()):
         now = json.loads(json.dumps({**plan.recipe, **plan.identity}))
         changed = differences({**facts["recipe"], **facts["identity"]}, now)

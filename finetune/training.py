@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.files import read_note
+from finetune.costs import duration
 from finetune.curves import Log, draw_health, draw_training
 from finetune.pages import data_uri
 from pretrain.events import Events, Start
@@ -127,8 +128,11 @@ def _state(run: Path, config: dict[str, Any], log: Log | None, starts: Sequence[
     folder, steps = RunFolder(run), int(config["steps"])
     step, saved = _last(log), folder.checkpoints.last_step()
     where = f"step {step:,} of {steps:,}"
-    if saved >= steps:
+    if saved >= steps and "objective" in config:
         return f"Finished: {steps:,} steps."
+    if saved >= steps:
+        now = "this is under way" if folder.held() else "the same command goes on with them"
+        return f"Trained: {steps:,} steps; not all test cases are predicted yet, and {now}."
     if folder.held():
         left = (steps - step) * _pace(log) if log is not None else float("nan")
         more = "" if np.isnan(left) else f", about {duration(left)} left at the pace of late"
@@ -146,18 +150,6 @@ def _state(run: Path, config: dict[str, Any], log: Log | None, starts: Sequence[
 def _pace(log: Log) -> float:
     """Seconds of a step, of the last ten rows."""
     return float(np.nanmedian(log["seconds_per_step"][-10:]))
-
-
-def duration(seconds: float) -> str:
-    """A span in the two units that matter."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def _figures(config: dict[str, Any], log: Log, starts: Sequence[Start]) -> list[tuple[str, str]]:

@@ -256,10 +256,9 @@ def _memory(
         peak = storages.peak
         objective.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    ranks = settings.trainer.devices * settings.trainer.nodes
     # Gradients lie in DDP's buckets once they are reduced; while micro-batches are accumulated they
     # lie beside them, so that without accumulation this is more than is needed.
-    buckets = gradients if ranks > 1 else 0
+    buckets = gradients if settings.ranks > 1 else 0
     return Memory(
         precision=precision,
         checkpointing=objective.encoder.grad_checkpointing,

@@ -36,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, some
 from data_prep.files import atomic_folder, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
@@ -128,8 +128,7 @@ class LoadReport:
         )
         if not self.constant:
             return counts
-        shown = ", ".join(self.constant[:5]) + (", ..." if len(self.constant) > 5 else "")
-        return f"{counts}; WITHOUT VALUES (one number throughout): {shown}"
+        return f"{counts}; WITHOUT VALUES (one number throughout): {some(self.constant)}"
 
 
 @dataclass(frozen=True)

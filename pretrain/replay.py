@@ -362,8 +362,7 @@ def replay(path: Path, step: int | None = None, corpus: str | None = None) -> di
     number = int(failure["step"]) if step is None else step
     if not 1 <= number <= chosen.steps:
         raise InputError(f"step={number}: the run has steps 1 to {chosen.steps}")
-    devices = chosen.trainer.devices * chosen.trainer.nodes
-    now = Shape(chosen.batch_size, chosen.micro_steps, devices, chosen.trainer.nodes)
+    now = Shape(chosen.batch_size, chosen.micro_steps, chosen.ranks, chosen.trainer.nodes)
     shape = now._replace(**{name: failure[name] for name in Shape._fields if name in failure})
     precision = str(failure.get("precision") or machine_precision(chosen.trainer))
     report = made.to(number, shape, precision)

@@ -528,7 +528,7 @@ def _try_step(objective: Objective, channels: int, settings: PretrainSettings) -
 
 
 def _check_batch(objective: Objective, settings: PretrainSettings) -> None:
-    parts = settings.trainer.devices * settings.trainer.nodes * settings.micro_steps
+    parts = settings.ranks * settings.micro_steps
     micro, multiple = settings.batch_size // parts, objective.batch_multiple
     if micro % multiple:
         raise InputError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.errors import InputError, Naming
+from data_prep.errors import InputError, Naming, some
 from data_prep.folds import FOLDS_FILE, read_folds
 from data_prep.images import of_the_system, open_image
 from data_prep.layouts.bids import from_bids
@@ -95,8 +95,7 @@ def _refuse_twice(source: Path, cases: Sequence[Case]) -> None:
     if twice:
         how = "listed twice, with other labels, subjects or parts of the split; keep one of each"
         said = f"input={source}: {{}} {'is' if len(twice) == 1 else 'are'} {how}"
-        shown = ", ".join(twice[:5]) + (", ..." if len(twice) > 5 else "")
-        raise InputError(Naming(said.format(shown), said.format(f"{len(twice)} images")))
+        raise InputError(Naming(said.format(some(twice)), said.format(f"{len(twice)} images")))
 
 
 def _leave_impossible(layout: Layout) -> None:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from data_prep.errors import CorruptionError, InputError, attempt, config_text, differences, near
+from data_prep.errors import (
+    CorruptionError,
+    InputError,
+    attempt,
+    config_text,
+    differences,
+    near,
+    some,
+)
+
+
+def test_of_many_names_the_first_are_told_and_that_there_are_more() -> None:
+    assert some([]) == "" and some("ab") == "a, b" and some("abcde") == "a, b, c, d, e"
+    assert some("abcdef") == "a, b, c, d, e, ..." and some([3, 1, 2], 2) == "3, 1, ..."
 
 
 def test_differences_name_the_innermost_keys_alone() -> None:

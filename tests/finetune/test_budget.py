@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from finetune.budget import FASTER, Curve, read_budget
+from finetune.budget import FASTER, Curve, _steps_to, read_budget
 
 STEPS = list(range(100, 2001, 100))
 
@@ -56,13 +56,18 @@ def test_a_head_start_is_not_a_better_end() -> None:
     assert many.reading == "converges faster" and many.p < 0.001
 
 
+def steps_to(curve: Curve, level: float) -> float:
+    steps, dice = np.asarray(curve.steps, float), np.asarray(curve.dice, float)
+    return float(_steps_to(steps, dice, np.asarray(level)))
+
+
 def slow_p(first: list[Curve], second: list[Curve]) -> float:
     """Every exchange of every draw, curve by curve."""
 
     def log_speed(a: list[Curve], b: list[Curve]) -> float:
         ends = [np.mean([c.dice for c in arm], axis=0) for arm in (a, b)]
         mean = [Curve(first[0].steps, dice.tolist()) for dice in ends]
-        steps = [one.steps_to(min(one.end for one in mean) - 0.5) for one in mean]
+        steps = [steps_to(one, min(one.end for one in mean) - 0.5) for one in mean]
         return 0.0 if steps == [math.inf, math.inf] else abs(math.log(steps[1] / steps[0]))
 
     found = []
@@ -124,8 +129,8 @@ def test_equal_curves_differ_in_nothing() -> None:
 
 def test_the_step_is_the_one_from_which_the_curve_stays() -> None:
     curve = Curve([100, 200, 300, 400], [60, 40, 80, 80])
-    assert curve.steps_to(60) == pytest.approx(250)
-    assert curve.steps_to(40) == 100 and curve.steps_to(81) == math.inf
+    assert steps_to(curve, 60) == pytest.approx(250)
+    assert steps_to(curve, 40) == 100 and steps_to(curve, 81) == math.inf
 
 
 @pytest.mark.parametrize(

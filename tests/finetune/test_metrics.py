@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from surfels import points
 
 from finetune.metrics import Score, score_class, score_labels
 from finetune.settings import TaskClass
@@ -60,7 +61,7 @@ def test_shifted_slab_has_closed_form() -> None:
     a[10:20], b[13:23] = True, True
     found = score_class(a, b, spacing, tolerance_mm=5.9)
     areas = surface(a, spacing).areas
-    z, y, x = surface(a, spacing).points.T
+    z, y, x = points(surface(a, spacing)).T
     # Of the sides, what stands out of the other slab; both faces by 6 mm, but the hidden one is
     # nearer to the other's sides along the rim.
     side = np.minimum(np.minimum(y, 30 - y), np.minimum(x, 15 - x))
@@ -116,7 +117,7 @@ def test_scores_are_those_of_brute_force(seed: int) -> None:
         a, b = rng.random((2, 7, 8, 6)) < rng.uniform(0.02, 0.4, (2, 1, 1, 1))
         a[0, 0, 0] = b[6, 7, 5] = True
         one, two = surface(a, spacing), surface(b, spacing)
-        gaps = np.linalg.norm(one.points[:, None] - two.points[None], axis=2)
+        gaps = np.linalg.norm(points(one)[:, None] - points(two)[None], axis=2)
         apart = [(gaps.min(1), one.areas), (gaps.min(0), two.areas)]
         area = sum(w.sum() for _, w in apart)
         hd95 = max(

@@ -94,6 +94,13 @@ def test_none_is_missing_unless_it_is_said(say: Say, files: dict[str, Path]) -> 
     with pytest.raises(InputError, match=r"public-cnn: .*without=public-cnn leaves it out"):
         expanded(say())
     assert expanded(say("without=public-cnn"))
+    # One that was typed is told together with them, and is not left out by `without`.
+    own = str(files["public-vit"])
+    with pytest.raises(InputError) as caught:
+        expanded([*(w for w in say() if not w.startswith("ckpt=")), f"ckpt={own}"])
+    known, typed = caught.value.problems
+    assert known.startswith("public-cnn: ") and typed.startswith(f"{own}: is a file of weights")
+    assert "without=" not in typed
     with pytest.raises(InputError, match=r"without=public-cn: .*did you mean public-cnn"):
         expanded(say("without=public-cn"))
     with pytest.raises(InputError, match=r"experiment=compare: .*did you mean compare_released"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from arm_rows import BASE
 
+from finetune.cells import score_in_words
 from finetune.lines import ALL_CLASSES, METRICS
 from finetune.rows import Row
 from finetune.scan_metrics import (
@@ -16,7 +17,6 @@ from finetune.scan_metrics import (
     pseudovalues,
     ranked_correctly,
     scan_scores,
-    score_in_words,
 )
 
 Floats = np.ndarray

@@ -23,6 +23,7 @@ from data_prep.errors import CorruptionError, InputError
 from data_prep.preprocess import Preprocess
 from data_prep.settings import PrepSettings
 from data_prep.splits import make_split, write_split
+from data_prep.volume import Volume
 from finetune.answerer import Answerer
 from finetune.answers import ANSWERS, read_answers
 from finetune.cells import case_scores
@@ -41,6 +42,7 @@ from finetune.settings import PredictSettings
 from finetune.sweep import plan_jobs
 from finetune.table import read_table
 from finetune.train import build_model, finetune, make_plan
+from pretrain import preemption
 from pretrain.release import Release, load_release
 
 
@@ -183,6 +185,38 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, run))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (run / ANSWERS).read_bytes() == (whole / ANSWERS).read_bytes()
+
+
+def test_a_signal_while_it_answers_keeps_what_is_answered(
+    release: Release, corpus: Path, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended between two scans it goes on with the next; answers of other weights are none."""
+    given = scan_settings(release, corpus, tmp_path, SIDE, targets, split="some", run="whole")
+    whole = finetune(given)
+    cut = given.model_copy(update={"run": "cut"})
+    original, asked = Answerer.answer, []
+
+    def answer(self: Answerer, volume: Volume) -> torch.Tensor:
+        asked.append(volume)
+        if len(asked) == 3:
+            monkeypatch.setattr(preemption, "_asked", preemption.Ask.REQUEUE)
+        return original(self, volume)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    with pytest.raises(preemption.Preempted):
+        finetune(cut)
+    run = tmp_path / "cut"
+    assert len(read_answers(run, "key", ScanTask.model_validate(SIDE))) == 3
+    assert not (run / "rows.csv").exists()
+    monkeypatch.setattr(preemption, "_asked", preemption.Ask.NOTHING)
+    kept = Path(shutil.copytree(run, tmp_path / "other"))
+    finetune(cut)
+    assert len(asked) == 8
+    for name in (ANSWERS, "rows.csv"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    (kept / "model.safetensors").write_bytes(b"of a start whose last checkpoint was lost")
+    finetune(given.model_copy(update={"run": "other"}))
+    assert len(asked) == 8 + 8
 
 
 def test_a_regression_learns_from_its_draw_alone(

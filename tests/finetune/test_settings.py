@@ -23,7 +23,10 @@ def test_every_task_file_is_valid_and_carries_its_name(path: Path) -> None:
     assert task.name == path.stem
 
 
-@pytest.mark.parametrize("labels", ["0", "-1", "0%", "101%", "half", "1.5", "1e3", "%"])
+WRONG = ["0", "-1", "0%", "101%", "half", "1.5", "1e3", "%", "", " 4", "4 %", "+4", "-3%", "ten%"]
+
+
+@pytest.mark.parametrize("labels", WRONG)
 def test_labels_that_make_no_sense_are_refused(labels: str) -> None:
     with pytest.raises(ValidationError, match="a number of cases such as 16"):
         settings(labels=labels)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from surfels import points
 
 from finetune.surfaces import TREE, Surface, distances, surface
 
@@ -14,7 +15,7 @@ SPACINGS = [(1.0, 1.0, 1.0), (2.0, 0.9, 1.4), (5.0, 0.5, 0.5), (0.4, 6.0, 0.7)]
 
 
 def brute_force(a: Surface, b: Surface) -> NDArray[np.float64]:
-    return np.array([min(math.dist(p, q) for q in b.points) for p in a.points])
+    return np.array([min(math.dist(p, q) for q in points(b)) for p in points(a)])
 
 
 def random_masks(rng: np.random.Generator, shape: tuple[int, int, int]) -> list[NDArray[np.bool_]]:
@@ -115,10 +116,10 @@ def test_area_of_a_slab_is_exact_per_axis() -> None:
     mask[8:12] = True
     spacing = (3.0, 0.7, 1.1)
     found = surface(mask, spacing)
-    points = found.points
-    inner = np.isclose(points[:, :1], [8 * 3.0, 12 * 3.0]).any(1)
-    inner &= (points[:, 1:] > 1e-9).all(1)
-    inner &= (points[:, 1] < 20 * 0.7 - 1e-9) & (points[:, 2] < 20 * 1.1 - 1e-9)
+    places = points(found)
+    inner = np.isclose(places[:, :1], [8 * 3.0, 12 * 3.0]).any(1)
+    inner &= (places[:, 1:] > 1e-9).all(1)
+    inner &= (places[:, 1] < 20 * 0.7 - 1e-9) & (places[:, 2] < 20 * 1.1 - 1e-9)
     assert inner.sum() == 2 * 19 * 19
     assert found.areas[inner] == pytest.approx(0.7 * 1.1)
 

@@ -21,7 +21,8 @@ from data_prep.preprocess import Preprocess
 from finetune.forecast import forecast
 from finetune.infer import mirrored, segment
 from finetune.rows import read_rows
-from finetune.sweep import LEDGER, expand, plan_jobs, read_ledger, sweep
+from finetune.sweep import LEDGER, _devices, expand, plan_jobs, read_ledger, sweep
+from pretrain.settings import TrainerSettings
 
 BACKBONE: dict[str, Any] = {
     "name": "resenc.ResEncUNetEncoder",
@@ -246,6 +247,15 @@ def test_each_run_at_a_time_has_gpus_of_its_own(
     sweep(given)
     assert len(seen) == 6 and {one["CUDA_VISIBLE_DEVICES"] for one in seen} == dealt
     assert f"{len(dealt)} at a time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("visible", ["-1", "0,1"])
+def test_what_is_said_to_be_visible_is_no_gpu_where_there_is_none(
+    visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _devices(TrainerSettings(accelerator="auto")) == []
 
 
 def test_runs_of_several_machines_are_refused(words: list[str]) -> None:

@@ -21,6 +21,7 @@ from small_runs import add_split, write_encoder
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from finetune.done_before import take_over
 from finetune.evaluate import evaluate
 from finetune.formats import make_table
 from finetune.report import make_report
@@ -334,6 +335,37 @@ def test_what_a_twin_of_another_recipe_was_trained_as_is_not_trained_again(
         run = finetune(stage.settings(**chosen, run=f"own-1-{n}"))
         assert "trained_in" not in json.loads((run / "run.json").read_text())
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("kind", ["copyfileobj", "copytree"])
+def test_what_is_taken_over_is_whole_or_not_there(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed within a file, or a folder: half a network, or some answers, look like a run's own."""
+    twin, run = tmp_path / "twin", RunFolder(tmp_path / "run")
+    (twin / "predictions").mkdir(parents=True)
+    (twin / "predictions" / "a.nii.gz").write_bytes(b"label map")
+    (twin / "model.safetensors").write_bytes(b"weights")
+    (twin / "run.json").write_text('{"cost": {}}')
+    run.path.mkdir()
+
+    def half(source: Any, target: Any, **_: object) -> None:
+        if kind == "copytree":
+            Path(target).mkdir(exist_ok=True)
+            (Path(target) / "a.nii.gz").write_bytes(b"lab")
+        else:
+            target.write(b"wei")
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(shutil, kind, half)
+        take_over(twin, run)
+    name = "predictions" if kind == "copytree" else "model.safetensors"
+    assert not (run.path / name).exists()
+    take_over(twin, run)
+    assert (run.path / "model.safetensors").read_bytes() == b"weights"
+    assert (run.path / "predictions" / "a.nii.gz").read_bytes() == b"label map"
+    assert json.loads((run.path / "run.json").read_text()) == {"cost": {}, "trained_in": "twin"}
 
 
 def _rename(twin: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import InputError
+from finetune import report
+from finetune.costs import duration
 from finetune.report import make_report
-from finetune.training import duration, sort_runs, training_section
+from finetune.training import sort_runs, training_section
 from pretrain.events import Events
 from pretrain.run_folder import RunFolder
 from voxelith import main
@@ -43,7 +46,7 @@ def test_a_pretraining_is_shown_under_way_killed_and_done(
     while process.poll() is None and not list(run.glob("checkpoints/step-00000010.pt")):
         time.sleep(0.01)
     assert main(["report", str(run), f"output={page}"]) == 0
-    assert re.search(r"Under way: step \d+ of 400, about \d+ (s|min) left", words(page))
+    assert re.search(r"Under way: step \d+ of 400, about [\d.]+ (s|min) left", words(page))
     process.kill()
     process.wait()
     assert main(["report", str(run), f"output={page}"]) == 0
@@ -92,9 +95,50 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     assert "no config.json" in two and "no such folder" in three
 
 
+def test_a_finetuning_that_is_yet_to_predict_is_not_finished(tmp_path: Path) -> None:
+    """Trained to the end, and killed or at work before all test cases have their scores."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text('{"steps": 10, "crop_size": [8, 8, 8], "batch_size": 2}')
+    (run / "checkpoints/step-00000010.pt").touch()
+    assert training_section(run)["state"] == (
+        "Trained: 10 steps; not all test cases are predicted yet, and the same command goes on "
+        "with them."
+    )
+    with RunFolder(run).lease():
+        assert training_section(run)["state"].endswith("predicted yet, and this is under way.")
+
+
+def test_pictures_beyond_the_budget_are_left_out_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the later trainings first; the page is written all the same."""
+    runs = [tmp_path / name for name in ("first", "second", "third")]
+    for run in runs:
+        (run / "previews").mkdir(parents=True)
+        (run / "config.json").write_text('{"steps": 9, "crop_size": [8, 8, 8], "batch_size": 2}')
+        for name in ("step-00000003.png", "strip.png"):
+            (run / "previews" / name).write_bytes(os.urandom(30_000))
+        (run / "health.csv").write_text("step,std,pooled_std,rank,pooled_rank\n1,1,1,2,2\n")
+    page = make_report(runs, [], None, tmp_path)
+    whole = page.read_text()
+    assert whole.count("What the network rebuilds") == 3 and "left out" not in whole
+    monkeypatch.setattr(report, "MAX_BYTES", len(whole) - 1)
+    make_report(runs, [], None, tmp_path)
+    assert page.read_text().count("What the network rebuilds") == 2
+    assert page.read_text().count("Features of fixed slices") == 2
+    assert "Of 1 training the pictures are left out" in words(page)
+    assert len(page.read_text()) < len(whole)
+    monkeypatch.setattr(report, "MAX_BYTES", 10)
+    make_report(runs, [], None, tmp_path)
+    assert "Of 3 trainings the pictures are left out" in words(page)
+    assert "in previews/ of each run" in words(page) and "rebuilds" not in words(page)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.4, "0 s"), (59, "1 min"), (3600, "1 h 00 min"), (200000, "2 d 7 h")],
-)
+    [(0.41, "0.41 s"), (59, "59 s"), (119, "120 s"), (3600, "60 min"), (7300, "2 h"),
+     (200000, "2.3 days")],
+)  # fmt: skip
 def test_a_span_in_words(seconds: float, said: str) -> None:
     assert duration(seconds) == said
