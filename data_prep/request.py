@@ -154,22 +154,26 @@ def _class_problems(settings: PrepSettings, layout: Layout) -> list[str]:
 
 
 def _request(settings: PrepSettings, layout: Layout) -> str:
-    """Digest of options and input files (name, size, time): is a finished corpus this one?"""
+    """Digest of options and input: is a finished corpus, or a half-done one, this one?
+
+    Of the input all that a sample is made of: files (what each is taken for, name, size, time), and
+    what the layout says of cases and of label values.
+    """
     how = {"overwrite", "processes", "output", "step", "part"}
     options = settings.model_dump(mode="json", exclude=how)
-    files = []
+    files: list[Any] = []
     for case in layout.cases:
-        for path in case.files:
+        for role, name, path in case.roles:
             try:
                 state = path.stat()
             except (OSError, ValueError) as error:  # what is not there, scanning finds and says
                 if system := of_the_system(error):
                     raise cannot_be_read(system, settings.input) from error
             else:
-                files.append([str(path), state.st_size, state.st_mtime_ns])
-        told = [case.subject, case.sequence, case.source, case.licence, case.split, case.fold]
-        files.append([*told, [list(pair) for pair in case.group]])
-    files.append([layout.folds])
+                files.append([role, name, str(path), state.st_size, state.st_mtime_ns])
+        told = [case.id, case.subject, case.modality, case.sequence, case.frame, case.source]
+        files.append([*told, case.licence, case.split, case.fold, case.group])
+    files.append([layout.classes, layout.regions, layout.folds])
     if any(case.series for case in layout.cases):
         files.append([f"DICOM {REVISION}"])
     classes = _class_file(settings.classes) if isinstance(settings.classes, Path) else None
@@ -201,7 +205,8 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
         known, corpus = {}, None
     if corpus is None or known != {"request": request, "index": corpus.index_hash}:
         raise InputError(
-            f"output={output}: holds another corpus; choose another place, or replace it with "
+            f"output={output}: holds another corpus, or one that other words, another state of "
+            "the input or other versions have made; choose another place, or replace it with "
             "overwrite=true"
         )
     back = read_withdrawn(private).intersection(corpus.keys)

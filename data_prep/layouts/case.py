@@ -109,6 +109,16 @@ class Case:
         return (*self.image_files, *self._beside_images)
 
     @property
+    def roles(self) -> tuple[tuple[str, str, Path], ...]:
+        """Every file of the case with what it is taken for, and of a mask its structure."""
+        label = [("label", "", self.label)] if self.label else []
+        return (
+            *(("image", "", path) for path in self.image_files),
+            *(label or [("organ", name, path) for name, path in self.organs]),
+            *([("mask", "", self.mask)] if self.mask else []),
+        )
+
+    @property
     def stated_files(self) -> tuple[Path, ...]:
         """Those that a list can state; of a DICOM series the first."""
         return (*self.images, *self._beside_images)
