@@ -25,7 +25,7 @@ from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
 from pretrain.costs import resident
 from pretrain.estimate import Estimate, bare_loop, estimate, raw_batch
-from pretrain.loop import compile_parts
+from pretrain.loop import compile_parts, use_threads
 from pretrain.run_folder import versions
 from pretrain.settings import BenchSettings, Variant
 from pretrain.train import build_objective, corpus_channels, corpus_for
@@ -62,6 +62,7 @@ def bench_step(settings: BenchSettings) -> dict[str, Any]:
         else ("float32",)
     )
     load = os.getloadavg()[0]
+    use_threads(settings.trainer)
     told = estimate(settings, channels, "cuda" if device.type == "cuda" else "cpu")
     print(told.text())
     measured = []

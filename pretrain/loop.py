@@ -358,7 +358,7 @@ class Loop:
             accelerator=machine.accelerator,
             devices=machine.devices,
             num_nodes=machine.nodes,
-            strategy=Ranks(self.neighbours) if chosen.ranks > 1 else "auto",
+            strategy=Ranks(self.neighbours, machine.threads) if chosen.ranks > 1 else "auto",
             precision=machine_precision(machine),
             max_epochs=1,
             accumulate_grad_batches=chosen.micro_steps,
@@ -379,6 +379,12 @@ class Loop:
 
 def _nothing() -> None:
     """Asks no rank for anything."""
+
+
+def use_threads(machine: TrainerSettings) -> None:
+    """Lets torch compute in as many threads as are wanted, where the settings say how many."""
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
 
 
 def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixed"]:

@@ -35,7 +35,7 @@ from pretrain.failures import (
     plain,
 )
 from pretrain.loader import CropDataset, collate, to_device
-from pretrain.loop import Loop, autocast_of, machine_precision
+from pretrain.loop import Loop, autocast_of, machine_precision, use_threads
 from pretrain.objective import Batch
 from pretrain.optim import Moments, with_moments
 from pretrain.previews import PLANES, aspects, planes
@@ -149,6 +149,7 @@ class Replay:
         """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
         settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
         self.device = _device(settings)
+        use_threads(settings.trainer)
         augment = Augment(settings.flip, settings.augment)
         loop = Loop(settings, self.dataset, self.run, augment=augment)
         objective = self.objective

@@ -27,7 +27,7 @@ from pretrain.cache import cache_folder
 from pretrain.crops import ONE, Crops
 from pretrain.health import Health
 from pretrain.loader import CropDataset, to_batch
-from pretrain.loop import Loop, check_machine, machine_precision
+from pretrain.loop import Loop, check_machine, machine_precision, use_threads
 from pretrain.manifest import TRAINING
 from pretrain.noise import raw_batch
 from pretrain.objective import Batch, Objective
@@ -98,6 +98,7 @@ class Prepared:
     def train(self) -> Path:
         """Trains it to the last step, from its newest checkpoint if there is one."""
         settings, run, corpus = self.settings, self.run, self.corpus
+        use_threads(settings.trainer)
         main = rank_zero_only.rank == 0
         if main:
             _warn(settings, corpus)
@@ -463,8 +464,6 @@ def plan_objective(settings: PretrainSettings, channels: int) -> Callable[[], Ob
     Raises:
         InputError: they do not; all wrong arguments are listed at once.
     """
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
     backbone = {**settings.backbone, "in_channels": channels}
     problems: list[str] = []
     for where, config, given in (
