@@ -335,7 +335,7 @@ def test_files_that_mean_something_else_are_another_corpus(
     half = PrepSettings(input=edit(root, False), output=tmp_path / "half", keys="names")
     prep_step(half.model_copy(update={"step": "scan"}))
     source = edit(root, True)
-    with pytest.raises(InputError, match="another state of the input.*overwrite=true"):
+    with pytest.raises(InputError, match=r"another state of the input.*overwrite=true"):
         run(source, tmp_path / "c", keys="names")
     run(source, tmp_path / "c", keys="names", overwrite=True)
     assert made() != before
