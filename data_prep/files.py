@@ -78,7 +78,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a folder to fill, which becomes `path` when the block ends without an error.
 
     Raises:
-        InputError: there is something at `path` already.
+        InputError: there is something at `path` already, or came there meanwhile.
     """
     check_free(path)
     make_folder(path.parent, "OUT")
@@ -87,9 +87,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield folder
         for part in (folder, *folder.rglob("*")):
             part.chmod(0o755 if part.is_dir() else 0o644)
-        if path.exists():
-            path.rmdir()
-        folder.rename(path)
+        try:
+            folder.rename(path)  # an empty folder gives way
+        except OSError:
+            check_free(path)
+            raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
