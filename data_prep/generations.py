@@ -15,6 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from data_prep.corpus import (
     shard_name,
 )
 from data_prep.errors import CorruptionError, FailedError, InputError, config_text, plain_message
-from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
+from data_prep.files import atomic, file_digest, read_csv, read_note, write_bytes, write_csv
 from data_prep.naming import (
     DUPLICATES,
     DUPLICATES_OF_BEFORE,
@@ -316,12 +317,11 @@ def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]
                 continue
             rewritten += 1
             places |= _rewritten(part.root / info["name"], info["sha256"], root / name, keys)
-            data = (root / name).read_bytes()
             shards.append(
                 {
                     "name": name,
-                    "bytes": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "bytes": (root / name).stat().st_size,
+                    "sha256": file_digest(root / name),
                     "samples": len(keys),
                 }
             )
@@ -356,25 +356,28 @@ def _link(old: Path, new: Path) -> None:
 
 
 def _rewritten(old: Path, sha256: str, new: Path, keys: set[str]) -> dict[str, dict[str, int]]:
-    """Writes a shard with some of its samples; gives where their members lie now."""
-    with old.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise CorruptionError(f"{old}: its sha256 is not the one in corpus.json; copy it again")
+    """Writes a shard with some of its samples; gives where their members lie now.
+
+    One sample after the other, as their members lie there: a shard may be larger than the memory.
+    """
+    if file_digest(old) != sha256:
+        raise CorruptionError(f"{old}: its sha256 is not the one in corpus.json; copy it again")
     places = {}
     with tarfile.open(old) as tar, atomic(new) as file:
         writer = ShardWriter(file)
-        members: dict[str, dict[str, bytes]] = {}
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
+        for key, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
             if key in keys:
-                stored = tar.extractfile(member)
-                assert stored is not None
-                members.setdefault(key, {})[suffix] = stored.read()
-        for key, payloads in members.items():
-            found = writer.add(key, payloads)
-            places[key] = {suffix: member.offset for suffix, member in found.items()}
+                found = writer.add(key, dict(_stored(tar, member) for member in members))
+                places[key] = {suffix: member.offset for suffix, member in found.items()}
         writer.close()
     return places
+
+
+def _stored(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, bytes]:
+    """A member of a sample: its suffix, and what it holds."""
+    file = tar.extractfile(member)
+    assert file is not None
+    return member.name.partition(".")[2], file.read()
 
 
 def _moved(table: pa.Table, shards: list[int], places: dict[str, dict[str, int]]) -> pa.Table:

@@ -18,14 +18,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.errors import InputError, near, plain_message
-from data_prep.files import make_folder
+from data_prep.files import file_digest, make_folder
 from data_prep.licences import UNSTATED
 from data_prep.preprocess import Millimetres, Preprocess, Rule
 from pretrain.backbones.axes import Axes
 from pretrain.cache import cache_folder
 from pretrain.fetch import resolve
 from pretrain.foreign import Foreign, open_foreign
-from pretrain.manifest import FORMAT, file_digest
+from pretrain.manifest import FORMAT
 from pretrain.registry import KNOWN
 from pretrain.release import Release, write_release
 from pretrain.run_folder import versions

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic_folder, write_bytes, write_json, write_text
+from data_prep.files import atomic_folder, file_digest, write_bytes, write_json, write_text
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
 from pretrain.arguments import build_backbone
@@ -45,21 +45,17 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.manifest import (
     DECODER,
     FILES,
-    FORMAT,
     OPTIONAL,
     PLAN_FILE,
     TRAINING,
     Manifest,
     Shapes,
-    file_digest,
     read_manifest,
     stored_shapes,
 )
 
 if TYPE_CHECKING:
     from pretrain.encoder import Encoder
-
-__all__ = ["DECODER", "FILES", "FORMAT", "file_digest"]
 
 TOLERANCE = 1e-5
 """Of the golden features, relative to their largest value, in float32 on a CPU."""

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import read_note, write_json
+from data_prep.files import file_digest, read_note, write_json
 from data_prep.licences import UNSTATED
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, open_foreign, read_weights
-from pretrain.manifest import TRAINING, file_digest
+from pretrain.manifest import TRAINING
 from pretrain.objective import INHERITED, Objective
 from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release, read_tensors
 from pretrain.run_folder import RunFolder
