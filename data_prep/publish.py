@@ -22,6 +22,7 @@ from data_prep.naming import (
     QUARANTINE_HEADER,
     REFUSED_FILES,
     REQUEST_FILE,
+    SALT_FILE,
     private_folder,
     subject_name,
 )
@@ -272,6 +273,7 @@ def _count(values: Iterable[str]) -> dict[str, int]:
 
 def publish(
     settings: PrepSettings,
+    layout: Layout,
     work: WorkFolder,
     jobs: Sequence[ScanJob],
     kept: Sequence[Scanned],
@@ -291,8 +293,8 @@ def publish(
     for name in PRIVATE_FILES:
         for rest in private.glob(f".{name}.*"):
             rest.unlink()  # of a start that was killed while it wrote
-    if settings.keys == "hmac" and settings.salt is None:
-        write_bytes(private / "salt", salt + b"\n", mode=0o600)
+    if salt and settings.salt is None:
+        write_bytes(private / SALT_FILE, salt + b"\n", mode=0o600)
     keymap = [
         [job.key, job.subject, job.case.name, job.case.subject, case_id(job.case)]
         for job in (jobs[sample.number] for sample in kept)
@@ -300,7 +302,7 @@ def publish(
     write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
     stored = {sample.number for sample in kept}
     others = [job for job in jobs if job.number not in stored]
-    subjects = _subjects_left_out(settings, others, left_out, salt)
+    subjects = _subjects_left_out(settings, layout, others, left_out, salt)
     rows = sorted([row.name, row.code, row.detail, subjects.get(row.name, "")] for row in left_out)
     write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
     for file in private.glob(REFUSED_FILES):
@@ -312,14 +314,21 @@ def publish(
 
 
 def _subjects_left_out(
-    settings: PrepSettings, jobs: Sequence[ScanJob], left_out: Sequence[LeftOut], salt: bytes
+    settings: PrepSettings,
+    layout: Layout,
+    jobs: Sequence[ScanJob],
+    left_out: Sequence[LeftOut],
+    salt: bytes,
 ) -> dict[str, str]:
     """The subject of each file that was left out, as the corpus would call it, where it is known.
 
     So that a subject that is withdrawn goes from the quarantine too.
     """
     found = {row.name: row.subject or subject_from_name(row.name) for row in left_out}
-    found = {n: subject_name(settings, salt, s) if s else "" for n, s in found.items()}
+    found = {
+        name: subject_name(settings, salt, subject, layout.patients) if subject else ""
+        for name, subject in found.items()
+    }
     for job in jobs:
         names = [job.case.name, *(_beside(job.case, path) for path in job.case.files[1:])]
         found |= {name: job.subject for name in names if name in found}

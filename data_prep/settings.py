@@ -83,8 +83,10 @@ class PrepSettings(BaseModel):
         classes: Names of the label values, as a mapping, a YAML/JSON file with one, or the name or
             file of a task in conf/task; a label with another value is refused.
         labels: Whether the corpus is labelled; by default it is when the input has labels.
-        keys: `hmac` replaces file and subject names; `names` keeps them, for public data.
-        salt: File with the secret for `hmac`; by default one is made in `<output>.private/`.
+        keys: `hmac` replaces file and subject names; `names` keeps them, for public data, but of
+            DICOM no number of a patient.
+        salt: File with the secret for `hmac`, and for patients of DICOM; by default one is made in
+            `<output>.private/`.
         processes: Worker processes; 0 means one per available core. Never changes the bytes.
         shard_mib: Size at which a shard is closed.
         overwrite: Replace a finished corpus at `output`.

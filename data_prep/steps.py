@@ -194,7 +194,17 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
     result.private.mkdir(mode=0o700, exist_ok=True)
     copies = copies_of(prep.exclusions, prep.jobs, plan, work)
     draw_copies(copies, work, result.private / DUPLICATES)
-    publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
+    publish(
+        prep.settings,
+        prep.layout,
+        work,
+        prep.jobs,
+        kept,
+        left_out,
+        prep.salt,
+        prep.request,
+        result,
+    )
     report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")
     return result
 

@@ -150,6 +150,8 @@ class Layout:
         regions: Names of unions of label values, where the data set states them.
         folds: The content of splits_final.json where the data set has one.
         files: Names of all files of a folder, to be compared with what becomes of them.
+        patients: Subjects that are digests of a patient's number in DICOM, without a secret: who
+            counts through all numbers has them, so no corpus holds them as they are.
     """
 
     description: str
@@ -160,6 +162,7 @@ class Layout:
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folds: list[dict[str, list[str]]] | None = None
     files: frozenset[str] = frozenset()
+    patients: set[str] = field(default_factory=set)
 
 
 def case_id(case: Case) -> str:

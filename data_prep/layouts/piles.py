@@ -84,6 +84,8 @@ def _add_series(root: Path, files: list[Path], layout: Layout) -> None:
         return
     layout.description += ", with DICOM series"
     for found in find_series(files):
+        if found.subject:
+            layout.patients.add(found.subject)
         names = [path.relative_to(root).as_posix() for path in found.files]
         for number, volume in enumerate(found.volumes):
             name = volume.files[0].relative_to(root).as_posix()
