@@ -235,12 +235,12 @@ def _side_problems(corpus: Corpus) -> list[str]:
             continue
         if split["hash"] != told.get(name, split["hash"]):
             problems.append(
-                f"{corpus.path}: split {name} is another than corpus.json tells; copy it again, or "
+                f"{corpus}: split {name} is another than corpus.json tells; copy it again, or "
                 "give it a name of its own"
             )
         strange = sorted({key for keys in parts.values() for key in keys} - known)
         if strange:
             problems.append(
-                f"{corpus.path}: split {name} names {len(strange)} unknown keys, as {strange[0]}"
+                f"{corpus}: split {name} names {len(strange)} unknown keys, as {strange[0]}"
             )
     return problems
