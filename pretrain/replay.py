@@ -142,8 +142,9 @@ class Replay:
         """The newest state from before a step; None: the run's own beginning."""
         paths = [p for p in self.run.checkpoints.paths() if checkpoint_step(p) < step]
         linked = failure_folder(self.run.path, step) / "start.pt"
-        states = [load_checkpoint(path) for path in [*paths[-1:], linked] if path.is_file()]
-        return max(states, key=lambda state: state["step"], default=None)
+        # The link outlives what it was made of; where checkpoints are left, the last is as new.
+        start = next((path for path in [*paths[-1:], linked] if path.is_file()), None)
+        return None if start is None else load_checkpoint(start)
 
     def to(self, step: int, shape: Shape, precision: str) -> dict[str, Any]:
         """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
