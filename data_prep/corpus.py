@@ -517,13 +517,17 @@ def books(info: Mapping[str, Any]) -> bytes:
 
 
 def _info_sum(info: Mapping[str, Any]) -> str:
-    content = {name: value for name, value in info.items() if name != "sha256"}
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+    return _sum_without(info, "sha256")
 
 
-def split_hash(data: dict[str, Any]) -> str:
+def split_hash(data: Mapping[str, Any]) -> str:
     """Sha256 over a split without its hash, in canonical JSON."""
-    content = {name: value for name, value in data.items() if name != "hash"}
+    return _sum_without(data, "hash")
+
+
+def _sum_without(data: Mapping[str, Any], own: str) -> str:
+    """Sha256 over a table, in canonical JSON, but for the key that the sum itself is under."""
+    content = {name: value for name, value in data.items() if name != own}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 

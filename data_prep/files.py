@@ -115,22 +115,25 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     write_bytes(path, text.encode(), mode)
 
 
-def write_once(path: Path, data: bytes, mode: int = 0o600) -> bytes:
-    """Writes a file unless it is there; gives what is there, the same to all who try at once."""
+def write_once(path: Path, data: bytes) -> bytes:
+    """Writes a file that only its owner can read, unless it is there.
+
+    Gives what is there, the same to all who try at once.
+    """
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode)
+            os.fchmod(file.fileno(), 0o600)
             with contextlib.suppress(FileExistsError):
                 os.link(file.name, path)
     return path.read_bytes()
 
 
-def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -351,7 +351,6 @@ def take_place(corpus: Path, output: Path) -> None:
 
 def report(
     result: PrepResult,
-    layout: Layout,
     kept: Sequence[Scanned],
     left_out: Sequence[LeftOut],
     say: Say,

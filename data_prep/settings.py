@@ -33,7 +33,10 @@ SHAPING = {
     "duplicates",
 }  # fmt: skip
 
-Millimetres = Annotated[float, Field(ge=0.05, le=100)]
+FINEST, COARSEST = 0.05, 100.0
+"""Millimetres that a voxel may have."""
+
+Millimetres = Annotated[float, Field(ge=FINEST, le=COARSEST)]
 
 
 MUST_EXIST = "must exist"

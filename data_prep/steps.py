@@ -205,7 +205,7 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
         prep.request,
         result,
     )
-    report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")
+    report(result, kept, left_out, say, named=prep.settings.keys == "names")
     return result
 
 

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_prep.errors import InputError, near, plain_message
 from data_prep.files import file_digest, make_folder
 from data_prep.licences import UNSTATED
-from data_prep.preprocess import Millimetres, Preprocess, Rule
+from data_prep.preprocess import Preprocess, Rule
+from data_prep.settings import Millimetres
 from pretrain.backbones.axes import Axes
 from pretrain.cache import cache_folder
 from pretrain.fetch import resolve
@@ -29,8 +30,7 @@ from pretrain.manifest import FORMAT
 from pretrain.registry import KNOWN
 from pretrain.release import Release, write_release
 from pretrain.run_folder import versions
-
-Side = Annotated[int, Field(ge=1, le=2048)]
+from pretrain.settings import Side
 
 
 class Told(BaseModel):

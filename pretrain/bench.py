@@ -255,9 +255,11 @@ GROUPS = {
 }  # fmt: skip
 
 
-def profiled(
-    step: Callable[[], None], device: torch.device, steps: int = 3
-) -> tuple[dict[str, float], float]:
+PROFILED = 3
+"""Steps that the profiler watches."""
+
+
+def profiled(step: Callable[[], None], device: torch.device) -> tuple[dict[str, float], float]:
     """What each kind of operation takes of a step's time.
 
     What the optimiser and the clipping call counts as "optimiser", whatever it is.
@@ -269,7 +271,7 @@ def profiled(
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as watched:
-        for _ in range(steps):
+        for _ in range(PROFILED):
             step()
         _synchronise(device)
     seconds = dict.fromkeys((*GROUPS, "optimiser", "other"), 0.0)
@@ -280,7 +282,7 @@ def profiled(
             seconds[group(event)] += spent
     total = sum(seconds.values())
     shares = {name: spent / total for name, spent in seconds.items() if total}
-    return dict(sorted(shares.items(), key=lambda item: -item[1])), total / 1e6 / steps
+    return dict(sorted(shares.items(), key=lambda item: -item[1])), total / 1e6 / PROFILED
 
 
 def group(event: Any) -> str:

@@ -101,9 +101,9 @@ class _Launcher(_SubprocessScriptLauncher):
         return function(*args, **more)
 
 
-def _end_children(patience: float = 2 * GRACE_SECONDS) -> None:
+def _end_children() -> None:
     """No process outlives the one that has started it, stopped ones neither."""
-    until = time.monotonic() + patience
+    until = time.monotonic() + 2 * GRACE_SECONDS
     for child in _children:
         with suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, until - time.monotonic()))

@@ -164,7 +164,7 @@ class RunFolder:
             while not stop.wait(HEARTBEAT_SECONDS):
                 # A file system that hiccups must not end the heartbeat, nor a lost lease steal.
                 with contextlib.suppress(OSError):
-                    if _owner(file).get("token") == mine["token"]:
+                    if read_note(file).get("token") == mine["token"]:
                         write_json(file, {**mine, "heartbeat": time.time()})
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -174,7 +174,7 @@ class RunFolder:
         finally:
             stop.set()
             thread.join()
-            if _owner(file).get("token") == mine["token"]:
+            if read_note(file).get("token") == mine["token"]:
                 file.unlink(missing_ok=True)
 
     def held(self) -> bool:
@@ -197,11 +197,6 @@ def _shown(config: Any) -> Any:
     return without_secrets(config) if isinstance(config, str) else config
 
 
-def _owner(file: Path) -> dict[str, Any]:
-    """Who holds a lease; nobody, if the file is gone or no lease."""
-    return read_note(file)
-
-
 def _take(file: Path, mine: dict[str, Any]) -> None:
     """Writes the lease if nobody holds it; of several takers one gets it."""
     folder = os.open(file.parent, os.O_RDONLY)
@@ -218,7 +213,7 @@ def _take(file: Path, mine: dict[str, Any]) -> None:
 
 def _holder(file: Path) -> dict[str, Any] | None:
     """Who holds a lease and may be alive."""
-    held = _owner(file)
+    held = read_note(file)
     if not {"host", "pid", "heartbeat"} <= held.keys():
         return None  # no lease: leases are written whole
     same_host = held["host"] == socket.gethostname()

@@ -207,6 +207,12 @@ def looks_like_a_label(name: str) -> bool:
     return any(word in LABEL_WORDS or word.startswith("labels") for word in words(name))
 
 
+def refused_label(name: str) -> LeftOut:
+    """An image that is left out since `looks_like_a_label` says so."""
+    detail = "its name says label or mask; list it in a CSV to use it"
+    return LeftOut(name, "looks_like_a_label", detail)
+
+
 def modality_from_name(name: str) -> str | None:
     """CT, MR or another modality, if a word of the path says so; the file's own name wins."""
     for part in reversed(name.split("/")):
