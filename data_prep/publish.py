@@ -95,20 +95,11 @@ def complete(
         "generations": [{"number": 1, "added": len(kept), "removed": 0}],
     }
     write_bytes(root / CORPUS_FILE, books(info))
-    result = PrepResult(
-        output=settings.output,
-        private=private_folder(settings.output),
-        kind=str(info["kind"]),
-        layout=layout.description,
-        samples=len(kept),
-        subjects=len({meta["subject"] for meta in metas}),
-        shards=len(written),
-        bytes=sum(shard.bytes for shard in written),
-        files=files,
-        rejected=rejected,
-        modalities=_count(m["channels"][0]["modality"] for m in metas),
+    result = PrepResult.of(
+        info,
+        settings.output,
+        private_folder(settings.output),
         splits=list(splits),
-        index_hash=index_hash,
         notes=[
             *_book_notes(layout, left_out, files["total"]),
             *_head_notes(metas),

@@ -61,19 +61,17 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
     if settings.name is None and not output.name:
         problems.append(f"output={settings.output}: is not a directory one can create")
     noted = not problems  # with a place for it
-    layout = None
-    try:
-        layout = find_cases(
-            settings.input,
-            settings.channels,
-            settings.subject_pattern,
-            settings.volumes,
-            settings.layout,
-        )
-        if not layout.cases:
-            problems.append(nothing_left(settings, layout, layout.left_out))
-    except InputError as error:
-        problems += error.problems
+    layout = attempt(
+        problems,
+        find_cases,
+        settings.input,
+        settings.channels,
+        settings.subject_pattern,
+        settings.volumes,
+        settings.layout,
+    )
+    if layout is not None and not layout.cases:
+        problems.append(nothing_left(settings, layout, layout.left_out))
     for check in (
         lambda: read_exclusions(settings.excluded),
         lambda: read_salt(settings.salt),
@@ -94,7 +92,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
             problems.append(f"{settings.resamples}: {NEVER_RESAMPLED}")
         problems += _split_problems(layout, labelled)
         if labelled:
-            problems += _class_problems(settings, layout)
+            attempt(problems, class_table, settings, layout)
     request = None if problems or layout is None else attempt(problems, _request, settings, layout)
     if layout is None or request is None:
         raise InputError(_told(settings, list(dict.fromkeys(problems)), noted))
@@ -129,28 +127,16 @@ def _split_problems(layout: Layout, labelled: bool) -> list[str]:
     """Subjects that a given split tears, and names in it that no case has."""
     names = [case_id(case) for case in layout.cases]
     subjects = [case.subject or case.name for case in layout.cases]
-    problems = []
-    try:
-        if any(case.split for case in layout.cases):
-            split_from("official", names, subjects, [case.split for case in layout.cases])
-    except InputError as error:
-        problems += error.problems
-    try:
-        if labelled and layout.folds is not None:
-            splits_of_folds(layout.folds, dict(zip(names, names, strict=True)), names, subjects)
-        if labelled and any(case.fold is not None for case in layout.cases):
-            splits_of_numbers([case.fold for case in layout.cases], names, subjects)
-    except InputError as error:
-        problems += error.problems
+    problems: list[str] = []
+    parts, numbers = [c.split for c in layout.cases], [c.fold for c in layout.cases]
+    if any(parts):
+        attempt(problems, split_from, "official", names, subjects, parts)
+    if labelled and layout.folds is not None:
+        key_of = dict(zip(names, names, strict=True))
+        attempt(problems, splits_of_folds, layout.folds, key_of, names, subjects)
+    if labelled and any(number is not None for number in numbers):
+        attempt(problems, splits_of_numbers, numbers, names, subjects)
     return problems
-
-
-def _class_problems(settings: PrepSettings, layout: Layout) -> list[str]:
-    try:
-        class_table(settings, layout)
-    except InputError as error:
-        return error.problems
-    return []
 
 
 def _request(settings: PrepSettings, layout: Layout) -> str:
@@ -215,23 +201,7 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
             f"output={output}: has {len(back)} samples that were withdrawn; withdraw them again "
             "with remove=, or replace it with overwrite=true: they stay out"
         )
-    counts = corpus.info["counts"]
-    return PrepResult(
-        output=output,
-        private=private,
-        kind=corpus.info["kind"],
-        layout=corpus.info["layout"],
-        samples=len(corpus),
-        subjects=counts["subjects"],
-        shards=len(corpus.info["shards"]),
-        bytes=sum(shard["bytes"] for shard in corpus.info["shards"]),
-        files=counts["files"],
-        rejected=counts["rejected"],
-        modalities=counts["modality"],
-        splits=corpus.splits,
-        index_hash=corpus.index_hash,
-        already_there=True,
-    )
+    return PrepResult.of(corpus.info, output, private, splits=corpus.splits, already_there=True)
 
 
 def named_classes(settings: PrepSettings) -> dict[int, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -321,6 +322,37 @@ class PrepResult:
     index_hash: str = ""
     notes: list[str] = field(default_factory=list)
     already_there: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        info: Mapping[str, Any],
+        output: Path,
+        private: Path,
+        *,
+        splits: list[str],
+        notes: Sequence[str] = (),
+        already_there: bool = False,
+    ) -> PrepResult:
+        """What a corpus.json tells of the prep that made it."""
+        counts, shards = info["counts"], info["shards"]
+        return cls(
+            output=output,
+            private=private,
+            kind=info["kind"],
+            layout=info["layout"],
+            samples=counts["samples"],
+            subjects=counts["subjects"],
+            shards=len(shards),
+            bytes=sum(shard["bytes"] for shard in shards),
+            files=counts["files"],
+            rejected=counts["rejected"],
+            modalities=counts["modality"],
+            splits=splits,
+            index_hash=info["index"]["sha256"],
+            notes=list(notes),
+            already_there=already_there,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

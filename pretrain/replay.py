@@ -26,9 +26,9 @@ from data_prep.errors import InputError, named
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
 from pretrain.augment import Augment
+from pretrain.events import step_of
 from pretrain.failures import (
     Shape,
-    checkpoint_step,
     count_not_finite,
     describe_sample,
     failure_folder,
@@ -108,13 +108,10 @@ class Replay:
     """A run on this machine, without its trainer, its log and its folder's lease."""
 
     def __init__(self, run: RunFolder, corpus: str | None = None) -> None:
-        config = run.config()
-        if "objective" not in config:
-            raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
+        config, facts = run.pretraining()
         self.run = run
         lies = {} if corpus is None else {"corpus": corpus}
         self.settings = PretrainSettings.model_validate({**config, **lies})
-        facts = json.loads((run.path / "run.json").read_text())
         found = corpus_for(self.settings)
         if found.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
@@ -140,7 +137,7 @@ class Replay:
 
     def start(self, step: int) -> dict[str, Any] | None:
         """The newest state from before a step; None: the run's own beginning."""
-        paths = [p for p in self.run.checkpoints.paths() if checkpoint_step(p) < step]
+        paths = [p for p in self.run.checkpoints.paths() if step_of(p) < step]
         linked = failure_folder(self.run.path, step) / "start.pt"
         # The link outlives what it was made of; where checkpoints are left, the last is as new.
         start = next((path for path in [*paths[-1:], linked] if path.is_file()), None)

@@ -40,6 +40,7 @@ import torch
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic, make_folder, read_note, write_json, write_text
 from data_prep.references import without_secrets
+from pretrain.events import step_of
 
 HEARTBEAT_SECONDS = 30
 STALE_SECONDS = 300
@@ -62,7 +63,7 @@ class Checkpoints:
     def last_step(self) -> int:
         """The step of the newest one; 0 if there is none."""
         paths = self.paths()
-        return int(paths[-1].stem.removeprefix("step-")) if paths else 0
+        return step_of(paths[-1]) if paths else 0
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes a state and deletes the oldest beyond `keep`, in this order.
@@ -138,6 +139,13 @@ class RunFolder:
                 f"{self.path} is not a run folder: it has no config.json; "
                 "give the folder that `voxelith pretrain` or `voxelith finetune` made"
             ) from None
+
+    def pretraining(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Configuration and facts, run.json, of a pretraining; InputError if it is none."""
+        config = self.config()
+        if "objective" not in config:
+            raise InputError(f"{self.path}: is no pretraining run; give one that `pretrain` made")
+        return config, dict(json.loads((self.path / "run.json").read_text()))
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:

@@ -103,9 +103,7 @@ def backbone_of(path: Path) -> dict[str, Any]:
         InputError: it is none of them, or the file does not tell all of its sizes.
     """
     if path.is_dir() and is_run(path):
-        config = RunFolder(path).config()
-        if "objective" not in config:
-            raise InputError(f"{path}: is no pretraining run; give one that `pretrain` made")
+        config, _ = RunFolder(path).pretraining()
         return dict(config["backbone"])
     file = path.is_file()
     chosen = open_foreign(path).backbone if file else load_release(path).config["backbone"]
@@ -329,10 +327,7 @@ def _newest(run: RunFolder) -> tuple[Path, dict[str, Any]]:
 
 
 def _of_run(run: RunFolder) -> Start:
-    settings, (newest, checkpoint) = run.config(), _newest(run)
-    if "objective" not in settings:
-        raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
-    facts = json.loads((run.path / "run.json").read_text())
+    (settings, facts), (newest, checkpoint) = run.pretraining(), _newest(run)
     index_hash, step = str(checkpoint["schedule"]["index_hash"]), int(checkpoint["step"])
     before = origin_of(run)
     data = {**facts["corpus"], **facts["data"]}
