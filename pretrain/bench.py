@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
 from pretrain.costs import resident
+from pretrain.device import chosen_device
 from pretrain.estimate import Estimate, bare_loop, estimate, raw_batch
 from pretrain.loop import compile_parts, use_threads
 from pretrain.run_folder import versions
@@ -54,7 +54,7 @@ def bench_step(settings: BenchSettings) -> dict[str, Any]:
     Raises:
         InputError: wrong settings, or a device that is not there.
     """
-    device = _device(settings)
+    device = chosen_device(settings.device, settings.trainer.accelerator)
     channels = _channels(settings)
     variants: tuple[Variant, ...] = settings.variants or (
         ("float32", "bf16", "float32-compiled", "bf16-compiled")
@@ -306,16 +306,6 @@ def _table(shares: dict[str, float]) -> str:
 
 
 # The device.
-
-
-def _device(settings: BenchSettings) -> torch.device:
-    wanted = settings.device
-    if wanted == "auto":
-        on_cpu = settings.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-        wanted = "cpu" if on_cpu else "cuda"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: there is no CUDA device here; give device=cpu or auto")
-    return torch.device(wanted)
 
 
 def _synchronise(device: torch.device) -> float:

@@ -26,6 +26,7 @@ from data_prep.errors import InputError, named
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
 from pretrain.augment import Augment
+from pretrain.device import chosen_device
 from pretrain.events import step_of
 from pretrain.failures import (
     Shape,
@@ -146,7 +147,7 @@ class Replay:
     def to(self, step: int, shape: Shape, precision: str) -> dict[str, Any]:
         """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
         settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
-        self.device = _device(settings)
+        self.device = chosen_device("auto", settings.trainer.accelerator)
         use_threads(settings.trainer)
         augment = Augment(settings.flip, settings.augment)
         loop = Loop(settings, self.dataset, self.run, augment=augment)
@@ -327,12 +328,6 @@ class Replay:
             }
             for at, (index, (group, row)) in enumerate(zip(crops, self._views(batch), strict=True))
         ]
-
-
-def _device(settings: PretrainSettings) -> torch.device:
-    wanted = settings.trainer.accelerator
-    cuda = wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def replay(path: Path, step: int | None = None, corpus: str | None = None) -> dict[str, Any]:
