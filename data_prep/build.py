@@ -187,7 +187,9 @@ def _prepared(
             f"step={settings.step}: nothing of this prep has been scanned; start step=scan first. "
             "Other words, or an input that has changed since, are another prep"
         )
-    salt = choose_salt(settings, private_folder(settings.output), work.salt)
+    if onto is not None:  # those of a corpus of before there was a salt for them keep their names
+        layout.patients.difference_update(onto.subjects)
+    salt = choose_salt(settings, private_folder(settings.output), work.salt, layout.patients)
     classes = class_table(settings, layout) if labelled else None
     jobs = _jobs(settings, layout, labelled, classes, salt, work, onto)
     return Prep(settings, layout, request, jobs, classes, salt, work, excluded)
@@ -209,14 +211,18 @@ def _jobs(
     masks = {name for case in layout.cases for name, _ in case.organs}
     organs = tuple((r["name"], r["value"]) for r in classes or [] if r["name"] in masks)
     jobs = []
+
+    def named(subject: str) -> str:
+        return subject_name(settings, salt, subject, layout.patients)
+
     for number, case in enumerate(layout.cases):
         if settings.keys == "names":
             key = names[case.name]
-            subject = subject_name(settings, salt, case.subject) if case.subject else key
+            subject = named(case.subject) if case.subject else key
         else:
             of = f"{generation}\0" if generation > 1 else ""
             key = keyed_hash(salt, "key", of + case.name)
-            subject = subject_name(settings, salt, case.subject or f"\0{of}{case.name}")
+            subject = named(case.subject or f"\0{of}{case.name}")
         jobs.append(
             ScanJob(
                 number=number,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 import tempfile
@@ -14,6 +13,7 @@ import xxhash
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, INDEX_FILE, Corpus
 from data_prep.download import download
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from data_prep.progress import bar
 from data_prep.shards import PAYLOADS, TAR_HEADER, array_suffix, read_table, table_suffix
 from data_prep.storage import Shard
@@ -96,8 +96,7 @@ def _shard_problems(corpus: Corpus, number: int, samples: list[int], here: _Copy
     problems = []
     if not here.path.is_file():
         return [f"{here}: missing; copy the shard again"]
-    with here.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_digest(here.path)
     size = here.path.stat().st_size
     if size != stated["bytes"]:
         problems.append(f"{here}: {size} bytes, corpus.json says {stated['bytes']}")
@@ -236,12 +235,12 @@ def _side_problems(corpus: Corpus) -> list[str]:
             continue
         if split["hash"] != told.get(name, split["hash"]):
             problems.append(
-                f"{corpus.path}: split {name} is another than corpus.json tells; copy it again, or "
+                f"{corpus}: split {name} is another than corpus.json tells; copy it again, or "
                 "give it a name of its own"
             )
         strange = sorted({key for keys in parts.values() for key in keys} - known)
         if strange:
             problems.append(
-                f"{corpus.path}: split {name} names {len(strange)} unknown keys, as {strange[0]}"
+                f"{corpus}: split {name} names {len(strange)} unknown keys, as {strange[0]}"
             )
     return problems

@@ -254,7 +254,7 @@ class Corpus:
         try:
             return self._positions[key]
         except KeyError:
-            raise InputError(f"{self.path}: no sample has the key {key!r}") from None
+            raise InputError(f"{self}: no sample has the key {key!r}") from None
 
     def has(self, payload: str) -> bool:
         """Whether any sample has this payload: image, seg or mask."""
@@ -297,15 +297,13 @@ class Corpus:
             CorruptionError: naming shard, key, payload and chunk.
         """
         if not self.sample_has(i, payload):
-            raise InputError(f"{self.path}: sample {self.keys[i]} has no payload {payload!r}")
+            raise InputError(f"{self}: sample {self.keys[i]} has no payload {payload!r}")
         channels, *full = (int(n) for n in self.shapes[i])
         lead = (channels,) if payload == "image" else ()
-        first = tuple(int(s) for s in start) if start is not None else (0, 0, 0)
-        last = tuple(
-            a + int(n) for a, n in zip(first, size if size is not None else full, strict=True)
-        )
-        if size is None:
-            last = tuple(full)
+        first = (0, 0, 0) if start is None else tuple(map(int, start))
+        last = tuple(full)
+        if size is not None:
+            last = tuple(a + int(n) for a, n in zip(first, size, strict=True))
         if any(a < 0 or a >= b or b > n for a, b, n in zip(first, last, full, strict=True)):
             raise ValueError(f"box {first} to {last} does not lie inside {tuple(full)}")
         return self._renewed(i, partial(self._box, i, payload, lead, full, first, last))
@@ -377,7 +375,7 @@ class Corpus:
         path = self.path / "splits" / f"{name}.json"
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
-            raise InputError(f"{self.path}: there is no split {name!r}; there are: {known}")
+            raise InputError(f"{self}: there is no split {name!r}; there are: {known}")
         try:
             data: dict[str, Any] = json.loads(path.read_bytes())
             stated = data.get("hash")
@@ -519,13 +517,17 @@ def books(info: Mapping[str, Any]) -> bytes:
 
 
 def _info_sum(info: Mapping[str, Any]) -> str:
-    content = {name: value for name, value in info.items() if name != "sha256"}
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+    return _sum_without(info, "sha256")
 
 
-def split_hash(data: dict[str, Any]) -> str:
+def split_hash(data: Mapping[str, Any]) -> str:
     """Sha256 over a split without its hash, in canonical JSON."""
-    content = {name: value for name, value in data.items() if name != "hash"}
+    return _sum_without(data, "hash")
+
+
+def _sum_without(data: Mapping[str, Any], own: str) -> str:
+    """Sha256 over a table, in canonical JSON, but for the key that the sum itself is under."""
+    content = {name: value for name, value in data.items() if name != own}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 

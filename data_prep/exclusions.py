@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, Corpus
-from data_prep.errors import InputError
+from data_prep.errors import InputError, attempt, named
 from data_prep.fingerprint import as_text
 from data_prep.scan import Scanned
 from data_prep.sketch import PREFIX, Sketch, SketchIndex
@@ -93,14 +93,10 @@ def read_exclusions(paths: Sequence[Path]) -> Exclusions:
     sources: list[tuple[Path, str]] = []
     problems: list[str] = []
     for path in paths:
-        try:
-            more, looks, whence = _read(path)
-        except InputError as error:
-            problems += [f"exclude={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
-            continue
-        names |= more
-        sketches += looks
-        sources += whence
+        if found := attempt(problems, named, "exclude", path, _read):
+            names |= found[0]
+            sketches += found[1]
+            sources += found[2]
     if problems:
         raise InputError(problems)
     return Exclusions(names, sketches, sources)

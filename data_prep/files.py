@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -78,7 +79,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a folder to fill, which becomes `path` when the block ends without an error.
 
     Raises:
-        InputError: there is something at `path` already.
+        InputError: there is something at `path` already, or came there meanwhile.
     """
     check_free(path)
     make_folder(path.parent, "OUT")
@@ -87,12 +88,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield folder
         for part in (folder, *folder.rglob("*")):
             part.chmod(0o755 if part.is_dir() else 0o644)
-        if path.exists():
-            path.rmdir()
-        folder.rename(path)
+        try:
+            folder.rename(path)  # an empty folder gives way
+        except OSError:
+            check_free(path)
+            raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -106,22 +115,25 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     write_bytes(path, text.encode(), mode)
 
 
-def write_once(path: Path, data: bytes, mode: int = 0o600) -> bytes:
-    """Writes a file unless it is there; gives what is there, the same to all who try at once."""
+def write_once(path: Path, data: bytes) -> bytes:
+    """Writes a file that only its owner can read, unless it is there.
+
+    Gives what is there, the same to all who try at once.
+    """
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode)
+            os.fchmod(file.fileno(), 0o600)
             with contextlib.suppress(FileExistsError):
                 os.link(file.name, path)
     return path.read_bytes()
 
 
-def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -7,7 +7,6 @@ a class from the largest label to the smallest, so that each fold gets its share
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -23,7 +22,7 @@ from data_prep.files import read_csv, write_bytes
 from data_prep.layouts.case import read_description
 from data_prep.naming import KEYMAP_FILE, private_folder
 from data_prep.settings import SplitSettings
-from data_prep.splits import split_from, write_split
+from data_prep.splits import drawn_order, split_from, write_split
 
 FOLDS_FILE = "splits_final.json"
 """What nnU-Net calls its folds: a list of {train: [case, ...], val: [case, ...]}."""
@@ -68,7 +67,7 @@ def make_folds(
             f"folds={folds}: there are {len(volumes)} subjects to fold; ask for at most that many"
         )
     places = {s: n for s, n in (keep or {}).items() if s in volumes and n < folds}
-    rank = {s: _hash(seed, s) for s in volumes}
+    rank = {s: drawn_order(seed, s) for s in volumes}
     open_subjects = [s for s in volumes if s not in places]
     while open_subjects:
         rest = Counter(value for s in open_subjects for value in volumes[s])
@@ -79,7 +78,7 @@ def make_folds(
             filled = Counter(places.values())
             places[subject] = min(
                 range(folds),
-                key=lambda n: (having[n], filled[n], _hash(seed, f"{subject}\0{n}")),
+                key=lambda n: (having[n], filled[n], drawn_order(seed, f"{subject}\0{n}")),
             )
         open_subjects = [s for s in open_subjects if s not in places]
     numbers = [None if key in test else places[s] for key, s in zip(keys, subjects, strict=True)]
@@ -267,7 +266,3 @@ def _key_of(corpus: Corpus) -> dict[str, str]:
 
 def _total(volumes: Volumes) -> float:
     return sum(volumes.values())
-
-
-def _hash(seed: int, text: str) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=16).digest()

@@ -15,6 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from data_prep.corpus import (
     shard_name,
 )
 from data_prep.errors import CorruptionError, FailedError, InputError, config_text, plain_message
-from data_prep.files import atomic, read_csv, read_note, write_bytes, write_csv
+from data_prep.files import (
+    atomic,
+    file_digest,
+    read_csv,
+    read_note,
+    write_bytes,
+    write_csv,
+    write_once,
+)
 from data_prep.naming import (
     DUPLICATES,
     DUPLICATES_OF_BEFORE,
@@ -43,11 +52,15 @@ from data_prep.naming import (
     REFUSED_FILE,
     REFUSED_FILES,
     REQUEST_FILE,
+    SALT_FILE,
+    SALTED_PATIENT,
     WITHDRAWN_FILE,
     keyed_hash,
+    new_salt,
     private_folder,
     read_salt,
     read_withdrawn,
+    salted_patient,
     slug,
 )
 from data_prep.pictures import pictured
@@ -126,6 +139,10 @@ def append(
         corpus = Corpus.open(output)  # one that was moved away by a start that was killed is back
         settings = _as_it_was_made(settings, corpus, said)
         _refuse_other_options(settings, corpus)
+        if settings.salt is None:  # a corpus without a secret may get scans that need one
+            private = private_folder(output)
+            private.mkdir(mode=0o700, exist_ok=True)
+            write_once(private / SALT_FILE, new_salt())
         words = _beside(settings, corpus, beside)
         index = _prepared_before(words, corpus)
     index = index or _prepared(words, corpus, say)
@@ -223,14 +240,13 @@ def _discard(beside: Path) -> None:
 
 def _beside(settings: PrepSettings, corpus: Corpus, beside: Path) -> PrepSettings:
     """The prep of an addition: with the corpus's salt."""
-    salt = private_folder(settings.output) / "salt"
     return settings.model_copy(
         update={
             "append": False,
             "output": beside,
             "name": corpus.info["name"],
             "labels": corpus.labelled,
-            "salt": settings.salt or (salt if salt.is_file() else None),
+            "salt": settings.salt or private_folder(settings.output) / SALT_FILE,
         }
     )
 
@@ -316,12 +332,11 @@ def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]
                 continue
             rewritten += 1
             places |= _rewritten(part.root / info["name"], info["sha256"], root / name, keys)
-            data = (root / name).read_bytes()
             shards.append(
                 {
                     "name": name,
-                    "bytes": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "bytes": (root / name).stat().st_size,
+                    "sha256": file_digest(root / name),
                     "samples": len(keys),
                 }
             )
@@ -356,25 +371,28 @@ def _link(old: Path, new: Path) -> None:
 
 
 def _rewritten(old: Path, sha256: str, new: Path, keys: set[str]) -> dict[str, dict[str, int]]:
-    """Writes a shard with some of its samples; gives where their members lie now."""
-    with old.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise CorruptionError(f"{old}: its sha256 is not the one in corpus.json; copy it again")
+    """Writes a shard with some of its samples; gives where their members lie now.
+
+    One sample after the other, as their members lie there: a shard may be larger than the memory.
+    """
+    if file_digest(old) != sha256:
+        raise CorruptionError(f"{old}: its sha256 is not the one in corpus.json; copy it again")
     places = {}
     with tarfile.open(old) as tar, atomic(new) as file:
         writer = ShardWriter(file)
-        members: dict[str, dict[str, bytes]] = {}
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
+        for key, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
             if key in keys:
-                stored = tar.extractfile(member)
-                assert stored is not None
-                members.setdefault(key, {})[suffix] = stored.read()
-        for key, payloads in members.items():
-            found = writer.add(key, payloads)
-            places[key] = {suffix: member.offset for suffix, member in found.items()}
+                found = writer.add(key, dict(_stored(tar, member) for member in members))
+                places[key] = {suffix: member.offset for suffix, member in found.items()}
         writer.close()
     return places
+
+
+def _stored(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, bytes]:
+    """A member of a sample: its suffix, and what it holds."""
+    file = tar.extractfile(member)
+    assert file is not None
+    return member.name.partition(".")[2], file.read()
 
 
 def _moved(table: pa.Table, shards: list[int], places: dict[str, dict[str, int]]) -> pa.Table:
@@ -485,8 +503,9 @@ def _refuse_other_options(settings: PrepSettings, corpus: Corpus) -> None:
         for name, value in theirs.items()
         if mine[name] != value
     ]
-    salt = private_folder(settings.output) / "salt"
-    if settings.keys == "hmac" and settings.salt is None and not salt.is_file():
+    salt = private_folder(settings.output) / SALT_FILE
+    salted = settings.keys == "hmac" or any(map(SALTED_PATIENT.fullmatch, corpus.subjects))
+    if salted and settings.salt is None and not salt.is_file():
         problems.append(
             f"salt: missing; {settings.output} was made with one that is not in {salt.parent}. "
             "With another, subjects would get other names"
@@ -568,9 +587,10 @@ def _forget(private: Path, left: set[str], names: set[str]) -> int:
 
 def _all_names(corpus: Corpus, private: Path, names: Sequence[str]) -> set[str]:
     """Names, and what the corpus calls them if they are those of subjects."""
+    salt = read_salt(private / SALT_FILE) if (private / SALT_FILE).is_file() else None
     if corpus.info["options"]["keys"] == "names":
-        return {*names, *map(slug, names)}
-    salt = read_salt(private / "salt") if (private / "salt").is_file() else None
+        patients = {salted_patient(salt, name) for name in names if salt}
+        return {*names, *map(slug, names)} | patients
     return {*names, *(keyed_hash(salt, "subject", name) for name in names if salt)}
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -153,18 +154,26 @@ def _dicom(source: SeriesFiles) -> Image:
 # NIfTI.
 
 
-def _nifti(path: Path) -> Image:
+@contextmanager
+def _whole_stream() -> Iterator[None]:
+    """Says what is wrong with a compressed stream that is read within."""
     try:
-        size = path.stat().st_size
-        image = nib.load(path)
-    except ImageFileError as error:
-        if path.name.lower().endswith(".gz"):
-            _check_stream(path)
-        raise Reject("not_an_image", "the file is not NIfTI") from error
+        yield
     except EOFError as error:
         raise Reject("truncated", "the compressed stream ends too early") from error
     except (zlib.error, gzip.BadGzipFile) as error:
         raise Reject("unreadable", f"the compression is damaged ({error})") from error
+
+
+def _nifti(path: Path) -> Image:
+    try:
+        with _whole_stream():
+            size = path.stat().st_size
+            image = nib.load(path)
+    except ImageFileError as error:
+        if path.name.lower().endswith(".gz"):
+            _check_stream(path)
+        raise Reject("not_an_image", "the file is not NIfTI") from error
     except (OSError, ValueError, HeaderDataError) as error:
         raise Reject("unreadable", _plain(error, path)) from error
     if not isinstance(image, nib.Nifti1Pair):
@@ -246,28 +255,20 @@ def _check_stream(path: Path) -> None:
             raise Reject(
                 "not_an_image", "it is not compressed, as its name says; plain NIfTI is named .nii"
             )
-    try:
-        with gzip.open(path) as stream:
-            stream.read(HEADER_BYTES)
-    except EOFError as error:
-        raise Reject("truncated", "the compressed stream ends too early") from error
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise Reject("unreadable", f"the compression is damaged ({error})") from error
+    with _whole_stream(), gzip.open(path) as stream:
+        stream.read(HEADER_BYTES)
 
 
 def _nifti_values(image: Any, path: Path) -> tuple[np.ndarray, float, float]:
     try:
-        if path.name.lower().endswith(".gz") and isinstance(image, nib.Nifti1Image):
-            stored = image.dataobj
-            size = math.prod(stored.shape) * stored.dtype.itemsize
-            data = unpacked(path, stored.offset + size, more=_MORE_BYTES)[stored.offset :]
-            raw = data.view(stored.dtype).reshape(stored.shape, order="F")
-        else:
-            raw = np.asanyarray(image.dataobj.get_unscaled())
-    except EOFError as error:
-        raise Reject("truncated", "the compressed stream ends too early") from error
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise Reject("unreadable", f"the compression is damaged ({error})") from error
+        with _whole_stream():
+            if path.name.lower().endswith(".gz") and isinstance(image, nib.Nifti1Image):
+                stored = image.dataobj
+                size = math.prod(stored.shape) * stored.dtype.itemsize
+                data = unpacked(path, stored.offset + size, more=_MORE_BYTES)[stored.offset :]
+                raw = data.view(stored.dtype).reshape(stored.shape, order="F")
+            else:
+                raw = np.asanyarray(image.dataobj.get_unscaled())
     except (OSError, ValueError) as error:
         # nibabel says "Expected N bytes, got M bytes" and "mmap length is greater than file size".
         code = "truncated" if "xpected" in str(error) or "mmap" in str(error) else "unreadable"

@@ -18,6 +18,7 @@ from data_prep.settings import PrepSettings
 
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,64}")
 MINIMUM_SALT = 16
+SALT_FILE = "salt"
 KEYMAP_FILE = "keymap.csv"
 QUARANTINE_FILE = "quarantine.csv"
 QUARANTINE_HEADER = ("input", "code", "detail", "subject")
@@ -33,13 +34,15 @@ DUPLICATES = "duplicates"
 DUPLICATES_OF_BEFORE = "duplicates.png"
 """Was one picture of all, from which no subject can be taken away."""
 PRIVATE_FILES = (
-    "salt",
+    SALT_FILE,
     KEYMAP_FILE,
     QUARANTINE_FILE,
     REFUSED_FILE,
     REQUEST_FILE,
     DUPLICATES_OF_BEFORE,
 )
+SALTED_PATIENT = re.compile(r"patient-[0-9a-f]{32}")
+"""Of `salted_patient`."""
 KEYMAP_COLUMNS = ["key", "subject", "input", "input_subject", "case"]
 
 
@@ -98,11 +101,25 @@ def keyed_hash(salt: bytes, purpose: str, text: str) -> str:
     return hmac.new(salt, os.fsencode(f"{purpose}\0{text}"), hashlib.sha256).hexdigest()[:32]
 
 
-def subject_name(settings: PrepSettings, salt: bytes, subject: str) -> str:
-    """What a corpus calls a subject of the input, the same in all inputs."""
-    if settings.keys == "names":
-        return slug(subject)
-    return keyed_hash(salt, "subject", subject)
+def subject_name(
+    settings: PrepSettings, salt: bytes, subject: str, patients: Collection[str]
+) -> str:
+    """What a corpus calls a subject of the input, the same in all inputs.
+
+    Args:
+        settings: of the prep.
+        salt: its secret.
+        subject: what the layout calls it.
+        patients: of the layout, whose names are secret in any case.
+    """
+    if settings.keys == "hmac":
+        return keyed_hash(salt, "subject", subject)
+    return salted_patient(salt, subject) if subject in patients else slug(subject)
+
+
+def salted_patient(salt: bytes, digest: str) -> str:
+    """What a corpus with names of the input calls a patient of DICOM."""
+    return f"patient-{keyed_hash(salt, 'subject', digest)}"
 
 
 def read_salt(path: Path | None) -> bytes | None:
@@ -121,28 +138,36 @@ def read_salt(path: Path | None) -> bytes | None:
     return salt
 
 
-def choose_salt(settings: PrepSettings, private: Path, begun: Path) -> bytes:
-    """The given salt, the one of an earlier prep of this corpus, or a new one.
+def new_salt() -> bytes:
+    """A secret that nobody has had before."""
+    return secrets.token_hex(32).encode()
+
+
+def choose_salt(
+    settings: PrepSettings, private: Path, begun: Path, patients: Collection[str]
+) -> bytes:
+    """The given salt, the one of an earlier prep of this corpus, or a new one; none if not needed.
 
     Args:
         settings: Of the prep.
         private: Its private folder.
         begun: Where the salt is kept until the corpus is there, so that all starts and all tasks
             have the same.
+        patients: Of the layout; where names are kept, theirs alone need a salt.
 
     Raises:
         InputError: another salt came into the private folder since this prep has begun.
     """
-    if settings.keys == "names":
+    if settings.keys == "names" and not patients:
         return b""
     given = read_salt(settings.salt)
     if given is not None:
         return given
-    kept = read_salt(private / "salt") if (private / "salt").is_file() else None
-    salt = write_once(begun, kept or secrets.token_hex(32).encode())
+    kept = read_salt(private / SALT_FILE) if (private / SALT_FILE).is_file() else None
+    salt = write_once(begun, kept or new_salt())
     if kept is not None and salt != kept:
         raise InputError(
-            f"{private / 'salt'}: is not the salt that this prep began with; remove "
+            f"{private / SALT_FILE}: is not the salt that this prep began with; remove "
             f"{begun.parent} and start again"
         )
     return salt

@@ -19,6 +19,7 @@ from scipy import ndimage, sparse
 from data_prep.errors import InputError
 from data_prep.images import MAX_VOXELS, Reject
 from data_prep.intensity import encode, volume_statistics
+from data_prep.settings import Millimetres
 from data_prep.volume import Statistics, Volume
 
 VERSION = 1
@@ -34,11 +35,6 @@ _PIECE = 2**18
 
 _REACH, _KAISER = 5, 7.0
 """Of the window over the sinc that an axis shrinks by: new voxels to each side, and its beta."""
-
-FINEST, COARSEST = 0.05, 100.0
-"""Millimetres that a voxel may have."""
-
-Millimetres = Annotated[float, Field(ge=FINEST, le=COARSEST)]
 
 
 class _Operation(BaseModel):

@@ -23,6 +23,7 @@ from data_prep.naming import (
     QUARANTINE_HEADER,
     REFUSED_FILES,
     REQUEST_FILE,
+    SALT_FILE,
     private_folder,
     subject_name,
 )
@@ -95,20 +96,11 @@ def complete(
         "generations": [{"number": 1, "added": len(kept), "removed": 0}],
     }
     write_bytes(root / CORPUS_FILE, books(info))
-    result = PrepResult(
-        output=settings.output,
-        private=private_folder(settings.output),
-        kind=str(info["kind"]),
-        layout=layout.description,
-        samples=len(kept),
-        subjects=len({meta["subject"] for meta in metas}),
-        shards=len(written),
-        bytes=sum(shard.bytes for shard in written),
-        files=files,
-        rejected=rejected,
-        modalities=_count(m["channels"][0]["modality"] for m in metas),
+    result = PrepResult.of(
+        info,
+        settings.output,
+        private_folder(settings.output),
         splits=list(splits),
-        index_hash=index_hash,
         notes=[
             *_book_notes(layout, left_out, files["total"]),
             *_head_notes(metas),
@@ -271,6 +263,7 @@ def _count(values: Iterable[str]) -> dict[str, int]:
 
 def publish(
     settings: PrepSettings,
+    layout: Layout,
     work: WorkFolder,
     jobs: Sequence[ScanJob],
     kept: Sequence[Scanned],
@@ -290,8 +283,8 @@ def publish(
     for name in PRIVATE_FILES:
         for rest in private.glob(f".{name}.*"):
             rest.unlink()  # of a start that was killed while it wrote
-    if settings.keys == "hmac" and settings.salt is None:
-        write_bytes(private / "salt", salt + b"\n", mode=0o600)
+    if salt and settings.salt is None:
+        write_bytes(private / SALT_FILE, salt + b"\n", mode=0o600)
     keymap = [
         [job.key, job.subject, job.case.name, job.case.subject, case_id(job.case)]
         for job in (jobs[sample.number] for sample in kept)
@@ -299,7 +292,7 @@ def publish(
     write_csv(private / KEYMAP_FILE, KEYMAP_COLUMNS, keymap)
     stored = {sample.number for sample in kept}
     others = [job for job in jobs if job.number not in stored]
-    subjects = _subjects_left_out(settings, others, left_out, salt)
+    subjects = _subjects_left_out(settings, layout, others, left_out, salt)
     rows = sorted([row.name, row.code, row.detail, subjects.get(row.name, "")] for row in left_out)
     write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
     for file in private.glob(REFUSED_FILES):
@@ -311,14 +304,21 @@ def publish(
 
 
 def _subjects_left_out(
-    settings: PrepSettings, jobs: Sequence[ScanJob], left_out: Sequence[LeftOut], salt: bytes
+    settings: PrepSettings,
+    layout: Layout,
+    jobs: Sequence[ScanJob],
+    left_out: Sequence[LeftOut],
+    salt: bytes,
 ) -> dict[str, str]:
     """The subject of each file that was left out, as the corpus would call it, where it is known.
 
     So that a subject that is withdrawn goes from the quarantine too.
     """
     found = {row.name: row.subject or subject_from_name(row.name) for row in left_out}
-    found = {n: subject_name(settings, salt, s) if s else "" for n, s in found.items()}
+    found = {
+        name: subject_name(settings, salt, subject, layout.patients) if subject else ""
+        for name, subject in found.items()
+    }
     for job in jobs:
         names = [job.case.name, *(_beside(job.case, path) for path in job.case.files[1:])]
         found |= {name: job.subject for name in names if name in found}
@@ -341,7 +341,6 @@ def take_place(corpus: Path, output: Path) -> None:
 
 def report(
     result: PrepResult,
-    layout: Layout,
     kept: Sequence[Scanned],
     left_out: Sequence[LeftOut],
     say: Say,

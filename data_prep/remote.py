@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import mmap
 import os
 import re
@@ -36,6 +35,7 @@ from data_prep.download import (
     retried,
 )
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from data_prep.references import parse
 
 if TYPE_CHECKING:
@@ -351,8 +351,7 @@ class Shelf:
             except TooLargeError as error:
                 problems = error.problems
                 continue
-            with arrived.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_digest(arrived)
             if found == sha256 and arrived.stat().st_size == size:
                 arrived.replace(path)
                 remote.counted(size)

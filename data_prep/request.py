@@ -61,19 +61,17 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
     if settings.name is None and not output.name:
         problems.append(f"output={settings.output}: is not a directory one can create")
     noted = not problems  # with a place for it
-    layout = None
-    try:
-        layout = find_cases(
-            settings.input,
-            settings.channels,
-            settings.subject_pattern,
-            settings.volumes,
-            settings.layout,
-        )
-        if not layout.cases:
-            problems.append(nothing_left(settings, layout, layout.left_out))
-    except InputError as error:
-        problems += error.problems
+    layout = attempt(
+        problems,
+        find_cases,
+        settings.input,
+        settings.channels,
+        settings.subject_pattern,
+        settings.volumes,
+        settings.layout,
+    )
+    if layout is not None and not layout.cases:
+        problems.append(nothing_left(settings, layout, layout.left_out))
     for check in (
         lambda: read_exclusions(settings.excluded),
         lambda: read_salt(settings.salt),
@@ -94,7 +92,7 @@ def check_request(settings: PrepSettings) -> tuple[Layout, bool, str]:
             problems.append(f"{settings.resamples}: {NEVER_RESAMPLED}")
         problems += _split_problems(layout, labelled)
         if labelled:
-            problems += _class_problems(settings, layout)
+            attempt(problems, class_table, settings, layout)
     request = None if problems or layout is None else attempt(problems, _request, settings, layout)
     if layout is None or request is None:
         raise InputError(_told(settings, list(dict.fromkeys(problems)), noted))
@@ -129,47 +127,39 @@ def _split_problems(layout: Layout, labelled: bool) -> list[str]:
     """Subjects that a given split tears, and names in it that no case has."""
     names = [case_id(case) for case in layout.cases]
     subjects = [case.subject or case.name for case in layout.cases]
-    problems = []
-    try:
-        if any(case.split for case in layout.cases):
-            split_from("official", names, subjects, [case.split for case in layout.cases])
-    except InputError as error:
-        problems += error.problems
-    try:
-        if labelled and layout.folds is not None:
-            splits_of_folds(layout.folds, dict(zip(names, names, strict=True)), names, subjects)
-        if labelled and any(case.fold is not None for case in layout.cases):
-            splits_of_numbers([case.fold for case in layout.cases], names, subjects)
-    except InputError as error:
-        problems += error.problems
+    problems: list[str] = []
+    parts, numbers = [c.split for c in layout.cases], [c.fold for c in layout.cases]
+    if any(parts):
+        attempt(problems, split_from, "official", names, subjects, parts)
+    if labelled and layout.folds is not None:
+        key_of = dict(zip(names, names, strict=True))
+        attempt(problems, splits_of_folds, layout.folds, key_of, names, subjects)
+    if labelled and any(number is not None for number in numbers):
+        attempt(problems, splits_of_numbers, numbers, names, subjects)
     return problems
 
 
-def _class_problems(settings: PrepSettings, layout: Layout) -> list[str]:
-    try:
-        class_table(settings, layout)
-    except InputError as error:
-        return error.problems
-    return []
-
-
 def _request(settings: PrepSettings, layout: Layout) -> str:
-    """Digest of options and input files (name, size, time): is a finished corpus this one?"""
+    """Digest of options and input: is a finished corpus, or a half-done one, this one?
+
+    Of the input all that a sample is made of: files (what each is taken for, name, size, time), and
+    what the layout says of cases and of label values.
+    """
     how = {"overwrite", "processes", "output", "step", "part"}
     options = settings.model_dump(mode="json", exclude=how)
-    files = []
+    files: list[Any] = []
     for case in layout.cases:
-        for path in case.files:
+        for role, name, path in case.roles:
             try:
                 state = path.stat()
             except (OSError, ValueError) as error:  # what is not there, scanning finds and says
                 if system := of_the_system(error):
                     raise cannot_be_read(system, settings.input) from error
             else:
-                files.append([str(path), state.st_size, state.st_mtime_ns])
-        told = [case.subject, case.sequence, case.source, case.licence, case.split, case.fold]
-        files.append([*told, [list(pair) for pair in case.group]])
-    files.append([layout.folds])
+                files.append([role, name, str(path), state.st_size, state.st_mtime_ns])
+        told = [case.id, case.subject, case.modality, case.sequence, case.frame, case.source]
+        files.append([*told, case.licence, case.split, case.fold, case.group])
+    files.append([layout.classes, layout.regions, layout.folds])
     if any(case.series for case in layout.cases):
         files.append([f"DICOM {REVISION}"])
     classes = _class_file(settings.classes) if isinstance(settings.classes, Path) else None
@@ -201,7 +191,8 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
         known, corpus = {}, None
     if corpus is None or known != {"request": request, "index": corpus.index_hash}:
         raise InputError(
-            f"output={output}: holds another corpus; choose another place, or replace it with "
+            f"output={output}: holds another corpus, or one that other words, another state of "
+            "the input or other versions have made; choose another place, or replace it with "
             "overwrite=true"
         )
     back = read_withdrawn(private).intersection(corpus.keys)
@@ -210,23 +201,7 @@ def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:
             f"output={output}: has {len(back)} samples that were withdrawn; withdraw them again "
             "with remove=, or replace it with overwrite=true: they stay out"
         )
-    counts = corpus.info["counts"]
-    return PrepResult(
-        output=output,
-        private=private,
-        kind=corpus.info["kind"],
-        layout=corpus.info["layout"],
-        samples=len(corpus),
-        subjects=counts["subjects"],
-        shards=len(corpus.info["shards"]),
-        bytes=sum(shard["bytes"] for shard in corpus.info["shards"]),
-        files=counts["files"],
-        rejected=counts["rejected"],
-        modalities=counts["modality"],
-        splits=corpus.splits,
-        index_hash=corpus.index_hash,
-        already_there=True,
-    )
+    return PrepResult.of(corpus.info, output, private, splits=corpus.splits, already_there=True)
 
 
 def named_classes(settings: PrepSettings) -> dict[int, str] | None:

@@ -20,7 +20,7 @@ CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.
 
 
 def scan_files(source: Path) -> list[Path]:
-    """The NIfTI files below a folder, relative to it, in order."""
+    """The image files below a folder, relative to it, in order; DICOM series are none."""
     found = (path for path in source.rglob("*") if path.is_file() and is_image(path))
     return sorted(path.relative_to(source) for path in found)
 

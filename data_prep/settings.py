@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +34,10 @@ SHAPING = {
     "duplicates",
 }  # fmt: skip
 
-Millimetres = Annotated[float, Field(ge=0.05, le=100)]
+FINEST, COARSEST = 0.05, 100.0
+"""Millimetres that a voxel may have."""
+
+Millimetres = Annotated[float, Field(ge=FINEST, le=COARSEST)]
 
 
 MUST_EXIST = "must exist"
@@ -83,8 +87,10 @@ class PrepSettings(BaseModel):
         classes: Names of the label values, as a mapping, a YAML/JSON file with one, or the name or
             file of a task in conf/task; a label with another value is refused.
         labels: Whether the corpus is labelled; by default it is when the input has labels.
-        keys: `hmac` replaces file and subject names; `names` keeps them, for public data.
-        salt: File with the secret for `hmac`; by default one is made in `<output>.private/`.
+        keys: `hmac` replaces file and subject names; `names` keeps them, for public data, but of
+            DICOM no number of a patient.
+        salt: File with the secret for `hmac`, and for patients of DICOM; by default one is made in
+            `<output>.private/`.
         processes: Worker processes; 0 means one per available core. Never changes the bytes.
         shard_mib: Size at which a shard is closed.
         overwrite: Replace a finished corpus at `output`.
@@ -316,6 +322,37 @@ class PrepResult:
     index_hash: str = ""
     notes: list[str] = field(default_factory=list)
     already_there: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        info: Mapping[str, Any],
+        output: Path,
+        private: Path,
+        *,
+        splits: list[str],
+        notes: Sequence[str] = (),
+        already_there: bool = False,
+    ) -> PrepResult:
+        """What a corpus.json tells of the prep that made it."""
+        counts, shards = info["counts"], info["shards"]
+        return cls(
+            output=output,
+            private=private,
+            kind=info["kind"],
+            layout=info["layout"],
+            samples=counts["samples"],
+            subjects=counts["subjects"],
+            shards=len(shards),
+            bytes=sum(shard["bytes"] for shard in shards),
+            files=counts["files"],
+            rejected=counts["rejected"],
+            modalities=counts["modality"],
+            splits=splits,
+            index_hash=info["index"]["sha256"],
+            notes=list(notes),
+            already_there=already_there,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

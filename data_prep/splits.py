@@ -26,9 +26,8 @@ def make_split(
     subjects: Sequence[str],
     seed: int = 0,
     fractions: Mapping[str, float] | None = None,
-    name: str = "default",
 ) -> dict[str, Any]:
-    """Split samples so that no subject is in two parts.
+    """The split `default`: splits samples so that no subject is in two parts.
 
     Subjects are ranked by a hash of (seed, subject), so the split depends on neither order nor
     count of samples per subject. A part with a fraction above zero gets at least one subject as
@@ -39,12 +38,11 @@ def make_split(
         subjects: One per sample.
         seed: Another seed is another draw.
         fractions: Shares of the subjects; 70 % train, 10 % validation, 20 % test by default.
-        name: Name of the split.
     """
     shares = dict(fractions or DEFAULT_FRACTIONS)
     if set(shares) - set(PARTS) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
         raise InputError(f"fractions of a split are shares of {PARTS} that sum to 1, got {shares}")
-    ranked = sorted(set(subjects), key=lambda subject: _rank(seed, subject))
+    ranked = sorted(set(subjects), key=lambda subject: drawn_order(seed, subject))
     count = len(ranked)
     sizes = {}
     left = count
@@ -60,7 +58,7 @@ def make_split(
         for subject in ranked[position : position + sizes[part]]:
             part_of[subject] = part
         position += sizes[part]
-    return split_from(name, keys, subjects, [part_of[subject] for subject in subjects], seed)
+    return split_from("default", keys, subjects, [part_of[subject] for subject in subjects], seed)
 
 
 def split_from(
@@ -102,5 +100,6 @@ def write_split(data: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def _rank(seed: int, subject: str) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{subject}".encode(), digest_size=16).digest()
+def drawn_order(seed: int, text: str) -> bytes:
+    """Sorts texts in an order that the seed alone draws, whatever else is sorted."""
+    return hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=16).digest()

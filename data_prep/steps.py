@@ -24,6 +24,7 @@ from typing import Any
 from data_prep.errors import FailedError, InputError
 from data_prep.exclusions import Exclusions, read_exclusions
 from data_prep.layouts.case import Layout, LeftOut
+from data_prep.machine import cores
 from data_prep.naming import DUPLICATES
 from data_prep.pictures import copies_of, draw_copies
 from data_prep.plan import Plan, make_plan, read_plan, write_plan
@@ -193,8 +194,18 @@ def publish_corpus(prep: Prep, say: Say) -> PrepResult:
     result.private.mkdir(mode=0o700, exist_ok=True)
     copies = copies_of(prep.exclusions, prep.jobs, plan, work)
     draw_copies(copies, work, result.private / DUPLICATES)
-    publish(prep.settings, work, prep.jobs, kept, left_out, prep.salt, prep.request, result)
-    report(result, prep.layout, kept, left_out, say, named=prep.settings.keys == "names")
+    publish(
+        prep.settings,
+        prep.layout,
+        work,
+        prep.jobs,
+        kept,
+        left_out,
+        prep.salt,
+        prep.request,
+        result,
+    )
+    report(result, kept, left_out, say, named=prep.settings.keys == "names")
     return result
 
 
@@ -267,8 +278,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 
 def _processes(settings: PrepSettings, cases: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = settings.processes or cores or 1
+    wanted = settings.processes or cores()
     if settings.processes == 0:
         wanted = min(wanted, cases // CASES_PER_PROCESS)
     return max(1, min(wanted, cases))

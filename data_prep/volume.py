@@ -66,9 +66,8 @@ class NativeGrid:
         linear = self.from_stored[:3, :3]
         permutation = [int(np.argmax(np.abs(linear[:, k]))) for k in range(3)]
         signs = [linear[permutation[k], k] for k in range(3)]
-        if sorted(permutation) != [0, 1, 2] or any(abs(s) != 1 for s in signs):
-            raise ValueError("the stored grid is a resampled one; it has no exact native array")
-        if np.count_nonzero(linear) != 3:
+        permutes = sorted(permutation) == [0, 1, 2] and np.count_nonzero(linear) == 3
+        if not permutes or any(abs(s) != 1 for s in signs):
             raise ValueError("the stored grid is a resampled one; it has no exact native array")
         expected = self.cropped or tuple(self.shape[axis] for axis in permutation)
         if array.shape != expected:
@@ -200,12 +199,12 @@ def canonical_array(native: np.ndarray, matrix: FloatArray) -> np.ndarray:
     return moved[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
 
 
-def read_nifti(path: str | Path, modality: str | None = None, name: str | None = None) -> Volume:
+def read_nifti(path: str | Path, modality: str | None = None) -> Volume:
     """Read one 3D image file of any orientation onto canonical axes, without interpolation.
 
     As `read_channels` with one channel.
     """
-    return read_channels([Path(path)], modality, [name] if name else [])
+    return read_channels([Path(path)], modality)
 
 
 def read_channels(
@@ -425,8 +424,8 @@ def guess_modality(array: np.ndarray, slope: float, intercept: float) -> str:
 
     A few voxels of signed MRI may be as low, so a share of them counts.
     """
-    low = float(array.min()) * slope + intercept, float(array.max()) * slope + intercept
-    if min(low) > CT_MINIMUM_HU:
+    ends = float(array.min()) * slope + intercept, float(array.max()) * slope + intercept
+    if min(ends) > CT_MINIMUM_HU:
         return "MR"
     code = (CT_MINIMUM_HU - intercept) / slope
     air = np.count_nonzero(array <= code if slope > 0 else array >= code)

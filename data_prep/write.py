@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_prep.files import atomic, write_bytes
+from data_prep.files import atomic, file_digest, write_bytes
 from data_prep.scan import Scanned, read_case
 from data_prep.shards import (
     PAYLOADS,
@@ -97,9 +97,7 @@ def write_shard(job: WriteJob) -> None:
                 }
             )
         writer.close()
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    written = Written(job.number, path.stat().st_size, sha256, places, hashes)
+    written = Written(job.number, path.stat().st_size, file_digest(path), places, hashes)
     write_bytes(job.work.shard_note(job.number), canonical_json(asdict(written)), mode=0o600)
     for number in job.cases:
         job.work.payloads(number).unlink(missing_ok=True)

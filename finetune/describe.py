@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.files import read_table
+from data_prep.files import file_digest, read_table
 from data_prep.licences import strictest_first
-from pretrain.manifest import DECODER, FACTS, Manifest, file_digest, read_manifest, stored_shapes
+from pretrain.manifest import DECODER, FACTS, Manifest, read_manifest, stored_shapes
 
 FULL = "heads, teacher and optimiser are there: pretrain init=... init_moments=true goes on"
 

@@ -18,19 +18,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.errors import InputError, near, plain_message
-from data_prep.files import make_folder
+from data_prep.files import file_digest, make_folder
 from data_prep.licences import UNSTATED
-from data_prep.preprocess import Millimetres, Preprocess, Rule
+from data_prep.preprocess import Preprocess, Rule
+from data_prep.settings import Millimetres
 from pretrain.backbones.axes import Axes
 from pretrain.cache import cache_folder
 from pretrain.fetch import resolve
 from pretrain.foreign import Foreign, open_foreign
-from pretrain.manifest import FORMAT, file_digest
+from pretrain.manifest import FORMAT
 from pretrain.registry import KNOWN
 from pretrain.release import Release, write_release
 from pretrain.run_folder import versions
-
-Side = Annotated[int, Field(ge=1, le=2048)]
+from pretrain.settings import Side
 
 
 class Told(BaseModel):

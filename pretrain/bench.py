@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from data_prep.errors import InputError
 from data_prep.files import make_folder, write_json
 from data_prep.progress import bar
 from pretrain.costs import resident
+from pretrain.device import chosen_device
 from pretrain.estimate import Estimate, bare_loop, estimate, raw_batch
-from pretrain.loop import compile_parts
+from pretrain.loop import compile_parts, use_threads
 from pretrain.run_folder import versions
 from pretrain.settings import BenchSettings, Variant
 from pretrain.train import build_objective, corpus_channels, corpus_for
@@ -54,7 +54,7 @@ def bench_step(settings: BenchSettings) -> dict[str, Any]:
     Raises:
         InputError: wrong settings, or a device that is not there.
     """
-    device = _device(settings)
+    device = chosen_device(settings.device, settings.trainer.accelerator)
     channels = _channels(settings)
     variants: tuple[Variant, ...] = settings.variants or (
         ("float32", "bf16", "float32-compiled", "bf16-compiled")
@@ -62,6 +62,7 @@ def bench_step(settings: BenchSettings) -> dict[str, Any]:
         else ("float32",)
     )
     load = os.getloadavg()[0]
+    use_threads(settings.trainer)
     told = estimate(settings, channels, "cuda" if device.type == "cuda" else "cpu")
     print(told.text())
     measured = []
@@ -254,9 +255,11 @@ GROUPS = {
 }  # fmt: skip
 
 
-def profiled(
-    step: Callable[[], None], device: torch.device, steps: int = 3
-) -> tuple[dict[str, float], float]:
+PROFILED = 3
+"""Steps that the profiler watches."""
+
+
+def profiled(step: Callable[[], None], device: torch.device) -> tuple[dict[str, float], float]:
     """What each kind of operation takes of a step's time.
 
     What the optimiser and the clipping call counts as "optimiser", whatever it is.
@@ -268,7 +271,7 @@ def profiled(
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as watched:
-        for _ in range(steps):
+        for _ in range(PROFILED):
             step()
         _synchronise(device)
     seconds = dict.fromkeys((*GROUPS, "optimiser", "other"), 0.0)
@@ -279,7 +282,7 @@ def profiled(
             seconds[group(event)] += spent
     total = sum(seconds.values())
     shares = {name: spent / total for name, spent in seconds.items() if total}
-    return dict(sorted(shares.items(), key=lambda item: -item[1])), total / 1e6 / steps
+    return dict(sorted(shares.items(), key=lambda item: -item[1])), total / 1e6 / PROFILED
 
 
 def group(event: Any) -> str:
@@ -303,16 +306,6 @@ def _table(shares: dict[str, float]) -> str:
 
 
 # The device.
-
-
-def _device(settings: BenchSettings) -> torch.device:
-    wanted = settings.device
-    if wanted == "auto":
-        on_cpu = settings.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-        wanted = "cpu" if on_cpu else "cuda"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: there is no CUDA device here; give device=cpu or auto")
-    return torch.device(wanted)
 
 
 def _synchronise(device: torch.device) -> float:

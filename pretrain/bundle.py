@@ -157,7 +157,7 @@ def transforms(release: Release, modality: str) -> list[dict[str, Any]]:
         _on("Orientationd", axcodes="SPL"),
     ]
     made.append(_on("Lambdad", func=_coded(modality)))
-    if rule.get("rule") == "zscore":  # its statistics are those of the scan before all else
+    if rule.get("rule") in ("zscore", "percentile"):  # of the scan before all else
         made += [
             _on("CopyItemsd", names="native"),
             {
@@ -232,14 +232,29 @@ def _factors(spacing: Sequence[float]) -> dict[str, Any]:
 
 
 def _intensity(rule: dict[str, Any]) -> dict[str, Any]:
-    if rule["rule"] == "window":
-        bottom, top = rule.get("onto") or (-1.0, 1.0)
+    """A rule; `native` has the scan's own percentiles as its ends.
+
+    Raises:
+        InputError: there is no transform for it.
+    """
+    bottom, top = rule.get("onto") or (-1.0, 1.0)
+    if rule.get("rule") == "window":
         ends = {"a_min": rule["low"], "a_max": rule["high"], "b_min": bottom, "b_max": top}
         return _on("ScaleIntensityRanged", **ends, clip=True)
     whole = "((1, 2, 3), keepdim=True)"
     low, high, mean = (f"d['native'].{name}{whole}" for name in ("amin", "amax", "mean"))
-    std = f"d['native'].std((1, 2, 3), unbiased=False, keepdim=True).clamp_min({EPSILON})"
-    values = f"(d['image'].clamp({low}, {high}) - {mean}) / {std}"
+    clipped = f"d['image'].clamp({low}, {high})"
+    if rule.get("rule") == "zscore":
+        std = f"d['native'].std((1, 2, 3), unbiased=False, keepdim=True).clamp_min({EPSILON})"
+        values = f"({clipped} - {mean}) / {std}"
+    elif rule.get("rule") == "percentile":
+        scale = f"({top - bottom} / ({high} - {low}).clamp_min({EPSILON}))"
+        values = f"({clipped} - {low}) * {scale} + {bottom}"
+    else:
+        raise InputError(
+            f"intensity rule {rule.get('rule')!r}: a MONAI bundle has no form for it; form=torch "
+            "and form=onnx leave the preparation of scans to their user"
+        )
     return {"_target_": "Lambda", "func": f"$lambda d: {{'image': {values}}}"}
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import write_json
+from data_prep.files import file_digest, write_json
 from data_prep.references import Reference, is_safe
-from pretrain.manifest import file_digest, read_manifest
+from pretrain.manifest import read_manifest
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,11 @@ from data_prep.files import append_line, read_lines
 EVENTS = "events.jsonl"
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or a picture, step-00000100.pt."""
+    return int(path.stem.removeprefix("step-"))
+
+
 @dataclass
 class Start:
     """One start of a run, up to what ended it.

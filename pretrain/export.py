@@ -18,9 +18,10 @@ from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
 from pretrain.foreign.nnssl_file import adaptation_plan
+from pretrain.manifest import FORMAT
 from pretrain.objective import Objective
 from pretrain.optim import named_moments
-from pretrain.release import FORMAT, Release, TrainingState, shapes_of, write_release
+from pretrain.release import Release, TrainingState, shapes_of, write_release
 from pretrain.run_folder import RunFolder, versions
 from pretrain.start import Origin, origin_of, recipe_hash, seen_volumes
 from pretrain.train import load_trained

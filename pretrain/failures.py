@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.files import write_json
+from pretrain.events import step_of
 from pretrain.loader import CropDataset
 from pretrain.run_folder import Checkpoints
 
@@ -142,7 +143,7 @@ def write_failure(
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         new.chmod(0o755)
-        start = [path for path in checkpoints.paths() if checkpoint_step(path) < fault.step]
+        start = [path for path in checkpoints.paths() if step_of(path) < fault.step]
         if start:
             # A link costs nothing and outlives the checkpoint, should the run go on.
             with contextlib.suppress(OSError):
@@ -206,8 +207,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.stem.removeprefix("step-"))

@@ -25,6 +25,7 @@ from data_prep.images import Reject
 from data_prep.layouts.case import stem
 from data_prep.progress import bar
 from data_prep.scans import by_case, read_scan, refuse_shared, scan_files
+from pretrain.device import chosen_device
 from pretrain.encoder import Corner, Encoder, Features, load_encoder
 from pretrain.settings import FeaturesSettings
 
@@ -121,12 +122,7 @@ def _opened(settings: FeaturesSettings) -> tuple[list[Path], Encoder]:
         )
     if not alone and output.resolve().is_relative_to(source.resolve()):
         problems.append(f"output={output}: lies in the input folder; choose another")
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        problems.append("device=cuda: this machine has no GPU; take device=auto or device=cpu")
-        device = "cpu"
+    device = attempt(problems, chosen_device, settings.device) or torch.device("cpu")
     encoder = attempt(
         problems, named, "ckpt", settings.ckpt, lambda p: load_encoder(p, device=device)
     )

@@ -26,10 +26,10 @@ from data_prep.download import (
     retried,
 )
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import make_folder
+from data_prep.files import file_digest, make_folder
 from data_prep.references import WEIGHTS, Reference, is_reference, is_safe, parse
 from pretrain.cache import Cache, Fetched, cache_folder
-from pretrain.manifest import MAX_TEXT, file_digest, listed_files, read_manifest, stored_shapes
+from pretrain.manifest import MAX_TEXT, listed_files, read_manifest, stored_shapes
 from pretrain.registry import KNOWN, reference_of
 
 SUMS = "SHA256SUMS"

@@ -97,6 +97,7 @@ class Loop:
         self.norm: Tensor | None = None
         self.faults = Faults(settings.micro_steps)
         self._micro = 0
+        self._restored: dict[str, Any] | None = None
         self._skips = dataset is not None and dataset.skip  # a loop without data is measured
         self._damaged: set[str] | None = None
         self._replaced = 0.0
@@ -274,7 +275,7 @@ class Loop:
             Preempted: a signal came; the state of the step that it names is saved.
         """
         objective.loop = self
-        state = self.restore()
+        state, self._restored = self._restored or self.restore(), None
         optimizer = None
         if state is not None:
             objective.load_state_dict(state["objective"])
@@ -317,9 +318,12 @@ class Loop:
         return state
 
     def restored_step(self) -> int:
-        """The step of that checkpoint; 0 if there is none. Raises as it does."""
-        state = self.restore()
-        return 0 if state is None else int(state["step"])
+        """The step of that checkpoint, which is kept for `fit`; 0 if there is none.
+
+        Raises as `restore` does.
+        """
+        self._restored = self.restore()
+        return 0 if self._restored is None else int(self._restored["step"])
 
     def _check_state(self, state: dict[str, Any]) -> None:
         now = {"format": CHECKPOINT_FORMAT, **self._schedule_state(int(state["step"]))}
@@ -358,7 +362,7 @@ class Loop:
             accelerator=machine.accelerator,
             devices=machine.devices,
             num_nodes=machine.nodes,
-            strategy=Ranks(self.neighbours) if chosen.ranks > 1 else "auto",
+            strategy=Ranks(self.neighbours, machine.threads) if chosen.ranks > 1 else "auto",
             precision=machine_precision(machine),
             max_epochs=1,
             accumulate_grad_batches=chosen.micro_steps,
@@ -379,6 +383,12 @@ class Loop:
 
 def _nothing() -> None:
     """Asks no rank for anything."""
+
+
+def use_threads(machine: TrainerSettings) -> None:
+    """Lets torch compute in as many threads as are wanted, where the settings say how many."""
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
 
 
 def machine_precision(machine: TrainerSettings) -> Literal["32-true", "bf16-mixed"]:

@@ -33,10 +33,13 @@ def _difference(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, prediction.float() - target.float(), 0.0)
 
 
+SMOOTH = 1e-5
+"""Keeps the Dice of an absent class finite."""
+
+
 def dice_loss(
     logits: Tensor,
     target: Tensor,
-    smooth: float = 1e-5,
     *,
     background: bool = False,
     over_batch: bool = True,
@@ -46,7 +49,6 @@ def dice_loss(
     Args:
         logits: [B, K, D, H, W].
         target: [B, D, H, W] class indices; -1 is left out.
-        smooth: keeps an absent class finite.
         background: whether class 0 is one of the classes.
         over_batch: whether a class is summed over the batch of all ranks before dividing; else each
             sample has its own Dice, and the loss does not depend on who else is in the batch.
@@ -61,7 +63,7 @@ def dice_loss(
     total = probability.sum(axes) + truth.sum(axes)
     if over_batch:
         overlap, total = global_sum(torch.stack([overlap, total])).unbind()
-    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
+    return 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

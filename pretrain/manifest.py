@@ -26,6 +26,7 @@ from pydantic import (
 from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import CorruptionError, InputError, plain_message
+from data_prep.files import file_digest
 from data_prep.preprocess import Preprocess
 
 FORMAT = 1
@@ -158,12 +159,6 @@ def stored_shapes(weights: Path) -> Shapes:
             return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
         raise CorruptionError(f"{weights}: cannot be read as safetensors: {error}") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

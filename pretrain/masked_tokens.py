@@ -60,11 +60,9 @@ def _places(noise: Tensor) -> Tensor:
     return noise.argsort(dim=1, stable=True).argsort(dim=1)
 
 
-def most_hidden(
-    samples: int, grid: Sequence[int], share: float, high: float, crops: int = 2
-) -> int:
-    """The largest number of tokens that `hidden_in_some` can hide in so many samples."""
-    chosen = math.ceil(round(crops * share, 6))
+def most_hidden(samples: int, grid: Sequence[int], share: float, high: float) -> int:
+    """The largest number of tokens that `hidden_in_some` can hide in so many pairs of crops."""
+    chosen = math.ceil(round(2 * share, 6))
     # Ratios are drawn in float32, which may round up to the edge and beyond.
     return samples * chosen * math.floor(math.prod(grid) * high + 1e-3)
 

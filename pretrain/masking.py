@@ -136,3 +136,16 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Te
     pd, ph, pw = patch
     x = patches.reshape(len(patches), gd, gh, gw, -1, pd, ph, pw)
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(patches), -1, gd * pd, gh * ph, gw * pw)
+
+
+def shown(image: Tensor, hidden: Tensor, output: Tensor) -> dict[str, Tensor]:
+    """What a preview shows of an image [B, C, D, H, W] that was hidden and rebuilt.
+
+    "input", "visible" (hidden voxels NaN) and "output": the prediction where the mask hides, and
+    the image elsewhere.
+    """
+    return {
+        "input": image,
+        "visible": image.masked_fill(hidden, torch.nan),
+        "output": torch.where(hidden, output.float(), image),
+    }

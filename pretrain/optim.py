@@ -6,12 +6,13 @@ decay: decaying them pulls a network towards ignoring its own scale.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+
+from pretrain.ramps import cosine
 
 if TYPE_CHECKING:
     from pretrain.settings import LoopSettings
@@ -121,4 +122,4 @@ def rate(step: int, chosen: LoopSettings) -> float:
     if chosen.schedule == "halving":
         assert chosen.halve_every is not None
         return float(0.5 ** (past // chosen.halve_every))
-    return 0.5 * (1 + math.cos(math.pi * done))
+    return cosine(done, 1.0, 0.0)

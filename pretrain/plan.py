@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from data_prep.files import make_folder
+from data_prep.machine import cores
 from pretrain.events import Events
 from pretrain.health import interval
 from pretrain.loader import make_loader
@@ -107,6 +108,7 @@ def plan(stages: Mapping[str, PlanSettings]) -> dict[str, Any]:
     plans: dict[str, Plan] = {}
     before: Path | None = None
     main = rank_zero_only.rank == 0
+    began = _process_began()  # imports and checks are a part of the first start
     if main:
         make_folder(folder.parent, "runs")
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,16 +117,19 @@ def plan(stages: Mapping[str, PlanSettings]) -> dict[str, Any]:
             if follows(settings, first, before):
                 settings = settings.model_copy(update={"init": before})
             prepared = prepare(_short(settings, folder))
-            found = _measure(prepared, settings)
+            prepared.train()
             before = prepared.run.path
-            plans[name] = added_up(settings, found)
-            if main:
+            if main:  # the others train the next stage with it
+                plans[name] = added_up(settings, _measure(prepared, time.time() - began))
                 print(as_text(name, settings, plans[name]))
+            began = time.time()
     finally:
         if main:
             shutil.rmtree(folder, ignore_errors=True)
+    if not main:
+        sys.exit(0)  # rank 0 tells
     total = sum(found.seconds for found in plans.values())
-    if main and len(plans) > 1:
+    if len(plans) > 1:
         print(f"all {len(plans)} stages: {total / 3600:.3g} hours")
     return {"seconds": total, "stages": {name: asdict(found) for name, found in plans.items()}}
 
@@ -155,16 +160,12 @@ def _short(settings: PlanSettings, folder: Path) -> PretrainSettings:
 def _there(settings: PretrainSettings) -> int:
     if settings.trainer.accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // (settings.trainer.threads or 1))
+    return max(1, cores() // (settings.trainer.threads or 1))
 
 
-def _measure(prepared: Prepared, wanted: PretrainSettings) -> Measured:
+def _measure(prepared: Prepared, spent: float) -> Measured:
+    """What a training that took so many seconds, its start included, has written down of them."""
     settings, run = prepared.settings, prepared.run
-    began = time.perf_counter()
-    prepared.train()
-    spent = time.perf_counter() - began
-    if rank_zero_only.rank != 0:
-        sys.exit(0)  # rank 0 tells the rest
     rows = MetricsLog(run.path / "metrics.csv", STEPS).rows()
     late = [row for row in rows if row["step"] > SETTLED]
     per_step = sum(row["seconds_per_step"] for row in late) / len(late)
@@ -174,14 +175,12 @@ def _measure(prepared: Prepared, wanted: PretrainSettings) -> Measured:
     (start,) = events.starts()
     apart = sum(row["seconds"] for row in looks) + sum(pictures) + sum(start.saves)
     images = [path.stat().st_size for path in (run.path / "previews").glob("step-*.png")]
-    # Imports and checks before are a part of a start as well.
-    imports = time.time() - _process_began() - (time.perf_counter() - began)
     return Measured(
         steps=STEPS,
         ranks=settings.ranks,
         per_step=per_step,
         data_wait=sum(row["data_wait"] for row in late) / len(late),
-        start=imports + spent - apart - STEPS * per_step,
+        start=spent - apart - STEPS * per_step,
         look=min((row["seconds"] for row in looks), default=0.0),
         picture=min(pictures, default=0.0),
         save=start.saves[-1],

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic_folder, write_json
+from data_prep.files import atomic_folder, file_digest, write_json
 from data_prep.volume import as_known, read_channels
 from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.vit import TokenBackbone
 from pretrain.encoder import padded_to
-from pretrain.manifest import file_digest
 from pretrain.release import Release, golden_modality, relative_error
 from pretrain.run_folder import versions
 

@@ -56,7 +56,7 @@ def probe_cases(corpus: Corpus) -> list[int]:
     """
     if not corpus.labelled:
         raise InputError(
-            f"health.probe={corpus.path}: holds no labels; prep writes them where there are some"
+            f"health.probe={corpus}: holds no labels; prep writes them where there are some"
         )
     name = "official" if "official" in corpus.splits else "default"
     split = corpus.split(name)
@@ -77,7 +77,7 @@ def probe_cases(corpus: Corpus) -> list[int]:
     ranked = sorted(chosen, key=lambda subject: hashlib.blake2b(subject.encode()).digest())
     if len(ranked) < 2:
         raise InputError(
-            f"health.probe={corpus.path}: the train part of split {name!r} has {len(ranked)} "
+            f"health.probe={corpus}: the train part of split {name!r} has {len(ranked)} "
             "subjects with complete labels that are in no other part; a probe needs two"
         )
     return [chosen[subject] for subject in ranked[:CASES]]
@@ -96,7 +96,7 @@ class Probe:
         found = sorted({int(n) for n in corpus.shapes[:, 0]})
         if channels is not None and found != [channels]:
             raise InputError(
-                f"health.probe={corpus.path}: its volumes have {found} "
+                f"health.probe={corpus}: its volumes have {found} "
                 f"channels, the run's have {channels}; give a corpus like the run's"
             )
         self.items = probe_cases(corpus)
@@ -175,7 +175,7 @@ class Probe:
         usable = [case for case in read if case.usable]
         if len(usable) < 2:
             raise InputError(
-                f"health.probe={self.dataset.corpus.path}: {len(usable)} of the crops in the "
+                f"health.probe={self.dataset.corpus}: {len(usable)} of the crops in the "
                 "middle of its cases hold background and a class, a probe needs two; give a larger "
                 "crop_size or another corpus"
             )

@@ -47,18 +47,25 @@ _children: list[subprocess.Popen[bytes]] = []
 
 
 class Ranks(DDPStrategy):
-    """DDP whose processes are watched by `Neighbours`."""
+    """DDP whose processes are watched by `Neighbours`.
 
-    def __init__(self, neighbours: Neighbours, **kwargs: Any) -> None:
+    Args:
+        neighbours: that watch.
+        threads: in which each rank computes by now; None: ranks of a machine share its cores.
+    """
+
+    def __init__(self, neighbours: Neighbours, threads: int | None = None, **kwargs: Any) -> None:
         # Longer than the watch, which says more of what hangs. Gradients lie in DDP's buckets: a
         # second copy of them would cost as much as the weights.
         wait = timedelta(minutes=neighbours.wait_minutes, seconds=60)
         super().__init__(timeout=wait, gradient_as_bucket_view=True, **kwargs)
         self.neighbours = neighbours
+        self.threads = threads
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+        given = self.cluster_environment, self.num_processes, self.num_nodes
+        self._launcher = _Launcher(*given, shares_cores=self.threads is None)
 
     def setup_environment(self) -> None:
         """Learns the rank before it waits for others."""
@@ -75,6 +82,10 @@ class Ranks(DDPStrategy):
 class _Launcher(_SubprocessScriptLauncher):
     """Lightning's without its observer, which kills all processes and does not say why."""
 
+    def __init__(self, *of_lightning: Any, shares_cores: bool) -> None:
+        super().__init__(*of_lightning)
+        self.shares_cores = shares_cores
+
     def launch(
         self, function: Callable[..., Any], *args: Any, trainer: Any = None, **more: Any
     ) -> Any:
@@ -85,13 +96,14 @@ class _Launcher(_SubprocessScriptLauncher):
             self._call_children_scripts()
             _children.extend(self.procs)
             atexit.register(_end_children)
-        _set_num_threads_if_needed(num_processes=self.num_processes)
+        if self.shares_cores:
+            _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **more)
 
 
-def _end_children(patience: float = 2 * GRACE_SECONDS) -> None:
+def _end_children() -> None:
     """No process outlives the one that has started it, stopped ones neither."""
-    until = time.monotonic() + patience
+    until = time.monotonic() + 2 * GRACE_SECONDS
     for child in _children:
         with suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, until - time.monotonic()))

@@ -26,16 +26,17 @@ from data_prep.errors import InputError, named
 from data_prep.files import atomic, write_json
 from data_prep.progress import bar
 from pretrain.augment import Augment
+from pretrain.device import chosen_device
+from pretrain.events import step_of
 from pretrain.failures import (
     Shape,
-    checkpoint_step,
     count_not_finite,
     describe_sample,
     failure_folder,
     plain,
 )
 from pretrain.loader import CropDataset, collate, to_device
-from pretrain.loop import Loop, autocast_of, machine_precision
+from pretrain.loop import Loop, autocast_of, machine_precision, use_threads
 from pretrain.objective import Batch
 from pretrain.optim import Moments, with_moments
 from pretrain.previews import PLANES, aspects, planes
@@ -108,13 +109,10 @@ class Replay:
     """A run on this machine, without its trainer, its log and its folder's lease."""
 
     def __init__(self, run: RunFolder, corpus: str | None = None) -> None:
-        config = run.config()
-        if "objective" not in config:
-            raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
+        config, facts = run.pretraining()
         self.run = run
         lies = {} if corpus is None else {"corpus": corpus}
         self.settings = PretrainSettings.model_validate({**config, **lies})
-        facts = json.loads((run.path / "run.json").read_text())
         found = corpus_for(self.settings)
         if found.index_hash != facts["corpus"]["index_hash"]:
             raise InputError(
@@ -140,15 +138,17 @@ class Replay:
 
     def start(self, step: int) -> dict[str, Any] | None:
         """The newest state from before a step; None: the run's own beginning."""
-        paths = [p for p in self.run.checkpoints.paths() if checkpoint_step(p) < step]
+        paths = [p for p in self.run.checkpoints.paths() if step_of(p) < step]
         linked = failure_folder(self.run.path, step) / "start.pt"
-        states = [load_checkpoint(path) for path in [*paths[-1:], linked] if path.is_file()]
-        return max(states, key=lambda state: state["step"], default=None)
+        # The link outlives what it was made of; where checkpoints are left, the last is as new.
+        start = next((path for path in [*paths[-1:], linked] if path.is_file()), None)
+        return None if start is None else load_checkpoint(start)
 
     def to(self, step: int, shape: Shape, precision: str) -> dict[str, Any]:
         """Makes all steps up to `step`, counted from 1, and reports on the first bad one."""
         settings = self.settings.model_copy(update={"accumulate": shape.accumulate})
-        self.device = _device(settings)
+        self.device = chosen_device("auto", settings.trainer.accelerator)
+        use_threads(settings.trainer)
         augment = Augment(settings.flip, settings.augment)
         loop = Loop(settings, self.dataset, self.run, augment=augment)
         objective = self.objective
@@ -328,12 +328,6 @@ class Replay:
             }
             for at, (index, (group, row)) in enumerate(zip(crops, self._views(batch), strict=True))
         ]
-
-
-def _device(settings: PretrainSettings) -> torch.device:
-    wanted = settings.trainer.accelerator
-    cuda = wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
 
 
 def replay(path: Path, step: int | None = None, corpus: str | None = None) -> dict[str, Any]:

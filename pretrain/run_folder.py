@@ -40,6 +40,7 @@ import torch
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic, make_folder, read_note, write_json, write_text
 from data_prep.references import without_secrets
+from pretrain.events import step_of
 
 HEARTBEAT_SECONDS = 30
 STALE_SECONDS = 300
@@ -62,7 +63,7 @@ class Checkpoints:
     def last_step(self) -> int:
         """The step of the newest one; 0 if there is none."""
         paths = self.paths()
-        return int(paths[-1].stem.removeprefix("step-")) if paths else 0
+        return step_of(paths[-1]) if paths else 0
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes a state and deletes the oldest beyond `keep`, in this order.
@@ -139,6 +140,13 @@ class RunFolder:
                 "give the folder that `voxelith pretrain` or `voxelith finetune` made"
             ) from None
 
+    def pretraining(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Configuration and facts, run.json, of a pretraining; InputError if it is none."""
+        config = self.config()
+        if "objective" not in config:
+            raise InputError(f"{self.path}: is no pretraining run; give one that `pretrain` made")
+        return config, dict(json.loads((self.path / "run.json").read_text()))
+
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
         """Holds the folder for this process; a second writer is refused.
@@ -164,7 +172,7 @@ class RunFolder:
             while not stop.wait(HEARTBEAT_SECONDS):
                 # A file system that hiccups must not end the heartbeat, nor a lost lease steal.
                 with contextlib.suppress(OSError):
-                    if _owner(file).get("token") == mine["token"]:
+                    if read_note(file).get("token") == mine["token"]:
                         write_json(file, {**mine, "heartbeat": time.time()})
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -174,7 +182,7 @@ class RunFolder:
         finally:
             stop.set()
             thread.join()
-            if _owner(file).get("token") == mine["token"]:
+            if read_note(file).get("token") == mine["token"]:
                 file.unlink(missing_ok=True)
 
     def held(self) -> bool:
@@ -197,11 +205,6 @@ def _shown(config: Any) -> Any:
     return without_secrets(config) if isinstance(config, str) else config
 
 
-def _owner(file: Path) -> dict[str, Any]:
-    """Who holds a lease; nobody, if the file is gone or no lease."""
-    return read_note(file)
-
-
 def _take(file: Path, mine: dict[str, Any]) -> None:
     """Writes the lease if nobody holds it; of several takers one gets it."""
     folder = os.open(file.parent, os.O_RDONLY)
@@ -218,7 +221,7 @@ def _take(file: Path, mine: dict[str, Any]) -> None:
 
 def _holder(file: Path) -> dict[str, Any] | None:
     """Who holds a lease and may be alive."""
-    held = _owner(file)
+    held = read_note(file)
     if not {"host", "pid", "heartbeat"} <= held.keys():
         return None  # no lease: leases are written whole
     same_host = held["host"] == socket.gethostname()

@@ -17,8 +17,16 @@ from pydantic import (
 )
 
 from data_prep.errors import InputError, differences
-from data_prep.preprocess import COARSEST, FINEST, Rule
-from data_prep.settings import ADDRESS, MUST_EXIST, REFERENCE, RELEASE, several
+from data_prep.preprocess import Rule
+from data_prep.settings import (
+    ADDRESS,
+    COARSEST,
+    FINEST,
+    MUST_EXIST,
+    REFERENCE,
+    RELEASE,
+    several,
+)
 from pretrain.ramps import cosine
 
 Side = Annotated[int, Field(ge=1, le=2048)]

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import read_note, write_json
+from data_prep.files import file_digest, read_note, write_json
 from data_prep.licences import UNSTATED
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
 from pretrain.foreign import converted, open_foreign, read_weights
-from pretrain.manifest import TRAINING, file_digest
+from pretrain.manifest import TRAINING
 from pretrain.objective import INHERITED, Objective
 from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release, read_tensors
 from pretrain.run_folder import RunFolder
@@ -103,9 +103,7 @@ def backbone_of(path: Path) -> dict[str, Any]:
         InputError: it is none of them, or the file does not tell all of its sizes.
     """
     if path.is_dir() and is_run(path):
-        config = RunFolder(path).config()
-        if "objective" not in config:
-            raise InputError(f"{path}: is no pretraining run; give one that `pretrain` made")
+        config, _ = RunFolder(path).pretraining()
         return dict(config["backbone"])
     file = path.is_file()
     chosen = open_foreign(path).backbone if file else load_release(path).config["backbone"]
@@ -329,10 +327,7 @@ def _newest(run: RunFolder) -> tuple[Path, dict[str, Any]]:
 
 
 def _of_run(run: RunFolder) -> Start:
-    settings, (newest, checkpoint) = run.config(), _newest(run)
-    if "objective" not in settings:
-        raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
-    facts = json.loads((run.path / "run.json").read_text())
+    (settings, facts), (newest, checkpoint) = run.pretraining(), _newest(run)
     index_hash, step = str(checkpoint["schedule"]["index_hash"]), int(checkpoint["step"])
     before = origin_of(run)
     data = {**facts["corpus"], **facts["data"]}

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from data_prep.files import atomic
 from pretrain.backbones.backbone import Backbone
+from pretrain.events import step_of
 from pretrain.objective import Batch, Objective
 from pretrain.previews import PLANES, aspects, planes, worth_drawing
 
@@ -51,7 +52,7 @@ def add_to_strip(objective: Objective, batch: Batch, folder: Path, step: int) ->
     kept.mkdir(exist_ok=True)
     with atomic(kept / f"step-{step:08d}.npz") as file:
         np.savez(file, **_cut(features))
-    files = {int(path.stem.removeprefix("step-")): path for path in kept.glob("step-*.npz")}
+    files = {step_of(path): path for path in kept.glob("step-*.npz")}
     for other in [*(s for s in files if s > step), *thinned([s for s in files if s <= step])]:
         files.pop(other).unlink()
     shots = {number: _read(files[number]) for number in sorted(files)}

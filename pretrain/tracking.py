@@ -90,20 +90,19 @@ class Journal:
             _drop_older_folders(tracker)
 
     def _to(self, tracker: Logger, call: Callable[[], object]) -> None:
-        if not _works(tracker, call):
+        if not _works(type(tracker).__name__.strip("_"), call):
             self._trackers = [one for one in self._trackers if one is not tracker]
 
 
-def _works(tracker: Logger, call: Callable[[], object]) -> bool:
+def _works(tracker: str, call: Callable[[], object]) -> bool:
     """A tracker that fails must not end a training: it is left out, and catches up later."""
     try:
         call()
     except Exception as error:
         why = without_secrets(f"{type(error).__name__}: {error}")
         print(
-            f"WARNING: {type(tracker).__name__.strip('_')} fails ({why}) and is told no more in "
-            "this start; metrics.csv and metrics.jsonl have all, and the next start tells it what "
-            "it has missed",
+            f"WARNING: {tracker} fails ({why}) and is told no more in this start; metrics.csv and "
+            "metrics.jsonl have all, and the next start tells it what it has missed",
             file=sys.stderr,
         )
         return False
@@ -179,8 +178,18 @@ def make_loggers(settings: LoopSettings, run: RunFolder, step: int = 0) -> list[
     """
     check_loggers(settings)
     makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-    made = [makers[name](run, step) for name in dict.fromkeys(settings.loggers)]
-    return [one for one in made if step or _works(one, partial(_tell_settings, one, settings))]
+    made: list[Logger] = []
+
+    def begin(name: str) -> None:
+        known = (run.path / f"{name}_id").exists()
+        one = makers[name](run, step)
+        if not step or not known:
+            _tell_settings(one, settings)
+        made.append(one)
+
+    for name in dict.fromkeys(settings.loggers):
+        _works(name, partial(begin, name))
+    return made
 
 
 def _tell_settings(logger: Logger, settings: BaseModel) -> None:
@@ -300,4 +309,4 @@ def log_load(loggers: Iterable[Logger], report: LoadReport) -> None:
             logger.log_hyperparams(told)
 
     for logger in loggers:
-        _works(logger, partial(tell, logger))
+        _works(type(logger).__name__.strip("_"), partial(tell, logger))

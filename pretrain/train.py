@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -25,9 +24,10 @@ from pretrain.arguments import build, check_arguments, locate, split_target
 from pretrain.augment import Augment
 from pretrain.cache import cache_folder
 from pretrain.crops import ONE, Crops
+from pretrain.events import step_of
 from pretrain.health import Health
 from pretrain.loader import CropDataset, to_batch
-from pretrain.loop import Loop, check_machine, machine_precision
+from pretrain.loop import Loop, check_machine, machine_precision, use_threads
 from pretrain.manifest import TRAINING
 from pretrain.noise import raw_batch
 from pretrain.objective import Batch, Objective
@@ -98,6 +98,7 @@ class Prepared:
     def train(self) -> Path:
         """Trains it to the last step, from its newest checkpoint if there is one."""
         settings, run, corpus = self.settings, self.run, self.corpus
+        use_threads(settings.trainer)
         main = rank_zero_only.rank == 0
         if main:
             _warn(settings, corpus)
@@ -388,7 +389,7 @@ def _warn(settings: PretrainSettings, corpus: Corpus) -> None:
 def _draw_pictures(objective: Objective, batch: Batch, path: Path) -> None:
     """What the objective shows of a batch, and what its features look like since the start."""
     draw_previews(objective, batch, path)
-    add_to_strip(objective, batch, path.parent, int(path.stem.removeprefix("step-")))
+    add_to_strip(objective, batch, path.parent, step_of(path))
 
 
 def corpus_for(settings: PretrainSettings) -> Corpus:
@@ -463,8 +464,6 @@ def plan_objective(settings: PretrainSettings, channels: int) -> Callable[[], Ob
     Raises:
         InputError: they do not; all wrong arguments are listed at once.
     """
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
     backbone = {**settings.backbone, "in_channels": channels}
     problems: list[str] = []
     for where, config, given in (
@@ -583,10 +582,7 @@ def open_training(path: Path) -> TrainingState:
 
 def load_trained(run: RunFolder) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
     """The objective of a run with its newest weights, the run's facts and its checkpoint."""
-    config = run.config()
-    if "objective" not in config:
-        raise InputError(f"{run.path}: is no pretraining run; give one that `pretrain` made")
-    facts = json.loads((run.path / "run.json").read_text())
+    config, facts = run.pretraining()
     settings = PretrainSettings.model_validate(config)
     state = run.checkpoints.load()
     if state is None:

@@ -29,6 +29,7 @@ from conf.compose import stage_names
 from data_prep.errors import InputError, near
 from data_prep.files import make_folder, read_note, write_json
 from slurm.launch import (
+    AFTER,
     LAUNCHED,
     NOTE,
     Launched,
@@ -46,12 +47,9 @@ from slurm.launch import (
     submit,
     submit_sweep,
 )
-from slurm.settings import cluster_of
+from slurm.settings import CLUSTER, cluster_of, without_cluster
 
 CHAIN = "chain.json"
-
-CLUSTER = ("cluster=", "cluster.")
-"""What words of the cluster begin with."""
 
 STEPS = ("export", "check", "table", "report", "evaluate", "predict", "features")
 """Commands without a run that goes on: done, or to be done again."""
@@ -64,9 +62,6 @@ SMALL = (
     "cluster.time=01:00:00",
 )  # fmt: skip
 """And where their own words do not."""
-
-AFTER = "--kill-on-invalid-dep=yes"
-"""A stage that can no longer start ends, visibly, instead of waiting for ever."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +348,7 @@ def _makes(command: str, words: Sequence[str]) -> list[Path]:
         if "-m" in words or "run" not in told:
             return [runs]
         try:
-            names = stage_names(command, [word for word in words if not word.startswith(CLUSTER)])
+            names = stage_names(command, without_cluster(words))
         except InputError:
             names = [""]
         return [runs / (f"{told['run']}.{name}" if name else told["run"]) for name in names]

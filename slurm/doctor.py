@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.compose import take_option
-from data_prep.errors import FailedError, InputError, near
+from data_prep.errors import FailedError, InputError, attempt, near
 from data_prep.files import make_folder, write_json
 from data_prep.references import is_reference
 from slurm import discover
 from slurm.examine import MARK, NOTES, malicious, versions
 from slurm.launch import facts_of, log_of, refuse_second, render, submit
 from slurm.plan import OUTPUT, REPORT
-from slurm.settings import PREFIX, ClusterSettings, cluster_of
+from slurm.settings import ClusterSettings, cluster_of, without_cluster
 
 MINUTES = 20
 """The job's time limit; it takes about two of them, and more where storage is slow."""
@@ -99,12 +99,8 @@ def doctor(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any]:
 def _read(words: Sequence[str]) -> tuple[ClusterSettings, dict[str, str]]:
     problems: list[str] = []
     told = {"corpus": "", "crop_size": "[96,96,96]", "output": str(OUTPUT)}
-    cluster = None
-    try:
-        cluster, rest = cluster_of(words)
-    except InputError as error:
-        problems += error.problems
-        rest = [word for word in words if not word.startswith(("cluster=", PREFIX))]
+    found = attempt(problems, cluster_of, words)
+    cluster, rest = found or (None, without_cluster(words))
     for word in take_option(rest, "--config-dir")[0]:
         key, equals, value = word.partition("=")
         if not equals or key not in told:

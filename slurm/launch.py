@@ -20,16 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from conf.compose import stages_for
-from data_prep.errors import InputError
+from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder, read_note, write_json, write_text
+from pretrain.events import step_of
 from pretrain.preemption import REQUEUE_CODE
 from slurm.plan import Save, added_up, plan
-from slurm.settings import ClusterSettings, cluster_of
+from slurm.settings import ClusterSettings, cluster_of, without_cluster
 
 LAUNCHED = ("pretrain", "finetune")
 """Commands that are launched: those with a run that goes on where it was."""
 
 NOTE = "job.json"
+JOB_NOTES = ("crashes", "crashed-after", "running", "told", "saved")
+"""What a batch script notes of its job, and of a step of prep under the step's name."""
+AFTER = "--kill-on-invalid-dep=yes"
+"""A job that can no longer start ends, visibly, instead of waiting for ever."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,10 @@ def _machine(
     words: Sequence[str], problems: list[str]
 ) -> tuple[ClusterSettings | None, list[str], list[str]]:
     """The cluster, the words of the command, and those that tell it of the cluster."""
-    try:
-        cluster, rest = cluster_of(words)
-    except InputError as error:
-        problems += error.problems
-        return None, [w for w in words if not w.startswith(("cluster=", "cluster."))], []
+    found = attempt(problems, cluster_of, words)
+    if found is None:
+        return None, without_cluster(words), []
+    cluster, rest = found
     typed = {word.partition("=")[0] for word in rest}
     if cluster.kind == "local":
         return cluster, rest, []
@@ -450,7 +454,7 @@ def launch_sweep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, An
 
 def _forget(folder: Path) -> None:
     """Removes what earlier jobs have noted in a launch folder: this one begins anew."""
-    for old in ("crashes", "crashed-after", "done", "running", "told", "saved"):
+    for old in ("done", *JOB_NOTES):
         (folder / old).unlink(missing_ok=True)
 
 
@@ -613,7 +617,7 @@ def status(run: Path) -> dict[str, Any]:
         "reason": facts.get("Reason", ""),
         "restarts": int(facts.get("Restarts", 0)),
         **(staged if len(stages) > 1 else {}),
-        "saved_step": int(steps[-1].stem.removeprefix("step-")) if steps else 0,
+        "saved_step": step_of(steps[-1]) if steps else 0,
         "steps": config.get("steps"),
         "crashes": int((notes / "crashes").read_text()) if (notes / "crashes").exists() else 0,
         "log": str(launched.folder / f"job-{launched.job}.log"),

@@ -24,6 +24,8 @@ from data_prep.files import make_folder, read_note, write_json, write_text
 from data_prep.work import work_root
 from slurm.launch import (
     ACTIVE,
+    AFTER,
+    JOB_NOTES,
     NOTE,
     cancel_job,
     last_words,
@@ -32,7 +34,7 @@ from slurm.launch import (
     sbatch,
     states_of,
 )
-from slurm.settings import ClusterSettings, cluster_of
+from slurm.settings import ClusterSettings, cluster_of, without_cluster
 
 STEPS = {"scan": "scanned", "plan": "", "write": "written", "publish": ""}
 """The steps in order; of those that are arrays, where prep notes what is done."""
@@ -84,7 +86,7 @@ def launch_prep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any
             f"`voxelith launch cancel {settings.output}` ends them"
         )
     make_folder(folder, "output")
-    for note in ("crashes", "crashed-after", "running", "told", "saved"):
+    for note in JOB_NOTES:
         for old in folder.glob(f"*.{note}"):
             old.unlink()
     jobs = _submit(folder, scripts)
@@ -107,8 +109,7 @@ def _told(words: Sequence[str]) -> tuple[ClusterSettings, int, list[str], Any]:
     for key in ("cluster.nodes", "cluster.gpus_per_node", "cluster.tasks_per_node", "cluster.gres"):
         if key in typed:
             problems.append(f"{key}: prep takes one task and no GPU; cluster.array=N makes N parts")
-    rest = [word for word in words if not word.startswith(("cluster=", "cluster."))]
-    rest = rest if found is None else found[1]
+    rest = without_cluster(words) if found is None else found[1]
     if found is not None and found[0].kind == "slurm" and "processes" not in typed:
         rest.append(f"processes={found[0].cpus_per_task}")
     settings = attempt(problems, settings_for, "prep", rest)
@@ -146,7 +147,7 @@ def _submit(folder: Path, scripts: dict[str, str]) -> dict[str, str]:
         script = folder / f"{step}.sbatch"
         write_text(script, text)
         after = [f"--dependency=afterok:{job}" for job in list(jobs.values())[-1:]]
-        options = [*after, "--kill-on-invalid-dep=yes"] if after else []
+        options = [*after, AFTER] if after else []
         try:
             jobs[step] = sbatch(script, *options)
         except RuntimeError:

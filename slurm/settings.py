@@ -22,6 +22,8 @@ from data_prep.errors import InputError, near, plain_message
 
 CLUSTERS = HERE / "cluster"
 PREFIX = "cluster."
+CLUSTER = ("cluster=", PREFIX)
+"""What words of the cluster begin with."""
 
 
 def _word(value: str) -> str:
@@ -106,8 +108,8 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
     Raises:
         InputError: there is no such cluster, or a key is wrong; all of them.
     """
-    rest = [word for word in words if not word.startswith(("cluster=", PREFIX))]
-    given = dict(word.split("=", 1) for word in words if word.startswith(("cluster=", PREFIX)))
+    rest = without_cluster(words)
+    given = dict(word.split("=", 1) for word in words if word.startswith(CLUSTER))
     name = given.pop("cluster", "slurm")
     without, own = take_option(rest, "--config-dir")
     groups = {file.parent.name for folder in own for file in Path(folder).glob("*/*.yaml")}
@@ -127,6 +129,11 @@ def cluster_of(words: Sequence[str]) -> tuple[ClusterSettings, list[str]]:
                 f"{key}='[\"module load x\"]'"
             ) from error
     return _checked({**stored, **typed}, files[name], typed), rest
+
+
+def without_cluster(words: Sequence[str]) -> list[str]:
+    """The words that are not of the cluster."""
+    return [word for word in words if not word.startswith(CLUSTER)]
 
 
 def _checked(values: Mapping[str, Any], file: Path, typed: Mapping[str, Any]) -> ClusterSettings:

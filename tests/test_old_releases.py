@@ -13,9 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import voxelith
+from data_prep.files import file_digest
 from finetune.describe import describe
 from finetune.model_file import check_golden_network, load_network
-from pretrain.release import check_golden, file_digest, load_release
+from pretrain.release import check_golden, load_release
 
 STORED = Path(__file__).parent / "releases"
 FOLDERS = sorted(path.name for path in STORED.iterdir())

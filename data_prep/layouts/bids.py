@@ -11,22 +11,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.dicom import is_dicom
 from data_prep.errors import InputError, Naming
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
     Case,
     Layout,
-    LeftOut,
     is_image,
     known_sequence,
     leave_out,
     looks_like_a_label,
-    may_be_dicom,
     modality_from_name,
+    refused_label,
     stem,
     subject_from_name,
 )
+from data_prep.layouts.piles import is_series_file
 
 Session = tuple[str, str]
 
@@ -95,14 +94,13 @@ def _unlabelled(root: Path, files: list[Path], forced: bool) -> Layout | None:
     raw = [path for path in files if path.relative_to(root).parts[0] not in _NOT_RAW]
     images = [path for path in raw if is_image(path)]
     named = [path for path in images if _BIDS.fullmatch(path.relative_to(root).as_posix())]
-    if not named or (not forced and (named != images or any(map(_is_series_file, raw)))):
+    if not named or (not forced and (named != images or any(map(is_series_file, raw)))):
         return None
     layout = Layout("BIDS without label maps")
     for path in named:
         name = path.relative_to(root).as_posix()
         if looks_like_a_label(path.name):
-            detail = "its name says label or mask; list it in a CSV to use it"
-            layout.left_out.append(LeftOut(name, "looks_like_a_label", detail))
+            layout.left_out.append(refused_label(name))
             continue
         suffix = _suffix(path)
         layout.cases.append(
@@ -118,10 +116,6 @@ def _unlabelled(root: Path, files: list[Path], forced: bool) -> Layout | None:
     rest = [path for path in files if path not in taken]
     leave_out(root, rest, layout, "not_listed", "not the raw image of a subject")
     return layout
-
-
-def _is_series_file(path: Path) -> bool:
-    return may_be_dicom(path) and is_dicom(path)
 
 
 def _case(

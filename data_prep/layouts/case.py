@@ -109,6 +109,16 @@ class Case:
         return (*self.image_files, *self._beside_images)
 
     @property
+    def roles(self) -> tuple[tuple[str, str, Path], ...]:
+        """Every file of the case with what it is taken for, and of a mask its structure."""
+        label = [("label", "", self.label)] if self.label else []
+        return (
+            *(("image", "", path) for path in self.image_files),
+            *(label or [("organ", name, path) for name, path in self.organs]),
+            *([("mask", "", self.mask)] if self.mask else []),
+        )
+
+    @property
     def stated_files(self) -> tuple[Path, ...]:
         """Those that a list can state; of a DICOM series the first."""
         return (*self.images, *self._beside_images)
@@ -140,6 +150,8 @@ class Layout:
         regions: Names of unions of label values, where the data set states them.
         folds: The content of splits_final.json where the data set has one.
         files: Names of all files of a folder, to be compared with what becomes of them.
+        patients: Subjects that are digests of a patient's number in DICOM, without a secret: who
+            counts through all numbers has them, so no corpus holds them as they are.
     """
 
     description: str
@@ -150,6 +162,7 @@ class Layout:
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folds: list[dict[str, list[str]]] | None = None
     files: frozenset[str] = frozenset()
+    patients: set[str] = field(default_factory=set)
 
 
 def case_id(case: Case) -> str:
@@ -192,6 +205,12 @@ def known_sequence(text: str) -> str:
 def looks_like_a_label(name: str) -> bool:
     """Whether a word of the path says label or mask."""
     return any(word in LABEL_WORDS or word.startswith("labels") for word in words(name))
+
+
+def refused_label(name: str) -> LeftOut:
+    """An image that is left out since `looks_like_a_label` says so."""
+    detail = "its name says label or mask; list it in a CSV to use it"
+    return LeftOut(name, "looks_like_a_label", detail)
 
 
 def modality_from_name(name: str) -> str | None:

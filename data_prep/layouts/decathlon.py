@@ -37,9 +37,7 @@ def from_decathlon(root: Path, files: list[Path]) -> Layout | None:
         classes = {int(value): str(name) for value, name in data.get("labels", {}).items()}
         stated = data.get("modality", {})
         channels = [str(stated[key]) for key in sorted(stated, key=int)]
-    except (FileNotFoundError, IsADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     layout = Layout("Medical Segmentation Decathlon task (dataset.json)", classes=classes or None)
     # Training pairs alone are no split: the test images of a task have no labels.

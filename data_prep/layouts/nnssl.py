@@ -53,9 +53,7 @@ def from_nnssl(root: Path, files: list[Path]) -> Layout | None:
         places = {path: file for path, file in found.items() if file is not None}
         cases = [_case(root, places, *row) for row in rows]
         masks = {places[mask] for *_, image in rows for mask in _masks(image).values()}
-    except (FileNotFoundError, IsADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     layout = Layout(f"nnssl collection ({FILE})", sorted(cases, key=lambda case: case.name))
     used = {file for case in cases for file in case.files}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.images import SUFFIXES
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
     Case,
@@ -159,7 +160,7 @@ def _described(
         problems.append(f"{path}: channel_names={stated!r}; {{'0': 'CT'}} and so on is needed")
     ending = str(data.get("file_ending", ".nii.gz"))
     if not is_image(Path(f"x{ending}")):
-        problems.append(f"{path}: file_ending {ending}; only .nii.gz and .nii are read")
+        problems.append(f"{path}: file_ending {ending}; only {', '.join(SUFFIXES)} are read")
     values: dict[str, tuple[int, ...]] = {}
     labels = data.get("labels", {})
     for key, content in labels.items() if isinstance(labels, dict) else ():

@@ -13,6 +13,7 @@ from data_prep.layouts.case import (
     looks_like_a_label,
     may_be_dicom,
     modality_from_name,
+    refused_label,
     sort_out,
     subject_from_name,
 )
@@ -61,22 +62,21 @@ def from_pairs(root: Path, files: list[Path]) -> Layout | None:
 def from_pile(root: Path, files: list[Path]) -> Layout:
     """Every image that does not look like a label."""
     layout = Layout("folder of scans without labels")
-    dicom = [path for path in files if may_be_dicom(path) and is_dicom(path)]
+    dicom = [path for path in files if is_series_file(path)]
     _add_series(root, dicom, layout)
     taken = set(dicom)
     for path in sort_out(root, [path for path in files if path not in taken], layout):
         name = path.relative_to(root).as_posix()
         if looks_like_a_label(name):
-            layout.left_out.append(
-                LeftOut(
-                    name,
-                    "looks_like_a_label",
-                    "its name says label or mask; list it in a CSV to use it",
-                )
-            )
+            layout.left_out.append(refused_label(name))
         else:
             layout.cases.append(_case(root, path))
     return layout
+
+
+def is_series_file(path: Path) -> bool:
+    """Whether a file may be one of a DICOM series."""
+    return may_be_dicom(path) and is_dicom(path)
 
 
 def _add_series(root: Path, files: list[Path], layout: Layout) -> None:
@@ -84,6 +84,8 @@ def _add_series(root: Path, files: list[Path], layout: Layout) -> None:
         return
     layout.description += ", with DICOM series"
     for found in find_series(files):
+        if found.subject:
+            layout.patients.add(found.subject)
         names = [path.relative_to(root).as_posix() for path in found.files]
         for number, volume in enumerate(found.volumes):
             name = volume.files[0].relative_to(root).as_posix()

@@ -3,8 +3,8 @@
 Hatamizadeh et al. 2022, arXiv:2201.01266, and its second version, which puts a residual block of
 convolutions before each stage (He et al. 2023, Swin-UNETR-V2); windows are shifted every second
 block (Liu et al. 2021, arXiv:2103.14030). The parts are MONAI's and keep its names, so that weights
-of `monai.networks.nets.SwinUNETR` fit (`from_monai`): 48, 96 and 192 channels are VoCo's B, L and H
-(Wu et al. 2024, arXiv:2410.09890). What MONAI does beside the paper, and weights depend on:
+of `monai.networks.nets.SwinUNETR` fit (`pretrain.foreign`): 48, 96 and 192 channels are VoCo's B, L
+and H (Wu et al. 2024, arXiv:2410.09890). What MONAI does beside the paper, and weights depend on:
 
 - what a stage gives is normalised over channels, without weights, before it is refined; the next
   stage takes it unnormalised;
@@ -20,7 +20,7 @@ Shape legend: B batch, C channels, D H W cells of a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -226,30 +226,6 @@ class SwinUNETRDecoder(nn.Module):
             x = self.get_submodule(f"decoder{number}")(x, features[number - 1])
         logits: Tensor = self.head(x)
         return logits
-
-
-def from_monai(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parts the weights of MONAI's SwinUNETR into those of our encoder and of our decoder.
-
-    Only the last convolution has another name here: `out` is `head`.
-
-    Raises:
-        ValueError: if there are names that SwinUNETR does not have; the message lists all of them.
-    """
-    encoder, decoder, unknown = {}, {}, []
-    for name, tensor in weights.items():
-        part, _, rest = name.partition(".")
-        if part == "swinViT" or part in {f"encoder{n}" for n in (1, 2, 3, 4, 10)}:
-            encoder[name] = tensor
-        elif part in {f"decoder{n}" for n in range(1, 6)}:
-            decoder[name] = tensor
-        elif part == "out":
-            decoder[f"head.{rest}"] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"no weights of a SwinUNETR: {', '.join(sorted(unknown))}")
-    return encoder, decoder
 
 
 def _refine(in_channels: int, out_channels: int | None = None) -> nn.Module:

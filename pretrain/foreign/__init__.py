@@ -25,7 +25,7 @@ from pretrain.foreign.layout import Layout, Untold, convert, found_in, root_of
 from pretrain.foreign.stored import read_stored, read_weights
 from pretrain.release import LoadReport
 
-__all__ = ["Foreign", "converted", "load_foreign", "open_foreign", "read_weights"]
+__all__ = ["Foreign", "converted", "open_foreign", "read_weights"]
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,6 @@ def converted(
             f"{type(encoder).__name__}: choose another backbone"
         )
     return convert(layout, weights, encoder)
-
-
-def load_foreign(encoder: Backbone, path: Path) -> LoadReport:
-    """Copies public weights from a local file; see `read_weights` and `converted`."""
-    found, report = converted(read_weights(path), encoder)
-    encoder.load_state_dict(found)
-    return report
 
 
 def layouts() -> list[Layout]:

@@ -26,7 +26,7 @@ from data_prep.errors import InputError
 from pretrain.backbones.backbone import Backbone
 from pretrain.decoders import unet_decoder
 from pretrain.losses import masked_mse
-from pretrain.masking import block_hidden
+from pretrain.masking import block_hidden, shown
 from pretrain.objective import Batch, Losses, Objective
 
 
@@ -93,8 +93,4 @@ class CnnMAE(Objective):
         The output shows the prediction in hidden blocks and the input elsewhere.
         """
         hidden, output = self.predict(batch)
-        return {
-            "input": batch.image,
-            "visible": batch.image.masked_fill(hidden, torch.nan),
-            "output": torch.where(hidden, output.float(), batch.image),
-        }
+        return shown(batch.image, hidden, output)

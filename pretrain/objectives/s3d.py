@@ -35,7 +35,7 @@ from pretrain.backbones.backbone import Backbone, fitting_crop
 from pretrain.backbones.convolution import InstanceNorm, Pyramid
 from pretrain.decoders import unet_decoder
 from pretrain.losses import masked_mse
-from pretrain.masking import enlarge, patchify, random_hidden, triple, unpatchify
+from pretrain.masking import enlarge, patchify, random_hidden, shown, triple, unpatchify
 from pretrain.objective import Batch, Losses, Objective
 from pretrain.objectives.masked_patches import (
     PatchStatistics,
@@ -176,11 +176,7 @@ class S3D(Objective):
         if self.norm_target:
             rows = denormalise(self._rows(output), self._statistics(batch))
             output = unpatchify(rows, self._grid(output), self.block)
-        return {
-            "input": batch.image,
-            "visible": batch.image.masked_fill(hidden, torch.nan),
-            "output": torch.where(hidden, output, batch.image),
-        }
+        return shown(batch.image, hidden, output)
 
     def _grid(self, image: Tensor) -> tuple[int, int, int]:
         """Blocks of a crop along (d, h, w)."""

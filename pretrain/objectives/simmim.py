@@ -24,7 +24,7 @@ from pretrain.backbones.backbone import Backbone
 from pretrain.backbones.vit import TokenBackbone, as_tokens, init_transformer
 from pretrain.decoders import PatchDecoder
 from pretrain.losses import masked_l1, masked_mse
-from pretrain.masking import block_hidden, spread, triple, unpatchify
+from pretrain.masking import block_hidden, shown, spread, triple, unpatchify
 from pretrain.objective import Batch, Losses, Objective
 
 Voxels = Annotated[int, Field(ge=1)]
@@ -112,8 +112,4 @@ class SimMIM(Objective):
         The output shows the prediction in hidden blocks and the input elsewhere.
         """
         hidden, output = self.predict(batch)
-        return {
-            "input": batch.image,
-            "visible": batch.image.masked_fill(hidden, torch.nan),
-            "output": torch.where(hidden, output.float(), batch.image),
-        }
+        return shown(batch.image, hidden, output)

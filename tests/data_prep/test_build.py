@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from phantoms import (
 )
 from pydantic import ValidationError
 
-from data_prep.build import prep
+from data_prep.build import prep, prep_step
 from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
@@ -281,6 +282,67 @@ def test_doing_it_again_does_nothing_and_overwrite_replaces(folder: Path, tmp_pa
         run(folder, tmp_path / "c")
     assert run(folder, tmp_path / "c", overwrite=True)[0].samples == 7
     assert {path.name for path in tmp_path.iterdir()} == {"in", "c", "c.private"}
+
+
+def modality_in_a_list(root: Path, edited: bool) -> Path:
+    rows = f"image,modality\na.nii.gz,{'MR' if edited else 'CT'}\n"
+    (root / "list.csv").write_text(rows)
+    return root / "list.csv"
+
+
+def column_of_a_list(root: Path, edited: bool) -> Path:
+    columns = "image,label,mask\n"
+    row = "a.nii.gz,,a_seg.nii.gz\n" if edited else "a.nii.gz,a_seg.nii.gz,\n"
+    (root / "list.csv").write_text(columns + row)
+    return root / "list.csv"
+
+
+def name_of_a_value(root: Path, edited: bool) -> Path:
+    for folder, file in (("imagesTr", "a"), ("labelsTr", "a_seg")):
+        name = "a_0000.nii.gz" if folder == "imagesTr" else "a.nii.gz"
+        (root / folder).mkdir(exist_ok=True)
+        if not (root / folder / name).exists():
+            shutil.copy2(root / f"{file}.nii.gz", root / folder / name)
+    for file in root.glob("*.nii.gz"):
+        file.unlink()
+    told = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "spleen" if edited else "liver": 1},
+        "numTraining": 1,
+        "file_ending": ".nii.gz",
+    }
+    (root / "dataset.json").write_text(json.dumps(told))
+    return root
+
+
+@pytest.mark.parametrize("edit", [modality_in_a_list, column_of_a_list, name_of_a_value])
+def test_files_that_mean_something_else_are_another_corpus(
+    edit: Callable[[Path, bool], Path], tmp_path: Path, seed: int
+) -> None:
+    """Not a byte or time of a file that is read as a scan has changed, only what is said of it."""
+    rng = np.random.default_rng(seed)
+    root = tmp_path / "in"
+    save(root / "a.nii.gz", scan(rng).astype(np.int16) - 900)
+    save(root / "a_seg.nii.gz", (scan(rng) > 0).astype(np.uint8))
+
+    def made() -> tuple[Any, ...]:
+        corpus = Corpus.open(tmp_path / "c")
+        return corpus.modalities, corpus.meta(0)["payloads"], corpus.classes
+
+    run(edit(root, False), tmp_path / "c", keys="names")
+    before = made()
+    assert run(edit(root, False), tmp_path / "c", keys="names")[0].already_there
+    half = PrepSettings(input=edit(root, False), output=tmp_path / "half", keys="names")
+    prep_step(half.model_copy(update={"step": "scan"}))
+    source = edit(root, True)
+    with pytest.raises(InputError, match=r"another state of the input.*overwrite=true"):
+        run(source, tmp_path / "c", keys="names")
+    run(source, tmp_path / "c", keys="names", overwrite=True)
+    assert made() != before
+    # What was scanned of the old meaning is not gone on with.
+    _, lines = run(source, tmp_path / "half", keys="names")
+    assert any("of another prep of this output, unfinished" in line for line in lines)
+    assert Corpus.open(tmp_path / "half").index_hash == Corpus.open(tmp_path / "c").index_hash
 
 
 def test_what_is_in_the_way_is_left_alone(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -23,9 +25,10 @@ from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.dicom import Found, find_series, is_dicom
 from data_prep.errors import InputError, without_names
+from data_prep.generations import append, remove
 from data_prep.images import Reject, SeriesFiles
 from data_prep.layouts.find import find_cases
-from data_prep.settings import PrepSettings
+from data_prep.settings import PrepSettings, RemoveSettings
 from data_prep.volume import read_channels, read_nifti
 
 OBLIQUE = np.array(
@@ -431,3 +434,62 @@ def test_a_folder_of_series_becomes_a_corpus_and_keeps_no_word_of_its_headers(
                 assert word.lower().encode() not in data, (file, word)
     counts = corpus.info["counts"]["files"]
     assert counts["images"] == counts["total"] == 22
+
+
+def series(folder: Path, patient: str, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(0, 90, ras_array().shape)
+    write_series(folder, ras_array() + noise - 1024, square(OBLIQUE), PatientID=patient)
+
+
+def subjects(output: Path) -> dict[str, str]:
+    """Subject by folder of the input."""
+    with (output.with_name("c.private") / "keymap.csv").open() as file:
+        return {row["input"].split("/")[0]: row["subject"] for row in csv.DictReader(file)}
+
+
+def test_a_number_of_a_patient_is_not_found_by_counting_where_names_are_kept(
+    tmp_path: Path,
+) -> None:
+    """And the patient is one subject: of several series, and of what is added later."""
+    numbers = {"a": "4711", "b": "4711", "c": "815"}
+    for seed, (name, number) in enumerate(numbers.items()):
+        series(tmp_path / "in" / name, number, seed)
+    output = tmp_path / "c"
+    more = {"processes": 1, "keys": "names"}
+    prep(PrepSettings(input=tmp_path / "in", output=output, **more), say=lambda line: None)
+    first = subjects(output)
+    assert first["a"] == first["b"] != first["c"]
+    for seed, (name, number) in enumerate({"d": "4711", "e": "99"}.items(), start=7):
+        series(tmp_path / "later" / name, number, seed)
+    adding = PrepSettings(input=tmp_path / "later", output=output, append=True, **more)
+    append(adding, say=lambda line: None)
+    found = subjects(output)
+    assert found["d"] == found["a"] and found["e"] not in first.values()
+    assert set(Corpus.open(output).subjects) == set(found.values())
+    kept = b"".join(f.read_bytes() for f in sorted(output.rglob("*")) if f.is_file())
+    counted = [hashlib.sha256(str(n).encode()).hexdigest()[:16].encode() for n in range(10_000)]
+    assert not [digest for digest in counted if digest in kept]
+    # Without its secret nothing can be added: the same patients would be others.
+    (tmp_path / "c.private" / "salt").unlink()
+    with pytest.raises(InputError, match="salt: missing"):
+        append(adding, say=lambda line: None)
+
+
+def test_patients_of_a_corpus_of_before_stay_who_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series(tmp_path / "in" / "a", "4711", 0)
+    output, more = tmp_path / "c", {"processes": 1, "keys": "names"}
+    with monkeypatch.context() as before:
+        before.setattr("data_prep.naming.salted_patient", lambda salt, digest: digest)
+        prep(PrepSettings(input=tmp_path / "in", output=output, **more), say=lambda line: None)
+    (tmp_path / "c.private" / "salt").unlink()
+    for seed, (name, number) in enumerate({"b": "4711", "c": "815"}.items(), start=3):
+        series(tmp_path / "later" / name, number, seed)
+    adding = PrepSettings(input=tmp_path / "later", output=output, append=True, **more)
+    append(adding, say=lambda line: None)
+    found = subjects(output)
+    assert found["b"] == found["a"] == hashlib.sha256(b"4711").hexdigest()[:16]
+    assert found["c"].startswith("patient-")
+    remove(RemoveSettings(output=output, remove=found["c"]), say=lambda line: None)
+    assert set(Corpus.open(output).subjects) == {found["a"]}

@@ -71,6 +71,18 @@ def test_ranges_bring_the_same_voxels_and_no_whole_shard(
     same(here, there, seed, 40)
 
 
+def test_what_a_corpus_elsewhere_lacks_is_said_with_its_whole_address(server: FaultServer) -> None:
+    there = Corpus.open(server.url)
+    for wrong in (
+        lambda: there.position("nobody"),
+        lambda: there.read(0, "mask"),
+        lambda: there.split("mine"),
+    ):
+        with pytest.raises(InputError) as caught:
+            wrong()
+        assert str(caught.value).startswith(f"{there}: ") and "://" in str(there)
+
+
 def test_a_range_read_brings_the_touched_chunks_alone(
     pretrain_corpus: Path, server: FaultServer
 ) -> None:

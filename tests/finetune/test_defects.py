@@ -14,10 +14,11 @@ from small_runs import BACKBONES, add_few_split, make_release, settings
 from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.files import file_digest
 from data_prep.settings import PrepSettings
 from data_prep.splits import split_from, write_split
 from finetune.train import build_model, make_plan
-from pretrain.release import FILES, file_digest, load_release
+from pretrain.release import FILES, load_release
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from small_runs import add_split, write_encoder
 import voxelith
 from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from data_prep.preprocess import Preprocess
 from data_prep.volume import read_nifti
 from finetune.describe import as_text, describe
@@ -40,7 +41,7 @@ from finetune.settings import EvaluateSettings, FinetuneSettings, PredictSetting
 from finetune.train import build_model, finetune, make_plan
 from pretrain.arguments import build_backbone
 from pretrain.backbones.slice_vit import SliceViT
-from pretrain.manifest import DECODER, FILES, file_digest
+from pretrain.manifest import DECODER, FILES
 from pretrain.release import Release, load_release
 
 ROOT = Path(__file__).parents[2]

@@ -338,7 +338,7 @@ def test_a_release_answers_as_its_run(runs: dict[str, Path], corpus: Path, tmp_p
 def test_a_release_whose_task_is_of_another_kind_is_refused(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    from pretrain.release import file_digest
+    from data_prep.files import file_digest
 
     found = export(runs["volume-scratch"], tmp_path / "r")
     original = (found.path / "config.json").read_text()

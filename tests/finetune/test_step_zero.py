@@ -19,6 +19,7 @@ from torch import nn
 import voxelith
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.files import file_digest
 from data_prep.splits import split_from, write_split
 from finetune import train
 from finetune.export import export_run as export
@@ -31,7 +32,7 @@ from finetune.step_zero import FILE, look_at_start
 from finetune.supervised import Supervised
 from finetune.train import build_model, finetune, make_plan
 from pretrain.encoder import Encoder
-from pretrain.release import Release, file_digest, load_release
+from pretrain.release import Release, load_release
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 CLASSES = {"classes": TASK["classes"][:1]}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import add_few_split
 
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from finetune.rows import read_rows
 from finetune.settings import FinetuneSettings, config_hash
 from finetune.train import build_model, finetune, make_plan
@@ -25,7 +26,7 @@ from pretrain.manifest import OPTIONAL
 from pretrain.objectives.cnn_mae import CnnMAE
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.volume_fusion import VolumeFusion
-from pretrain.release import DECODER, FILES, Release, file_digest, load_release
+from pretrain.release import DECODER, FILES, Release, load_release
 from pretrain.settings import PretrainSettings
 from pretrain.train import pretrain
 

@@ -191,7 +191,7 @@ def resident_pages(file: Path) -> int:
         (["step", "variants=[fp8]"], "variants"),
         pytest.param(
             ["step", "device=cuda"],
-            "no CUDA device",
+            "this machine has no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         (["estimate", "crop_size=[90,96,96]"], "multiple"),

@@ -67,6 +67,19 @@ def test_it_runs_alone_and_gives_the_same(
     assert {path.name for path in tmp_path.iterdir()} == {"r", "run", "out"}
 
 
+def test_a_scan_may_be_scaled_by_its_own_percentiles(seed: int, tmp_path: Path) -> None:
+    rules = {"CT": {"rule": "percentile", "onto": (-0.5, 2.0)}, "MR": {"rule": "percentile"}}
+    preprocess = Preprocess.default(spacing_mm=(1.5, 1.3, 1.2), intensity=rules)
+    release = tiny_release(tmp_path / "r", "vit.ViT3D", VIT, CROP, seed, ("CT", "MR"), preprocess)
+    # What it writes is run, and compared with what the release gives.
+    assert write_bundle(release, tmp_path / "out")["golden"]["error"] < 1e-5
+
+
+def test_a_rule_without_a_form_is_refused() -> None:
+    with pytest.raises(InputError, match="intensity rule 'histogram'"):
+        bundle._intensity({"rule": "histogram"})
+
+
 def test_other_features_are_found_and_nothing_stays(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,10 @@ from test_dino_runs import TINY, VIT
 from test_loop import RESENC, settings
 
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from pretrain.encoder import load_encoder
 from pretrain.export import export
-from pretrain.manifest import TRAINING, file_digest
+from pretrain.manifest import TRAINING
 from pretrain.release import load_release
 from pretrain.run_folder import RunFolder
 from pretrain.train import open_training, prepare, pretrain

@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
+from pretrain.failures import failure_folder
 from pretrain.loop import machine_precision
+from pretrain.replay import Replay
+from pretrain.run_folder import RunFolder, load_checkpoint
 from pretrain.settings import PretrainSettings, TrainerSettings
 from pretrain.train import pretrain
 from slurm.examine import _gpus
@@ -197,6 +200,30 @@ def test_two_ranks_stop_resume_and_match_one_rank(pretrain_corpus: Path, tmp_pat
     assert steps(run) == [1, 2, 3, 4, 5, 6]
     one = pretrain(chosen("one", 1, 6))
     assert losses(run) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_checkpoint_is_read_once_to_go_on_from(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gigabytes of a large network, and all of it is summed."""
+    chosen = settings(pretrain_corpus, tmp_path, "run", steps=3, save_every=1)
+    last = RunFolder(pretrain(chosen)).checkpoints.paths()[-1]
+    last.unlink()
+    read: list[str] = []
+
+    def counted(path: Path) -> dict[str, Any]:
+        read.append(path.name)
+        return load_checkpoint(path)
+
+    monkeypatch.setattr("pretrain.run_folder.load_checkpoint", counted)
+    monkeypatch.setattr("pretrain.replay.load_checkpoint", counted)
+    pretrain(chosen)
+    assert last.exists() and read == ["step-00000002.pt"]
+    link = failure_folder(tmp_path / "run", 3) / "start.pt"
+    link.parent.mkdir(parents=True)
+    link.hardlink_to(last.with_name("step-00000002.pt"))
+    state = Replay(RunFolder(tmp_path / "run")).start(3)
+    assert state is not None and state["step"] == 2 and read == ["step-00000002.pt"] * 2
 
 
 def test_a_finished_run_does_nothing_more(pretrain_corpus: Path, tmp_path: Path) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rank_runs import environment
 from test_loop import RESENC, settings
+from test_stages import words as recipe_words
 
 from pretrain.plan import STEPS, Measured, _loader_alone, added_up, as_text, plan
 from pretrain.settings import PlanSettings
@@ -88,6 +93,34 @@ def test_the_first_steps_are_those_of_the_run_and_nothing_stays(
     assert list((tmp_path / "runs").iterdir()) == []
     said = capsys.readouterr().out
     assert re.search(r"planned: [\d.e-]+ hours for 1,000 steps of 4 samples on 1 rank,", said)
+
+
+def test_threads_are_set_where_a_training_starts_and_not_by_looking_at_it(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    machine = {"accelerator": "cpu", "workers": 0, "threads": before + 1}
+    try:
+        ready = prepare(chosen(pretrain_corpus, tmp_path, steps=1, trainer=machine))
+        assert torch.get_num_threads() == before
+        ready.train()
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_two_ranks_plan_a_recipe_in_stages(pretrain_corpus: Path, tmp_path: Path) -> None:
+    words = ["plan", *recipe_words(pretrain_corpus, tmp_path)[1:]]
+    words += ["trainer.devices=2", "batch_size=4"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "voxelith", *words],
+        env=environment(), text=True, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for told in (r"global: .* 3 steps of 4", r"local: .* 400 steps of 4", "all 2 stages: "):
+        assert len(re.findall(told, done.stdout)) == 1, done.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_rank_keeps_its_micro_batch_where_there_are_fewer(

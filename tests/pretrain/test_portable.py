@@ -15,10 +15,10 @@ from torch import nn
 
 import voxelith
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from pretrain import portable
 from pretrain.backbones.unet import UNetEncoder
 from pretrain.backbones.vit import ViT3D
-from pretrain.manifest import file_digest
 from pretrain.portable import write_onnx, write_torch_export
 
 ROOT = Path(__file__).parent.parent.parent

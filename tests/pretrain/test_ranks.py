@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_runs import begin, environment, machine, script
+from rank_runs import begin, environment, machine, run, script
 from test_loop import settings
 
 FAULT = """
@@ -54,6 +54,29 @@ def broken(
     left = [pid for pid in pids if alive(pid)]
     assert not left, said
     return process.returncode, said
+
+
+def test_each_rank_computes_in_the_threads_that_are_wanted(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """Where nothing else is said Lightning gives each rank its share of the cores."""
+    chosen = settings(
+        pretrain_corpus, tmp_path, "run", steps=1, batch_size=2, trainer=machine(2, threads=3)
+    )
+    changes = (
+        "os.environ.pop('OMP_NUM_THREADS', None)\n"
+        "import torch\n"
+        "from pretrain.objectives.cnn_mae import CnnMAE\n"
+        "forward = CnnMAE.forward\n"
+        "def noted(self, batch, progress):\n"
+        f"    file = Path({str(tmp_path)!r}, f'threads-{{RANK}}')\n"
+        "    file.write_text(str(torch.get_num_threads()))\n"
+        "    return forward(self, batch, progress)\n"
+        "CnnMAE.forward = noted\n"
+    )
+    done = run(chosen, tmp_path, changes)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"threads-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
 
 
 def alive(pid: int) -> bool:

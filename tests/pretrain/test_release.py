@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import voxelith
 from data_prep.errors import CorruptionError, InputError
+from data_prep.files import file_digest
 from pretrain.export import export, strictest_first
 from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.manifest import OPTIONAL, PLAN_FILE
@@ -24,7 +25,6 @@ from pretrain.release import (
     FILES,
     Release,
     check_golden,
-    file_digest,
     load_release,
     relative_error,
 )

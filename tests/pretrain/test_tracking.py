@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import Logger
 from test_loop import settings, start, steps
 
 from pretrain.events import Events
@@ -135,6 +136,51 @@ def test_a_tracker_that_fails_does_not_end_the_run_and_catches_up(
     assert steps(run) == [1, 2, 3, 4]
     said = capfd.readouterr().err
     assert said.count("WARNING: TensorBoardLogger fails (") == 1 and "metrics.csv" in said
+
+
+class Absent(Logger):
+    """As Lightning's logger of MLflow, whose server does not answer until it is `there`."""
+
+    there = False
+    name, version = "voxelith", "0"
+
+    def __init__(self, **given: Any) -> None:
+        self.given, self.told = given, {}  # type: dict[str, Any], dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        if not self.there:
+            raise ConnectionError("http://nobody:hush@lab.example/ does not answer")
+        return self.given["run_id"] or "first"
+
+    def log_hyperparams(self, params: Any, *more: Any, **others: Any) -> None:
+        self.told = {**params, "id": self.run_id}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        raise NotImplementedError
+
+
+def test_a_server_that_does_not_answer_ends_no_start_and_gets_its_run_later(
+    pretrain_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pretrain.tracking.MLFlowLogger", Absent)
+    monkeypatch.setattr("pretrain.tracking.check_loggers", lambda settings: None)
+    chosen = settings(pretrain_corpus, tmp_path, "run", loggers=("mlflow",))
+    run = RunFolder(tmp_path / "run")
+    assert make_loggers(chosen, run) == []
+    said = capfd.readouterr().err
+    assert "WARNING: mlflow fails (ConnectionError" in said and "hush" not in said
+    assert not (run.path / "mlflow_id").exists()
+    monkeypatch.setattr(Absent, "there", True)
+    (made,) = make_loggers(chosen, run, step=7)
+    assert (run.path / "mlflow_id").read_text() == "first"
+    # What it has missed are the settings too, which a start that goes on does not tell again.
+    assert isinstance(made, Absent) and (made.told["id"], made.told["lr"]) == ("first", chosen.lr)
+    (again,) = make_loggers(chosen, run, step=7)
+    assert isinstance(again, Absent) and again.told == {}
 
 
 def test_what_trackers_are_told_of_settings_has_no_path(

@@ -28,13 +28,14 @@ from torch import Tensor
 
 import voxelith
 from data_prep.errors import CorruptionError, InputError, attempt
+from data_prep.files import file_digest
 from data_prep.references import is_safe
 from finetune.describe import describe
 from finetune.model_file import check_golden_network, load_network
 from pretrain.arguments import build_backbone
 from pretrain.foreign import open_foreign
 from pretrain.foreign.stored import read_stored
-from pretrain.manifest import DECODER, FILES, MAX_DEPTH, file_digest
+from pretrain.manifest import DECODER, FILES, MAX_DEPTH
 from pretrain.release import check_golden, load_release
 from pretrain.run_folder import Checkpoints
 from pretrain.start import open_start

@@ -19,7 +19,7 @@ import conf
 from data_prep.errors import InputError
 from pretrain.backbones.slice_vit import SliceViT, slice_rotary_table
 from pretrain.decoders import UNETRDecoder, build_decoder
-from pretrain.foreign import converted, load_foreign
+from pretrain.foreign import converted, read_weights
 from pretrain.masking import patchify, random_hidden, unpatchify
 from pretrain.objectives.mae_primus import PrimusMAE
 from pretrain.optim import parameter_groups
@@ -239,7 +239,8 @@ def test_files_load_whole_and_report_each_tensor(tmp_path: Path, form: str) -> N
         torch.save(stored, path)
     else:
         save_file(source.state_dict(), path)
-    report = load_foreign(target, path)
+    weights, report = converted(read_weights(path), target)
+    target.load_state_dict(weights)
     assert torch.equal(target.tokens(IMAGE), source.tokens(IMAGE))
     assert sorted(report.copied) == sorted(target.state_dict())
     skipped = {"teacher.pth": 4, "bare.pth": 3, "timm.safetensors": 0}[form]
@@ -292,10 +293,10 @@ def test_biases_of_zero_may_be_left_out() -> None:
 def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     with pytest.raises(InputError, match="cannot be read"):
-        load_foreign(small(), path)
+        read_weights(path)
     path.write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be read"):
-        load_foreign(small(), path)
+        read_weights(path)
     torch.save({"teacher": {"epoch": 3}}, path)
     with pytest.raises(InputError, match="holds other things"):
-        load_foreign(small(), path)
+        read_weights(path)
