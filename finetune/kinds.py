@@ -7,7 +7,6 @@ network as a file, the answers to the test cases and their rows.
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -239,8 +238,7 @@ class Segmenting(Kind):
         """Label maps in predictions/, and their rows; those that these weights gave stay."""
         corpus, segmenter = plan.corpus, self._segmenter(plan, model)
         folder, backbone = run.path / "predictions", plan.release.config["backbone"]
-        if not write_network(segmenter, backbone, self.settings.decoder, run.path):
-            shutil.rmtree(folder, ignore_errors=True)  # of a start whose last checkpoint was lost
+        write_network(segmenter, backbone, self.settings.decoder, run.path, answered=folder)
         folder.mkdir(exist_ok=True)
 
         def predict(key: str) -> Labels:
@@ -336,8 +334,8 @@ class Answering(Kind):
         assert isinstance(model, Pooled) and plan.targets is not None
         corpus, answerer = plan.corpus, Answerer(model=model, task=self.task, **looks(plan))
         backbone = plan.release.config["backbone"]
-        if not write_network(answerer, backbone, self.settings.decoder, run.path):
-            (run.path / ANSWERS).unlink(missing_ok=True)  # of a start whose checkpoint was lost
+        file = run.path / ANSWERS
+        write_network(answerer, backbone, self.settings.decoder, run.path, answered=file)
         answers = read_answers(run.path, "key", self.task)
         left = [key for key in plan.test.keys if key not in answers]
         try:

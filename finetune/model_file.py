@@ -5,6 +5,7 @@ What is written says what the network is asked, so what is read is a segmenter o
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,19 +55,31 @@ class ModelFile(TaskFacts):
 
 
 def write_network(
-    network: Finetuned, backbone: dict[str, Any], decoder: DecoderKind, folder: Path
-) -> bool:
+    network: Finetuned,
+    backbone: dict[str, Any],
+    decoder: DecoderKind,
+    folder: Path,
+    answered: Path | None = None,
+) -> None:
     """Writes model.safetensors and model.json into a run folder; `load_network` reads them.
 
-    Returns:
-        Whether these very weights lay there already.
+    Args:
+        network: that is written.
+        backbone: name and arguments of its encoder's.
+        decoder: what it was built with.
+        folder: of the run.
+        answered: a file or a folder of its answers. Those of other weights, as of a start whose
+            last checkpoint was lost, go before the weights come: what is left is these weights'.
     """
     facts = TaskFacts(task=network.task, decoder=decoder, overlap=network.overlap, tta=network.tta)
     state = network.model.state_dict()
     weights = {name: value.contiguous().cpu() for name, value in state.items()}
     file, data = folder / "model.safetensors", save(weights, {"format": "pt"})
-    same = file.exists() and file.read_bytes() == data
-    if not same:
+    if not file.exists() or file.read_bytes() != data:
+        if answered is not None and answered.is_dir():
+            shutil.rmtree(answered)
+        elif answered is not None:
+            answered.unlink(missing_ok=True)
         write_bytes(file, data)
     write_json(
         folder / "model.json",
@@ -79,7 +92,6 @@ def write_network(
             **facts.model_dump(mode="json"),
         },
     )
-    return same
 
 
 def load_network(ref: Path, device: str | torch.device | None = None) -> Segmenter | Answerer:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import json
 import os
 import platform
 import secrets
@@ -38,7 +37,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import CorruptionError, InputError
-from data_prep.files import atomic, make_folder, read_note, write_json, write_text
+from data_prep.files import atomic, make_folder, read_note, read_table, write_json, write_text
 from data_prep.references import without_secrets
 from pretrain.events import step_of
 
@@ -132,20 +131,19 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration that the run was started with."""
-        try:
-            return dict(json.loads(self.config_path.read_text()))
-        except FileNotFoundError:
+        if not self.config_path.exists():
             raise InputError(
                 f"{self.path} is not a run folder: it has no config.json; "
                 "give the folder that `voxelith pretrain` or `voxelith finetune` made"
-            ) from None
+            )
+        return read_table(self.config_path)
 
     def pretraining(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Configuration and facts, run.json, of a pretraining; InputError if it is none."""
         config = self.config()
         if "objective" not in config:
             raise InputError(f"{self.path}: is no pretraining run; give one that `pretrain` made")
-        return config, dict(json.loads((self.path / "run.json").read_text()))
+        return config, read_table(self.path / "run.json")
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from finetune.lines import Table
 from finetune.model_file import read_model_file
 from finetune.report import make_report
 from finetune.rows import write_rows
+from pretrain.run_folder import RunFolder
 
 READERS: dict[str, Callable[[Path], object]] = {
     "model.json": read_model_file,
@@ -47,11 +48,12 @@ def test_what_is_no_table_is_named(text: str | None, said: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", READERS)
 def test_each_reader_says_so(name: str, text: str, tmp_path: Path) -> None:
     for other in ("run.json", "config.json"):
-        write_json(tmp_path / other, {})
+        write_json(tmp_path / other, {"objective": {}})
     write_rows(make_rows("scratch", seeds=1), tmp_path / "rows.csv")
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=rf"{name}: (cannot be read|holds \[1, 2\])"):
         READERS[name](tmp_path)
     if name != "model.json":
-        with pytest.raises(InputError, match=rf"{name}: (cannot be read|holds \[1, 2\])"):
-            describe(tmp_path)
+        for read in (describe, lambda run: RunFolder(run).pretraining()):
+            with pytest.raises(InputError, match=rf"{name}: (cannot be read|holds \[1, 2\])"):
+                read(tmp_path)

@@ -384,6 +384,31 @@ def test_a_scan_that_becomes_too_large_is_left_out_and_the_rest_is_done(tmp_path
     assert "too_large: (60, 60, 60) voxels become [6000, 6000, 6000]" in found.left_out["a.nii.gz"]
 
 
+@pytest.mark.parametrize("name", ["predictions", "answers.csv"])
+def test_what_other_weights_answered_goes_before_new_weights_come(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that is killed between the two would leave answers of the one beside the other."""
+    segmenter, folder = body_segmenter(1, tmp_path), tmp_path / "body"
+    answered = folder / name
+    if name == "predictions":
+        answered.mkdir()
+        (answered / "a.nii.gz").write_bytes(b"")
+    else:
+        answered.write_text("")
+    write_network(segmenter, BACKBONE, "auto", folder, answered)
+    assert answered.exists()
+    (folder / "model.safetensors").write_bytes(b"of a start whose last checkpoint was lost")
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.model_file.write_bytes", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write_network(segmenter, BACKBONE, "auto", folder, answered)
+    assert not answered.exists()
+
+
 # The release.
 
 
