@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError, Naming
+from data_prep.errors import InputError, Naming, some
 from data_prep.files import read_csv, write_bytes
 from data_prep.layouts.case import read_description
 from data_prep.naming import KEYMAP_FILE, private_folder
@@ -134,13 +134,11 @@ def splits_of_folds(
         strange = sorted({*fold["train"], *fold["val"]} - key_of.keys())
         if strange:
             absent = f"{FOLDS_FILE}, fold {number}: {len(strange)} cases are not in the input"
-            problems.append(Naming(f"{absent} ({', '.join(strange[:5])})", absent))
+            problems.append(Naming(f"{absent} ({some(strange)})", absent))
         both = sorted(set(fold["train"]) & set(fold["val"]))
         if both:
             where, do = f"{FOLDS_FILE}, fold {number}:", "train and validate both"
-            problems.append(
-                Naming(f"{where} {', '.join(both[:5])} {do}", f"{where} {len(both)} cases {do}")
-            )
+            problems.append(Naming(f"{where} {some(both)} {do}", f"{where} {len(both)} cases {do}"))
         parts = {key_of[case]: "train" for case in fold["train"] if case in key_of}
         parts |= {key_of[case]: "validation" for case in fold["val"] if case in key_of}
         try:

@@ -32,7 +32,14 @@ from data_prep.corpus import (
     read_parquet,
     shard_name,
 )
-from data_prep.errors import CorruptionError, FailedError, InputError, config_text, plain_message
+from data_prep.errors import (
+    CorruptionError,
+    FailedError,
+    InputError,
+    config_text,
+    plain_message,
+    some,
+)
 from data_prep.files import (
     atomic,
     file_digest,
@@ -527,7 +534,7 @@ def _refuse_other_classes(corpus: Corpus, more: Corpus) -> None:
     if strange:
         _discard(more.path)
         raise InputError(
-            f"classes={{{', '.join(strange[:5])}}}: {corpus.path} has other names or values "
+            f"classes={{{some(strange)}}}: {corpus.path} has other names or values "
             "for these; classes= gives the labels of an addition those of the corpus"
         )
 

@@ -22,7 +22,7 @@ import yaml  # type: ignore[import-untyped]
 from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.deface import deface_files, deface_function
 from data_prep.dicom import REVISION
-from data_prep.errors import InputError, Naming, attempt, near, without_names
+from data_prep.errors import InputError, Naming, attempt, near, some, without_names
 from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.files import write_csv
 from data_prep.folds import splits_of_folds, splits_of_numbers
@@ -262,7 +262,7 @@ def class_table(settings: PrepSettings, layout: Layout) -> list[dict[str, Any]] 
     strange = sorted(masks - set(named.values()))
     if strange:
         problems.append(
-            f"{where}: no value is called {', '.join(strange[:5])}, as the masks are; name all of "
+            f"{where}: no value is called {some(strange)}, as the masks are; name all of "
             "the structures that have masks"
         )
     bits = max(named, default=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import split_hash
-from data_prep.errors import InputError, Naming
+from data_prep.errors import InputError, Naming, some
 from data_prep.files import write_bytes
 from data_prep.shards import canonical_json
 
@@ -80,7 +80,7 @@ def split_from(
     if torn:
         several = f"split {name}: {len(torn)} subjects are in more than one part"
         rule = "all samples of a subject belong to one"
-        raise InputError(Naming(f"{several} ({', '.join(torn[:5])}); {rule}", f"{several}; {rule}"))
+        raise InputError(Naming(f"{several} ({some(torn)}); {rule}", f"{several}; {rule}"))
     rows = sorted(zip(keys, subjects, parts, strict=True))
     data: dict[str, Any] = {
         "name": name,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, some
 from finetune.protocol import DecoderKind
 from finetune.scan_task import ScanTask
 from finetune.supervised import Supervised
@@ -120,7 +120,7 @@ class Classification(Pooled):
         wrong = sorted(key for key, t in known.items() if t not in range(task.outputs))
         if wrong:
             raise InputError(
-                f"targets of {', '.join(wrong[:5])}: expected a class from 0 to "
+                f"targets of {some(wrong)}: expected a class from 0 to "
                 f"{task.outputs - 1}, found {known[wrong[0]]}"
             )
         super().__init__(encoder=encoder, task=task, decoder=decoder, targets=known)
