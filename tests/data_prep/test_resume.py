@@ -155,12 +155,14 @@ def test_samples_and_real_files_in_parts(samples: Path, tmp_path: Path, seed: in
 def test_awkward_files_in_parts(tmp_path: Path, seed: int) -> None:
     for name in ("messy", "sct_testing_data", "tcia_soft_tissue_sarcoma", "templates"):
         shutil.copytree(DATA / name, tmp_path / "in" / name)
+    (tmp_path / "salt").write_text("of patients of DICOM, whose names depend on it")
+    more = {"shard_mib": 1, "salt": tmp_path / "salt"}
     for k, parts in enumerate((0, 3, 8)):
         output = tmp_path / str(k) / "c"
         if parts:
-            in_parts(tmp_path / "in", output, parts, seed, shard_mib=1)
+            in_parts(tmp_path / "in", output, parts, seed, **more)
         else:
-            prep(settings(tmp_path / "in", output, processes=2, shard_mib=1), say=lambda _: None)
+            prep(settings(tmp_path / "in", output, processes=2, **more), say=lambda _: None)
         assert whole(output) == whole(tmp_path / "0" / "c")
     assert len(whole(output)["private"]["quarantine.csv"].splitlines()) > 10
 
