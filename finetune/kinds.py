@@ -37,6 +37,7 @@ from finetune.targets import Targets, read_targets
 from finetune.validation import Validation
 from pretrain.augment import Augment
 from pretrain.backbones.backbone import Backbone
+from pretrain.device import chosen_device
 from pretrain.loader import CropDataset
 from pretrain.objective import Batch
 from pretrain.preemption import heed
@@ -119,8 +120,7 @@ def kind_of(settings: FinetuneSettings) -> Kind:
 
 def device_of(settings: FinetuneSettings) -> torch.device:
     """Where a run's network is outside of its training."""
-    accelerated = settings.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if accelerated else "cpu")
+    return chosen_device("auto", settings.trainer.accelerator)
 
 
 def device_name(settings: FinetuneSettings) -> str:

@@ -28,6 +28,7 @@ from finetune.segmenter import Segmenter
 from finetune.settings import TaskFacts
 from pretrain.arguments import build_backbone
 from pretrain.backbones.backbone import Backbone
+from pretrain.device import chosen_device
 from pretrain.encoder import load_encoder
 from pretrain.manifest import DECODER, FACTS, Part
 from pretrain.release import (
@@ -115,7 +116,7 @@ def load_network(ref: Path, device: str | torch.device | None = None) -> Segment
             "SHA256SUMS); give a folder that `voxelith finetune` made and finished, or that "
             "`voxelith export` made of one"
         )
-    network.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    network.model.to(device or chosen_device("auto")).eval()
     return network
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
 from data_prep.images import NIFTI, Reject
@@ -19,6 +17,7 @@ from finetune.answers import read_answers, write_answers
 from finetune.model_file import load_network
 from finetune.segmenter import Segmenter
 from finetune.settings import PredictSettings
+from pretrain.device import chosen_device
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,8 @@ def predict(settings: PredictSettings) -> Predicted:
             f"output={output}: lies in the input folder, and predictions would be taken for "
             "scans; choose another"
         )
-    device = None if settings.device == "auto" else settings.device
-    if device == "cuda" and not torch.cuda.is_available():
-        problems.append("device=cuda: this machine has no GPU; take device=auto or device=cpu")
-        device = "cpu"
-    network = attempt(problems, load_network, settings.ckpt, device=device)
+    device = attempt(problems, chosen_device, settings.device)
+    network = attempt(problems, load_network, settings.ckpt, device=device or "cpu")
     if problems or network is None:
         raise InputError(problems)
     cases, left_out = by_case(names, network.channels)

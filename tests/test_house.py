@@ -19,6 +19,7 @@ DOORS = {
     "backbones",
     "costs",
     "decoders",
+    "device",
     "encoder",
     "estimate",
     "events",
