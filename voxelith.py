@@ -29,12 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["load_encoder", "main"]
 
+OLD_JIT = r".*torch\.jit.*"
+"""What timm and torchvision say as they are imported, and no user can act on."""
+
 
 def load_encoder(ref: str | Path, *, device: str = "cpu") -> Encoder:
     """Loads a released encoder with its preprocessing; see `pretrain.encoder.load_encoder`."""
-    from pretrain.encoder import load_encoder as load
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=OLD_JIT)
+        from pretrain.encoder import load_encoder as load
 
-    return load(ref, device=device)
+        return load(ref, device=device)
 
 
 class Command(NamedTuple):
@@ -829,8 +834,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: {name}: no such command; {near(name, COMMANDS)}", file=sys.stderr)
         return 2
-    # torchvision, which timm imports, uses what torch deprecates; no user can act on it.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
+    warnings.filterwarnings("ignore", message=OLD_JIT)
     as_json = "--json" in words
     wants_help = "-h" in words or "--help" in words
     words = [word for word in words if word not in ("--json", "-h", "--help")]

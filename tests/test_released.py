@@ -6,6 +6,8 @@ import csv
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,17 @@ def test_its_data_lets_it_be_given_on(one: Known) -> None:
     assert set(data["licence"]) <= FREE
     assert "unknown" not in data["source"]
     assert one.licence == "CC BY-SA 4.0"
+
+
+@ours
+def test_three_lines_say_nothing_that_was_not_asked(one: Known) -> None:
+    """Not what libraries think of one another, in a process that ignores no warning."""
+    code = f"import voxelith\nvoxelith.load_encoder({one.name!r})"
+    done = subprocess.run(
+        [sys.executable, "-W", "default::FutureWarning", "-c", code],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr == done.stdout == ""
 
 
 @ours
