@@ -36,11 +36,11 @@ def quietly(*words: str) -> tuple[float, str]:
     return time.perf_counter() - began, done.stdout
 
 
-def sample_corpus(work: Path) -> Path:
-    """The sample scans as a corpus, made once."""
-    corpus = work / "corpus"
+def sample_corpus(work: Path, name: str = "pretrain", *words: str) -> Path:
+    """A list of the sample scans as a corpus, made once."""
+    corpus = work / "corpora" / name
     if not (corpus / "corpus.json").exists():
-        quietly("prep", "input=samples/pretrain.csv", f"output={corpus}", "keys=names")
+        quietly("prep", f"input=samples/{name}.csv", f"output={corpus}", "keys=names", *words)
     return corpus
 
 

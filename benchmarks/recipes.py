@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from line import ROOT, voxelith
+from line import ROOT, sample_corpus
 
 from conf.compose import recipes, stages_for
 from data_prep.files import write_json, write_text
@@ -32,7 +32,6 @@ from pretrain.bench import machine
 from pretrain.run_folder import versions
 from pretrain.settings import PretrainSettings
 
-SAMPLES = ROOT / "samples"
 SMALL = recipes(small=True)
 
 
@@ -51,7 +50,8 @@ def main() -> None:
     chosen.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         work = chosen.work.resolve() if chosen.work else Path(made)
-        corpora = {name: _corpus(name, work) for name in ("pretrain", "hippocampus")}
+        names = ("pretrain", "hippocampus")
+        corpora = {name: sample_corpus(work, name, "shard_mib=1") for name in names}
         waiting, running = list(chosen.names), {}
         failed: list[str] = []
         while waiting or running:
@@ -77,14 +77,6 @@ def main() -> None:
                 print((work / f"{name}.log").read_text()[-2000:], file=sys.stderr)
             sys.exit(f"error: {', '.join(failed)} failed")
     _summarise(chosen.output)
-
-
-def _corpus(name: str, work: Path) -> Path:
-    output = work / "corpora" / name
-    if not (output / "corpus.json").exists():
-        words = [f"input={SAMPLES / name}.csv", f"output={output}", "keys=names", "shard_mib=1"]
-        voxelith("prep", *words)
-    return output
 
 
 def _start(name: str, corpora: dict[str, Path], work: Path) -> subprocess.Popen[bytes]:

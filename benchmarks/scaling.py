@@ -32,15 +32,15 @@ SETTLED = 10
 def seconds(work: Path, ranks: int, batch: int) -> list[float]:
     """Seconds of a step, for each logged row."""
     name = f"ranks-{ranks}-{time.time_ns()}"
-    quietly("pretrain", f"corpus={work / 'corpus'}", f"run={name}", f"runs={work / 'runs'}", *WORDS,
-         f"batch_size={batch}", f"trainer.devices={ranks}")  # fmt: skip
+    corpus = sample_corpus(work)
+    quietly("pretrain", f"corpus={corpus}", f"run={name}", f"runs={work / 'runs'}", *WORDS,
+            f"batch_size={batch}", f"trainer.devices={ranks}")  # fmt: skip
     with (work / "runs" / name / "metrics.csv").open(newline="") as file:
         rows = [(int(r["step"]), float(r["seconds_per_step"])) for r in csv.DictReader(file)]
     return [spent for step, spent in rows if step > SETTLED]
 
 
 def measured(work: Path, repeats: int, batch: int) -> dict[str, Any]:
-    sample_corpus(work)
     found: dict[str, list[list[float]]] = {"1": [], "2": []}
     for _ in range(repeats):
         for ranks in (1, 2):

@@ -30,10 +30,7 @@ def main() -> None:
     chosen = parser.parse_args()
     work = chosen.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    probe, run = work / "labelled", work / "run"
-    if not (probe / "corpus.json").exists():
-        quietly("prep", "input=samples/hippocampus.csv", f"output={probe}", "keys=names",
-                "classes=hippocampus")  # fmt: skip
+    probe, run = sample_corpus(work, "hippocampus", "classes=hippocampus"), work / "run"
     shutil.rmtree(run, ignore_errors=True)
     quietly("pretrain", "experiment=mae_small", f"corpus={sample_corpus(work)}", f"runs={work}",
             "run=run", f"steps={chosen.steps}", f"health.probe={probe}",
@@ -54,9 +51,7 @@ def main() -> None:
             "versions": versions(),
         },
     )
-    print(
-        f"{len(looks)} looks, {float(looks[-1]['share']):.1%} of the time of {chosen.steps} steps"
-    )
+    print(f"{len(looks)} looks, {share:.1%} of the time of {chosen.steps} steps")
 
 
 if __name__ == "__main__":

@@ -37,11 +37,8 @@ def mean_score(rows: Sequence[Row]) -> float:
     As in a table, of cases that the checkpoint has not seen in pretraining.
     """
     scores = case_scores(unseen(rows), metrics_of(rows)[0], ALL_CLASSES, ())
-    subject = subjects_of(rows)
-    found: dict[str, list[float]] = {}
-    for (case, _), value in scores.items():
-        found.setdefault(subject[case], []).append(value)
-    return float(np.mean([np.mean(values) for values in found.values()])) if found else math.nan
+    table, _ = score_matrix(scores, subjects_of(rows))
+    return float(table.mean()) if table.size else math.nan
 
 
 def unseen(rows: Iterable[Row]) -> list[Row]:

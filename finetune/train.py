@@ -49,7 +49,7 @@ from finetune.step_zero import check_start
 from finetune.supervised import Supervised
 from pretrain.decoders import first_blocks
 from pretrain.loader import CropDataset
-from pretrain.loop import check_machine
+from pretrain.loop import check_machine, use_threads
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
@@ -395,8 +395,7 @@ def train(plan: Plan, run: RunFolder, model: Supervised, report: LoadReport) -> 
     """Trains what `build_model` made, from the run's newest checkpoint if there is one."""
     settings, corpus, kind = plan.settings, plan.corpus, kind_of(plan.settings)
     assert settings.crop_size is not None
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
+    use_threads(settings.trainer)
     samples = np.array(sorted(corpus.position(key) for key in plan.train_keys))
     dataset = CropDataset(
         corpus,
