@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
 import torch
 from lab import Lab
 
-from slurm.launch import launch, logs, status
+from slurm.launch import launch, log_of, logs, status
 
 STEPS = 200
 TINY = {
@@ -77,6 +78,15 @@ class Run:
     def restarts(self) -> int:
         return int(self.lab.job(self.job)["Restarts"])
 
+    @property
+    def log(self) -> Path:
+        return log_of(self.path, self.job)
+
+    @property
+    def starts(self) -> list[str]:
+        """What each start said first."""
+        return re.findall(rf"^start \d+ of job {self.job} .*", self.log.read_text(), re.MULTILINE)
+
     def until_step(self, step: int) -> None:
         self.lab.until(lambda: self.rows[-1:] >= [step], 120, f"step {step} of {self.path.name}")
 
@@ -104,7 +114,7 @@ class Run:
 
 def same(run: Run, whole: Run, restarts: int = 1) -> None:
     run.until_state("COMPLETED")
-    assert run.restarts == restarts
+    assert len(run.starts) == restarts + 1, run.log.read_text()
     assert run.rows == list(range(1, STEPS + 1))  # none twice, none missing
     assert len(run.samples()) == 2 * STEPS
     assert run.samples() == whole.samples()
