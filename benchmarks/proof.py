@@ -7,6 +7,10 @@ there is not done again, and a stage does what it needs of the earlier ones firs
 its rows in docs/results/proof/STAGE.tar.xz, run folders without weights and predictions, which
 benchmarks/proof_report.py reads.
 
+With `--only METHOD-SEED ...` the stages test-CELL and explore do these encoders alone and keep
+their rows beside those of the others that are kept already: a stage can be done in parts, each on
+another machine.
+
 corpora    both labelled corpora with their parts, and the pool that pretraining may see
 round-1    on validation subjects: rates of every arm at the primary cell
 gate       on validation subjects: scratch with all labels
@@ -204,18 +208,21 @@ def pretrain(work: Path, method: str, seed: int) -> None:
         voxelith("export", str(work / "pretrained" / last), str(work / name))
 
 
-def pretrain_all(work: Path, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
-    """Each method with each seed, side by side."""
+def pretrain_all(work: Path, methods: Sequence[str], seeds: Sequence[int], jobs: int,
+                 only: Sequence[str] = ()) -> list[Path]:  # fmt: skip
+    """The releases of each method with each seed that was asked for, made side by side."""
+    encoders = [(method, seed) for method in methods for seed in seeds]
+    if only:
+        encoders = [each for each in encoders if f"{each[0]}-{each[1]}" in only]
     with ThreadPoolExecutor(jobs) as pool:
-        todo = [pool.submit(pretrain, work, method, seed) for seed in seeds for method in methods]
-        for done in todo:
+        for done in [pool.submit(pretrain, work, *each) for each in encoders]:
             done.result()
+    return [work / f"{method}-{seed}" for method, seed in encoders]
 
 
 def search(work: Path, stage: str, methods: Sequence[str], rates: str, jobs: int) -> None:
     """Mean Dice of validation subjects at the primary cell, by method and rate."""
-    pretrain_all(work, methods, [0], jobs)
-    checkpoints = [work / f"{method}-0" for method in methods]
+    checkpoints = pretrain_all(work, methods, SEEDS[:1], jobs)
     # The twins of the first round are those of all: nothing in them depends on a method.
     twins = "true" if stage == "round-1" else "false"
     finetune(work, PRIMARY, stage, checkpoints, draws=SEARCH_DRAWS, jobs=jobs,
@@ -245,25 +252,28 @@ def gate(work: Path, jobs: int) -> None:
 def one_label(work: Path, jobs: int) -> None:
     """Still less to learn from, where pretraining should help most."""
     method, rate = next(iter(NOMINATED.items()))
-    pretrain_all(work, [method], SEEDS, jobs)
-    checkpoints = [work / f"{method}-{seed}" for seed in SEEDS]
+    checkpoints = pretrain_all(work, [method], SEEDS, jobs)
     finetune(work, PRIMARY, "one-label", checkpoints, draws=LOOKED_DRAWS, jobs=jobs,
              words=(*SEARCHED, f"lr={rate}"), budget=ONE_LABEL)  # fmt: skip
     keep(work / "one-label")
 
 
-def explore(work: Path, jobs: int) -> None:
+def explore(work: Path, jobs: int, only: Sequence[str]) -> None:
     """Rows of the other objectives, for looking: finetuned and as frozen features."""
-    pretrain_all(work, EXPLORED, [0], jobs)
-    checkpoints = [work / f"{method}-0" for method in EXPLORED]
     draws = SEARCH_DRAWS[:3]
-    finetune(work, PRIMARY, "explored", checkpoints, draws=draws, jobs=jobs,
-             words=(*SEARCHED, f"lr={RATES.split(',')[0]}"))  # fmt: skip
-    methods = dict.fromkeys((*ROUND_1, *ROUND_2, *EXPLORED))
-    seeds = {method: SEEDS if method in NOMINATED else SEEDS[:1] for method in methods}
-    probed = [work / f"{method}-{seed}" for method in methods for seed in seeds[method]]
-    probe(work, "probed", probed, draws=draws, part="validation", jobs=jobs)
-    keep(work / "explored")
+    if only:
+        bring(work / "explored")
+        bring(work / "probed")
+    explored = pretrain_all(work, EXPLORED, SEEDS[:1], jobs, only)
+    if explored:
+        finetune(work, PRIMARY, "explored", explored, draws=draws, jobs=jobs,
+                 words=(*SEARCHED, f"lr={RATES.split(',')[0]}"))  # fmt: skip
+        keep(work / "explored")
+    others = [method for method in (*ROUND_1, *ROUND_2) if method not in NOMINATED]
+    probed = [*pretrain_all(work, tuple(NOMINATED), SEEDS, jobs, only),
+              *pretrain_all(work, others, SEEDS[:1], jobs, only), *explored]  # fmt: skip
+    if probed:
+        probe(work, "probed", probed, draws=draws, part="validation", jobs=jobs)
 
 
 def probe(work: Path, stage: str, checkpoints: Sequence[Path], *, draws: Sequence[int],
@@ -277,8 +287,7 @@ def probe(work: Path, stage: str, checkpoints: Sequence[Path], *, draws: Sequenc
 
 def test_probe(work: Path, jobs: int) -> None:
     """Frozen features on test subjects: the nominated encoders and the controls."""
-    pretrain_all(work, tuple(NOMINATED), SEEDS, jobs)
-    nominated = [work / f"{method}-{seed}" for method in NOMINATED for seed in SEEDS]
+    nominated = pretrain_all(work, tuple(NOMINATED), SEEDS, jobs)
     draws = range(CELLS["hippocampus-8"][2])
     probe(work, "test-probe", [*nominated, *controls(work)], draws=draws, part="test", jobs=jobs)
 
@@ -301,16 +310,19 @@ def controls(work: Path) -> list[Path]:
     return [work / name for name in CONTROLS]
 
 
-def test(cell: str, work: Path, jobs: int) -> None:
+def test(cell: str, work: Path, jobs: int, only: Sequence[str]) -> None:
     """The test subjects of a cell: every pretraining seed meets every draw.
 
     Where a method's best rate is not scratch's, scratch at its own best is a third arm.
     """
     stage, draws = f"test-{cell}", range(CELLS[cell][2])
     scored = partial(finetune, work, cell, stage, draws=draws, jobs=jobs)
+    if only:
+        bring(work / stage)
     for method, rate in NOMINATED.items():
-        pretrain_all(work, [method], SEEDS, jobs)
-        checkpoints = [work / f"{method}-{seed}" for seed in SEEDS]
+        checkpoints = pretrain_all(work, [method], SEEDS, jobs, only)
+        if not checkpoints:
+            continue
         words = (f"lr={rate}", "part=test", "validations=8")
         scored(checkpoints, words=words)
         if rate != RATE:
@@ -366,6 +378,15 @@ def at_two_mm(runs: Path) -> None:
         write_rows(rows, output / "rows.csv")
 
 
+def bring(runs: Path) -> None:
+    """The rows of a stage that are kept already, where its runs are not here."""
+    if (PROOF / f"{runs.name}.tar.xz").exists():
+        with tarfile.open(PROOF / f"{runs.name}.tar.xz") as tar:
+            for member in tar.getmembers():
+                if not (runs.parent / member.name).exists():
+                    tar.extract(member, runs.parent, filter="data")
+
+
 def keep(runs: Path) -> None:
     """What a table needs of the runs of a stage, as one archive of the project."""
     packed = io.BytesIO()
@@ -384,25 +405,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages: dict[str, Callable[[Path, int], None]] = {
-        "corpora": lambda work, jobs: None,
-        "round-1": lambda work, jobs: search(work, "round-1", ROUND_1, RATES, jobs),
-        "gate": gate,
-        "round-2": round_2,
+    stages: dict[str, Callable[[Path, int, Sequence[str]], None]] = {
+        "corpora": lambda work, jobs, only: None,
+        "round-1": lambda work, jobs, only: search(work, "round-1", ROUND_1, RATES, jobs),
+        "gate": lambda work, jobs, only: gate(work, jobs),
+        "round-2": lambda work, jobs, only: round_2(work, jobs),
         "explore": explore,
-        "one-label": one_label,
+        "one-label": lambda work, jobs, only: one_label(work, jobs),
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
-        "test-probe": test_probe,
+        "test-probe": lambda work, jobs, only: test_probe(work, jobs),
     }
     parser.add_argument("stage", choices=tuple(stages))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
-    chosen = parser.parse_args()
-    work = chosen.work.resolve()
+    parser.add_argument("--only", nargs="+", default=(), metavar="METHOD-SEED")
+    asked = parser.parse_args()
+    encoders = {f"{method}-{seed}" for method in METHODS for seed in SEEDS}
+    if wrong := sorted(set(asked.only) - encoders):
+        parser.error(f"--only {' '.join(wrong)}: there are {', '.join(sorted(encoders))}")
+    work = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    make_corpora(chosen.data.resolve(), work)
-    stages[chosen.stage](work, chosen.jobs)
+    make_corpora(asked.data.resolve(), work)
+    stages[asked.stage](work, asked.jobs, asked.only)
 
 
 if __name__ == "__main__":
