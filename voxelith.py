@@ -800,9 +800,9 @@ def _say_wrong(error: InputError, as_json: bool) -> None:
     print("\n  ".join(lines), file=sys.stderr)
 
 
-def _note_refusal() -> None:
+def _note_refusal(final: bool = True) -> None:
     """Leaves the file that a batch script asks for, which sees one exit code for all its tasks."""
-    if note := os.environ.get("VOXELITH_REFUSED"):
+    if final and (note := os.environ.get("VOXELITH_REFUSED")):
         with contextlib.suppress(OSError):
             Path(note).touch()
 
@@ -855,6 +855,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_wrong(error, as_json)
         return 2
     except FailedError as error:
+        _note_refusal(error.final)
         if as_json:
             print(json.dumps(error.result))
         print(without_secrets(f"error: {error}"), file=sys.stderr)

@@ -192,7 +192,8 @@ def _prepared(
     salt = choose_salt(settings, private_folder(settings.output), work.salt, layout.patients)
     classes = class_table(settings, layout) if labelled else None
     jobs = _jobs(settings, layout, labelled, classes, salt, work, onto)
-    return Prep(settings, layout, request, jobs, classes, salt, work, excluded)
+    added_to = onto.path if onto else None
+    return Prep(settings, layout, request, jobs, classes, salt, work, excluded, added_to)
 
 
 def _jobs(

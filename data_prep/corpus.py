@@ -179,10 +179,13 @@ class Corpus:
         return list(self._table.column("modality").to_pylist())
 
     def groups(self, by: str) -> list[str]:
-        """What each sample belongs to: a column of text, or the number of its corpus from 1."""
+        """What each sample belongs to: a column of text, or the number of its corpus from 1.
+
+        Without an entry it is `unknown`, as counts have it.
+        """
         if by == "corpus":
             return [str(n + 1) for n in self.corpora]
-        return list(self._table.column(by).to_pylist())
+        return [name or "unknown" for name in self._table.column(by).to_pylist()]
 
     @cached_property
     def shapes(self) -> np.ndarray:
@@ -400,10 +403,7 @@ class Corpus:
         """Fingerprints and sketches of all samples, verified."""
         tables = []
         for root, info in zip(self._roots, self._infos, strict=True):
-            table = _read_prints(root, info["fingerprints"]["sha256"])
-            if "sketch" not in table.column_names:
-                table = table.append_column("sketch", pa.array([b""] * len(table), pa.binary()))
-            tables.append(table)
+            tables.append(with_sketches(_read_prints(root, info["fingerprints"]["sha256"])))
         found = pa.concat_tables(tables)
         if found.column("key").to_pylist() != self._table.column("key").to_pylist():
             raise CorruptionError(f"{self}: the fingerprints are of other samples")
@@ -578,6 +578,13 @@ def _read_index(root: Root, info: Mapping[str, Any]) -> pa.Table:
 
 def _texts(prints: pa.Table) -> list[str]:
     return [as_text(row) for row in prints.select(["algorithm", "version", "value"]).to_pylist()]
+
+
+def with_sketches(prints: pa.Table) -> pa.Table:
+    """Fingerprints with a column of sketches, empty ones for corpora of before there were any."""
+    if "sketch" in prints.column_names:
+        return prints
+    return prints.append_column("sketch", pa.array([b""] * len(prints), pa.binary()))
 
 
 def _sketches(prints: pa.Table) -> list[Sketch]:

@@ -83,7 +83,12 @@ class FailedError(Exception):
     """The work is done and what it found is bad; `result` is that.
 
     The command line prints it without a traceback and exits with 1.
+
+    Attributes:
+        final: whether a job must not be started again for it.
     """
+
+    final = False
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, Corpus
-from data_prep.errors import InputError, attempt, named
+from data_prep.errors import InputError, attempt, named, some
 from data_prep.fingerprint import as_text
+from data_prep.naming import KEY_PATTERN
 from data_prep.scan import Scanned
 from data_prep.sketch import PREFIX, Sketch, SketchIndex
 
+_LINE = re.compile(
+    rf"{KEY_PATTERN.pattern}|[a-z0-9-]+-\d+:[0-9a-f]+|{re.escape(PREFIX)}.*|subject .+"
+)
+"""A key or the value of a fingerprint, a whole one, a sketch, a line of what was withdrawn."""
 RELEASE_PRINTS = "fingerprints.json"
 """Of a release: what its weights were trained on."""
 
@@ -79,11 +85,15 @@ class Exclusions:
         return not self.names.isdisjoint(known)
 
 
-def read_exclusions(paths: Sequence[Path]) -> Exclusions:
+def read_exclusions(paths: Sequence[Path], equal: Collection[Path] = ()) -> Exclusions:
     """All that some lists (keys or fingerprints, one a line), corpora and releases name.
 
     A split of a corpus, splits/NAME.json in it, names its test and validation samples. Scans of a
     corpus are known by what is in them: another scan may have the same key elsewhere.
+
+    Args:
+        paths: of each of these.
+        equal: those of which only equal scans stay out, and near-duplicates may come in.
 
     Raises:
         InputError: with all that are none of these.
@@ -95,8 +105,9 @@ def read_exclusions(paths: Sequence[Path]) -> Exclusions:
     for path in paths:
         if found := attempt(problems, named, "exclude", path, _read):
             names |= found[0]
-            sketches += found[1]
-            sources += found[2]
+            if path not in equal:
+                sketches += found[1]
+                sources += found[2]
     if problems:
         raise InputError(problems)
     return Exclusions(names, sketches, sources)
@@ -113,13 +124,16 @@ def _read(path: Path) -> tuple[set[str], list[Sketch], list[tuple[Path, str]]]:
     if (path / CORPUS_FILE).is_file():
         corpus = Corpus.open(path)
         return _of_samples(corpus, set(corpus.keys))
-    if path.parent.name == "splits" and (path.parents[1] / CORPUS_FILE).is_file():
-        corpus = Corpus.open(path.parents[1])
+    whole = path.absolute()  # splits may be where we are
+    if whole.parent.name == "splits" and (whole.parents[1] / CORPUS_FILE).is_file():
+        corpus = Corpus.open(whole.parents[1])
         parts = corpus.split(path.stem)["parts"]
         held = {key for part in ("test", "validation") for key in parts.get(part, ())}
         if not held:
             raise InputError(f"{path}: this split has no test or validation part")
         return _of_samples(corpus, held)
+    if path.name == RELEASE_PRINTS:
+        path = path.parent
     if (path / RELEASE_PRINTS).is_file():
         names, looks = _of_release(path / RELEASE_PRINTS)
         return names, looks, [(path, "")] * len(looks)
@@ -130,6 +144,12 @@ def _read(path: Path) -> tuple[set[str], list[Sketch], list[tuple[Path, str]]]:
             f"{path}: a list of keys or fingerprints, a corpus or a release is needed ({error})"
         ) from error
     names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    # A list that names nothing would keep nothing out, without a word.
+    if strange := sorted(name for name in names if not _LINE.fullmatch(name)):
+        raise InputError(
+            f"{path}: {some([one[:60] for one in strange])}: expected a key of a corpus or a "
+            "fingerprint on each line; or give a corpus, a split of it, or a release"
+        )
     try:
         looks = [Sketch.from_text(one) for one in sorted(names) if one.startswith(PREFIX)]
     except ValueError as error:

@@ -259,7 +259,22 @@ def _key_of(corpus: Corpus) -> dict[str, str]:
         raise InputError(
             f"{path}: has no column case; prepare the corpus again with overwrite=true"
         )
-    return {row["case"]: row["key"] for row in rows}
+    return key_by_case([(row["case"], row["key"]) for row in rows])
+
+
+def key_by_case(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Key by the id that a data set gives a case.
+
+    Raises:
+        InputError: several cases have one id, so that folds by id would mean the last alone.
+    """
+    counts = Counter(case for case, _ in pairs)
+    if shared := sorted(case for case, count in counts.items() if count > 1):
+        raise InputError(
+            f"case ids {some(shared)}: each is that of several cases, and folds go by ids; "
+            "give their files names of their own"
+        )
+    return dict(pairs)
 
 
 def _total(volumes: Volumes) -> float:

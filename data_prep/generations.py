@@ -31,6 +31,7 @@ from data_prep.corpus import (
     books,
     read_parquet,
     shard_name,
+    with_sketches,
 )
 from data_prep.errors import (
     CorruptionError,
@@ -321,6 +322,7 @@ def _put_together(root: Path, parts: Sequence[_Part], generation: dict[str, Any]
             read_parquet((part.root / name).read_bytes()).take(pa.array(part.rows))
             for name in (INDEX_FILE, FINGERPRINTS_FILE)
         )
+        looks = with_sketches(looks)
         numbers = table.column("shard").to_pylist()
         keys_of: dict[int, set[str]] = {}
         for number, key in zip(numbers, table.column("key").to_pylist(), strict=True):

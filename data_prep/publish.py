@@ -13,7 +13,7 @@ from data_prep.deface import may_be_head
 from data_prep.errors import some
 from data_prep.exclusions import Exclusions
 from data_prep.files import write_bytes, write_csv
-from data_prep.folds import splits_of_folds, splits_of_numbers
+from data_prep.folds import key_by_case, splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id, subject_from_name
 from data_prep.naming import (
     KEYMAP_COLUMNS,
@@ -180,7 +180,7 @@ def _write_splits(
     elif labelled:
         splits.append(make_split(keys, subjects))
     if labelled and layout.folds is not None:
-        key_of = {case_id(job.case): job.key for job in jobs}
+        key_of = key_by_case([(case_id(job.case), job.key) for job in jobs])
         splits += splits_of_folds(layout.folds, key_of, keys, subjects)
     elif labelled and any(case.fold is not None for case in cases):
         splits += splits_of_numbers([case.fold for case in cases], keys, subjects)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.images import Reject
-from data_prep.layouts.case import is_image
+from data_prep.layouts.case import files_below, is_image
 from data_prep.volume import Volume, as_known, read_channels
 
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
@@ -21,8 +21,7 @@ CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.
 
 def scan_files(source: Path) -> list[Path]:
     """The image files below a folder, relative to it, in order; DICOM series are none."""
-    found = (path for path in source.rglob("*") if path.is_file() and is_image(path))
-    return sorted(path.relative_to(source) for path in found)
+    return sorted(path.relative_to(source) for path in files_below(source) if is_image(path))
 
 
 def by_case(names: Sequence[Path], channels: int) -> tuple[dict[Path, list[Path]], dict[str, str]]:

@@ -56,11 +56,14 @@ class Prep:
     salt: bytes
     work: WorkFolder
     excluded: tuple[Path, ...]
+    onto: Path | None = None
+    """The corpus that is added to; it is one of `excluded`."""
 
     @cached_property
     def exclusions(self) -> Exclusions:
         """What must stay out, read once."""
-        return read_exclusions(self.excluded)
+        exact = self.onto is not None and self.settings.duplicates == "exact"
+        return read_exclusions(self.excluded, [self.onto] if exact and self.onto else [])
 
 
 @dataclass(frozen=True)

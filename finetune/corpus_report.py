@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from data_prep.corpus import Corpus
-from data_prep.files import legible, read_csv, write_text
+from data_prep.files import legible, make_folder, read_csv, write_text
 from data_prep.licences import strictest_first
 from data_prep.naming import DUPLICATES, DUPLICATES_OF_BEFORE, QUARANTINE_FILE, private_folder
 from data_prep.pictures import middle_slice
@@ -42,6 +42,7 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
     info = corpus.info
     counts = info["counts"]
     path = output if output.suffix == ".html" else output / "report.html"
+    make_folder(path.parent, "output")
     private = private_folder(corpus_path)
     owned = path.resolve().is_relative_to(private.resolve())
     named = owned or info["options"]["keys"] == "names"
@@ -65,7 +66,6 @@ def corpus_report(corpus_path: Path, output: Path) -> Path:
         versions=info["versions"],
         index_hash=corpus.index_hash,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page, mode=0o600 if owned else 0o644)
     return path
 

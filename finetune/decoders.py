@@ -29,6 +29,7 @@ from pretrain.decoders import (
     resized,
     unet_decoder,
 )
+from pretrain.numerics import in_float32
 from pretrain.probe import NEIGHBOURS, counted_maps
 
 
@@ -207,6 +208,7 @@ class NeighbourDecoder(nn.Module):
         shares = votes.unflatten(0, (len(image), *finest)).movedim(-1, 1)  # [B, K, d, h, w]
         return resized(shares, image.shape[2:]).clamp(min=1e-6).log()
 
+    @in_float32  # similarities over so small a temperature
     def _votes(self, rows: Tensor) -> Tensor:
         """Shares of votes [n, K] for features [n, F]."""
         cosine = (rows @ self.bank.T).masked_fill(self.classes < 0, -math.inf)

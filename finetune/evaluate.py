@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt
+from data_prep.files import make_folder
 from data_prep.fingerprint import ALGORITHM, VERSION
-from data_prep.images import Reject
 from data_prep.progress import bar
 from data_prep.sketch import PREFIX, Sketch, SketchIndex
-from data_prep.volume import read_label
 from finetune.metrics import METRIC_VERSION, Score, score_labels
-from finetune.predictions import find_predictions
+from finetune.predictions import find_predictions, read_prediction
 from finetune.rows import Row, write_rows
 from finetune.settings import EvaluateSettings, TaskSettings
 
@@ -76,18 +75,14 @@ def evaluate(settings: EvaluateSettings) -> Path:
         raise InputError(problems)
     split = choose_split(corpus, settings.split, settings.part)
     files = find_predictions(settings.predictions, corpus, split.keys, settings.keymap)
+    make_folder(settings.output, "output")
 
     def read(key: str) -> Labels:
-        file = files[key]
-        try:
-            return read_label(file, corpus.volume(corpus.position(key)))
-        except Reject as reject:
-            raise InputError(f"{file}: {reject}") from reject
+        return read_prediction(files[key], corpus.volume(corpus.position(key)))
 
     name = settings.name or settings.predictions.resolve().name
     origin = Origin(arm="external", checkpoint=name, config_hash="external")
     rows = score(corpus, split, settings.task, read, origin)
-    settings.output.mkdir(parents=True, exist_ok=True)
     path = settings.output / "rows.csv"
     write_rows(rows, path)
     return path

@@ -18,15 +18,16 @@ from torch import Tensor
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError, some
 from data_prep.progress import bar
-from data_prep.volume import read_label, write_nifti
+from data_prep.volume import write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import ANSWERS, read_answers, score_answers, write_answers
 from finetune.evaluate import Labels, Split, score, task_problems
 from finetune.model_file import write_network
 from finetune.plan import Plan
 from finetune.pooled import Pooled, pooled, standard
-from finetune.predictions import find_predictions
+from finetune.predictions import find_predictions, read_prediction
 from finetune.probes import fit_probe
+from finetune.protocol import phase_steps
 from finetune.rows import Row
 from finetune.scan_task import ScanTask
 from finetune.segmentation import Segmentation
@@ -92,9 +93,20 @@ class Kind(ABC):
         """What watches the training."""
         return None
 
-    @abstractmethod
     def notes(self, plan: Plan) -> list[str]:
         """What is said before a run begins."""
+        chosen = self.settings
+        if chosen.fit != "descent":
+            return []
+        warmups = {f"phases[{i}].warmup": one.warmup for i, one in enumerate(chosen.phases)}
+        warmups["warmup"] = chosen.warmup
+        stretches = phase_steps(chosen.phases, chosen.steps)
+        return [
+            f"{name}={warmup}: not shorter than the {len(steps)} steps that it is of, so that the "
+            "rate never gets to lr"
+            for (name, warmup), steps in zip(warmups.items(), stretches, strict=True)
+            if warmup >= len(steps)
+        ]
 
     @abstractmethod
     def score(self, plan: Plan, run: RunFolder, model: Supervised) -> list[Row]:
@@ -219,7 +231,7 @@ class Segmenting(Kind):
 
     def notes(self, plan: Plan) -> list[str]:
         """What nothing is measured of, learnt of or done with."""
-        said = []
+        said = super().notes(plan)
         if self.settings.validations and not plan.validation:
             said.append(
                 f"split {plan.test.name!r} has no validation part, so validations="
@@ -245,7 +257,7 @@ class Segmenting(Kind):
             heed(self.settings.steps)
             volume, file = corpus.volume(corpus.position(key)), folder / f"{key}.nii.gz"
             if file.exists():
-                return read_label(file, volume)
+                return read_prediction(file, volume)
             labels = segmenter.label_values(segmenter.segment(volume))
             write_nifti(labels, volume.native, file)
             return labels
@@ -258,7 +270,7 @@ class Segmenting(Kind):
         files = find_predictions(run.path / "predictions", corpus, plan.test.keys, None)
 
         def read(key: str) -> Labels:
-            return read_label(files[key], corpus.volume(corpus.position(key)))
+            return read_prediction(files[key], corpus.volume(corpus.position(key)))
 
         return score(corpus, plan.test, self.task, read, plan.origin)
 
@@ -318,7 +330,7 @@ class Answering(Kind):
 
     def notes(self, plan: Plan) -> list[str]:
         """What of the protocol is of segmentation, and which classes cannot be learnt."""
-        said = []
+        said = super().notes(plan)
         asked = [n for n in ("validations", "deep_supervision") if getattr(self.settings, n)]
         if asked:
             said.append(

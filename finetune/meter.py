@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_prep.files import write_json
+from finetune.answers import ANSWERS
 from finetune.protocol import phase_steps
 from finetune.settings import FinetuneSettings
 from finetune.supervised import Supervised
@@ -52,7 +53,12 @@ def training_flops(
 
 @contextmanager
 def priced(run: RunFolder, device: torch.device, devices: int) -> Iterator[None]:
-    """Adds to run.json what the training cost, and the work inside: predicting the test cases."""
+    """Adds to run.json what the training cost, and the work inside: predicting the test cases.
+
+    Of a run that an earlier start has begun to predict, this process knows neither that time nor
+    the memory of the training.
+    """
+    begun = any((run.path / "predictions").glob("*")) or (run.path / ANSWERS).exists()
     began = time.perf_counter()
     yield
     path = run.path / "run.json"
@@ -60,7 +66,7 @@ def priced(run: RunFolder, device: torch.device, devices: int) -> Iterator[None]
     seconds = trained_seconds(run.path / "metrics.csv")
     facts["cost"] |= {
         "train_seconds": None if math.isnan(seconds) else round(seconds * devices, 2),
-        "predict_seconds": round(time.perf_counter() - began, 2),
-        "peak_mib": round(peak_mib(device), 1),
+        "predict_seconds": None if begun else round(time.perf_counter() - began, 2),
+        "peak_mib": None if begun else round(peak_mib(device), 1),
     }
     write_json(path, facts)

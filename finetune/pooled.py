@@ -21,6 +21,7 @@ from finetune.scan_task import ScanTask
 from finetune.supervised import Supervised
 from pretrain.augment import mirrors
 from pretrain.backbones.backbone import Backbone
+from pretrain.numerics import in_float32
 from pretrain.objective import Batch, Losses
 
 
@@ -51,8 +52,16 @@ class PooledHead(nn.Module):
         return found
 
     def forward(self, features: list[Tensor], valid: Tensor) -> Tensor:
-        """Scores [B, out_channels]; a cell counts by its share of valid voxels."""
-        cells = features[-1]  # [B, E, d, h, w]
+        """Scores [B, out_channels]; a cell counts by its share of valid voxels.
+
+        In float32: a regression's last layer answers in its unit, where bfloat16 has steps of 8
+        from 1024 on.
+        """
+        return self._scores(features[-1], valid)
+
+    @in_float32
+    def _scores(self, cells: Tensor, valid: Tensor) -> Tensor:
+        """As `forward`, of the deepest map [B, E, d, h, w]."""
         d, h, w = cells.shape[2:]
         share = F.adaptive_avg_pool3d(valid.to(cells.dtype), (d, h, w))
         total = share.sum((2, 3, 4)).clamp(min=1e-6)

@@ -6,16 +6,19 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError, some
 from data_prep.images import Reject
 from data_prep.layouts.case import is_image, stem
 from data_prep.naming import slug
-from data_prep.volume import NativeGrid, check_label_grid
+from data_prep.volume import NativeGrid, Volume, check_label_grid, read_label
 
+Labels = NDArray[Any]
 Name = tuple[str, ...]
 """Folders and stem of a file, in the alphabet of keys."""
 
@@ -208,3 +211,15 @@ def _read_keymap(path: Path, keys: Iterable[str]) -> dict[str, Scan]:
             "that of another corpus"
         )
     return scans
+
+
+def read_prediction(file: Path, volume: Volume) -> Labels:
+    """The label values [D, H, W] of a file, on the grid that its case is stored on.
+
+    Raises:
+        InputError: it is damaged, or holds no labels of this case.
+    """
+    try:
+        return read_label(file, volume)
+    except Reject as reject:
+        raise InputError(f"{file}: {reject}") from reject

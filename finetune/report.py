@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,7 @@ import torch
 
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
-from data_prep.files import read_note, read_table, write_text
-from data_prep.volume import read_label
+from data_prep.files import make_folder, read_note, read_table, write_text
 from finetune.cells import score_in_words, unseen
 from finetune.curves import Losses, draw_losses
 from finetune.facts import find_rows
@@ -46,6 +46,7 @@ from finetune.lines import (
     Table,
 )
 from finetune.pages import render
+from finetune.predictions import read_prediction
 from finetune.rows import Row, read_rows
 from finetune.scan_task import ScanTask
 from finetune.segmentation import class_table, to_classes
@@ -114,6 +115,7 @@ def make_report(
     sections = [training_section(run) for run in trainings]
     worth = "What pretraining was worth: " + ", ".join(dict.fromkeys(g.dataset for g in groups))
     path = output if output.suffix == ".html" else output / "report.html"
+    make_folder(path.parent, "output")
     values = dict(
         notice=notice,
         title=worth if groups else ", ".join(run.name for run in trainings),
@@ -132,7 +134,6 @@ def make_report(
         page = render(
             "report.html.j2", **values, trainings=sections, without_pictures=without_pictures
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path
 
@@ -306,11 +307,15 @@ def _cases(every: list[_Run]) -> dict[str, str] | None:
     if not ranked:
         return None
     picks = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0]}
-    overlays = [
-        _overlay(corpus, key, f"{name} case", chosen, means, task)
-        for name, key in list(picks.items())[::-1]
-        if list(picks.values()).index(key) == list(picks).index(name)
-    ]
+    try:
+        overlays = [
+            _overlay(corpus, key, f"{name} case", chosen, means, task)
+            for name, key in list(picks.items())[::-1]
+            if list(picks.values()).index(key) == list(picks).index(name)
+        ]
+    except InputError as error:
+        print(f"report: no pictures of cases: {error}", file=sys.stderr)
+        return None
     return {
         "arm": first.arm,
         "arms": str(len(chosen)),
@@ -355,7 +360,7 @@ def _overlay(
         return to_classes(torch.from_numpy(labels.astype(np.int64)), table).numpy()
 
     predictions = {
-        arm: classes(read_label(run.path / "predictions" / f"{key}.nii.gz", volume))
+        arm: classes(read_prediction(run.path / "predictions" / f"{key}.nii.gz", volume))
         for arm, run in runs.items()
     }
     return Overlay(

@@ -117,9 +117,14 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise InputError(f"{path}: not found; expected the rows.csv of a finished finetune run")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        records = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            records, columns = list(reader), set(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: is no table of rows ({error}); expected the rows.csv of a finetune run"
+        ) from error
     other = {record["format"] for record in records if "format" in record} - {str(ROW_FORMAT)}
     if other:
         raise InputError(
@@ -128,7 +133,6 @@ def read_rows(path: Path) -> list[Row]:
             "scores the kept predictions anew and trains nothing; `voxelith evaluate` scores others"
         )
     fields = dataclasses.fields(Row)
-    columns = set(reader.fieldnames or ())
     missing = [f.name for f in fields if f.name not in columns | LATER]
     if missing:
         raise InputError(

@@ -36,7 +36,7 @@ from typing import Any
 
 from conf.compose import settings_for
 from data_prep.corpus import Corpus
-from data_prep.errors import InputError
+from data_prep.errors import FailedError, InputError, attempt
 from data_prep.files import make_folder, write_text
 from data_prep.progress import bar
 from data_prep.references import is_reference
@@ -44,7 +44,7 @@ from finetune.experiments import expanded, with_family
 from finetune.forecast import forecast
 from finetune.plan import Plan
 from finetune.settings import FinetuneSettings
-from finetune.train import is_finished, make_plan
+from finetune.train import check_network, is_finished, make_plan
 from pretrain.loop import check_machine
 from pretrain.release import Release
 from pretrain.run_folder import RunFolder
@@ -132,6 +132,7 @@ def sweep(
     Raises:
         InputError: wrong words, settings, checkpoints or corpora: of all combinations at once; or
             fewer GPUs than a run is to use.
+        FailedError: not all runs are finished.
     """
     words = expanded(words)
     found = plan_jobs(words, twins=twins)
@@ -178,8 +179,9 @@ def sweep(
         print(f"  failed: {name}: {ledger[name].note} (logs/{name}.log)", file=sys.stderr)
     if states["failed"] or states["stopped"]:
         left = len(states["failed"]) + len(states["stopped"])
-        raise RuntimeError(
-            f"{left} of {len(found)} runs are not finished; the same command starts exactly those"
+        raise FailedError(
+            f"{left} of {len(found)} runs are not finished; the same command starts exactly those",
+            states,
         )
     return states
 
@@ -222,6 +224,7 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
     problems: list[str] = []
     releases: dict[Path, Release] = {}
     corpora: dict[Path, Corpus] = {}
+    checked: set[tuple[str, Any]] = set()
     jobs: dict[str, Job] = {}
     combinations = [with_family(each) for each in _arms(expand(words))]
     for combination, settings in _settings(combinations, problems):
@@ -234,8 +237,15 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
             except InputError as error:
                 problems += error.problems
                 continue
-            # Read once: each byte of a release is verified.
-            releases[arm.ckpt], corpora[arm.corpus] = plan.release, plan.corpus
+            # Read once: each byte of a release is verified. One that was adapted to a corpus of
+            # other channels fits that corpus alone.
+            if plan.release.stored_channels is None:
+                releases[arm.ckpt] = plan.release
+            corpora[arm.corpus] = plan.corpus
+            network = (plan.release.digest, plan.identity["recipe_hash"])
+            if network not in checked:
+                checked.add(network)
+                attempt(problems, check_network, plan)
             varied = combination | {key: str(getattr(arm, key)) for key in TWIN}
             if is_reference(varied["ckpt"]):
                 varied["ckpt"] = str(arm.ckpt)  # which is here by now, and may hold a password

@@ -145,11 +145,27 @@ def tabulate(
         anchor = (anchors or {}).get(dataset)
         checkpoints = [found for _, found in sorted(arms.items(), key=_by_name)]
         for others in [[one] for one in checkpoints or [[]]] + recipes(checkpoints):
-            pretrained = [row for one in others for row in one]
-            group = _group(others, scratch, own, anchor)
+            alone = _alone(others, scratch)
+            if len(others) - len(alone) < 2 <= len(others):
+                continue  # no recipe is left, and each checkpoint has a line of its own
+            paired = [one for one in others if one not in alone]
+            pretrained = [row for one in paired for row in one]
+            group = _group(paired, scratch, own, anchor)
+            if alone:
+                names = ", ".join(one[0].checkpoint for one in alone)
+                note = f"left out of the recipe, no seed in common with scratch: {names}"
+                group = dataclasses.replace(group, notes=(*group.notes, note))
             found = {"pretrained": pretrained, "scratch": scratch, "scratch-own": own}
             groups.append(_with_facts(group, found, facts or {}, searches))
     return Table(tuple(_adjusted(_told_apart(groups, facts or {}))))
+
+
+def _alone(recipe: Sequence[list[Row]], scratch: Sequence[Row]) -> list[list[Row]]:
+    """The checkpoints of a recipe that have no draw in common with scratch: they are no pairs."""
+    draws = {row.draw for row in scratch}
+    if len(recipe) < 2 or not draws:
+        return []
+    return [one for one in recipe if draws.isdisjoint(row.draw for row in one)]
 
 
 def _by_name(arm: tuple[str, list[Row]]) -> tuple[str, str]:
@@ -255,7 +271,9 @@ def _with_p(group: Group, p: float, tested: int) -> Group:
 
 def _whole(row: Row) -> str:
     """What is averaged over: a split, or the folds of a corpus, each scored on its validation."""
-    return "folds" if re.fullmatch(r"fold-\d+/validation", row.split) else row.split_hash
+    fold = re.fullmatch(r"fold-\d+/validation", row.split)
+    # All parts of a split share its hash, and predictions of other tools have no recipe to differ.
+    return "folds" if fold else f"{row.split_hash} {row.split}"
 
 
 def _with_facts(
@@ -534,7 +552,7 @@ def _estimate(parts: Parts, subjects: dict[str, str], folds: dict[str, str]) -> 
 
     Where the cases lie in several `folds`, over folds. None where there is nothing.
     """
-    if not any(parts):
+    if not all(parts):
         return None
     if len(parts) > 1:
         cube, shared, cases = score_cube(parts, subjects)

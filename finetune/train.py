@@ -74,15 +74,18 @@ def finetune(settings: FinetuneSettings) -> Path:
     check_machine(settings.trainer)
     plan = make_plan(settings)
     run = RunFolder(settings.runs / settings.run_name)
+    main = rank_zero_only.rank in (None, 0)
     if is_finished(run, plan):
+        if main:
+            _clear(run)  # where a start was killed before it did
         print(f"finetune: {run.path} is finished already, nothing to do")
         return run.path
-    main = rank_zero_only.rank in (None, 0)
     if (run.path / "rows.csv").exists():
         if main:
             with run.lease():
                 rows = _score_again(plan, run)
                 write_rows(rows, run.path / "rows.csv")
+                _clear(run)
             print(f"finetune: {run.path}: its predictions are scored anew, {_told(rows)}")
         return run.path
     model, report = build_model(plan)
@@ -101,13 +104,17 @@ def finetune(settings: FinetuneSettings) -> Path:
             with priced(run, device_of(settings), settings.ranks):
                 rows = _predict_and_score(plan, run, model)
             write_rows(rows, run.path / "rows.csv")
-            # The weights lie in model.safetensors; what only a resumption needs can go.
-            shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
+            _clear(run)
             print(
                 f"finetune: {settings.task.name}, {settings.arm}, {len(plan.train_keys)} labels, "
                 f"seed {settings.seed}: {_told(rows)} -> {run.path}"
             )
     return run.path
+
+
+def _clear(run: RunFolder) -> None:
+    """Removes what only a resumption needs: the weights lie in model.safetensors."""
+    shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
 
 
 def _told(rows: list[Row]) -> str:
@@ -204,8 +211,7 @@ def build_model(plan: Plan) -> tuple[Supervised, LoadReport]:
     settings = plan.settings
     torch.manual_seed(settings.seed)
     model = _network(plan)
-    _check_crop(model, settings)
-    _check_freezes(model, settings)
+    _check_fit(model, settings)
     report = _load(plan, model)
     model.layer_decay = settings.layer_decay
     if settings.lora is not None:
@@ -214,6 +220,19 @@ def build_model(plan: Plan) -> tuple[Supervised, LoadReport]:
     if settings.ema is not None:
         model.start_average(settings.ema)
     return model, report
+
+
+def check_network(plan: Plan) -> None:
+    """Whether `build_model` will make the network, without its weights.
+
+    Raises:
+        InputError: the settings do not fit it.
+    """
+    with torch.device("meta"):
+        model = _network(plan)
+        _check_fit(model, plan.settings)
+        if plan.settings.lora is not None:
+            add_adapters(model.encoder, plan.settings.lora)
 
 
 def _network(plan: Plan) -> Supervised:
@@ -301,15 +320,13 @@ def _preprocess(settings: FinetuneSettings, release: Release) -> Preprocess:
     return Preprocess(operations)
 
 
-def _check_crop(model: Supervised, settings: FinetuneSettings) -> None:
+def _check_fit(model: Supervised, settings: FinetuneSettings) -> None:
+    """Whether the crop suits the encoder, and the encoder has the layers that are frozen."""
     assert settings.crop_size is not None
     try:
         model.encoder.grids(settings.crop_size)
     except ValueError as error:
         raise InputError(f"crop_size={list(settings.crop_size)}: {error}") from error
-
-
-def _check_freezes(model: Supervised, settings: FinetuneSettings) -> None:
     layers = len(model.encoder.layers())
     named = {"freeze": settings.freeze}
     named |= {f"phases[{i}].freeze": phase.freeze for i, phase in enumerate(settings.phases)}

@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_prep.errors import FailedError
 from data_prep.files import write_json
 from pretrain.backbones.backbone import Backbone
 from pretrain.loader import CropDataset, collate, to_batch, to_device
@@ -74,8 +75,10 @@ FALL = 0.5
 """Of its first value (of a rank: of what exceeds 1) a value must have lost half as well."""
 
 
-class CollapseError(RuntimeError):
-    """The features have collapsed and `health.stop` ends the run."""
+class CollapseError(FailedError):
+    """The features have collapsed and `health.stop` ends the run, for good: it would again."""
+
+    final = True
 
 
 class Spread(NamedTuple):
@@ -259,7 +262,7 @@ class Health:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Dense tokens [T, E] and means over the crops [B, E] of the deepest map."""
         if not self._crops:
-            self._crops = [self.dataset.middle(item) for item in self.dataset.varied(VOLUMES)]
+            self._crops = self.dataset.pictured(VOLUMES)
         each = max(1, TOKENS // len(self._crops))
         tokens, means = [], []
         for first in range(0, len(self._crops), AT_ONCE):

@@ -92,6 +92,12 @@ class CropDataset(Dataset[dict[str, Any]]):
         self.augment = augment or AugmentSettings()
         self.skip = skip
 
+    @property
+    def used(self) -> NDArray[np.int64]:
+        """The volumes that come up at all: those that come 0 times in an epoch are left out."""
+        times = self.schedule.times
+        return self.samples if times is None else self.samples[times > 0]
+
     def __len__(self) -> int:
         return len(self.schedule) * self.crops.total
 
@@ -222,12 +228,37 @@ class CropDataset(Dataset[dict[str, Any]]):
             start = start + np.subtract(posed, size) / 2
         return Draw(*scan, place.group, start, seed, pose, matrix, place.span / size)
 
+    def pictured(self, count: int, crops: Crops = ONE) -> list[dict[str, Any]]:
+        """All crops in the middle of so many volumes; see `varied`.
+
+        Where damaged volumes are skipped, the next takes the place of one.
+
+        Raises:
+            CorruptionError: a volume is damaged, or all of them are.
+        """
+        found: list[list[dict[str, Any]]] = []
+        damage: list[str] = []
+        for item in self.varied(len(self.used)):
+            try:
+                found.append([self.middle(item, n, crops) for n in range(crops.total)])
+            except CorruptionError as error:
+                if not self.skip:
+                    raise
+                damage += error.problems
+            if len(found) == count:
+                break
+        for problem in damage:
+            print(f"WARNING: {problem}; another volume is looked at", file=sys.stderr)
+        if not found:
+            raise CorruptionError(damage)
+        return [crop for each in found for crop in each]
+
     def varied(self, count: int) -> list[int]:
         """Volumes to look at: one of each modality before any comes twice, the largest first."""
         volume = self.corpus.shapes.prod(axis=1)
         seen: dict[str, int] = {}
         order: list[tuple[int, int]] = []
-        for item in sorted(map(int, self.samples[:4096]), key=lambda item: (-volume[item], item)):
+        for item in sorted(map(int, self.used[:4096]), key=lambda item: (-volume[item], item)):
             modality = str(self.corpus.modalities[item])
             seen[modality] = seen.get(modality, 0) + 1
             order.append((seen[modality], item))

@@ -149,7 +149,7 @@ class Loop:
         The file of all ranks and starts is read where a rank meets a volume for the first time.
         What it has met itself it remembers: nodes that append at once may lose a line.
         """
-        self._replaced += len(found) * self.dataset.crops.total / crops
+        self._replaced += len(found) * self.dataset.crops.main / crops
         path, rank = self.run.path / DAMAGED, rank_zero_only.rank or 0
         met: dict[str, str] = {}
         for key, problem in (one for sample in found for one in sample):
@@ -582,6 +582,8 @@ class _Watch(L.Callback):
         """What this rank wants done: rank 0 has the clock, and each hears signals."""
         waited = (time.perf_counter() - self.saved) / 60
         due = self.main and waited >= self.loop.settings.save_minutes
+        if due:  # the answer of all ranks comes a step later, and must not be asked for twice
+            self.saved = time.perf_counter()
         return max(self.loop.preemption.asked, Ask.SAVE if due else Ask.NOTHING)
 
     def on_exception(
@@ -729,9 +731,7 @@ class _Watch(L.Callback):
             return
         assert isinstance(objective, Objective)
         began = time.perf_counter()
-        data, crops = loop.dataset, loop.dataset.crops
-        numbers = [(item, n) for item in data.varied(3) for n in range(crops.total)]
-        raw = collate([data.middle(item, n, crops) for item, n in numbers])
+        raw = collate(loop.dataset.pictured(3, loop.dataset.crops))
         moved = to_device(raw, objective.device)
         folder = loop.run.path / "previews"
         folder.mkdir(exist_ok=True)

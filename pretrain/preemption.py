@@ -112,6 +112,7 @@ class Preemption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
+        self.asked = max(self.asked, _asked)  # since it was made, before a handler was its own
         self.install()
         return self
 

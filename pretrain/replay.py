@@ -230,7 +230,7 @@ class Replay:
         return None
 
     def _batch(self, crops: list[int]) -> Batch:
-        raw = collate([self.dataset[index] for index in crops])
+        raw = collate(self.dataset.__getitems__(crops))
         moved = to_device(raw, self.device)
         return self.loop.to_batch(moved)
 

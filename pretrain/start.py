@@ -28,7 +28,8 @@ from pretrain.manifest import TRAINING
 from pretrain.objective import INHERITED, Objective
 from pretrain.release import LoadReport, TrainingState, constant_tensors, load_release, read_tensors
 from pretrain.run_folder import RunFolder
-from pretrain.settings import FREE
+from pretrain.sampling import used_volumes
+from pretrain.settings import FREE, SamplingSettings
 
 TEACHER = "teacher.module."
 """What the names of a teacher's weights begin with, where a student's begin with `encoder.`."""
@@ -207,11 +208,13 @@ def begin_from(
     state = {name: value.to(device) for name, value in state.items()}
     taught = taught_names(objective, state)
     state |= {name: state[teacher] for name, teacher in taught.items()}
-    encoders = {name: value for name, value in state.items() if name.startswith(ENCODERS)}
+    # VoCo's teacher is one of its projector.
+    encoder_names = ENCODERS if objective.released is not objective.encoder else ENCODERS[:1]
+    encoders = {name: value for name, value in state.items() if name.startswith(encoder_names)}
     fitted, changed = adapted_state(encoders, objective, channels)
     state |= fitted
     taken = set(objective.inherit(state, least))
-    unfit = [n for n in own if n.startswith(ENCODERS) and n in state and n not in taken]
+    unfit = [n for n in own if n.startswith(encoder_names) and n in state and n not in taken]
     if unfit and least >= INHERITED:
         raise InputError(
             [
@@ -283,7 +286,7 @@ def keep_seen(run: RunFolder, corpus: Corpus, given: str | Sequence[str]) -> Non
         return
     if read_note(file).get("index_hash") != corpus.index_hash:
         with contextlib.suppress(CorruptionError):  # of a volume that the training may skip
-            write_json(file, {"index_hash": corpus.index_hash, "values": _prints(corpus)})
+            write_json(file, {"index_hash": corpus.index_hash, "values": _prints(run, corpus)})
 
 
 def seen_volumes(run: RunFolder, index_hash: str) -> list[str]:
@@ -297,8 +300,11 @@ def seen_volumes(run: RunFolder, index_hash: str) -> list[str]:
     return sorted({*own, *(origin.fingerprints if origin else [])})
 
 
-def _prints(corpus: Corpus) -> list[str]:
-    return sorted(set().union(*corpus.scan_prints().values()))
+def _prints(run: RunFolder, corpus: Corpus) -> list[str]:
+    """Of the volumes that the run sees."""
+    sampling = SamplingSettings.model_validate(run.config().get("sampling", {}))
+    prints = corpus.scan_prints()
+    return sorted(set().union(*(prints[corpus.keys[i]] for i in used_volumes(sampling, corpus))))
 
 
 def _found(run: RunFolder, index_hash: str) -> list[str]:
@@ -311,7 +317,7 @@ def _found(run: RunFolder, index_hash: str) -> list[str]:
             f"{corpus.index_hash[:12]}, its checkpoint says {index_hash[:12]}); "
             "its fingerprints are needed: restore it"
         )
-    return _prints(corpus)
+    return _prints(run, corpus)
 
 
 def is_run(path: Path) -> bool:

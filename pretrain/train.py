@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +37,9 @@ from pretrain.previews import draw_previews
 from pretrain.probe import Probe
 from pretrain.release import LoadReport, TrainingState, load_release
 from pretrain.run_folder import RunFolder
+from pretrain.sampling import times_of
 from pretrain.schedule import WINDOW, Schedule
-from pretrain.settings import PretrainSettings, SamplingSettings, check_same, ranks_that_fit
+from pretrain.settings import PretrainSettings, check_same, ranks_that_fit
 from pretrain.start import (
     Start,
     begin_from,
@@ -130,9 +132,9 @@ class Prepared:
                     asked,
                     sys.argv,
                     channels=self.channels,
-                    corpus={"index_hash": corpus.index_hash, "samples": len(corpus)},
+                    corpus={"index_hash": corpus.index_hash, "samples": len(dataset.used)},
                     preprocess=dataset.preprocess.to_dict(),
-                    data=data_facts(corpus),
+                    data=data_facts(corpus, dataset.used),
                     parameters=sum(p.numel() for p in objective.encoder.parameters()),
                 )
                 keep_seen(run, corpus, asked["corpus"])
@@ -142,7 +144,7 @@ class Prepared:
                     print(f"init={settings.init}: {report}{_with(moments, objective)}")
                     log_load(loop.loggers, report)
                 if start is not None:
-                    modalities = data_facts(corpus)["modality"]
+                    modalities = data_facts(corpus, dataset.used)["modality"]
                     for one in other_intensities(start, dataset.preprocess, modalities):
                         print(one)
             del start
@@ -421,28 +423,6 @@ def make_dataset(settings: PretrainSettings, corpus: Corpus, crops: Crops = ONE)
     )
 
 
-def times_of(sampling: SamplingSettings, corpus: Corpus) -> NDArray[np.float64] | None:
-    """How often each volume comes in an epoch, on average; None: once.
-
-    Raises:
-        InputError: groups without a weight, weights without a group, or all of them zero.
-    """
-    if sampling.by is None:
-        return None
-    groups = np.array(list(map(str, corpus.groups(sampling.by))))
-    names, number, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    there = ", ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True))
-    missing, strange = set(names) - sampling.weights.keys(), sampling.weights.keys() - set(names)
-    if missing or strange or not any(sampling.weights.values()):
-        raise InputError(
-            f"sampling.weights={sampling.weights}: expected a weight for each {sampling.by} of the "
-            f"corpus, one above 0 at least; volumes there are: {there}"
-        )
-    weights = np.array([sampling.weights[name] for name in names])
-    times = len(corpus) * weights / weights.sum() / sizes
-    return np.asarray(times[number])
-
-
 def _preprocess(settings: PretrainSettings, corpus: Corpus | None) -> Preprocess:
     # Without crop_mm the corpus is at its spacing already; the release resamples new scans to it.
     spacing = settings.spacing or (None if corpus is None else corpus_spacing(corpus))
@@ -555,9 +535,13 @@ def corpus_spacing(corpus: Corpus) -> tuple[float, float, float] | None:
     return None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
 
 
-def data_facts(corpus: Corpus) -> dict[str, Any]:
-    """Counts for the model card: what the encoder saw, and under which licences."""
-    return {name: corpus.info["counts"][name] for name in ("modality", "source", "licence")}
+def data_facts(corpus: Corpus, used: NDArray[np.int64]) -> dict[str, Any]:
+    """Counts for the model card: what the encoder saw of a corpus, and under which licences."""
+    facts = {}
+    for name in ("modality", "source", "licence"):
+        groups = corpus.groups(name)
+        facts[name] = dict(sorted(Counter(groups[i] for i in used).items()))
+    return facts
 
 
 def open_training(path: Path) -> TrainingState:

@@ -159,7 +159,11 @@ def plan_chain(file: Path, folder: Path) -> list[Stage]:
     stages: list[Stage] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
-        command, *words = shlex.split(line) or [""]
+        try:
+            command, *words = shlex.split(line) or [""]
+        except ValueError as error:
+            problems.append(f"stage {number}: {line!r}: {error}")
+            continue
         name = f"{number}-{command}"
         try:
             stages.append(_plan(name, command, words, common, stages, folder))
@@ -190,7 +194,10 @@ def _read(file: Path) -> tuple[list[str], list[str]]:
         for n, stage in enumerate(told["stages"], 1)
         if not isinstance(stage, str)
     ]
-    common = shlex.split(str(told.get("cluster") or ""))
+    try:
+        common = shlex.split(str(told.get("cluster") or ""))
+    except ValueError as error:
+        raise InputError(f"{file}: cluster: {told['cluster']!r}: {error}") from error
     problems += [
         f"{file}: cluster: {word}: expected cluster=NAME, cluster.KEY=VALUE or --config-dir=DIR"
         for word in common

@@ -80,7 +80,16 @@ def _found(
     layout.cases = list(dict.fromkeys(layout.cases))
     _refuse_twice(source, layout.cases)
     if subjects is not None:
+        without = [case for case in layout.cases if not case.subject]
         layout.cases = [replace(c, subject=_subject(c, subjects)) for c in layout.cases]
+        left = [case for case in layout.cases if not case.subject]
+        if without and len(left) == len(without):
+            raise InputError(
+                f"subjects={subjects.pattern}: is found in none of {len(without)} cases, such as "
+                f"{case_id(left[0])}; each would be a person of its own"
+            )
+        if without and left:
+            layout.description += f"; subjects= is found in none of {len(left)} of its cases"
     if channels:
         joined = BETWEEN_CHANNELS.join(channels)
         layout.cases = [c if c.sequence else replace(c, sequence=joined) for c in layout.cases]

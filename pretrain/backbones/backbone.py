@@ -43,9 +43,10 @@ class Backbone(nn.Module):
     def run(self, part: Callable[..., Any], *args: Any) -> Any:
         """Calls a block or stage, checkpointed where that is switched on and a gradient follows.
 
-        Masks are arguments like any other, so that what is computed again sees the same ones.
+        Masks are arguments like any other, so that what is computed again sees the same ones. An
+        encoder that only passes gradients on to adapters is in evaluation mode, and is included.
         """
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(part, *args, use_reentrant=False)
         return part(*args)
 

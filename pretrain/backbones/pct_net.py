@@ -329,7 +329,7 @@ class PCTNetEncoder(Backbone):
 
     def run(self, part: Callable[..., Any], *args: Any) -> Any:
         """As every backbone's, but running statistics move once: not when computed again."""
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(
                 part,
                 *args,

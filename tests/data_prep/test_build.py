@@ -29,6 +29,7 @@ from data_prep.build import prep, prep_step
 from data_prep.check import check
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
+from data_prep.exclusions import read_exclusions
 from data_prep.naming import KEY_PATTERN, slug
 from data_prep.settings import PrepResult, PrepSettings
 from data_prep.volume import read_nifti
@@ -430,6 +431,49 @@ def test_excluded_keys_and_fingerprints_stay_out(folder: Path, tmp_path: Path) -
     run(folder, tmp_path / "c", keys="names", exclude=tmp_path / "out.txt")
     assert Corpus.open(tmp_path / "c").keys == ["scan0", "scan2", "scan3", "scan5"]
     assert quarantine(tmp_path / "c") == {"scan1.nii.gz": "excluded", "scan4.nii.gz": "excluded"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("keymap.csv", "input,case,key\nscan1.nii.gz,scan1,scan1\n"),
+        ("other.json", '{"values": ["scan1"]}'),
+        ("list.txt", "scan1.nii.gz\n"),
+    ],
+)
+def test_what_is_no_list_keeps_nothing_out_and_is_refused(
+    folder: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}: .*expected a key of a corpus"):
+        run(folder, tmp_path / "c", keys="names", exclude=tmp_path / name)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_release_is_known_by_its_file_of_fingerprints_too(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "all", keys="names")
+    prints = Corpus.open(tmp_path / "all").fingerprints()
+    told = {"format": 1, "values": [prints["scan1"], prints["scan4"]]}
+    (tmp_path / "fingerprints.json").write_text(json.dumps(told))
+    run(folder, tmp_path / "c", keys="names", exclude=tmp_path / "fingerprints.json")
+    assert Corpus.open(tmp_path / "c").keys == ["scan0", "scan2", "scan3", "scan5"]
+
+
+def test_a_split_is_known_from_within_its_folder(
+    labelled: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(labelled, tmp_path / "labelled", keys="names")
+    held = Corpus.open(tmp_path / "labelled").split("default")["parts"]
+    monkeypatch.chdir(tmp_path / "labelled" / "splits")
+    found = read_exclusions([Path("default.json")])
+    assert len(found.names) >= len(held["test"]) + len(held.get("validation", ())) > 0
+
+
+def test_a_pattern_that_finds_no_subject_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"subjects=pat\(\\d\+\): is found in none of 6 cases"):
+        run(folder, tmp_path / "c", subjects=r"pat(\d+)")
+    run(folder, tmp_path / "c", subjects=r"scan[0-3]")
+    assert len(set(Corpus.open(tmp_path / "c").subjects)) == 6
 
 
 def test_official_split_comes_from_the_list(labelled: Path, tmp_path: Path) -> None:

@@ -205,3 +205,22 @@ def test_a_file_that_holds_no_folds(tmp_path: Path) -> None:
         (tmp_path / "f.json").write_text(text)
         with pytest.raises(InputError, match=r"f\.json"):
             read_folds(tmp_path / "f.json")
+
+
+def test_ids_that_several_cases_share_are_refused(tmp_path: Path) -> None:
+    """Folds go by them: all but one of the cases would be in none."""
+    rng = np.random.default_rng(0)
+    rows = ["image,label,subject"]
+    for n in range(6):
+        save(tmp_path / f"p{n}" / "img.nii.gz", scan(rng))
+        save(tmp_path / f"p{n}" / "seg.nii.gz", (scan(rng) > 450).astype(np.uint8))
+        rows.append(f"p{n}/img.nii.gz,p{n}/seg.nii.gz,s{n}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    prep(PrepSettings(input=tmp_path / "list.csv", output=tmp_path / "c", processes=1))
+    assert len(split(SplitSettings(corpus=tmp_path / "c", folds=2))) == 2
+    with pytest.raises(InputError, match="case ids img: each is that of several cases"):
+        split(SplitSettings(corpus=tmp_path / "c", write=tmp_path / "folds.json"))
+    (tmp_path / "given.json").write_text('[{"train": ["img"], "val": []}]')
+    with pytest.raises(InputError, match="case ids img"):
+        split(SplitSettings(corpus=tmp_path / "c", read=tmp_path / "given.json"))
+    assert not (tmp_path / "folds.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
@@ -18,7 +19,7 @@ from phantoms import save, scan
 import data_prep.generations
 from data_prep.build import prep, prep_step
 from data_prep.check import check
-from data_prep.corpus import Corpus, books
+from data_prep.corpus import FINGERPRINTS_FILE, Corpus, books, read_parquet
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import file_digest
 from data_prep.generations import append, remove
@@ -27,6 +28,7 @@ from data_prep.settings import PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter
 from data_prep.volume import read_nifti
 from data_prep.work import replaced
+from data_prep.write import write_parquet
 from voxelith import main
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -645,3 +647,40 @@ def test_the_command_line_removes_and_adds(
     assert main(["prep", f"output={output}", "remove=nobody"]) == 2
     assert main(["prep", f"input={more}", f"output={output}", "append=true", "step=scan"]) == 2
     assert "append: excludes step" in capsys.readouterr().err
+
+
+def test_what_is_added_to_a_corpus_of_all_but_equal_scans_is_too(tmp_path: Path) -> None:
+    """A follow-up is like the scan before it, and was asked for."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ct = SAMPLES / "totalsegmentator" / "s0335.nii.gz"
+    shutil.copy(ct, tmp_path / "a" / "before.nii.gz")
+    image = nib.load(ct)
+    values = np.asanyarray(image.dataobj).copy()
+    values[:4] += 7  # of the same person, not the same scan
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), tmp_path / "b" / "after.nii.gz")
+    shutil.copy(ct, tmp_path / "b" / "again.nii.gz")
+    for kept, options in ((1, {}), (2, {"duplicates": "exact"})):
+        output = tmp_path / f"c{kept}"
+        run(tmp_path / "a", output, keys="names", labels=False, **options)
+        with contextlib.suppress(InputError):  # nothing of it may come in
+            run(tmp_path / "b", output, append=True, keys="names", labels=False, **options)
+        assert len(Corpus.open(output)) == kept
+
+
+def test_a_corpus_of_before_there_were_sketches_can_be_added_to(
+    output: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(output, old)
+    shutil.copytree(output.with_name("c.private"), tmp_path / "old.private")
+    file = old / FINGERPRINTS_FILE
+    digest = write_parquet(file, read_parquet(file.read_bytes()).drop_columns(["sketch"]))
+    info = json.loads((old / "corpus.json").read_text())
+    info["fingerprints"]["sha256"] = digest
+    (old / "corpus.json").write_bytes(books(info))
+    before = len(Corpus.open(old))
+    (tmp_path / "more").mkdir()
+    run(scans(tmp_path / "more", 99, 2), old, append=True)
+    assert len(Corpus.open(old)) == before + 2
+    assert len(Corpus.open(old).sketches()) == before + 2

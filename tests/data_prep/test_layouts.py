@@ -14,6 +14,7 @@ from data_prep.errors import InputError
 from data_prep.layouts.case import Layout, modality_from_name, subject_from_name
 from data_prep.layouts.find import READERS, find_cases
 from data_prep.layouts.piles import from_pile
+from data_prep.scans import scan_files
 from data_prep.settings import PrepSettings
 
 
@@ -305,3 +306,11 @@ def test_meta_csv_of_another_encoding_and_with_short_rows(tmp_path: Path) -> Non
     (tmp_path / "meta.csv").write_text("image_id,note\ns1," + "x" * 200_000)
     with pytest.raises(InputError, match=r"meta\.csv: not readable as CSV"):
         find_cases(tmp_path)
+
+
+def test_scans_behind_links_are_found_and_hidden_files_are_not(tmp_path: Path) -> None:
+    for name in ("far/scan.nii.gz", "in/own.nii.gz", "in/._own.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "far")
+    assert scan_files(tmp_path / "in") == [Path("linked/scan.nii.gz"), Path("own.nii.gz")]

@@ -12,10 +12,11 @@ from small_runs import TASK, backbone
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.costs import Cost, cost_note
-from finetune.meter import training_flops
+from finetune.meter import priced, training_flops
 from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings
 from pretrain.costs import peak_mib, trained_seconds
+from pretrain.run_folder import RunFolder
 
 
 def settings(**changes: Any) -> FinetuneSettings:
@@ -86,3 +87,18 @@ def test_a_note_says_what_is_known() -> None:
     assert cost_note([little]) == "a run: 1e-05 M parameters (4e-06 M trained) (H200)"
     assert Cost.of({}) is None
     assert Cost.of({"cost": json.loads(json.dumps(plain._asdict()))}) == plain
+
+
+def test_what_an_earlier_start_has_predicted_is_not_timed_by_this_one(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+
+    def costs() -> dict[str, Any]:
+        (tmp_path / "run.json").write_text('{"cost": {}}')
+        with priced(run, torch.device("cpu"), 1):
+            (tmp_path / "predictions").mkdir(exist_ok=True)
+            (tmp_path / "predictions" / "a.nii.gz").touch()
+        found: dict[str, Any] = json.loads((tmp_path / "run.json").read_text())["cost"]
+        return found
+
+    assert costs()["predict_seconds"] >= 0 and costs()["predict_seconds"] is None
+    assert costs()["peak_mib"] is None

@@ -138,3 +138,18 @@ def test_a_mirrored_crop_is_of_the_other_side() -> None:
 def test_targets_that_cannot_be_learnt_are_refused(make: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         make(backbone("resenc"))
+
+
+def test_answers_in_a_large_unit_keep_their_digits_in_bfloat16() -> None:
+    values = {"a": 1800.0, "b": 1820.5, "c": 1843.25, "d": 1870.0}
+    model = Regression(encoder=backbone("resenc"), task=AGE, targets=values)
+    torch.nn.init.normal_(model.decoder.last.weight, std=0.5)
+    model.finish()
+    model.eval()
+    one = batch()
+    with torch.no_grad():
+        exact = model.answers(one.image, one.valid)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.answers(one.image, one.valid)
+    assert exact.unique().numel() == 4
+    torch.testing.assert_close(found, exact, rtol=0, atol=1.0)  # a step of bfloat16 is 8 there

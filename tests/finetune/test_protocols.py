@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from small_runs import settings as run_settings
 
 from conf.compose import HERE, settings_for
 from data_prep.errors import InputError
+from finetune.kinds import kind_of
 from finetune.rows import read_rows
 from finetune.settings import FREE, FinetuneSettings, config_hash
 from finetune.train import build_model, finetune, make_plan
@@ -227,3 +229,18 @@ def test_a_protocol_for_another_kind_of_network_is_refused(
         make_plan(given)
     for fits in ({"family": "vit"}, {"family": "any"}):
         build_model(make_plan(given.model_copy(update=fits)))
+
+
+def test_a_rate_that_never_gets_up_is_told() -> None:
+    plan: Any = SimpleNamespace(validation=("v",), unlabelled=(), partial={})
+
+    def said(*words: str) -> list[str]:
+        chosen = composed("short_cnn", *words)
+        return [n for n in kind_of(chosen).notes(plan) if "never gets to lr" in n]
+
+    assert said() == [] and composed("short_cnn").warmup == 3750
+    (note,) = said("steps=20")
+    assert note.startswith("warmup=3750: not shorter than the 20 steps")
+    phase = "phases=[{steps: 10, freeze: encoder, warmup: 10}]"
+    assert [note[:19] for note in said("steps=30", "warmup=5", phase)] == ["phases[0].warmup=10"]
+    assert said("steps=5000", "phases=[{steps: 4000, freeze: encoder}]") != []  # 1000 are left

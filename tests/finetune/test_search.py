@@ -12,6 +12,7 @@ from arm_rows import make_rows, scratch_own
 
 from data_prep.errors import InputError
 from finetune.rows import Row, read_rows, write_rows
+from finetune.search import read_searches
 from finetune.table import read_table
 
 
@@ -211,3 +212,36 @@ def test_runs_that_do_not_say_their_rate_show_no_search(tmp_path: Path) -> None:
         notes(runs, tmp_path / "bare")
     with pytest.raises(InputError, match=r"search=.*nowhere: no such folder"):
         notes(runs, tmp_path / "nowhere")
+
+
+def test_scratch_is_held_against_its_own_arm(tmp_path: Path) -> None:
+    """Phases are of pretrained weights: scratch at its best is searched, and trained, without."""
+    search, runs = tmp_path / "search", tmp_path / "runs"
+    phases: dict[str, Any] = {"phases": [{"steps": 5, "freeze": "encoder"}]}
+    searched(search, "pretrained", PRETRAINED, **phases)
+    searched(search, "scratch", SCRATCH)
+    write_run(runs, make_rows("pretrained", 0.05), 1e-3, **phases)
+    write_run(runs, make_rows("scratch"), 1e-3, **phases)
+    write_run(runs, scratch_own(0.01), 1e-2)
+    assert not any("differs" in note for note in notes(runs, search))
+    searched(tmp_path / "other", "pretrained", PRETRAINED)
+    searched(tmp_path / "other", "scratch", SCRATCH)
+    assert any("differs from the report in phases" in n for n in notes(runs, tmp_path / "other"))
+
+
+def test_a_rate_is_judged_over_all_folds(tmp_path: Path) -> None:
+    for fold, gains in enumerate([{1e-3: 0.2, 1e-2: 0.0}, {1e-3: 0.0, 1e-2: 0.01}]):
+        for lr, gain in gains.items():
+            rows = [
+                dataclasses.replace(row, split_hash=f"fold{fold}", config_hash=f"lr{lr:g}")
+                for row in make_rows("scratch", gain, seeds=1)
+            ]
+            write_run(tmp_path / f"{fold}", rows, lr, part="validation")
+    for part in sorted(tmp_path.glob("*/*")):
+        part.rename(tmp_path / f"{part.parent.name}-{part.name}")
+    (search,) = read_searches(tmp_path).values()
+    assert {rate: len(scores) for rate, scores in search.shared("scratch").items()} == {
+        1e-3: 2,
+        1e-2: 2,
+    }
+    assert search.best("scratch")[0] == 1e-3  # 10 points better on the mean

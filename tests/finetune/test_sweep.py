@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 import torch
 from small_runs import add_split, write_encoder
 
 from conf.compose import settings_for
+from data_prep.build import prep
+from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
+from data_prep.settings import PrepSettings
+from data_prep.splits import split_from, write_split
 from finetune.forecast import forecast
 from finetune.infer import mirrored, segment
 from finetune.rows import read_rows
@@ -184,6 +190,45 @@ def test_all_that_is_wrong_is_said_before_anything_starts(words: list[str]) -> N
     said = "\n".join(error.value.problems)
     assert "labels=many" in said and "seed=-1" in said
     assert not runs_of(words).exists()
+
+
+def test_what_the_network_refuses_is_said_before_anything_starts(words: list[str]) -> None:
+    wrong = [w for w in words if not w.startswith("crop_size=")]
+    with pytest.raises(InputError, match=r"crop_size=\[17, 24, 16\]") as error:
+        sweep([*wrong, "crop_size=[17,24,16]"])
+    assert len(error.value.problems) == 1  # of six runs
+    with pytest.raises(InputError, match="freeze=9"):
+        sweep([*words, "freeze=9"])
+    assert not runs_of(words).exists()
+
+
+def test_a_release_is_adapted_anew_for_each_run(
+    words: list[str], samples: Path, tmp_path: Path
+) -> None:
+    """Two channels for one, in both ways: what was made for one of them is not the other's."""
+    raw, names = tmp_path / "raw", sorted((samples / "hippocampus/images").iterdir())[:6]
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).mkdir(parents=True)
+    for image in names:
+        case = image.name.removesuffix(".nii.gz")
+        shutil.copy(image, raw / "imagesTr" / f"{case}_0000.nii.gz")
+        values = nib.Nifti1Image(255 - nib.load(image).get_fdata(), nib.load(image).affine)
+        nib.save(values, raw / "imagesTr" / f"{case}_0001.nii.gz")
+        shutil.copy(samples / "hippocampus/labels" / image.name, raw / "labelsTr")
+    channels, labels = {"0": "MR", "1": "MR"}, {"background": 0, "anterior": 1, "posterior": 2}
+    told = {"channel_names": channels, "labels": labels, "numTraining": 6, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(told))
+    two = tmp_path / "two"
+    prep(PrepSettings(input=raw, output=two))
+    corpus = Corpus.open(two)
+    parts = ["test", *["train"] * 5]
+    write_split(split_from("sweep", corpus.keys, corpus.subjects, parts), two / "splits")
+    kept = [w for w in words if not w.startswith(("corpus=", "seed="))]
+    more = [f"corpus={two}", "seed=0", "adapt_channels=repeat,first"]
+    jobs = plan_jobs([*kept, *more])
+    for job in jobs:
+        assert job.plan.release.adapt_channels == job.plan.settings.adapt_channels
+    assert len(jobs) == 6  # two checkpoints, two ways, and a twin of each way
 
 
 def test_a_dry_run_starts_nothing_and_names_the_cost(

@@ -276,6 +276,12 @@ def test_foreign_rows_are_refused(tmp_path: Path) -> None:
     write_rows([dataclasses.replace(BASE, format=9)], path)
     with pytest.raises(InputError, match="format 9"):
         read_rows(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="columns"):
+        read_rows(path)
+    path.write_bytes(b"\x93NUMPY\xff\xfe")
+    with pytest.raises(InputError, match=r"rows\.csv: is no table of rows"):
+        read_rows(path)
 
 
 def test_rows_of_an_older_format_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -349,6 +355,18 @@ def test_predictions_from_elsewhere_are_shown_without_a_verdict() -> None:
     group = tabulate([*rows, *make_rows("scratch"), *make_rows("pretrained")]).groups
     assert [g.main.verdict for g in group if g.checkpoint == "theirs"] == ["predicted elsewhere"]
     assert "init=scratch" not in next(g.sentence for g in group if g.checkpoint == "theirs")
+
+
+def test_parts_of_a_split_are_two_lines_whoever_predicted_them() -> None:
+    given = {"arm": "external", "checkpoint": "theirs", "config_hash": "external", "seed": -1}
+    test = [dataclasses.replace(row, **given) for row in make_rows("scratch", seeds=1)]
+    other = {"split": "official/validation"}
+    validation = [
+        dataclasses.replace(row, case=f"v{row.case}", dsc=1.0, **other) for row in test[:8]
+    ]
+    alone = [tabulate(rows).groups[0].main for rows in (test, validation)]
+    both = [group.main for group in tabulate([*test, *validation]).groups]
+    assert [line.pretrained for line in both] == [line.pretrained for line in alone]
 
 
 def test_intervals_of_means_end_where_the_scale_does() -> None:
@@ -615,6 +633,24 @@ def test_checkpoints_that_differ_in_the_seed_have_a_line_together() -> None:
     assert recipe.main.pretrained.mean == pytest.approx(
         np.mean([g.main.pretrained.mean for g in alone if g.main.pretrained is not None])
     )
+
+
+def test_a_checkpoint_without_a_pair_takes_no_recipe_with_it() -> None:
+    """Three of four have scratch's seeds; of the fourth nothing is known."""
+    rows = seeds_of_a_recipe([0.03, 0.05, 0.08, 0.05])
+    three = [row for row in rows if row.checkpoint != "mae-3"]
+    moved = [
+        dataclasses.replace(row, seed=row.seed + 3, label_seed=row.seed + 3, init_seed=row.seed + 3)
+        for row in rows
+        if row.checkpoint == "mae-3"
+    ]
+    expected = tabulate([*make_rows("scratch"), *three]).groups[-1]
+    *alone, recipe = tabulate([*make_rows("scratch"), *three, *moved]).groups
+    assert len(alone) == 4 and recipe.checkpoint == "mae-{0,1,2}"
+    assert recipe.main.difference == expected.main.difference
+    assert "left out of the recipe, no seed in common with scratch: mae-3" in recipe.notes
+    groups = tabulate([*make_rows("scratch"), *three[: len(three) // 3], *moved]).groups
+    assert [group.checkpoint for group in groups] == ["mae-0", "mae-3"]
 
 
 @pytest.mark.parametrize(

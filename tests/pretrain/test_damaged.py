@@ -213,3 +213,32 @@ def test_ranks_count_together(chunky: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptionError, match=rf"{one[1]}\n{two[1]}\n2 volumes in all"):
         third._note_damage([[two]], 4)
     assert len(keys_in(tmp_path / "x")) == 2
+
+
+@pytest.mark.parametrize("looks", ["health.every=10", "preview_every=10"])
+def test_a_damaged_volume_is_not_looked_at_either(
+    pretrain_corpus: Path, tmp_path: Path, looks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest, which features and pictures are taken of first."""
+    shutil.copytree(pretrain_corpus, tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    first = int(corpus.shapes.prod(axis=1).argmax())
+    damage(corpus, first)
+    given = [word for word in WORDS if word.split("=")[0] != looks.split("=")[0]]
+    words = [f"corpus={tmp_path}/c", "run=x", f"runs={tmp_path}", *given, looks]
+    assert main(["pretrain", *words, "trainer.workers=0"]) == 2
+    assert corpus.keys[first] in capsys.readouterr().err
+    assert main(["pretrain", *words, "trainer.workers=0", "damaged=skip"]) == 0
+    said = capsys.readouterr().err
+    assert f"sample {corpus.keys[first]}," in said and "another volume is looked at" in said
+
+
+def test_a_step_with_a_volume_in_anothers_place_is_replayed(
+    damaged: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"corpus={damaged[0]}", "run=x", f"runs={tmp_path}", *WORDS, "damaged=skip"]
+    assert main(["pretrain", *words, "trainer.workers=0"]) == 0
+    (line,) = map(json.loads, (tmp_path / "x" / "damaged.jsonl").read_text().splitlines())
+    shutil.rmtree(tmp_path / "x" / "checkpoints")  # so that it begins at the first step
+    capsys.readouterr()
+    assert main(["replay", str(tmp_path / "x"), f"step={line['step'] + 1}"]) == 0

@@ -21,6 +21,7 @@ from pretrain.health import CollapseError, Health, Spread, collapse, rankme, spr
 from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.settings import HealthSettings, PretrainSettings
 from pretrain.train import make_dataset, pretrain
+from voxelith import main
 
 RESENC = {
     "_target_": "pretrain.backbones.resenc.ResEncUNetEncoder",
@@ -324,3 +325,20 @@ def test_the_interval_is_chosen_by_its_cost_and_kept(
     assert not again.begin(20)  # the untrained encoder was looked at
     assert again.due(1000, logged=True, last=False)
     assert not again.due(50, logged=True, last=False)
+
+
+def test_a_run_that_health_stops_is_not_queued_again(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start would save a new state and collapse anew, so its crashes would all look new."""
+    monkeypatch.setenv("VOXELITH_REFUSED", str(tmp_path / "refused"))
+    monkeypatch.setattr(Health, "_judge", lambda *_: "fallen together")  # nothing is, in 4 steps
+    words = [
+        f"corpus={pretrain_corpus}", "run=x", f"runs={tmp_path}", "backbone=resenc_small",
+        "backbone.features=[4,6]", "backbone.strides=[1,2]", "backbone.blocks=[1,1]",
+        "objective=cnn_mae", "objective.block=4", "crop_size=[8,12,8]", "batch_size=4", "steps=4",
+        "log_every=2", "warmup=1", "health.every=2", "health.stop=true", "trainer=cpu",
+        "trainer.workers=0", "preview_every=0",
+    ]  # fmt: skip
+    assert main(["pretrain", *words]) == 1
+    assert (tmp_path / "refused").exists()

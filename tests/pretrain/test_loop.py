@@ -20,7 +20,8 @@ import torch
 
 from data_prep.errors import InputError
 from pretrain.failures import failure_folder
-from pretrain.loop import machine_precision
+from pretrain.loop import _Watch, machine_precision
+from pretrain.preemption import Ask
 from pretrain.replay import Replay
 from pretrain.run_folder import RunFolder, load_checkpoint
 from pretrain.settings import PretrainSettings, TrainerSettings
@@ -460,3 +461,11 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(
     assert machine_precision(TrainerSettings(accelerator="cpu")) == "32-true"
     task: Any = SimpleNamespace(gpus=1)
     assert _gpus(task)["bf16"] == (not emulated)
+
+
+def test_a_save_by_the_clock_is_asked_for_once() -> None:
+    """The answer of all ranks comes a step later, and until then the clock has not gone back."""
+    settings = SimpleNamespace(save_minutes=0.5)
+    loop = SimpleNamespace(settings=settings, preemption=SimpleNamespace(asked=Ask.NOTHING))
+    watch: Any = SimpleNamespace(main=True, loop=loop, saved=time.perf_counter() - 31)
+    assert [_Watch._wish(watch) for _ in range(3)] == [Ask.SAVE, Ask.NOTHING, Ask.NOTHING]

@@ -190,3 +190,19 @@ def test_ranks_hear_of_each_other_one_step_later() -> None:
         for rank in range(2)
     ]  # fmt: skip
     assert [rank.communicate()[0] for rank in ranks] == ["[0, 0, 0, 3, 0] 0\n"] * 2
+
+
+def test_a_signal_between_the_making_of_a_training_and_its_begin_is_heard() -> None:
+    """While the checkpoint is read, the module's own handler hears it."""
+    code = (
+        "import os, signal, pretrain.preemption as p\n"
+        "p.listen()\n"
+        "made = p.Preemption()\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "with made:\n"
+        "    print(made.asked.name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | TASK, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "REQUEUE", done.stderr

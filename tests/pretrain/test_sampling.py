@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep.build import prep
@@ -16,8 +17,8 @@ from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError
 from data_prep.settings import PrepSettings
 from pretrain.release import load_release
+from pretrain.sampling import times_of
 from pretrain.settings import SamplingSettings
-from pretrain.train import times_of
 from voxelith import main
 
 WORDS = [
@@ -135,3 +136,40 @@ def test_what_is_wrong_with_sampling_is_told_before_anything_starts(
     assert main(["pretrain", *words, *more]) == 2
     assert "expected a weight for each modality of the corpus" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_has_no_weight_was_not_trained_on(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """Neither its modality nor its licence nor its test scans are the release's."""
+    corpus = Corpus.open(pretrain_corpus)
+    words = [
+        f"corpus={pretrain_corpus}",
+        "run=mr",
+        f"runs={tmp_path}",
+        *WORDS,
+        "sampling.by=modality",
+    ]
+    assert main(["pretrain", *words, "sampling.weights={CT: 0, MR: 1}"]) == 0
+    assert main(["export", str(tmp_path / "mr"), str(tmp_path / "release")]) == 0
+    release = load_release(tmp_path / "release")
+    heads = [i for i, name in enumerate(corpus.modalities) if name == "MR"]
+    prints = corpus.scan_prints()
+    assert release.modalities == ("MR",)
+    data = release.config["data"]
+    assert data["modality"] == {"MR": len(heads)} and data["samples"] == len(heads) < len(corpus)
+    assert sum(data["licence"].values()) == len(heads)
+    told = json.loads((tmp_path / "release" / "fingerprints.json").read_text())["values"]
+    assert set(told) == set().union(*(prints[corpus.keys[i]] for i in heads))
+
+
+def test_volumes_without_a_source_have_a_name_to_be_weighted_by(
+    pretrain_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = Corpus.open(pretrain_corpus)
+    sources = ["", *corpus.groups("source")[1:]]
+    table = corpus._table
+    place = table.column_names.index("source")
+    monkeypatch.setattr(corpus, "_table", table.set_column(place, "source", pa.array(sources)))
+    names = set(corpus.groups("source"))
+    assert "unknown" in names
+    times = times_of(SamplingSettings(by="source", weights=dict.fromkeys(names, 1.0)), corpus)
+    assert times is not None and times[0] > 0

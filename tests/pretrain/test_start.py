@@ -18,10 +18,11 @@ from finetune.evaluate import comparable
 from pretrain.backbones.resenc import ResEncUNetEncoder
 from pretrain.backbones.slice_vit import SliceViT
 from pretrain.export import export
+from pretrain.objective import Objective
 from pretrain.release import load_release
 from pretrain.settings import PretrainSettings
-from pretrain.start import open_start, recipe_hash
-from pretrain.train import prepare, pretrain
+from pretrain.start import begin_from, open_start, recipe_hash
+from pretrain.train import build_objective, prepare, pretrain
 
 SIMCLR = {"_target_": "pretrain.objectives.simclr.SimCLR", "hidden_dim": 8, "out_dim": 8}
 LOCAL = {
@@ -362,3 +363,18 @@ def test_a_run_says_in_what_precision_it_is_computed_and_stays_in_it(
     config.write_text(config.read_text().replace("bf16-mixed", "auto"))
     assert prepare(chosen("half")).settings.trainer.precision == "auto"
     assert prepare(chosen("new"), elsewhere=True).settings.trainer.precision == "auto"
+
+
+def test_a_projector_of_another_width_is_new_and_its_teacher_too() -> None:
+    """VoCo's teacher is that of its projector, and no encoder that must fit."""
+
+    def voco(width: int) -> Objective:
+        words = ["experiment=voco_small", "corpus=c", "run=r", f"objective.hidden_dim={width}"]
+        return build_objective(settings_for("pretrain", words), 1)
+
+    one, other = voco(16), voco(32)
+    report = begin_from(other, one.state_dict())
+    assert report.covered == 1.0
+    assert {name.split(".")[0] for name in report.new} >= {"projector", "teacher"}
+    encoder = one.encoder.state_dict()
+    assert all(torch.equal(v, encoder[n]) for n, v in other.encoder.state_dict().items())

@@ -10,7 +10,7 @@ from lab import Lab, call
 
 import voxelith
 from data_prep.errors import InputError
-from slurm.chain import chain, status, unknown_sweep
+from slurm.chain import chain, plan_chain, status, unknown_sweep
 
 CPUS = "cluster.gpus_per_node=0 cluster.cpus_per_task=1 cluster.memory=1900 cluster.partition=main"
 TINY = (
@@ -186,3 +186,16 @@ def test_a_chain_knows_the_runs_of_a_recipe_in_stages(
     file.write_text(f"cluster: {CPUS}\nstages:\n  - {first}\n  - {later}\n  - {last}\n")
     assert chain(file, dry_run=True)["to_start"] == ["1-pretrain", "2-pretrain", "3-export"]
     assert "checked when it starts: init=" in capsys.readouterr().out
+
+
+def test_a_quote_that_is_left_open_is_told_by_its_stage(tmp_path: Path) -> None:
+    file = tmp_path / "chain.yaml"
+    file.write_text("stages:\n- prep input='/data output=c\n- \"export 'runs/a b\"\n")
+    with pytest.raises(InputError) as error:
+        plan_chain(file, tmp_path / "chain")
+    said = error.value.problems
+    assert [problem[:8] for problem in said] == ["stage 1:", "stage 2:"]
+    assert all("No closing quotation" in problem for problem in said)
+    file.write_text('cluster: "cluster=\'x"\nstages: [prep input=a output=b]\n')
+    with pytest.raises(InputError, match=r"cluster: .*No closing quotation"):
+        plan_chain(file, tmp_path / "chain")

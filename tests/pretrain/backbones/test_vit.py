@@ -371,3 +371,16 @@ def test_the_stem_lets_neighbours_in_but_never_the_whole_crop() -> None:
 def test_contradictions_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+def test_a_frozen_encoder_with_adapters_is_checkpointed_too() -> None:
+    """It is in evaluation mode, and its activations are what takes the memory."""
+    vit = small().eval().requires_grad_(False)
+    vit.blocks[0].mlp.fc1.weight.requires_grad_(True)
+    passes = []
+    vit.blocks[1].register_forward_pre_hook(lambda *_: passes.append(1))
+    vit(IMAGE)[-1].square().sum().backward()
+    assert len(passes) == 1
+    vit.set_grad_checkpointing()
+    vit(IMAGE)[-1].square().sum().backward()
+    assert len(passes) == 3  # forward, and again when the gradient needs it
