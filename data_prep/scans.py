@@ -21,6 +21,8 @@ CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.
 
 def scan_files(source: Path) -> list[Path]:
     """The image files below a folder, relative to it, in order; DICOM series are none."""
+    if not source.is_dir():
+        return []
     return sorted(path.relative_to(source) for path in files_below(source) if is_image(path))
 
 
