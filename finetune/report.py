@@ -448,6 +448,7 @@ def _facts(runs: list[_Run]) -> list[tuple[str, str]]:
         ("Network", values(sizes)),
         ("Surface Dice at", values(tolerances)),
         ("Versions", values(versions)),
+        ("Commit", values([c for run in runs if (c := run.facts.get("commit"))])),
     ]
     return [(name, value) for name, value in facts if value]
 

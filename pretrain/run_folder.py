@@ -2,7 +2,7 @@
 
 runs/NAME/
 config.json            what was asked for, resolved
-run.json               command, versions, machine, corpus index hash
+run.json               command, versions, commit, corpus index hash
 lease.json             who writes here now, with a heartbeat
 metrics.csv            one row per logged step
 checkpoints/step-00000100.pt
@@ -25,6 +25,7 @@ import os
 import platform
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -191,7 +192,8 @@ class RunFolder:
         """Writes what was asked for and with what it runs."""
         write_json(self.config_path, _shown(config))
         said = [without_secrets(word) for word in command]
-        write_json(self.path / "run.json", {"command": said, "versions": versions(), **facts})
+        told = {"command": said, "versions": versions(), "commit": commit(), **facts}
+        write_json(self.path / "run.json", told)
 
 
 def _shown(config: Any) -> Any:
@@ -263,6 +265,27 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that runs, with `-dirty` where files differ; None if installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    words = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+    return None
 
 
 class MetricsLog:

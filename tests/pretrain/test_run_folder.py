@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pretrain.run_folder
 from data_prep.errors import CorruptionError, InputError
 from pretrain.run_folder import MetricsLog, RunFolder
 
@@ -132,6 +133,19 @@ def test_a_lease_that_is_none_is_not_honoured(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text("[]")
     with RunFolder(tmp_path).lease():
         pass
+
+
+def test_a_run_says_of_which_commit_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunFolder(tmp_path).describe({}, [])
+    said = json.loads((tmp_path / "run.json").read_text())["commit"]
+    root = Path(pretrain.run_folder.__file__).parents[1]
+    if (root / ".git").exists():
+        words = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        head = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        assert len(said.removesuffix("-dirty")) == 12 and head.startswith(said[:12])
+    # An installed package is of none, wherever it lies.
+    monkeypatch.setattr(pretrain.run_folder, "__file__", str(tmp_path / "pretrain" / "x.py"))
+    assert pretrain.run_folder.commit() is None
 
 
 def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
