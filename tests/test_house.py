@@ -31,6 +31,7 @@ DOORS = {
     "loop",
     "losses",
     "manifest",
+    "numerics",
     "objective",
     "preemption",
     "previews",
