@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
@@ -17,11 +15,9 @@ from data_prep.fingerprint import ALGORITHM, VERSION
 from data_prep.progress import bar
 from data_prep.sketch import PREFIX, Sketch, SketchIndex
 from finetune.metrics import METRIC_VERSION, Score, score_labels
-from finetune.predictions import find_predictions, read_prediction
+from finetune.predictions import Labels, find_predictions, read_prediction
 from finetune.rows import Row, write_rows
 from finetune.settings import EvaluateSettings, TaskSettings
-
-Labels = NDArray[Any]
 
 
 @dataclass(frozen=True)

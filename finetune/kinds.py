@@ -21,11 +21,11 @@ from data_prep.progress import bar
 from data_prep.volume import write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import ANSWERS, read_answers, score_answers, write_answers
-from finetune.evaluate import Labels, Split, score, task_problems
+from finetune.evaluate import Split, score, task_problems
 from finetune.model_file import write_network
 from finetune.plan import Plan
 from finetune.pooled import Pooled, pooled, standard
-from finetune.predictions import find_predictions, read_prediction
+from finetune.predictions import Labels, find_predictions, read_prediction
 from finetune.probes import fit_probe
 from finetune.protocol import phase_steps
 from finetune.rows import Row

@@ -535,13 +535,16 @@ def corpus_spacing(corpus: Corpus) -> tuple[float, float, float] | None:
     return None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
 
 
+FACTS = ("modality", "source", "licence")
+
+
 def data_facts(corpus: Corpus, used: NDArray[np.int64]) -> dict[str, Any]:
     """Counts for the model card: what the encoder saw of a corpus, and under which licences."""
-    facts = {}
-    for name in ("modality", "source", "licence"):
-        groups = corpus.groups(name)
-        facts[name] = dict(sorted(Counter(groups[i] for i in used).items()))
-    return facts
+    counts = corpus.info["counts"]
+    if len(used) < len(corpus):
+        groups = {name: corpus.groups(name) for name in FACTS}
+        counts = {name: dict(Counter(found[i] for i in used)) for name, found in groups.items()}
+    return {name: counts[name] for name in FACTS}
 
 
 def open_training(path: Path) -> TrainingState:
