@@ -6,6 +6,8 @@ position p of the epoch belongs to lane p mod P for as long as all lanes have sa
 have none left, the others of the same half take their turns, then those of the other: for 2, 4, ...
 nodes position p mod N stays within the lanes of one node for as long as that node has samples. A
 node that owns whole lanes reads only their shards, so N nodes each fetch about 1/N of the corpus.
+What is in an epoch lies evenly in it: a group of few large shards, or of a large weight, has its
+share from the first batch to the last.
 
 Global batch t is positions [t G, (t + 1) G) of the concatenated epochs. It does not depend on
 ranks, workers or their start method, so the state of the loader is two numbers, the same on every
@@ -17,13 +19,14 @@ the next, so nothing is dropped.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER = 2
+ORDER = 3
 """Of how the order is made: a run of another one cannot go on with this."""
 
 WINDOW = 4
@@ -115,8 +118,27 @@ class Schedule:
             ids = np.repeat(ids, _counts(self.times, len(self), drawn))
         by_shard = ids[np.argsort(self.shards[ids], kind="stable")]
         shards = np.split(by_shard, np.flatnonzero(np.diff(self.shards[by_shard])) + 1)
-        mixed = [shards[i] for i in rng.permutation(len(shards))]
+        parts = self._parts(rng, shards)
+        mixed = [parts[i] for i in rng.permutation(len(parts))]
+        # The largest first, so that lanes end together: what one of them has more of comes last.
+        mixed.sort(key=len, reverse=True)
         return self._lanes_in_turn(rng, mixed, self.lanes)
+
+    def _parts(
+        self, rng: np.random.Generator, shards: list[NDArray[np.int64]]
+    ) -> list[NDArray[np.int64]]:
+        """The shards, of which those are cut that are more than a lane and twice the mean.
+
+        A group that lies in few shards and comes often would have a lane of its own for most of
+        an epoch, and the rest of it to itself. Only these shards are read by several lanes.
+        """
+        total = sum(map(len, shards))
+        lane, twice = total / self.lanes, 2 * total / max(1, len(shards))
+        parts: list[NDArray[np.int64]] = []
+        for shard in shards:
+            cuts = math.ceil(len(shard) / lane) if len(shard) > max(lane, twice) else 1
+            parts += np.array_split(rng.permutation(shard), cuts) if cuts > 1 else [shard]
+        return parts
 
     def _lanes_in_turn(
         self, rng: np.random.Generator, shards: list[NDArray[np.int64]], lanes: int
@@ -124,7 +146,7 @@ class Schedule:
         """The samples of some shards as so many lanes have them in turn.
 
         An even number of lanes is two halves that take turns, each half of the samples: a shard
-        goes to the half that has fewer.
+        goes to the half that has fewer, in the order of `shards`.
         """
         if lanes == 1 or not shards:
             return self._shuffle_lane(rng, shards)
@@ -142,9 +164,23 @@ class Schedule:
 
     @staticmethod
     def _shuffle_lane(rng: np.random.Generator, lane: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-        windows = [np.concatenate(lane[i : i + WINDOW]) for i in range(0, len(lane), WINDOW)]
+        """A lane's samples: windows of its shards in random order, and what is large anywhere.
+
+        A shard that is more than one of WINDOW parts of the lane lies in all of it.
+        """
         nothing = np.zeros(0, dtype=np.int64)
-        return np.concatenate([nothing, *(rng.permutation(window) for window in windows)])
+        total = sum(map(len, lane))
+        large = [shard for shard in lane if len(shard) * WINDOW > total]
+        small = [shard for shard in lane if len(shard) * WINDOW <= total]
+        small = [small[i] for i in rng.permutation(len(small))]
+        windows = [np.concatenate(small[i : i + WINDOW]) for i in range(0, len(small), WINDOW)]
+        spread = rng.permutation(np.concatenate([nothing, *large]))
+        order = np.empty(total, dtype=np.int64)
+        anywhere = np.zeros(total, dtype=bool)
+        anywhere[rng.permutation(total)[: len(spread)]] = True
+        order[anywhere] = spread
+        order[~anywhere] = np.concatenate([nothing, *map(rng.permutation, windows)])
+        return order
 
     def sample(self, position: int) -> tuple[int, int, int]:
         """What the concatenated epochs hold at a position: (epoch, position in it, sample id)."""

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from pretrain.schedule import Schedule
+from pretrain.schedule import ORDER, Schedule
 from pretrain.settings import PretrainSettings
 
 
@@ -91,7 +91,7 @@ def test_nodes_fetch_their_part_of_uneven_shards(nodes: int, epoch: int, seed: i
         own = np.arange(node, last, nodes)
         own = own[own >= first] - first
         parts.append(sizes[np.unique(shards[schedule.order(epoch)[own]])].sum() / sizes.sum())
-    assert sum(parts) >= 1 and max(parts) < 1.4 / nodes
+    assert sum(parts) > 1 - 1e-9 and max(parts) < 1.1 / nodes
 
 
 def test_what_comes_often_is_not_twice_in_a_batch(seed: int) -> None:
@@ -106,6 +106,43 @@ def test_what_comes_often_is_not_twice_in_a_batch(seed: int) -> None:
     assert twice < 1.1 * np.mean(by_chance)
 
 
+DRIFTING = {
+    "a group of few shards, half of the epoch": (
+        np.r_[np.arange(36_000) // 60, 600 + np.arange(1000) // 100],
+        36_000,
+        np.r_[np.full(36_000, 18_500 / 36_000), np.full(1000, 18.5)],
+    ),
+    "a group of one shard": (
+        np.r_[np.arange(980) // 20, np.full(20, 49)],
+        980,
+        np.r_[np.full(980, 500 / 980), np.full(20, 25.0)],
+    ),
+    "large volumes in many shards, small ones in few": (
+        np.r_[np.arange(20_000) // 10, 2000 + np.arange(20_000) // 500],
+        20_000,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DRIFTING)
+def test_a_group_comes_as_often_late_in_an_epoch_as_early(case: str, seed: int) -> None:
+    """Within what chance does to batches that are drawn one by one."""
+    shards, first, times = DRIFTING[case]
+    schedule = Schedule(shards, seed=seed, lanes=64, times=times)
+    order = schedule.order(0)
+    group = order >= first
+    batches = group[: len(order) // 64 * 64].reshape(-1, 64).mean(axis=1)
+    assert abs(group.mean() - 0.5) < 0.01
+    assert batches.std() < 1.3 * np.sqrt(0.25 / 64)
+    for tenth in np.array_split(group, 10)[:-1]:  # lanes end within a few of each other
+        assert abs(tenth.mean() - 0.5) < 4 * np.sqrt(0.25 / len(tenth)) + 0.01
+    # And nodes still read about their part of the corpus.
+    sizes = np.bincount(shards)
+    own = [np.unique(shards[order[node::4]]) for node in range(4)]
+    assert max(sizes[part].sum() for part in own) < 1.3 * len(shards) / 4
+
+
 def test_state_is_rank_agnostic_and_plain() -> None:
     schedule = Schedule(np.repeat(np.arange(3), 5), seed=9, lanes=2)
     state = schedule.state(37, "abc")
@@ -114,7 +151,7 @@ def test_state_is_rank_agnostic_and_plain() -> None:
         "consumed": 7,
         "seed": 9,
         "lanes": 2,
-        "order": 2,
+        "order": ORDER,
         "index_hash": "abc",
     }
 
@@ -170,7 +207,7 @@ def test_whole_times_are_exact_and_none_leaves_a_sample_out(seed: int) -> None:
 
 
 def test_a_group_has_its_share_of_each_epoch(seed: int) -> None:
-    """Half of the samples from 3 % of the volumes: within one draw for the group as a whole.
+    """Half of the samples from 3 % of the volumes: within few draws for the group as a whole.
 
     Drawn one by one the share of an epoch would stray by sqrt(n / 4) = 16 samples.
     """
@@ -178,7 +215,7 @@ def test_a_group_has_its_share_of_each_epoch(seed: int) -> None:
     times = np.where(group, 500 / 30, 500 / 970)
     schedule = Schedule(np.arange(1000) // 10, seed=seed, times=times)
     shares = np.array([group[schedule.order(epoch)].sum() for epoch in range(50)])
-    assert np.abs(shares - 500).max() <= 6 and abs(shares.mean() - 500) < 2
+    assert np.sqrt(np.mean((shares - 500.0) ** 2)) < 5 and abs(shares.mean() - 500) < 2
 
 
 def test_times_that_cannot_be_kept_are_refused() -> None:
