@@ -137,7 +137,8 @@ thread, warm cache, {len(shapes)} volumes of {low} to {high}): {need / rate["med
 workers
 a node, {need / rate["median"] / LOCAL:.0f} a GPU. A ViT-L that sees a quarter of its patches
 at 64 samples
-is the recipe that asks most of a loader; `s3d` (2 samples in 248 ms, same table) takes
+is the recipe that asks most of a loader; `s3d` (2 samples in 248 ms,
+[log](../gpu/mae-and-s3d.log)) takes
 {LOCAL * 2 / 0.248:.0f} crops/s a node. `voxelith plan` measures both on a machine of one's own.
 """
     return text

@@ -35,16 +35,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import torch
 from line import ROOT, heads, hippocampi, prep, voxelith, write_list
 from pilot import permute
 
 from data_prep.corpus import Corpus
-from data_prep.files import write_bytes
+from data_prep.files import read_note, write_bytes, write_json
 from data_prep.volume import read_label
 from finetune.evaluate import score_case
 from finetune.metrics import Score
 from finetune.rows import read_rows, write_rows
 from finetune.settings import TaskSettings
+from pretrain.bench import machine
 
 PROOF = ROOT / "docs" / "results" / "proof"
 
@@ -148,9 +150,10 @@ CONTROLS = ("permuted-0", "one-step-0", "supervised-ixi", "planted")
 this very task with all labels of the pool, a gain that the benchmark has to see."""
 SEARCH_DRAWS, LOOKED_DRAWS = (100, 101, 102, 103), range(110, 116)
 """Draws of labels, decoders and crops that no test uses: to choose by, and to look further."""
+MACHINES = "machines.json"
 KEPT = ("config.json", "load_report.json", "rows.csv", "run.json", "step_zero.json",
-        "validation.csv")  # fmt: skip
-"""Of a run folder: what a table reads, no weights and no predictions."""
+        "validation.csv", MACHINES)  # fmt: skip
+"""Of a run folder: what a table reads, no weights and no predictions; and where it was made."""
 
 
 def place_of(data_set: str, subject: str) -> str:
@@ -391,10 +394,14 @@ def bring(runs: Path) -> None:
 
 def keep(runs: Path) -> None:
     """What a table needs of the runs of a stage, as one archive of the project."""
+    note = runs / MACHINES
+    machines, here = read_note(note).get("machines", []), machine(torch.device("cpu"))
+    if here not in machines:
+        write_json(note, {"machines": [*machines, here]})
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for rows in sorted(runs.glob("*/rows.csv")):
-            for path in (rows.parent / name for name in KEPT):
+        for folder in (runs, *(rows.parent for rows in sorted(runs.glob("*/rows.csv")))):
+            for path in (folder / name for name in KEPT):
                 if path.exists():
                     info = tarfile.TarInfo(str(path.relative_to(runs.parent)))
                     info.size = path.stat().st_size

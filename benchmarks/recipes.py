@@ -5,7 +5,7 @@
 Each is a pretraining by the command line, in a process of one thread, watched by a probe on the
 labelled hippocampi. Keeps of each run its log (NAME.csv), what became of its features
 (NAME-health.csv) and its last pictures (NAME.png, NAME-strip.png), and writes README.md and
-recipes.json with machine, versions and raw values. Minutes of training on 36 volumes: they show
+NAME.json with machine, versions and raw values. Minutes of training on 36 volumes: they show
 that a recipe is healthy, and nothing about what it is worth.
 """
 
