@@ -102,7 +102,11 @@ def _tables(corpus: Corpus) -> list[tuple[str, list[tuple[str, int]]]]:
         "Sequence": Counter(corpus.groups("sequence")),
         "Source": Counter(corpus.groups("source")),
     }
-    found = [(name, counter.most_common(12)) for name, counter in told.items() if any(counter)]
+    found = [
+        (name, counter.most_common(12))
+        for name, counter in told.items()
+        if set(counter) != {"unknown"}
+    ]
     if corpus.labelled:
         cases = corpus.info["counts"]["cases_by_class"]
         found.append(("Cases with a voxel of", list(cases.items())[:40]))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 
 # Three sizes, three spacings: no two axes can be exchanged unnoticed.
 SHAPE_RAS = (7, 9, 11)
@@ -63,3 +67,16 @@ def save_compressed_text(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(b"this is a letter, not a scan\n" * 40))
     return path
+
+
+def everything(folder: Path) -> bytes:
+    """All bytes of a folder, of columnar files and frames what is in them."""
+    out = io.BytesIO()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        out.write(str(path.relative_to(folder)).encode() + path.read_bytes())
+        if path.suffix == ".parquet":
+            out.write(json.dumps(pq.read_table(path).to_pylist(), default=str).encode())
+        if path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                out.write(" ".join(tar.getnames()).encode())
+    return out.getvalue().lower()

@@ -248,7 +248,7 @@ def test_files_say_with_every_mean_what_it_rests_on(tmp_path: Path) -> None:
     text = (tmp_path / "table/table.md").read_text()
     assert table.groups[0].sentence in text
     rows = [line for line in text.splitlines() if line.startswith("| hippo")]
-    assert all(" 12 | 6 | 3 |" in row for row in rows)
+    assert rows and all(" 12 | 6 | 3 |" in row for row in rows)
     plain = json.loads((tmp_path / "table/table.json").read_text())
     assert plain["format"] == 1 and plain["groups"][0]["verdict"]
 
@@ -344,9 +344,10 @@ def test_volume_errors_of_both_signs_do_not_cancel() -> None:
         dataclasses.replace(r, volume_error_ml=(-1.0) ** r.seed * 2)
         for r in make_rows("scratch") + make_rows("pretrained")
     ]
-    for line in tabulate(rows).groups[0].lines:
-        if line.metric == "volume_difference_ml":
-            assert line.scratch is not None and line.scratch.mean == pytest.approx(2.0)
+    lines = [x for x in tabulate(rows).groups[0].lines if x.metric == "volume_difference_ml"]
+    assert lines
+    for line in lines:
+        assert line.scratch is not None and line.scratch.mean == pytest.approx(2.0)
 
 
 def test_predictions_from_elsewhere_are_shown_without_a_verdict() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_scans_may_go_by_their_own_names(folder: Path, tmp_path: Path) -> None: 
 def test_scan_tasks_that_make_no_sense_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ScanTask.model_validate(SIDE | changes)
-    assert pytest.importorskip("re").search(message, caught.value.errors()[0]["msg"])
+    assert re.search(message, caught.value.errors()[0]["msg"])
 
 
 def test_a_regression_has_a_unit() -> None:

@@ -17,13 +17,13 @@ from pretrain.distillation import Centring
 from pretrain.estimate import bare_loop
 from pretrain.export import export
 from pretrain.loop import Loop
-from pretrain.objective import Losses, Objective
+from pretrain.objective import Losses
 from pretrain.objectives.dino import DINO
 from pretrain.objectives.simmim import SimMIM
 from pretrain.settings import LoopSettings, PretrainSettings
 from pretrain.start import begin_from, taught_names
 from pretrain.teacher import Teacher, check_restored, checksums
-from pretrain.train import pretrain
+from pretrain.train import build_objective, pretrain
 
 VIT = {
     "_target_": "pretrain.backbones.vit.ViT3D",
@@ -294,6 +294,8 @@ def test_a_collapse_is_told_within_200_steps(
 def test_objectives_without_teachers_have_none_of_it(pretrain_corpus: Path, tmp_path: Path) -> None:
     mae = {"_target_": "pretrain.objectives.mae.MAE", "decoder_dim": 24, "decoder_depth": 1}
     mae["decoder_heads"] = 2
-    run = pretrain(settings(pretrain_corpus, tmp_path, steps=2, warmup=0, objective=mae))
+    chosen = settings(pretrain_corpus, tmp_path, steps=2, warmup=0, objective=mae)
+    run = pretrain(chosen)
     assert state(run)["teachers"] == {} and "repeated" not in rows(run)[0]
-    assert Objective.released.fget is not None
+    built = build_objective(chosen, 1)
+    assert built.released is built.encoder

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tiny_pairs import build, kinds, one_each
 from torch import Tensor
 
+import voxelith
 from pretrain.collectives import global_mean
 from pretrain.estimate import bare_loop, raw_batch
 from pretrain.loader import to_device
@@ -36,6 +37,16 @@ def exact() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = True
+
+
+def test_features_are_those_of_the_cpu() -> None:
+    scan = ROOT / "samples" / "totalsegmentator" / "s0335.nii.gz"
+    here, there = (
+        voxelith.load_encoder("resenc-small-cnn-mae", device=device).features(scan)
+        for device in ("cpu", "cuda")
+    )
+    assert there.map.shape == here.map.shape and there.spacing == here.spacing
+    assert abs(there.map - here.map).max() <= 1e-3 * abs(here.map).max()
 
 
 def on(device: str, objective: str, backbone: str) -> tuple[Objective, Batch]:

@@ -82,18 +82,22 @@ def steps(run: Path) -> list[int]:
 
 
 def start(
-    chosen: PretrainSettings, folder: Path, start_new_session: bool = False
+    chosen: PretrainSettings, folder: Path, start_new_session: bool = False, kill_at: int = 0
 ) -> subprocess.Popen[bytes]:
-    """The same run in a process of its own, so that it can be killed."""
+    """The same run in a process of its own, so that it can be killed; it is at `kill_at`."""
     file = folder / f"{chosen.run}.json"
     file.write_text(chosen.model_dump_json())
     code = (
         "import sys; from pathlib import Path\n"
         "from pretrain.settings import PretrainSettings; from pretrain.train import pretrain\n"
+        "import os; from pretrain.objective import Objective\n"
+        "def after(self, progress):\n"
+        "    if self.loop.step == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
+        "if sys.argv[2] != '0': Objective.after_step = after\n"
         "pretrain(PretrainSettings.model_validate_json(Path(sys.argv[1]).read_text()))"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(file)],
+        [sys.executable, "-c", code, str(file), str(kill_at)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
         start_new_session=start_new_session,
@@ -112,13 +116,9 @@ def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(
     pretrain(settings(pretrain_corpus, tmp_path, "whole", **parts))
     killed = settings(pretrain_corpus, tmp_path, "killed", **parts)
     run = tmp_path / "killed"
-    process = start(killed, tmp_path)
-    while process.poll() is None and not list((run / "checkpoints").glob("step-*.pt")):
-        time.sleep(0.002)
-    time.sleep(float(np.random.default_rng(seed).uniform(0, 0.1)))
-    process.send_signal(signal.SIGKILL)
+    process = start(killed, tmp_path, kill_at=int(np.random.default_rng(seed).integers(7, 40)))
     assert process.wait() == -signal.SIGKILL
-    assert max(path.name for path in (run / "checkpoints").iterdir()) < "step-00000040.pt"
+    assert "" < max(path.name for path in (run / "checkpoints").iterdir()) < "step-00000040.pt"
     pretrain(killed)
     one, other = weights(tmp_path / "whole"), weights(run)
     assert one.keys() == other.keys()

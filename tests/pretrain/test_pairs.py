@@ -96,5 +96,5 @@ def test_a_part_without_gradient_is_noticed(objective: str, backbone: str) -> No
         if isinstance(module, nn.Linear | nn.Conv3d) and module.weight.requires_grad
     ]
     weights[-1].register_forward_hook(lambda module, args, output: output.detach())
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=re.escape("== ([], [], [])")):
         one_step(chosen, built)

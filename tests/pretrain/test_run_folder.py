@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,21 +112,25 @@ def test_of_many_takers_one_gets_the_lease(tmp_path: Path) -> None:
     dead = {"host": "elsewhere", "pid": 1, "job": None, "heartbeat": time.time() - 3600}
     (tmp_path / "lease.json").write_text(json.dumps(dead))
     code = (
-        "import sys, time; from pathlib import Path; from pretrain.run_folder import RunFolder\n"
+        "import sys; from pathlib import Path; from pretrain.run_folder import RunFolder\n"
         "from data_prep.errors import InputError\n"
-        "while time.time() < float(sys.argv[2]): pass\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
         "try:\n"
-        "    with RunFolder(Path(sys.argv[1])).lease(): print('held', flush=True); time.sleep(3)\n"
-        "except InputError: print('refused')"
+        "    with RunFolder(Path(sys.argv[1])).lease():\n"
+        "        print('held', flush=True); sys.stdin.readline()\n"
+        "except InputError: print('refused', flush=True)"
     )
-    start = str(time.time() + 12)
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     takers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), start], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) for _ in range(4)
     ]
-    said = sorted(taker.communicate()[0].strip() for taker in takers)
+    assert [taker.stdout.readline() for taker in takers] == ["ready\n"] * 4
+    for taker in takers:
+        taker.stdin.write("go\n")
+        taker.stdin.flush()
+    said = sorted(taker.stdout.readline().strip() for taker in takers)
+    for taker in takers:
+        taker.communicate()
     assert said == ["held", "refused", "refused", "refused"]
 
 

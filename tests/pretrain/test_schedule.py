@@ -167,10 +167,10 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         Schedule(np.zeros(3, dtype=np.int64), seed=0).batches(0, 1, 10, 0, 4)
 
 
-def test_a_million_samples_plan_quickly_enough_to_start() -> None:
+def test_a_million_samples_come_once_each() -> None:
     schedule = Schedule(np.repeat(np.arange(10_000), 100), seed=0, lanes=64)
     order = schedule.order(0)
-    assert np.bincount(order, minlength=len(schedule)).max() == 1
+    assert (np.bincount(order, minlength=len(schedule)) == 1).all()
 
 
 @pytest.mark.parametrize("case", range(12))

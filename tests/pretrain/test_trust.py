@@ -44,7 +44,6 @@ ROOT = Path(__file__).parent.parent.parent
 STORED = ROOT / "tests" / "releases"
 ENCODER, SEGMENTER = sorted(STORED.iterdir())
 NAMES = (*FILES, DECODER)
-Change = Callable[[Path], object]
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_a_cancelled_job_does_not_come_back(
     run.until_step(10)
     cancel(run.path)
     lab.until(lambda: lab.state(run.job) == "CANCELLED", 60, "cancelled")
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="did not come true in 15 s"):
         lab.until(lambda: lab.state(run.job) != "CANCELLED", 15)
     assert run.restarts == 0
     assert status(run.path)["saved_step"] >= 10  # what it had is not lost
