@@ -42,16 +42,22 @@ def release(path: Path, seed: int, **backbone: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def given(labelled_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two checkpoints of one architecture, two seeds: four pretrained runs and two twins."""
     folder = tmp_path_factory.mktemp("sweep")
     add_split(labelled_corpus, "sweep", 4, 1)
     a, b = release(folder / "a", 1), release(folder / "b", 2)
     return [
         "task=hippocampus", f"corpus={labelled_corpus}", f"ckpt={a},{b}", "labels=2", "seed=0,1",
-        "split=sweep", f"runs={folder / 'runs'}", "steps=3", "batch_size=2", "warmup=1",
+        "split=sweep", "steps=3", "batch_size=2", "warmup=1",
         "crop_size=[16,24,16]", "trainer=cpu", "trainer.workers=0",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def words(given: list[str], tmp_path: Path) -> list[str]:
+    """The same, into a folder of the test's own."""
+    return [*given, f"runs={tmp_path / 'runs'}"]
 
 
 def runs_of(words: list[str]) -> Path:
