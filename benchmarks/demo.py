@@ -26,7 +26,7 @@ from pretrain.bench import machine
 from pretrain.run_folder import commit, versions
 
 KEPT, PICTURE = ROOT / "docs" / "results" / "demo", ROOT / "docs" / "images" / "report.png"
-SIZE = (1000, 1545)
+SIZE = (1200, 3250)
 
 
 def main() -> None:
