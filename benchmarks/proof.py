@@ -433,6 +433,8 @@ def main() -> None:
     encoders = {f"{method}-{seed}" for method in METHODS for seed in SEEDS}
     if wrong := sorted(set(asked.only) - encoders):
         parser.error(f"--only {' '.join(wrong)}: there are {', '.join(sorted(encoders))}")
+    if asked.only and asked.stage not in ("explore", *(f"test-{cell}" for cell in CELLS)):
+        parser.error(f"--only: {asked.stage} is done as a whole")
     work = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_corpora(asked.data.resolve(), work)

@@ -62,7 +62,7 @@ class Prep:
     @cached_property
     def exclusions(self) -> Exclusions:
         """What must stay out, read once."""
-        exact = self.onto is not None and self.settings.duplicates == "exact"
+        exact = self.settings.duplicates == "exact"
         return read_exclusions(self.excluded, [self.onto] if exact and self.onto else [])
 
 
