@@ -17,6 +17,7 @@ gate       on validation subjects: scratch with all labels
 round-2    on validation subjects: another objective, augmentation, ways to finetune
 explore    on validation subjects: rows of the other objectives, finetuned and probed
 one-label  on validation subjects: one label; benchmarks/proof_shift.py is what other scans give
+heads-rates, heads-longer  on validation subjects: what the gain on heads hangs on
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
 test-probe on test subjects: frozen features
 """
@@ -129,7 +130,9 @@ CELLS = {
 """Data set, labels with the steps for them, and draws; the first is the primary one."""
 LOOKS = {"hippocampus": 8, "heads": 4}
 """Points of the curves of test runs; eight looks at six heads would be a third of a run."""
-PRIMARY, ONE_LABEL = "hippocampus-2", ("labels=1", "steps=600", "warmup=30")
+PRIMARY, HEADS = "hippocampus-2", "heads-2"
+ONE_LABEL = ("labels=1", "steps=600", "warmup=30")
+LONGER = ("labels=2", "steps=1600", "warmup=80")
 SEEDS, RATE = (0, 1, 2), "3e-3"
 """Pretraining seeds, and the rate that is best for scratch, for controls and for most else."""
 NOMINATED = {"cnn-mae-spatial": RATE, "volume-fusion": "1e-2"}
@@ -263,6 +266,23 @@ def one_label(work: Path, jobs: int) -> None:
     keep(work / "one-label")
 
 
+def heads_rates(work: Path, jobs: int) -> None:
+    """Heads at each rate, for both arms alike, and with the weights shuffled."""
+    looked = partial(finetune, work, HEADS, "heads-rates", draws=SEARCH_DRAWS, jobs=jobs)
+    encoders = pretrain_all(work, tuple(NOMINATED)[:1], SEEDS[:1], jobs)
+    looked(encoders, words=(*SEARCHED, f"lr={RATES}"))
+    looked([permuted(work)], words=(*SEARCHED, f"lr={RATE}", "twins=false"))
+    keep(work / "heads-rates")
+
+
+def heads_longer(work: Path, jobs: int) -> None:
+    """Heads with four times the steps: whether a gain is more than a head start."""
+    encoders = pretrain_all(work, tuple(NOMINATED)[:1], SEEDS[:1], jobs)
+    finetune(work, HEADS, "heads-longer", encoders, draws=LOOKED_DRAWS[:3], jobs=jobs,
+             words=(*SEARCHED, f"lr={RATE}"), budget=LONGER)  # fmt: skip
+    keep(work / "heads-longer")
+
+
 def explore(work: Path, jobs: int, only: Sequence[str]) -> None:
     """Rows of the other objectives, for looking: finetuned and as frozen features."""
     draws = SEARCH_DRAWS[:3]
@@ -297,12 +317,18 @@ def test_probe(work: Path, jobs: int) -> None:
     probe(work, "test-probe", [*nominated, *controls(work)], draws=draws, part="test", jobs=jobs)
 
 
-def controls(work: Path) -> list[Path]:
-    """Encoders that must not help, and those that must or may; each once."""
-    pretrain(work, "one-step", 0)
+def permuted(work: Path) -> Path:
+    """The first nominated encoder, its weights shuffled within each tensor."""
     if not (work / "permuted-0").exists():
         pretrain(work, "cnn-mae-spatial", 0)
         permute(work / "cnn-mae-spatial-0", work / "permuted-0")
+    return work / "permuted-0"
+
+
+def controls(work: Path) -> list[Path]:
+    """Encoders that must not help, and those that must or may; each once."""
+    pretrain(work, "one-step", 0)
+    permuted(work)
     scratch = [f"ckpt={work / 'one-step-0'}", "init=scratch", "labels=all", f"lr={RATE}",
                "part=validation", f"runs={work / 'supervised'}"]  # fmt: skip
     taught = {"supervised-ixi": ("heads", 3000), "planted": ("hippocampus", 1500)}
@@ -421,6 +447,8 @@ def main() -> None:
         "round-2": lambda work, jobs, only: round_2(work, jobs),
         "explore": explore,
         "one-label": lambda work, jobs, only: one_label(work, jobs),
+        "heads-rates": lambda work, jobs, only: heads_rates(work, jobs),
+        "heads-longer": lambda work, jobs, only: heads_longer(work, jobs),
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
         "test-probe": lambda work, jobs, only: test_probe(work, jobs),
     }

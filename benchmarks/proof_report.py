@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import statistics
 import tarfile
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot import mean_dice
-from proof import CELLS, NOMINATED, PRIMARY, PROOF, ROUND_2, SEEDS
+from proof import CELLS, NOMINATED, PRIMARY, PROOF, RELEASE, ROUND_2, SEEDS
 
 from data_prep.files import write_bytes, write_text
 from finetune.budget import MARGIN, Curve, mean_curve, read_curve
@@ -35,12 +36,13 @@ from finetune.table import read_table
 
 FULL, NOT_WORSE = "hippocampus-all", 1
 """Where pretraining should at least do no harm, and the margin in points of Dice."""
-LOOKED = ("one-label", "shift-plain", "shift-blurred", "shift-coarse")
+LOOKED = ("one-label", "heads-longer", "shift-plain", "shift-blurred", "shift-coarse")
 """Where the primary interval holds zero, on validation subjects."""
 TITLES = {
     PRIMARY: f"{PRIMARY}, the primary cell",
     "probe": "hippocampus-8, frozen features beside random ones (ridge probe)",
     "one-label": "Looked at, validation subjects: hippocampus with one label",
+    "heads-longer": "Looked at, validation subjects: heads, four times the steps, first seed",
     "shift-plain": "Looked at, validation subjects: the networks of the primary cell",
     "shift-blurred": "Looked at, validation subjects: the same on scans of half the resolution",
     "shift-coarse": "Looked at, validation subjects: the same on scans with voxels of 1.5 mm",
@@ -66,11 +68,11 @@ def main() -> None:
                 make_table([Path(folder) / name], PROOF / name)
         runs = {name: Path(folder) / f"test-{name}" for name in (*CELLS, "probe")}
         runs |= {name: Path(folder) / name for name in LOOKED}
-        runs = {
-            name: path
-            for name, path in runs.items()
-            if path.exists() and (name not in CELLS or is_whole(path))
-        }
+        for path in runs.values():
+            by_names_of_the_protocol(path)
+        for name in CELLS:
+            leave_out_begun(runs[name])
+        runs = {name: path for name, path in runs.items() if any(path.glob("*"))}
         if not runs.keys() & CELLS:
             return
         search = Path(folder) / "round-1"
@@ -103,17 +105,33 @@ def main() -> None:
     write_text(PROOF / "proof.md", said + used)
 
 
-def is_whole(cell: Path) -> bool:
-    """Whether each recipe that a cell has begun with is there with all of its seeds.
+def by_names_of_the_protocol(cell: Path) -> None:
+    """In its rows the release is a seed of its recipe, also where a run took it as released."""
+    first = f"{next(iter(NOMINATED))}-{SEEDS[0]}"
+    for rows in cell.glob("*/rows.csv"):
+        write_text(rows, rows.read_text().replace(f",{RELEASE},", f",{first},"))
+
+
+def leave_out_begun(cell: Path) -> None:
+    """Takes the runs of recipes away that are not there with all of their seeds, and their twins.
 
     Test subjects are looked at once, and not while encoders of a recipe are still to be scored.
     """
-    runs = [run.name for run in cell.iterdir()]
-    found = {
-        method: sum(any(f"-{method}-{seed}-" in run for run in runs) for seed in SEEDS)
-        for method in NOMINATED
-    }
-    return any(found.values()) and set(found.values()) <= {0, len(SEEDS)}
+    recipes = {run: recipe_of(run) for run in cell.glob("*")}
+    begun = set()
+    for method in NOMINATED:
+        seeds = [[run for run in recipes if f"-{method}-{seed}-" in run.name] for seed in SEEDS]
+        if not all(seeds):
+            begun |= {recipes[run] for found in seeds for run in found}
+    for run, recipe in recipes.items():
+        if recipe in begun:
+            shutil.rmtree(run)
+
+
+def recipe_of(run: Path) -> str:
+    """The hash of the recipe that a run is compared within; scratch may be at a better one."""
+    hashed: str = json.loads((run / "run.json").read_text())["identity"]["config_hash"]
+    return hashed
 
 
 def overview(tables: Mapping[str, Table]) -> Table:
@@ -292,7 +310,9 @@ def rounds() -> str:
         "the mean of two classes over the scans of a draw: its mean over draws, and their standard "
         "deviation. *last quarter*: what the mean curve of up to 8 cases still gained in it.",
     ]
-    for archive in [*sorted(PROOF.glob("round-*.tar.xz")), PROOF / "gate.tar.xz"]:
+    looked = [*sorted(PROOF.glob("round-*.tar.xz")), PROOF / "gate.tar.xz"]
+    looked += PROOF.glob("heads-rates.tar.xz")
+    for archive in looked:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
