@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Small networks run faster as two processes of one thread than as one of two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all docs slurm slurm-all recipes estimates results-small gpu lock setup lint types fmt check wheel clean
+.PHONY: demo test test-all extras docs slurm slurm-all recipes estimates results-small gpu lock setup lint types fmt check wheel clean
 
 demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
@@ -15,6 +15,12 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -m "not gpu and not slurm"
+
+# Tests of what is installed on demand, none of them skipped: pip install ".[lora,onnx,mlflow]".
+extras: setup
+	$(BIN)/python -c "import mlflow, onnx, onnxruntime, onnxscript, peft"
+	$(BIN)/pytest -n 2 tests/finetune/test_lora.py tests/finetune/test_step_zero.py \
+		tests/pretrain/test_portable.py tests/pretrain/test_tracking.py
 
 # The site of docs/ into build/site; a link that leads nowhere is an error.
 docs: setup
