@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-# Planted faults and generated cases come from this seed and must hold for others.
-SEED = int(os.environ.get("VOXELITH_TEST_SEED", "0"))
+from seeds import SEED
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 

@@ -25,6 +25,7 @@ from phantoms import (
     scan,
 )
 from pydantic import ValidationError
+from seeds import SEED
 
 from data_prep.build import prep, prep_step
 from data_prep.check import check
@@ -172,7 +173,7 @@ def test_every_bad_file_is_left_out_with_its_reason(folder: Path, tmp_path: Path
 
 
 def test_labelled_files_add_up_too(labelled: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(SEED + 1)
     save(labelled / "images" / "alone.nii.gz", scan(rng))
     save(labelled / "images" / "shifted.nii.gz", scan(rng))
     affine = ras_affine()
@@ -212,7 +213,7 @@ def test_labels_false_makes_an_unlabelled_corpus(labelled: Path, tmp_path: Path)
 
 def test_no_name_of_a_person_gets_into_the_corpus(tmp_path: Path) -> None:
     name = b"Mustermann"
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     for i, word in enumerate(["Mustermann_Max", "other"]):
         image = nib.Nifti1Image(scan(rng), ras_affine())
         image.header["descrip"] = b"Mustermann 1970-01-01"
@@ -278,7 +279,7 @@ def test_doing_it_again_does_nothing_and_overwrite_replaces(folder: Path, tmp_pa
     assert "nothing to do" in lines[-1]
     assert (again.samples, again.index_hash) == (first.samples, first.index_hash)
     assert (tmp_path / "c" / "corpus.json").stat().st_mtime_ns == before
-    save(folder / "new.nii.gz", scan(np.random.default_rng(77)))
+    save(folder / "new.nii.gz", scan(np.random.default_rng(SEED + 77)))
     with pytest.raises(InputError, match="overwrite=true"):
         run(folder, tmp_path / "c")
     assert run(folder, tmp_path / "c", overwrite=True)[0].samples == 7
@@ -513,7 +514,7 @@ def test_unlabelled_scans_can_be_resampled(folder: Path, tmp_path: Path) -> None
 
 
 def test_names_become_keys_without_collisions(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     for name in (
         "a/Scan 1.nii.gz",
         "b/Scan 1.nii.gz",
@@ -530,7 +531,7 @@ def test_names_become_keys_without_collisions(tmp_path: Path) -> None:
 
 
 def test_absolute_paths_of_a_list_do_not_become_keys(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     paths = [save(tmp_path / "secret" / day / "scan.nii.gz", scan(rng)) for day in ("a", "b")]
     (tmp_path / "list.csv").write_text("image\n" + "\n".join(map(str, paths)) + "\n")
     run(tmp_path / "list.csv", tmp_path / "c", keys="names")
@@ -564,7 +565,7 @@ def test_a_large_scan_stays_within_memory(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     base = rng.integers(-1000, 1500, (64, 64, 300)).astype(np.int16)
     array = np.tile(base, (8, 8, 1))
     save(tmp_path / "in" / "images" / "ct.nii", array)

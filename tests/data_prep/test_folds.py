@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from phantoms import save, scan
+from seeds import SEED
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
@@ -183,7 +184,7 @@ def test_drawn_folds_are_frozen_and_kept(nnunet: Path, tmp_path: Path) -> None:
     assert split(drawn, say=lambda line: None) == ["fold-0", "fold-1"]
     first = [corpus.split(f"fold-{n}")["parts"]["validation"] for n in range(2)]
     assert [len(part) for part in first] == [4, 4]
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(SEED + 5)
     for case in ("p0a_f0", "p9_f0"):
         save(nnunet / "imagesTr" / f"{case}_0000.nii.gz", scan(rng))
         save(nnunet / "labelsTr" / f"{case}.nii.gz", rng.integers(0, 3, (12, 10, 14), np.uint8))
@@ -209,7 +210,7 @@ def test_a_file_that_holds_no_folds(tmp_path: Path) -> None:
 
 def test_ids_that_several_cases_share_are_refused(tmp_path: Path) -> None:
     """Folds go by them: all but one of the cases would be in none."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     rows = ["image,label,subject"]
     for n in range(6):
         save(tmp_path / f"p{n}" / "img.nii.gz", scan(rng))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from phantoms import oriented, ras_affine, ras_array, save
+from seeds import SEED
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
@@ -189,7 +190,7 @@ def test_channels_must_lie_on_one_grid(nnunet: Path, tmp_path: Path) -> None:
     moved[2, 3] += 2
     path = nnunet / "imagesTr" / "p1_a_0001.nii.gz"
     save(path, ras_array()[:, :, :9])
-    save(nnunet / "imagesTr" / "p2_a_0001.nii.gz", image(np.random.default_rng(9)), moved)
+    save(nnunet / "imagesTr" / "p2_a_0001.nii.gz", image(np.random.default_rng(SEED + 9)), moved)
     run(nnunet, tmp_path / "c")
     found = quarantine(tmp_path / "c")
     assert found["imagesTr/p1_a_0000.nii.gz"][0] == "channel_geometry_mismatch"

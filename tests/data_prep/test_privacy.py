@@ -20,6 +20,7 @@ from dicom_series import write_series
 from phantoms import everything, ras_affine, ras_array, save
 from pydicom.datadict import dictionary_VR, keyword_dict
 from pydicom.dataelem import DataElement
+from seeds import SEED
 
 from data_prep.build import prep, prep_step
 from data_prep.corpus import Corpus
@@ -294,7 +295,7 @@ def fails(values, affine):
 
 
 def heads(folder: Path) -> Path:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(SEED + 3)
     folder.mkdir()
     for number in range(2):
         array = rng.integers(1, 900, (50, 60, 55)).astype(np.int16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import SEED
 from small_runs import BACKBONES, TASK, add_few_split, backbone, make_release, settings
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +41,7 @@ FITS = {
 
 
 def image() -> Tensor:
-    return torch.randn(2, 1, 8, 16, 32, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 1, 8, 16, 32, generator=torch.Generator().manual_seed(SEED))
 
 
 def batch() -> Batch:
@@ -62,7 +63,7 @@ def test_each_decoder_gives_labels_or_says_why_not(kind: Any, network: str) -> N
             choose_decoder(encoder, 3, kind)
         return
     decoder = choose_decoder(encoder, 3, kind)
-    torch.manual_seed(0)  # drop path may leave out a whole block
+    torch.manual_seed(SEED)  # drop path may leave out a whole block
     out = decoder(image(), encoder(image()))
     assert out.shape == (2, 3, 8, 16, 32)
     out.square().mean().backward()
@@ -84,7 +85,7 @@ def test_auto_is_what_pretraining_takes() -> None:
 
 
 def test_a_linear_head_is_linear_in_concatenated_interpolated_maps() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     maps = [
         torch.randn(2, c, *size) for c, size in ((3, (4, 8, 16)), (5, (2, 4, 8)), (2, (2, 4, 8)))
     ]
@@ -101,7 +102,7 @@ def test_a_linear_head_is_linear_in_concatenated_interpolated_maps() -> None:
 
 
 def test_an_mlp_head_is_a_hidden_layer_on_the_finest_grid() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     maps = [torch.randn(1, 3, 2, 3, 4).double(), torch.randn(1, 5, 1, 1, 2).double()]
     decoder = MLPDecoder([3, 5], 4, hidden=6).double()
     coarse = F.interpolate(maps[1], size=(2, 3, 4), mode="trilinear", align_corners=False)
@@ -156,7 +157,7 @@ def test_targets_shrink_to_the_nearest_voxel() -> None:
 
 
 def test_the_loss_is_the_weighted_sum_over_scales() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     task = TaskSettings.model_validate(TASK)
     model = Segmentation(encoder=backbone("resenc"), task=task, deep_supervision=True)
     one = batch()
@@ -173,7 +174,7 @@ def test_the_loss_is_the_weighted_sum_over_scales() -> None:
 
 def test_pct_net_keeps_its_own_way() -> None:
     """Outputs interpolated to the image, all alike: as in its publication."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = Segmentation(encoder=backbone("pct_net"), task=TaskSettings.model_validate(TASK)).eval()
     one = batch()
     assert one.label is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from seeds import SEED
 from small_runs import BACKBONES, TASK, backbone
 from torch import nn
 
@@ -17,7 +18,7 @@ KINDS = list(BACKBONES)
 
 
 def model_of(kind: str) -> Segmentation:
-    torch.manual_seed(1)
+    torch.manual_seed(SEED + 1)
     return Segmentation(encoder=backbone(kind), task=TaskSettings.model_validate(TASK))
 
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from scipy import stats
+from seeds import SEED
 
 from finetune.intervals import (
     CHECKPOINT_ONLY,
@@ -46,7 +47,7 @@ def rejected(scores: np.ndarray, level: float = 0.05) -> float:
 
 def test_one_varying_side_gives_students_interval() -> None:
     """Where draws are identical the interval is that of a t-test over units, and the reverse."""
-    x = np.random.default_rng(0).normal(size=12)
+    x = np.random.default_rng(SEED).normal(size=12)
     t = stats.ttest_1samp(x, 0)
     for scores in (np.repeat(x[:, None], 4, axis=1), np.repeat(x[None, :], 9, axis=0)):
         found = estimate(scores)
@@ -56,7 +57,7 @@ def test_one_varying_side_gives_students_interval() -> None:
 
 
 def test_draws_that_vary_little_approach_the_paired_t_test() -> None:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(SEED + 3)
     a, b = rng.normal(size=(2, 20))
     t = stats.ttest_rel(a + 0.5, b)
     for tiny in (1e-3, 1e-6):
@@ -91,7 +92,7 @@ def test_mean_squares_are_those_of_a_two_way_anova_by_hand() -> None:
 
 
 def test_interval_moves_and_scales_with_the_scores() -> None:
-    x = np.random.default_rng(1).normal(size=(20, 5))
+    x = np.random.default_rng(SEED + 1).normal(size=(20, 5))
     a, b = estimate(x), estimate(3 * x + 10)
     assert (b.mean, b.low, b.high) == pytest.approx(
         (3 * a.mean + 10, 3 * a.low + 10, 3 * a.high + 10)
@@ -101,7 +102,7 @@ def test_interval_moves_and_scales_with_the_scores() -> None:
 
 def test_too_few_draws_or_subjects_have_no_interval() -> None:
     for shape, word in [((20, 2), "seeds"), ((20, 1), "seeds"), ((4, 5), "subjects")]:
-        found = estimate(np.random.default_rng(2).normal(size=shape))
+        found = estimate(np.random.default_rng(SEED + 2).normal(size=shape))
         assert not found.has_interval and word in found.note
         assert all(
             map(math.isnan, (found.low, found.p, found.error, found.power(5), found.detectable()))
@@ -244,7 +245,7 @@ def test_every_cell_of_the_grid(seed: int) -> None:
 
 
 def test_power_is_that_of_the_t_test_where_only_units_vary() -> None:
-    x = np.random.default_rng(4).normal(size=16)
+    x = np.random.default_rng(SEED + 4).normal(size=16)
     found = estimate(np.repeat(x[:, None], 5, axis=1))
     shift = 0.7 / (x.std(ddof=1) / 4)
     quantile = stats.t.ppf(0.975, 15)
@@ -274,20 +275,20 @@ def test_power_foretells_how_often_a_gain_is_found(seed: int) -> None:
 
 
 def test_one_pretraining_seed_speaks_for_one_checkpoint() -> None:
-    x = np.random.default_rng(5).normal(size=(1, 12, 4))
+    x = np.random.default_rng(SEED + 5).normal(size=(1, 12, 4))
     found = estimate_recipe(x, "shared")
     assert found == estimate(x[0])
     assert found.claim == CHECKPOINT_ONLY
 
 
 def test_two_pretraining_seeds_have_no_interval() -> None:
-    found = estimate_recipe(np.random.default_rng(6).normal(size=(2, 12, 4)), "own")
+    found = estimate_recipe(np.random.default_rng(SEED + 6).normal(size=(2, 12, 4)), "own")
     assert not found.has_interval and "3 pretraining seeds" in found.note
     assert found.pretrainings == 2 and "recipe" in found.claim
 
 
 def test_own_draws_are_nested_in_pretraining_seeds() -> None:
-    x = np.random.default_rng(7).normal(size=(4, 12, 2))
+    x = np.random.default_rng(SEED + 7).normal(size=(4, 12, 2))
     found, plain = estimate_recipe(x, "own"), estimate(x.mean(axis=2).T)
     assert (found.low, found.high, found.p) == pytest.approx((plain.low, plain.high, plain.p))
     assert (found.pretrainings, found.draws) == (4, 2)
@@ -295,7 +296,7 @@ def test_own_draws_are_nested_in_pretraining_seeds() -> None:
 
 
 def test_shared_draws_are_a_side_of_their_own() -> None:
-    x = np.random.default_rng(11).normal(size=(4, 12, 5)) + np.arange(5)
+    x = np.random.default_rng(SEED + 11).normal(size=(4, 12, 5)) + np.arange(5)
     found = estimate_recipe(x, "shared")
     assert found.error**2 == pytest.approx(float(crossed_spread(x).variance))
     assert found.error > 2 * estimate_recipe(x, "own").error
@@ -304,7 +305,7 @@ def test_shared_draws_are_a_side_of_their_own() -> None:
 
 def test_crossed_mean_squares_by_hand() -> None:
     """Each effect from its definition, loops over cells; sides of 3 x 5 x 4."""
-    x = np.random.default_rng(8).normal(size=(3, 5, 4))
+    x = np.random.default_rng(SEED + 8).normal(size=(3, 5, 4))
     x += 2 * np.arange(3)[:, None, None] + np.arange(5)[:, None] + 3 * np.arange(4)
     cells = list(itertools.product(range(3), range(5), range(4)))
 
@@ -353,7 +354,7 @@ def test_crossed_mean_squares_by_hand() -> None:
 
 
 def test_draws_that_do_not_vary_leave_two_sides() -> None:
-    x = np.random.default_rng(9).normal(size=(3, 12)) + np.arange(3)[:, None]
+    x = np.random.default_rng(SEED + 9).normal(size=(3, 12)) + np.arange(3)[:, None]
     found = crossed_spread(np.repeat(x[:, :, None], 4, axis=2))
     plain = spread(x.T)
     assert found.variance == pytest.approx(plain.variance)
@@ -373,13 +374,13 @@ def test_shared_draws_must_not_be_taken_for_own(sizes: tuple[int, int, int], see
 
 def test_estimates_are_plain_numbers() -> None:
     """They are written to JSON."""
-    found = estimate(np.random.default_rng(10).normal(size=(8, 4)))
+    found = estimate(np.random.default_rng(SEED + 10).normal(size=(8, 4)))
     assert isinstance(found, Estimate)
     assert {type(v) for v in vars(found).values()} <= {float, int, str}
 
 
 def test_folds_are_students_interval_over_their_means() -> None:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(SEED + 3)
     folds = [rng.normal(size=(8, 2)) + 0.5 for _ in range(5)]
     found = estimate_folds(folds, 50)
     means = [fold.mean() for fold in folds]

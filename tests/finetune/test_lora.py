@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from seeds import SEED
 from small_runs import TASK, add_few_split, backbone, killed_at, make_release, settings
 from torch import nn
 
@@ -29,14 +30,14 @@ CHOSEN = LoRASettings(rank=2, alpha=8.0)
 
 
 def batch() -> Batch:
-    x = torch.randn(2, 1, 8, 16, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 1, 8, 16, 32, generator=torch.Generator().manual_seed(SEED))
     label = (x[:, 0] > 0.5).long()
     valid = torch.ones_like(x, dtype=torch.bool)
     return Batch(x, valid, torch.ones(2, 3), torch.arange(2), ["a", "b"], label)
 
 
 def model_of(kind: str) -> Segmentation:
-    torch.manual_seed(1)
+    torch.manual_seed(SEED + 1)
     return Segmentation(encoder=backbone(kind), task=TaskSettings.model_validate(TASK))
 
 

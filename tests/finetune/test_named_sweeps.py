@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import SEED
 from small_runs import add_split, backbone, write_encoder
 
 from conf.compose import HERE
@@ -38,7 +39,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setenv("VOXELITH_CACHE", str(tmp_path / "cache"))
     for name in list(KNOWN):
         monkeypatch.delitem(KNOWN, name)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     cnn, vit = backbone("resenc").state_dict(), backbone("vit").state_dict()
     grid = vit.pop("pos_embed.weight").flatten(0, 2)[None]
     vit |= {"pos_embed": grid, "cls_token": vit["cls_token"].view(1, 1, -1)}

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from seeds import SEED
 from small_runs import BACKBONES, backbone
 
 from data_prep.build import prep
@@ -34,7 +35,7 @@ CASES = {"s1": "train", "s2": "test", "s3": "test"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder per case, in all of which the scan is called ct; keys are hashes."""
     root = tmp_path_factory.mktemp("cases")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     for case in CASES:
         mask = (rng.random((12, 18, 34)) < 0.2).astype(np.uint8)
         image = (mask * 50 + rng.integers(0, 9, mask.shape) - 100).astype(np.int16)
@@ -133,7 +134,7 @@ def test_without_the_keymap_it_is_asked_for(folder: Path, tmp_path: Path) -> Non
 
 
 def test_what_predict_wrote_is_scored(folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     task = TaskSettings.model_validate(TASK)
     model = Segmentation(encoder=backbone("unet"), task=task).eval()
     segmenter = Segmenter(model, Preprocess.default(), task, (8, 16, 32), 0.0, ("CT",))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from seeds import SEED
 from small_runs import BACKBONES, TASK, add_few_split, make_release, settings, write_encoder
 from torch import nn
 
@@ -291,7 +292,7 @@ def test_loggers_are_told_of_the_load(
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     path = make_release(tmp_path / "release", "resenc").path
     weights = load_file(path / "model.safetensors")
     empty = next(name for name in sorted(weights) if weights[name].ndim == 5)

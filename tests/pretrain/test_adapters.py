@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import SEED
 from test_loop import CNN_MAE, MAE, RESENC, settings
 from tiny_pairs import CROPS, names, preset, shrink
 from torch import Tensor
@@ -24,7 +25,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def small(name: str, channels: int) -> Backbone:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     made: Backbone = build(
         shrink(preset("backbone", name).backbone) | {"in_channels": channels}, ""
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rank_runs import machine, run
+from seeds import SEED
 from test_loop import settings, steps
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def test_ranks_that_begin_otherwise_do_not_begin(pretrain_corpus: Path, tmp_path
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         self.frozen = nn.Linear(3, 5).requires_grad_(False)
         self.norm = nn.BatchNorm1d(5)
         self.short = nn.Parameter(torch.randn(7).bfloat16())

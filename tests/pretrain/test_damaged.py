@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from seeds import SEED
 from test_loop import settings
 
 from data_prep.corpus import Corpus
@@ -128,7 +129,7 @@ def test_more_than_a_little_damage_ends_the_run_all_the_same(
 @pytest.fixture(scope="module")
 def chunky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of volumes of many chunks each, of which crops touch different ones."""
-    folder, rng = tmp_path_factory.mktemp("chunky"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("chunky"), np.random.default_rng(SEED)
     (folder / "in").mkdir()
     for number in range(12):
         coarse = rng.normal(size=(22, 22, 22))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from seeds import SEED
 from tiny_pairs import fitting, names, refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,7 +61,7 @@ class Voxelwise(nn.Module):
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         self.logits = nn.Conv3d(2, 4, 1).double()
         self.loss = loss
 
@@ -78,7 +79,7 @@ VOXELWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def voxels() -> tuple[Tensor, Tensor]:
     """Rank 0's samples count in one plane, classes 0 and 1; rank 1's whole, 0 and 2; none has 3."""
-    random = torch.Generator().manual_seed(2)
+    random = torch.Generator().manual_seed(SEED + 2)
     image = torch.randn(SAMPLES, 2, 2, 3, 4, generator=random, dtype=torch.float64)
     target = torch.randint(0, 2, (SAMPLES, 2, 3, 4), generator=random)
     target[1::WORLD] *= 2
@@ -88,7 +89,7 @@ def voxels() -> tuple[Tensor, Tensor]:
 
 def prepared(case: Case, *, padded: bool = True) -> tuple[Objective, Batch]:
     """In float64, so that rounding hides nothing; rank 0's samples are padding but for a plane."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     chosen = fitting(case.objective, case.backbone)
     assert not isinstance(chosen, InputError)
     if case.crop is not None:
@@ -98,7 +99,7 @@ def prepared(case: Case, *, padded: bool = True) -> tuple[Objective, Batch]:
         changed |= {name: 0.0 for name in PER_RANK if name in changed}
     chosen = chosen.model_copy(update={"objective": changed})
     built = build_objective(chosen, 1)
-    torch.manual_seed(1)
+    torch.manual_seed(SEED + 1)
     batch = bare_loop(chosen, built).to_batch(raw_batch(chosen, 1, SAMPLES, built.crops))
     groups = [batch, *batch.others.values()]
     if padded:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import torch
+from seeds import SEED
 from torch.nn import functional as F
 
 from pretrain.heads import ProjectionHead
 
 
 def head(train_scale: bool = True) -> ProjectionHead:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     return ProjectionHead(6, 9, hidden_dim=16, bottleneck_dim=8, train_scale=train_scale)
 
 

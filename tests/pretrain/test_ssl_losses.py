@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from seeds import SEED
 from ssl_losses import LOSSES, SAMPLES, Embedded, inputs
 from sync_counter import DEVICE, SyncCounter
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Student(nn.Module):
 
     def __init__(self, loss: Embedded) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         self.head = ProjectionHead(WIDTH, 7, hidden_dim=16, bottleneck_dim=8).double()
         with torch.no_grad():
             for parameter in self.head.mlp.parameters():

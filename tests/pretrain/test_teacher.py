@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from seeds import SEED
 from torch import Tensor, nn
 
 from pretrain.ramps import cosine, warm
@@ -9,7 +10,7 @@ from pretrain.teacher import Teacher
 
 
 def student() -> nn.Sequential:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
 
 

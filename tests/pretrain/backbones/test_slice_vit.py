@@ -12,6 +12,7 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from seeds import SEED
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -25,13 +26,13 @@ from pretrain.objectives.mae_primus import PrimusMAE
 from pretrain.optim import parameter_groups
 
 CONF = Path(conf.__file__).parent
-IMAGE = torch.randn(2, 1, 1, 8, 12, generator=torch.Generator().manual_seed(1))  # grid 1x2x3
+IMAGE = torch.randn(2, 1, 1, 8, 12, generator=torch.Generator().manual_seed(SEED + 1))  # grid 1x2x3
 HIDDEN = random_hidden(torch.tensor([3, 4]), (1, 2, 3), 0.5)
 
 
 def small(**changes: object) -> SliceViT:
     """Every weight drawn, so that none can be left out unnoticed."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     args: dict = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2, "layer_scale": 0.5}
     return SliceViT(**(args | changes))
 

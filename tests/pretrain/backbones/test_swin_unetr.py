@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
+from seeds import SEED
 from torch import nn
 
 from pretrain.backbones.swin_unetr import SwinUNETRDecoder, SwinUNETREncoder
@@ -20,7 +21,7 @@ SHAPE = (32, 64, 96)  # 1x2x3 cells of the deepest map, 16x32x48 of the first st
 
 
 def small(**changes: object) -> SwinUNETREncoder:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     args: dict = {"feature_size": 12, "heads": (2, 2, 2, 4), "depths": (2, 1, 2, 1), "window": 4}
     return SwinUNETREncoder(**(args | changes))
 

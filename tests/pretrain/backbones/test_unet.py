@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from seeds import SEED
 from torch.nn import functional as F
 
 from pretrain.backbones.unet import UNetEncoder
@@ -10,7 +11,7 @@ from pretrain.masking import triple
 
 
 def small(**changes: object) -> UNetEncoder:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     args: dict = {"features": (4, 6, 8), "strides": (1, 2, (1, 2, 2)), "convs": (2, 2, 1)}
     return UNetEncoder(**(args | changes))
 
@@ -54,7 +55,7 @@ def test_stages_must_agree() -> None:
 def test_network_is_that_of_dynamic_network_architectures(strides: tuple) -> None:
     """Encoder and decoder, with the last layer called `head` here."""
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     theirs = unet.PlainConvUNet(
         input_channels=2,
         n_stages=3,

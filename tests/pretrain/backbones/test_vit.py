@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from seeds import SEED
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,12 +15,13 @@ from pretrain.optim import parameter_groups
 
 
 def small(**changes: object) -> ViT3D:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     args: dict = {"patch_size": (2, 4, 3), "embed_dim": 24, "depth": 4, "num_heads": 2}
     return ViT3D(**(args | changes))
 
 
-IMAGE = torch.randn(2, 1, 4, 12, 12, generator=torch.Generator().manual_seed(1))  # grid 2x3x4
+# Its grid is 2x3x4.
+IMAGE = torch.randn(2, 1, 4, 12, 12, generator=torch.Generator().manual_seed(SEED + 1))
 HIDDEN = random_hidden(torch.tensor([3, 4]), (2, 3, 4), 0.75)
 
 
@@ -140,7 +142,7 @@ def test_visible_tokens_equal_a_slow_oracle(kind: str) -> None:
 @kinds
 def test_a_mask_token_stands_in_before_the_position(kind: str) -> None:
     vit = small(**KINDS[kind])
-    token = torch.randn(24, generator=torch.Generator().manual_seed(2))
+    token = torch.randn(24, generator=torch.Generator().manual_seed(SEED + 2))
     found = vit.tokens(IMAGE, HIDDEN, mask_token=token)
     assert found.shape == (2, vit.prefix_tokens + 24, 24)
     position = vit.pos_embed((2, 3, 4), IMAGE.device)
@@ -285,7 +287,7 @@ def turned(vector: Tensor, row: Tensor) -> Tensor:
 
 def test_turned_tokens_know_their_relative_place_alone() -> None:
     table = rotary_table((4, 5, 6), 24).view(4, 5, 6, -1)
-    q, k = torch.randn(2, 24, generator=torch.Generator().manual_seed(3))
+    q, k = torch.randn(2, 24, generator=torch.Generator().manual_seed(SEED + 3))
     dots = [
         turned(q, table[d, h, w]) @ turned(k, table[d + 1, h + 2, w + 3])
         for d, h, w in [(0, 0, 0), (1, 2, 0), (2, 1, 2)]

@@ -8,6 +8,7 @@ import hydra.utils
 import pytest
 import torch
 from omegaconf import OmegaConf
+from seeds import SEED
 from torch import Tensor, nn
 
 import conf
@@ -34,7 +35,7 @@ class Shown(nn.Module):
 
 
 def objective(**changes: object) -> CnnMAE:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     encoder = ResEncUNetEncoder(features=(4, 6, 8), strides=(1, 2, 2), blocks=(1, 1, 1))
     args: dict = {"block": 4}
     return CnnMAE(encoder=encoder, **(args | changes))

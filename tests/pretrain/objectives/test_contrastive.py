@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import SEED
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ Make = Callable[..., Batch]
 
 
 def encoder(stages: int = 3) -> ResEncUNetEncoder:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     return ResEncUNetEncoder(
         features=[4, 6, 8][:stages], strides=[1, 2, 2][:stages], blocks=[1] * stages
     )
