@@ -37,7 +37,7 @@ from finetune.table import read_table
 FULL, NOT_WORSE = "hippocampus-all", 1
 """Where pretraining should at least do no harm, and the margin in points of Dice."""
 LOOKED = ("one-label", "heads-longer", "shift-plain", "shift-blurred", "shift-coarse")
-"""Where the primary interval holds zero, on validation subjects."""
+"""On validation subjects: where an interval holds zero, and what the gain on heads hangs on."""
 TITLES = {
     PRIMARY: f"{PRIMARY}, the primary cell",
     "probe": "hippocampus-8, frozen features beside random ones (ridge probe)",
@@ -117,7 +117,7 @@ def leave_out_begun(cell: Path) -> None:
 
     Test subjects are looked at once, and not while encoders of a recipe are still to be scored.
     """
-    recipes = {run: recipe_of(run) for run in cell.glob("*")}
+    recipes = {run: compared_within(run) for run in cell.glob("*")}
     begun = set()
     for method in NOMINATED:
         seeds = [[run for run in recipes if f"-{method}-{seed}-" in run.name] for seed in SEEDS]
@@ -128,8 +128,8 @@ def leave_out_begun(cell: Path) -> None:
             shutil.rmtree(run)
 
 
-def recipe_of(run: Path) -> str:
-    """The hash of the recipe that a run is compared within; scratch may be at a better one."""
+def compared_within(run: Path) -> str:
+    """The hash of the recipe whose arms a run is one of; scratch at its own best has another."""
     hashed: str = json.loads((run / "run.json").read_text())["identity"]["config_hash"]
     return hashed
 
@@ -307,7 +307,7 @@ def rounds() -> str:
         "# Rounds on validation subjects",
         "",
         "Made by `python benchmarks/proof_report.py` from the archives beside it. Dice in points, "
-        "the mean of two classes over the scans of a draw: its mean over draws, and their standard "
+        "the mean of the classes over the scans of a draw: its mean over draws, and their standard "
         "deviation. *last quarter*: what the mean curve of up to 8 cases still gained in it.",
     ]
     looked = [*sorted(PROOF.glob("round-*.tar.xz")), PROOF / "gate.tar.xz"]

@@ -92,7 +92,7 @@ def test_unetr_takes_any_patch(patch: int | tuple[int, int, int], sources: list)
 
 def test_unetr_keeps_the_axes_in_place() -> None:
     """A change of one token moves the output there and nowhere far away along no other axis."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(0)
     decoder = UNETRDecoder(1, 12, 4, 1, feature_size=4).eval()
     image = torch.zeros(1, 1, 8, 12, 16)
     features = [torch.zeros(1, 12, 2, 3, 4) for _ in range(4)]

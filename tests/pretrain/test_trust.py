@@ -317,7 +317,7 @@ def test_nothing_is_allocated_before_it_is_refused(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, "tests/pretrain")
+sys.path[:0] = ["tests", "tests/pretrain"]
 from test_trust import SEGMENTER, InputError, ask, open_foreign
 ask(SEGMENTER)
 pages = int(Path("/proc/self/statm").read_text().split()[0])

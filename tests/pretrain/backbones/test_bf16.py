@@ -21,7 +21,6 @@ import test_swin_unetr
 import test_unet
 import test_vit
 import torch
-from seeds import SEED
 from torch import Tensor
 
 from pretrain.backbones.backbone import Backbone
@@ -76,12 +75,13 @@ STEPS: dict[str, tuple[str, Callable[..., Objective], dict[str, Any]]] = {
 def made(name: str) -> tuple[Backbone, Batch]:
     """The encoder, and waves that differ in each sample and along each axis, with some noise."""
     make, shape = ENCODERS[name]
-    random = torch.Generator().manual_seed(SEED + 1)
+    random = torch.Generator().manual_seed(1)
     axes = torch.meshgrid(*(torch.linspace(0, 1, n) for n in shape), indexing="ij")
     waves = torch.randn(2, 1, 3, generator=random) * 6
     phase = torch.stack(axes)[None, None] * waves[..., None, None, None]
     image = phase.sum(2).sin() + 0.05 * torch.randn(2, 1, *shape, generator=random)
     valid = torch.ones(2, 1, *shape, dtype=torch.bool)
+    torch.manual_seed(0)  # the bounds below are those of these weights
     return make(), Batch(image, valid, torch.ones(2, 3), torch.arange(2))
 
 
@@ -127,7 +127,7 @@ def test_features_follow_float32(name: str) -> None:
 def steps(name: str, count: int, context: Callable[[Callable[[], Any]], Any]) -> list[Tensor]:
     """Losses of the first steps of AdamW, each in the same precision."""
     encoder, make, args = STEPS[name]
-    torch.manual_seed(SEED)
+    torch.manual_seed(0)
     built, batch = made(encoder)
     objective = make(encoder=built, **args)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)
