@@ -142,7 +142,12 @@ def test_shards_are_written_again_sample_by_sample(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", small)
-    assert remove(RemoveSettings(output=output, remove="patient 2"))["shards_rewritten"]
+    # Of a shard that holds others too: which one a scan lies in hangs on the corpus's salt.
+    shards = Corpus.open(output).shards.tolist()
+    key = next(
+        k for k, s in zip(Corpus.open(output).keys, shards, strict=True) if shards.count(s) > 1
+    )
+    assert remove(RemoveSettings(output=output, remove=key))["shards_rewritten"] == 1
 
 
 def test_names_can_be_keys_subjects_and_files(output: Path, tmp_path: Path) -> None:
