@@ -78,7 +78,7 @@ from data_prep.request import check_request, existing_result
 from data_prep.settings import SHAPING, PrepSettings, RemoveSettings
 from data_prep.shards import ShardWriter, array_suffix, canonical_json, table_suffix
 from data_prep.splits import PARTS, split_from, write_split
-from data_prep.work import WorkFolder, hold, remove_folder, work_root
+from data_prep.work import WorkFolder, hold, others, remove_folder, work_root
 from data_prep.write import write_parquet
 
 SUBJECT = "subject "
@@ -112,15 +112,22 @@ def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
         work.remove()
         after = Corpus.open(output)
         forgotten = _forget(private, set(after.subjects), names)
+        begun = [*others(output, work), *filter(Path.exists, _folders(_addition(output)))]
     say(
         f"{output}: {len(gone)} samples withdrawn, {len(kept)} are left; {written} shards were "
         f"written again, {forgotten} rows of the quarantine are gone"
     )
+    for folder in begun:
+        say(
+            f"of an unfinished prep of this output, may hold what was withdrawn: {folder} "
+            "(rm -r removes it)"
+        )
     return {
         "output": str(output),
         "removed": len(gone),
         "samples": len(kept),
         "shards_rewritten": written,
+        "unfinished": [str(folder) for folder in begun],
         "index_hash": after.index_hash,
     }
 
@@ -141,7 +148,7 @@ def append(
         InputError: as `prep`, or the input is of another kind than the corpus.
     """
     output = settings.output
-    beside = output.with_name(f".{output.name}.more")
+    beside = _addition(output)
     request = hashlib.sha256(b"append").hexdigest()
     with hold(output, request, alone=True):
         corpus = Corpus.open(output)  # one that was moved away by a start that was killed is back
@@ -170,6 +177,16 @@ def append(
         "generation": number,
         "index_hash": corpus.index_hash,
     }
+
+
+def _addition(output: Path) -> Path:
+    """Where an addition to a corpus is prepared."""
+    return output.with_name(f".{output.name}.more")
+
+
+def _folders(beside: Path) -> tuple[Path, Path, Path]:
+    """All that there may be of an addition; last the one by which it is known."""
+    return beside, work_root(beside), private_folder(beside)
 
 
 def _join(output: Path, beside: Path, work: WorkFolder) -> None:
@@ -242,7 +259,7 @@ def _answers(settings: PrepSettings, request: str) -> bool:
 
 def _discard(beside: Path) -> None:
     """Removes an addition; last its private folder, by which it is known until then."""
-    for folder in (beside, work_root(beside), private_folder(beside)):
+    for folder in _folders(beside):
         remove_folder(folder)
 
 

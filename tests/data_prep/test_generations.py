@@ -593,6 +593,33 @@ def test_an_addition_that_was_prepared_and_not_put_together_is_of_its_input(
     assert sorted(corpus.read(10, "image").ravel()) == sorted(kept.ravel())
 
 
+def test_unfinished_preps_that_may_hold_what_is_withdrawn_are_named(
+    output: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("data_prep.generations._join", killed)
+        run(scans(tmp_path / "more", seed + 1, 4), output, append=True)
+    words = {"processes": 1, "overwrite": True, "step": "scan"}
+    prep_step(PrepSettings(input=tmp_path / "in", output=output, **words))
+    said: list[str] = []
+    found = remove(RemoveSettings(output=output, remove="patient 2"), said.append)
+    left = [path for path in tmp_path.glob(".*") if path.is_dir() and path.name != ".c.prep"]
+    left += (tmp_path / ".c.prep").glob("*/")
+    assert len(left) == 3 and sorted(found["unfinished"]) == sorted(map(str, left))
+    assert all(
+        any(f"may hold what was withdrawn: {path} " in line for line in said) for path in left
+    )
+    for path in left:
+        shutil.rmtree(path)
+    assert remove(RemoveSettings(output=output, remove="patient 3"))["unfinished"] == []
+
+
 def test_an_addition_is_made_as_its_corpus_was_and_need_not_be_told(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
