@@ -824,6 +824,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data_prep.errors import (
         FailedError,
         InputError,
+        LostLeaseError,
         NeighbourError,
         UnreachableError,
         near,
@@ -860,7 +861,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(error.result))
         print(without_secrets(f"error: {error}"), file=sys.stderr)
         return 1
-    except (UnreachableError, NeighbourError) as error:
+    except (UnreachableError, NeighbourError, LostLeaseError) as error:
         print(without_secrets(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

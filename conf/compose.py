@@ -527,7 +527,8 @@ def _take_backbone(line: Line) -> None:
         for key in line.values
         if key.startswith("backbone.") and "." not in key.removeprefix("backbone.")
     }
-    path, own = resolve(init), Path(line.config["runs"]) / str(line.config["run"])
+    own = Path(line.config["runs"]) / str(line.config["run"])
+    path = _begun_from(line, str(init)) or resolve(init)
     # A run that has begun needs what it began from no more.
     there = path if path.exists() or not (own / "run.json").is_file() else own
     line.config["backbone"] = backbone_of(there) | typed
@@ -558,6 +559,9 @@ def _fetched(model: type[BaseModel], line: Line, made: Any) -> Any:
         given = line.config.get(key)
         if not _may_be_remote(setting) or not given or not _is_remote(str(given)):
             continue
+        if key == "init" and (start := _begun_from(line, str(given))):
+            here[key] = str(start)
+            continue
         try:
             here[key] = str(_local(given, release=RELEASE in setting.metadata))
         except InputError as error:
@@ -566,6 +570,21 @@ def _fetched(model: type[BaseModel], line: Line, made: Any) -> Any:
         raise InputError(problems)
     given = {key: value for key, value in line.config.items() if value != "???"}
     return model.model_validate(given | here) if here else made
+
+
+def _begun_from(line: Line, ref: str) -> Path | None:
+    """Where the start of a run lay, if the run has a checkpoint and began from this reference.
+
+    It needs that no more, and may go on where there is no cache and no network.
+    """
+    from data_prep.files import read_note
+    from data_prep.references import without_secrets
+
+    own = Path(line.config["runs"]) / str(line.config["run"])
+    began = read_note(own / "config.json").get("init")
+    same = f"init={without_secrets(ref)}" in read_note(own / "run.json").get("command", [])
+    done = any((own / "checkpoints").glob("step-*.pt"))
+    return Path(began) if began and same and done else None
 
 
 def _local(ref: str, *, release: bool) -> Path:

@@ -79,6 +79,13 @@ class NeighbourError(Exception):
     """
 
 
+class LostLeaseError(Exception):
+    """Another process writes where this one did, which was taken for dead.
+
+    The command line prints it without a traceback and exits with 1.
+    """
+
+
 class FailedError(Exception):
     """The work is done and what it found is bad; `result` is that.
 

@@ -25,7 +25,9 @@ class Facts(NamedTuple):
     `without_label` names classes that no labelled case of its draw has, `trained` is the recipe
     that it trained with, `classes` are the label values of each structure that it is scored on,
     `by_voxels_alone` the test cases of which copies could not be looked for in pretraining,
-    `label_subjects` how many people its labelled cases are of; 0 where that is not said.
+    `label_subjects` how many people its labelled cases are of; 0 where that is not said,
+    `validation_seen` the validation cases that pretraining has seen, `precisions` those that it was
+    computed in.
     """
 
     curve: Curve | None
@@ -35,6 +37,8 @@ class Facts(NamedTuple):
     classes: dict[str, Labels]
     by_voxels_alone: Sequence[str]
     label_subjects: int = 0
+    validation_seen: Sequence[str] = ()
+    precisions: Sequence[str] = ()
 
 
 def run_of(row: Row) -> Run:
@@ -99,6 +103,8 @@ def read_run(rows: Path) -> tuple[list[Row], Facts]:
         {c["name"]: frozenset(c["values"]) for c in scored},
         said.get("compared_by_voxels_alone", ()),
         said.get("label_subjects", 0),
+        said.get("validation_seen", ()),
+        said.get("precisions", ()),
     )
 
 

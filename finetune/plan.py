@@ -91,6 +91,13 @@ class Plan:
         return [key for key in keys if seen is not None and seen.by_voxels_alone(prints[key])]
 
     @property
+    def validation_seen(self) -> list[str]:
+        """Validation cases that the checkpoint has seen: what a curve over them says is no news."""
+        seen, prints = self.origin.seen, self.corpus.scan_prints()
+        keys = self.validation if self.settings.validations and seen is not None else ()
+        return [key for key in keys if seen is not None and seen.has(prints[key])]
+
+    @property
     def _pretrained(self) -> bool:
         return self.settings.init == "pretrained"
 

@@ -62,9 +62,14 @@ class Search:
         return sorted({one.rate for one in self.of(arm)})
 
     def shared(self, arm: str) -> dict[float, list[float]]:
-        """The scores of each rate on the draws that all rates of the arm have."""
+        """The scores of each rate on the draws that all rates of the arm have.
+
+        A run whose every case pretraining has seen has none.
+        """
         runs: dict[float, dict[tuple[str, str], float]] = {}
         for one in self.of(arm):
+            if math.isnan(one.score):
+                continue
             runs.setdefault(one.rate, {})[one.labels, one.draw] = one.score
         common = set.intersection(*map(set, runs.values())) if runs else set()
         return {rate: [draws[draw] for draw in common] for rate, draws in sorted(runs.items())}
@@ -81,9 +86,16 @@ class Search:
         rate = max(means, key=lambda rate: sign * means[rate])
         return rate, means[rate]
 
-    def about(self, encoders: set[str], labels: str) -> Search:
-        """What was tried for scratch and these encoders, with so many labels if it was at all."""
-        tried = [one for one in self.tried if not one.encoder or one.encoder in encoders]
+    def about(self, encoders: set[str], labels: str, networks: Sequence[Any]) -> Search:
+        """What was tried for these encoders, and for scratch of their networks.
+
+        With so many labels, if it was at all.
+        """
+        tried = [
+            one
+            for one in self.tried
+            if (one.encoder in encoders if one.encoder else one.trained.get("network") in networks)
+        ]
         same = [one for one in tried if one.labels == labels]
         return replace(self, tried=same or tried)
 
@@ -145,7 +157,9 @@ def search_notes(
     if search is None:
         return ["no run of the search is about this data set"]
     encoders = {_encoder(row) for row in arms["pretrained"]}
-    narrowed = search.about(encoders, rows[0].labels)
+    # Folders that do not say their network, as those of older versions, may have any.
+    said = [one.trained.get("network") for found in known.values() for one in found if one]
+    narrowed = search.about(encoders, rows[0].labels, [*said, None])
     notes = [_shown(narrowed), *_unfair(narrowed, arms, known)]
     searched = {one.encoder for one in search.tried} - {""}
     if searched and not encoders <= searched:
@@ -160,6 +174,9 @@ def _shown(search: Search) -> str:
         if runs := search.of(arm):
             rate, found = search.best(arm)
             rates = ", ".join(f"{one:g}" for one in search.rates(arm))
+            if math.isnan(rate):
+                said.append(f"{arm} none of {rates} (no draw is scored for all, {len(runs)} runs)")
+                continue
             score = f"{search.metric.title} {found:.{shown_digits(search.metric, found)}f}"
             said.append(f"{arm} {rate:g} of {rates} ({score}, {len(runs)} runs)")
         else:

@@ -60,6 +60,11 @@ NO_ARM = {"init": "pretrained", "recipe_of": "own"}
 """
 TWIN = {"init": "scratch", "transfer": "auto", "recipe_of": "twin"}
 """How a pretrained run's scratch twin is told."""
+HOW = (
+    "trainer", "window_batch", "validations", "log_every", "save_every", "save_minutes",
+    "preview_every", "loggers",
+)  # fmt: skip
+"""How a run is done and watched: no part of what it is, so not of its name."""
 LEDGER = "sweep.csv"
 OPENS_QUOTE = ("", *"[{(,:")
 """What a quote may follow: nothing, where a value begins, or these."""
@@ -254,9 +259,22 @@ def plan_jobs(words: Sequence[str], *, twins: bool = True) -> list[Job]:
             job = Job(name, said, plan, twin=arm is not settings)
             if name not in jobs or jobs[name].twin:  # an arm that was asked for is none added
                 jobs[name] = job
+            elif not job.twin and (differ := _apart(jobs[name].plan, plan)):
+                problems.append(
+                    f"{name}: two runs of the sweep would have this name, which does not say "
+                    f"{', '.join(differ)}; vary it in sweeps with another runs= each"
+                )
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
     return list(jobs.values())
+
+
+def _apart(first: Plan, second: Plan) -> list[str]:
+    """What two plans of one name differ in, though it changes what is trained, kept or watched."""
+    if first.identity != second.identity:
+        return [k for k, v in first.identity.items() if second.identity.get(k) != v]
+    one, other = (plan.settings.model_dump() for plan in (first, second))
+    return [key for key in HOW if one[key] != other[key]]
 
 
 def run_name(plan: Plan) -> str:

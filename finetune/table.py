@@ -82,6 +82,9 @@ from finetune.notes import (
 from finetune.rows import Row
 from finetune.search import Search, read_searches, search_notes
 
+TWINS = ("pretrained", "scratch")
+"""The arms whose runs are pairs."""
+
 
 def read_table(runs: Sequence[Path], anchor: str = "", search: Path | None = None) -> Table:
     """The table of finished runs, written nowhere.
@@ -137,7 +140,8 @@ def tabulate(
     for row in rows:
         arms = twins.setdefault((row.dataset, _whole(row), row.labels, row.config_hash), {})
         arms.setdefault(arm_of(row), []).append(row)
-    groups = []
+    groups: list[Group] = []
+    curves: list[Mapping[str, Mapping[str, Curve]]] = []
     order = sorted(twins.items(), key=lambda item: (item[0][0], _labels(item[1]), item[0]))
     for (dataset, *_), arms in order:
         refuse_mixed(row for found in arms.values() for row in found)
@@ -157,7 +161,9 @@ def tabulate(
                 group = dataclasses.replace(group, notes=(*group.notes, note))
             found = {"pretrained": pretrained, "scratch": scratch, "scratch-own": own}
             groups.append(_with_facts(group, found, facts or {}, searches))
-    return Table(tuple(_adjusted(_told_apart(groups, facts or {}))))
+            curves.append({arm: _curves(found[arm], facts or {}) for arm in TWINS})
+    told = _adjusted(_told_apart(groups, facts or {}))
+    return Table(tuple(map(_with_budget, told, curves)))
 
 
 def _alone(recipe: Sequence[list[Row]], scratch: Sequence[Row]) -> list[list[Row]]:
@@ -291,20 +297,31 @@ def _with_facts(
     notes = without_label(every, facts) + few_subjects(every, facts)
     notes += not_compared(arms["pretrained"], facts) if arms.get("pretrained") else []
     notes += search_notes(arms, known, searches)
-    twins = [one for arm in ("pretrained", "scratch") for one in known[arm] if one is not None]
+    twins = [one for arm in TWINS for one in known[arm] if one is not None]
     if costs := [one.cost for one in twins if one.cost is not None]:
         notes.append(cost_note(costs))
-    group = dataclasses.replace(group, notes=(*group.notes, *notes))
-    curves = {arm: _curves(arms.get(arm, []), facts) for arm in ("pretrained", "scratch")}
-    return _with_budget(group, curves)
+    if len(precisions := sorted({p for one in twins for p in one.precisions})) > 1:
+        notes.append(
+            f"runs were computed in {' and in '.join(precisions)}, so the arms are not rounded "
+            "alike: trainer.precision=auto is another one on another device"
+        )
+    if seen := {key for one in twins for key in one.validation_seen}:
+        notes.append(
+            f"{len(seen)} validation cases were seen in pretraining: its curve is not read"
+        )
+    return dataclasses.replace(group, notes=(*group.notes, *notes))
 
 
 def _curves(rows: Sequence[Row], facts: Mapping[Run, Facts]) -> dict[str, Curve]:
-    """The curve of each draw of an arm, the mean over its checkpoints; none if one is not known."""
+    """The curve of each draw of an arm, the mean over its checkpoints.
+
+    None if one is not known, or is of cases that pretraining has seen.
+    """
     runs: dict[str, dict[Run, Curve | None]] = defaultdict(dict)
     for row in rows:
         known = facts.get(run_of(row))
-        runs[row.draw][run_of(row)] = None if known is None else known.curve
+        told = known is not None and not known.validation_seen
+        runs[row.draw][run_of(row)] = known.curve if known is not None and told else None
     if mean_curve([curve for found in runs.values() for curve in found.values()]) is None:
         return {}
     means = {draw: mean_curve(list(found.values())) for draw, found in runs.items()}
@@ -327,9 +344,11 @@ def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Gr
         whose = " of these checkpoints" if group.of_recipe else ""
         speed = f", {read.speed:.1f} times as fast (p {read.p:.2g}{whose})"
         speed = speed if math.isfinite(read.speed) else ""
-        sure = group.main.verdict in (BETTER, WORSE)
+        # The curves are of the twin: the test has to find the same of it, and not take it back.
+        clear = _sign_of(group.main.difference) * read.gap > 0
+        sure = clear and group.main.verdict == (BETTER if read.gap > 0 else WORSE)
         said: str = read.reading if sure or "generalises" not in read.reading else "ends apart"
-        chance = "" if sure or said == read.reading else ", no more than chance may do"
+        chance = "" if clear or said == read.reading else ", no more than chance may do"
         notes.append(
             f"validation Dice over training: {said}, {read.gap:+.1f} points at the end"
             f"{chance}{speed}"
@@ -342,6 +361,13 @@ def _with_budget(group: Group, by_draw: Mapping[str, Mapping[str, Curve]]) -> Gr
     lines = [dataclasses.replace(line, still_gains=max(gains.values())) for line in group.lines]
     notes = [*group.notes, *notes]
     return dataclasses.replace(group, lines=tuple(lines), notes=tuple(notes), curves=curves)
+
+
+def _sign_of(difference: Estimate | None) -> int:
+    """Of a difference whose interval leaves zero out; else 0."""
+    if difference is None or not difference.has_interval:
+        return 0
+    return int(difference.low > 0) - int(difference.high < 0)
 
 
 def _labels(arms: dict[str, list[Row]]) -> int:
@@ -424,6 +450,9 @@ def _group(
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     if len(checkpoints) > 1 and (difference := lines[0].difference) is not None:
         notes.append(f"its difference is about {difference.claim}")
+    of_one_class = len(set(folds.values())) - lines[0].basis.folds
+    if len(set(folds.values())) > 1 and metrics is CLASSIFICATION and of_one_class:
+        notes.append(f"{of_one_class} folds have cases of one class alone and no part in the AUROC")
     notes += not_enough(lines[0]) + power_of(lines[0])
     return Group(
         head.dataset,

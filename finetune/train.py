@@ -28,7 +28,7 @@ from torch import nn
 
 from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt, differences, named
-from data_prep.files import read_table, write_json
+from data_prep.files import read_note, read_table, write_json
 from data_prep.preprocess import Preprocess
 from finetune.cells import score_in_words, unseen
 from finetune.costs import Cost
@@ -49,7 +49,7 @@ from finetune.step_zero import check_start
 from finetune.supervised import Supervised
 from pretrain.decoders import first_blocks
 from pretrain.loader import CropDataset
-from pretrain.loop import check_machine, use_threads
+from pretrain.loop import check_machine, machine_precision, use_threads
 from pretrain.release import LoadReport, Release, load_release
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import Schedule
@@ -91,6 +91,9 @@ def finetune(settings: FinetuneSettings) -> Path:
     model, report = build_model(plan)
     alike = trained_alike(plan, device_name(settings))
     with run.lease() if main else nullcontext():
+        if main and settings.ranks == 1 and is_finished(run, plan):
+            print(f"finetune: {run.path} was finished by another start meanwhile, nothing to do")
+            return run.path
         if main:
             _describe(run, plan, model, report)
         if alike:
@@ -375,6 +378,8 @@ def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport)
         partly_annotated=plan.partial,
         classes_without_label=list(plan.unlabelled),
         compared_by_voxels_alone=plan.by_voxels_alone,
+        validation_seen=plan.validation_seen,
+        precisions=_precisions(run, plan),
         parameters=sum(p.numel() for p in model.parameters()),
         cost=_cost(plan, model)._asdict(),
     )
@@ -382,6 +387,13 @@ def _describe(run: RunFolder, plan: Plan, model: Supervised, report: LoadReport)
         print(f"finetune: {note}")
     how = {"init": plan.settings.init, "transfer": plan.transfer}
     write_json(run.path / "load_report.json", how | report.to_dict())
+
+
+def _precisions(run: RunFolder, plan: Plan) -> list[str]:
+    """What it computes in, and did before it was resumed: `auto` is another on another device."""
+    before = read_note(run.path / "run.json") if run.checkpoints.paths() else {}
+    now = machine_precision(plan.settings.trainer)
+    return sorted({*map(str, before.get("precisions", [])), now})
 
 
 def _cost(plan: Plan, model: Supervised) -> Cost:

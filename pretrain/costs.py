@@ -6,13 +6,16 @@ import csv
 import re
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 
-def trained_seconds(metrics: Path) -> float:
+def trained_seconds(metrics: Path, ranks: Mapping[int, int] | None = None) -> float:
     """Seconds in which a run made steps, waiting for data included.
+
+    Those of all its processes, where `ranks` says how many each start had, by its number.
 
     From its log, so a run that was stopped and went on counts each step once, and neither waiting
     in a queue nor what a resumption repeats is in it. NaN where there is no log.
@@ -23,7 +26,8 @@ def trained_seconds(metrics: Path) -> float:
     with metrics.open(newline="") as file:
         for row in csv.DictReader(file):
             step = int(row["step"])
-            total += (step - before) * float(row["seconds_per_step"])
+            together = 1 if ranks is None else ranks[int(row.get("start") or 0)]
+            total += (step - before) * float(row["seconds_per_step"]) * together
             before = step
     return total
 

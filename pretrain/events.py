@@ -66,6 +66,7 @@ class Events:
     @contextmanager
     def start(self, step: int, ranks: int) -> Iterator[None]:
         """Writes the start of a training and what ends it."""
+        from data_prep.errors import LostLeaseError
         from pretrain.preemption import Ask, Preempted, job_id
 
         job = job_id() if "SLURM_JOB_ID" in os.environ else None
@@ -79,6 +80,8 @@ class Events:
         except KeyboardInterrupt:
             self.write("interrupted", self.last_step())
             raise
+        except LostLeaseError:
+            raise  # the run goes on, written by another process
         except BaseException as error:
             # Its message may name paths, and is told elsewhere.
             self.write("failed", self.last_step(), error=type(error).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from data_prep.licences import UNSTATED, strictest_first
 from pretrain.arguments import allowed_name, check_arguments, split_target
 from pretrain.costs import trained_seconds
 from pretrain.decoders import build_decoder, without_head
+from pretrain.events import Events
 from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.manifest import FORMAT
 from pretrain.objective import Objective
@@ -97,10 +99,15 @@ def export(run_path: Path, output: Path, *, full: bool = False, name: str | None
 
 
 def _device_seconds(run: RunFolder, settings: dict[str, Any]) -> float | None:
-    """What the training took of each device, one after the other; None where its log is gone."""
-    seconds = trained_seconds(run.path / "metrics.csv")
-    devices = settings["trainer"]["devices"] * settings["trainer"]["nodes"]
-    return None if math.isnan(seconds) else round(seconds * devices, 1)
+    """What the training took of each device, one after the other; None where its log is gone.
+
+    A run that was stopped may have gone on with fewer devices, or more.
+    """
+    machine = settings["trainer"]
+    ranks: dict[int, int] = defaultdict(lambda: machine["devices"] * machine["nodes"])
+    ranks |= {n: start.ranks for n, start in enumerate(Events(run.path).starts(), 1)}
+    seconds = trained_seconds(run.path / "metrics.csv", ranks)
+    return None if math.isnan(seconds) else round(seconds, 1)
 
 
 def _metrics(run: RunFolder, step: int) -> dict[str, float]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -301,7 +302,8 @@ class Loop:
             while self.step < self.settings.steps:
                 self.begin(objective)
                 # One of its own: DDP learns once, at its start, which weights have gradients.
-                self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
+                with _interrupts_as_such():
+                    self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
                 optimizer = None
             if main:
                 self.events.write("finished", self.step)
@@ -375,14 +377,30 @@ class Loop:
             enable_model_summary=False,
             default_root_dir=self.run.path,
         )
-        # It would ask rank 0 for a signal before each micro-batch, and have the host wait for the
-        # device to hear the answer. Ours are agreed on once a step, beside the device.
+        # On SIGTERM it would end with code 0 after a micro-batch, nothing saved, and ask all ranks
+        # within the handler; it would ask rank 0 for a signal before each micro-batch, and have the
+        # host wait for the device to hear the answer. Ours (`Preemption`) are agreed on once a
+        # step, beside the device.
+        trainer._signal_connector.register_signal_handlers = _nothing
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
         return trainer
 
 
 def _nothing() -> None:
-    """Asks no rank for anything."""
+    """Asks no rank for anything, and hears no signal."""
+
+
+@contextmanager
+def _interrupts_as_such() -> Iterator[None]:
+    """Lightning makes an end with code 1 of Ctrl-C, and has the process hear no further one."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from end
 
 
 def use_threads(machine: TrainerSettings) -> None:
@@ -509,7 +527,6 @@ class _Watch(L.Callback):
         assert isinstance(pl_module, Objective)
         self.loop.check_ranks(trainer.strategy.all_gather, pl_module)
         self.main = trainer.is_global_zero
-        self.loop.preemption.install()  # Lightning has put its own handler there
         self.agreement = Agreement(self.loop.settings.trainer.wait_minutes)
         self.began = self.rowed = self.ended = self.saved = time.perf_counter()
         self.logged = self.loop.step
@@ -548,17 +565,21 @@ class _Watch(L.Callback):
             ask = Ask.NOTHING if last else Ask(self.agreement.ask(self._wish()))
             logging_due = step % chosen.log_every == 0 or last or step == 1
             saving_due = step % chosen.save_every == 0 or last or ask > Ask.NOTHING
+            if self.main and (logging_due or saving_due):
+                self.loop.run.check_lease()
             if logging_due or saving_due:
                 self._log(trainer, pl_module)
             # Before the checkpoint: a run that ends in between looks again.
             found = self.loop.look() if self.main else {}
             if found:
                 self.journal.tell(found, step)
-            if self.main and saving_due:
+            if self.main and saving_due and not last:
                 self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
                 self._preview(pl_module)
             self._watch(trainer, pl_module, logged=logging_due or saving_due, last=last)
+            if self.main and last:  # a run with its last checkpoint is done, and looks no more
+                self._save(trainer, pl_module)
             if self.main:
                 self.bar.update()
             if ask >= Ask.STOP:

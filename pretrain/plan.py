@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from data_prep.errors import InputError
 from data_prep.files import make_folder
 from data_prep.machine import cores
 from pretrain.events import Events
 from pretrain.health import interval
 from pretrain.loader import make_loader
-from pretrain.run_folder import Checkpoints, MetricsLog
+from pretrain.run_folder import Checkpoints, MetricsLog, RunFolder
 from pretrain.settings import PlanSettings, PretrainSettings
 from pretrain.stages import follows
 from pretrain.train import Prepared, make_dataset, plan_objective, prepare
@@ -111,6 +112,10 @@ def plan(stages: Mapping[str, PlanSettings]) -> dict[str, Any]:
     began = _process_began()  # imports and checks are a part of the first start
     if main:
         make_folder(folder.parent, "runs")
+        if any(RunFolder(run).held() for run in folder.glob("*/")):
+            raise InputError(
+                f"{folder}: another plan is at work there; wait for it, or give this one run=NAME"
+            )
         shutil.rmtree(folder, ignore_errors=True)
     try:
         for name, settings in stages.items():

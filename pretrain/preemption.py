@@ -125,15 +125,15 @@ class Preemption:
                 _asked = max(_asked, self.asked)  # in the last step, too late for it
 
     def install(self) -> None:
-        """Hears the signals, also where Lightning has put its own handler there since."""
+        """Hears the signals, as long as the process lives where `with` is not used."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows no other thread to; whoever started us hears of signals
         for number in SIGNALS:
             current = signal.getsignal(number)
             # nohup and the like: who started us does not want us to hear it.
-            if current == signal.SIG_IGN and number not in self._before:
+            if current == signal.SIG_IGN:
                 continue
-            self._before.setdefault(number, current)
+            self._before[number] = current
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

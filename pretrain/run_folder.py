@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, LostLeaseError
 from data_prep.files import atomic, make_folder, read_note, read_table, write_json, write_text
 from data_prep.references import without_secrets
 from pretrain.events import step_of
@@ -124,6 +124,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
+        self._token = ""
 
     @property
     def config_path(self) -> Path:
@@ -154,15 +155,16 @@ class RunFolder:
             InputError: another process holds it, or it cannot be written.
         """
         make_folder(self.path, "runs")
-        file = self.path / "lease.json"
+        file = self._lease
         mine = {
             "host": socket.gethostname(),
-            "pid": os.getpid(),
+            **_process(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "token": secrets.token_hex(8),
         }
         _take(file, mine)
+        self._token = mine["token"]
         for rest in self.checkpoints.folder.glob(".step-*"):
             rest.unlink()  # of a writer that was killed while it wrote
         stop = threading.Event()
@@ -179,14 +181,31 @@ class RunFolder:
         try:
             yield
         finally:
+            self._token = ""
             stop.set()
             thread.join()
             if read_note(file).get("token") == mine["token"]:
                 file.unlink(missing_ok=True)
 
+    def check_lease(self) -> None:
+        """Before more is written: a process that stood still, or lost its scheduler, may live on.
+
+        Raises:
+            LostLeaseError: another process holds the folder now.
+        """
+        if self._token and read_note(self._lease).get("token") != self._token:
+            raise LostLeaseError(
+                f"{self.path}: another process writes here now, which took this one for dead "
+                f"(no heartbeat for {STALE_SECONDS} s, or its job was started again); this one ends"
+            )
+
     def held(self) -> bool:
         """Whether a process writes here that is alive, as far as can be told."""
-        return _holder(self.path / "lease.json") is not None
+        return _holder(self._lease) is not None
+
+    @property
+    def _lease(self) -> Path:
+        return self.path / "lease.json"
 
     def describe(self, config: dict[str, Any], command: list[str], **facts: Any) -> None:
         """Writes what was asked for and with what it runs."""
@@ -224,8 +243,10 @@ def _holder(file: Path) -> dict[str, Any] | None:
     held = read_note(file)
     if not {"host", "pid", "heartbeat"} <= held.keys():
         return None  # no lease: leases are written whole
-    same_host = held["host"] == socket.gethostname()
-    if same_host and not _alive(held["pid"]):
+    # Containers of one host may share its name and not its processes.
+    here = {"host": socket.gethostname(), "processes": _process(os.getpid())["processes"]}
+    told = {name: held.get(name, here[name]) for name in here}
+    if told == here and not _alive(held):
         return None  # killed here: its lease died with it
     return held if time.time() - held["heartbeat"] < STALE_SECONDS else None
 
@@ -248,14 +269,26 @@ def _refuse_if_held(file: Path) -> None:
     )
 
 
-def _alive(pid: int) -> bool:
+def _process(pid: int) -> dict[str, Any]:
+    """Which process that is: of what namespace, and since when, for numbers are given again."""
     try:
-        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        processes = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return {"pid": pid, "processes": "", "since": ""}
+    return {"pid": pid, "processes": processes, "since": stat.rpartition(")")[2].split()[19]}
+
+
+def _alive(held: dict[str, Any]) -> bool:
+    """Whether the process that a lease of this machine names is there."""
+    try:
+        os.kill(held["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    since = _process(held["pid"])["since"]
+    return bool(held.get("since", since) == since)
 
 
 def versions() -> dict[str, str]:

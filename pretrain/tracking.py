@@ -47,7 +47,8 @@ class Journal:
     def __init__(self, run: Path, trackers: Sequence[Logger], step: int) -> None:
         self._table = MetricsLog(run / "metrics.csv", step)
         self._lines = run / "metrics.jsonl"
-        kept = [row for row in read_lines(self._lines) if row["step"] <= step]
+        # What was seen before the first step is seen again by a run that begins anew.
+        kept = [row for row in read_lines(self._lines) if row["step"] <= step] if step else []
         if kept or self._lines.exists():
             write_text(self._lines, "".join(_line(row) for row in kept))
         self._trackers = list(trackers)

@@ -43,6 +43,7 @@ from slurm.launch import (
     plan_sweep,
     refuse_second,
     render,
+    shown,
     states_of,
     submit,
     submit_sweep,
@@ -91,7 +92,7 @@ class Stage:
     foretell: Callable[..., list[str]] | None = None
 
     def __str__(self) -> str:
-        said = f"{self.name}: {'finished' if self.finished else shlex.join(self.words)}"
+        said = f"{self.name}: {'finished' if self.finished else shlex.join(shown(self.words))}"
         return "\n".join([said, *(f"  checked when it starts: {one}" for one in self.later)])
 
     def submit(self, after: str | None) -> str:
@@ -223,8 +224,9 @@ def _plan(
     rest = [word for word in rest if word not in own or word in words]
     _check_step(command, rest, before)
     stage_folder = folder / name
-    note = read_note(stage_folder / "launch" / NOTE)
-    done = note.get("words") == [command, *rest] and (stage_folder / "launch" / "done").exists()
+    launched = stage_folder / "launch"
+    same = read_note(launched / NOTE).get("words") == shown([command, *rest])
+    done = same and (launched / "done").exists()
     makes = _makes(command, rest)
     if command == "export":
         done = any(makes[0].glob("*"))

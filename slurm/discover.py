@@ -141,9 +141,9 @@ def _int(text: str) -> int:
 
 
 def _gpus(gres: str) -> tuple[int, str]:
-    """GPUs of a node and their type, from gres such as gpu:a100:8(S:0-1)."""
+    """GPUs of a node and their type, from gres such as gpu:a100:8(S:0-1) or gpu:1g.10gb:7."""
     total, kinds = 0, set()
-    for kind, count in re.findall(r"gpu:(?:([A-Za-z][\w.-]*):)?(\d+)", gres):
+    for kind, count in re.findall(r"\bgpu:(?:([^:,()]+):)?(\d+)(?=[,(]|$)", gres):
         total += int(count)
         kinds.add(kind)
     return total, kinds.pop() if len(kinds) == 1 else ""

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from conf.compose import stages_for
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder, read_note, write_json, write_text
+from data_prep.references import without_secrets
 from pretrain.events import step_of
 from pretrain.preemption import REQUEUE_CODE
 from slurm.plan import Save, added_up, plan
@@ -33,6 +34,8 @@ LAUNCHED = ("pretrain", "finetune")
 NOTE = "job.json"
 JOB_NOTES = ("crashes", "crashed-after", "running", "told", "saved")
 """What a batch script notes of its job, and of a step of prep under the step's name."""
+SCRIPT_MODE = 0o600
+"""Of what holds a command as it was typed: an address in it may have a password."""
 AFTER = "--kill-on-invalid-dep=yes"
 """A job that can no longer start ends, visibly, instead of waiting for ever."""
 
@@ -419,7 +422,7 @@ def submit_sweep(sweep: Sweep, words: list[str], *options: str) -> str:
     for old in folder.glob("*.txt"):  # elements of an earlier launch, which may have had more
         old.unlink()
     for number, lines in enumerate(sweep.elements):
-        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n")
+        write_text(folder / f"{number}.txt", "\n".join(lines) + "\n", SCRIPT_MODE)
         _forget(Path(lines[0]) / "launch")
     return submit(sweep.runs / "launch", sweep.script, words, *options)
 
@@ -470,6 +473,11 @@ def refuse_second(run: Path) -> None:
         )
 
 
+def shown(words: Iterable[str]) -> list[str]:
+    """Words as they may be kept and said: an address among them without its password."""
+    return [without_secrets(word) for word in words]
+
+
 def require_slurm() -> None:
     """Raises InputError where no jobs can be submitted."""
     if shutil.which("sbatch") is None:
@@ -492,11 +500,11 @@ def submit(
         RuntimeError: SLURM refuses it.
     """
     script = folder / "job.sbatch"
-    write_text(script, text)
+    write_text(script, text, SCRIPT_MODE)
     _forget(folder)
     number = sbatch(script, *options)
     named = [stage.name for stage in stages]
-    write_json(folder / NOTE, {"job": number, "words": words, "stages": named})
+    write_json(folder / NOTE, {"job": number, "words": shown(words), "stages": named})
     return number
 
 

@@ -27,11 +27,13 @@ from slurm.launch import (
     AFTER,
     JOB_NOTES,
     NOTE,
+    SCRIPT_MODE,
     cancel_job,
     last_words,
     rendered,
     require_slurm,
     sbatch,
+    shown,
     states_of,
 )
 from slurm.settings import ClusterSettings, cluster_of, without_cluster
@@ -90,7 +92,7 @@ def launch_prep(words: Sequence[str], *, dry_run: bool = False) -> dict[str, Any
         for old in folder.glob(f"*.{note}"):
             old.unlink()
     jobs = _submit(folder, scripts)
-    write_json(folder / NOTE, {"jobs": jobs, "cases": cases, "words": ["prep", *rest]})
+    write_json(folder / NOTE, {"jobs": jobs, "cases": cases, "words": shown(["prep", *rest])})
     print(f"jobs {', '.join(jobs.values())}; voxelith launch status {settings.output}")
     return {"output": str(settings.output), "jobs": jobs, "scripts": scripts}
 
@@ -145,7 +147,7 @@ def _submit(folder: Path, scripts: dict[str, str]) -> dict[str, str]:
     jobs: dict[str, str] = {}
     for step, text in scripts.items():
         script = folder / f"{step}.sbatch"
-        write_text(script, text)
+        write_text(script, text, SCRIPT_MODE)
         after = [f"--dependency=afterok:{job}" for job in list(jobs.values())[-1:]]
         options = [*after, AFTER] if after else []
         try:

@@ -67,6 +67,8 @@ def test_seconds_are_those_of_the_steps(tmp_path: Path) -> None:
     assert math.isnan(trained_seconds(log))
     log.write_text("step,samples,seconds_per_step\n1,2,3.0\n10,20,0.5\n12,24,1.0\n")
     assert trained_seconds(log) == 3.0 + 9 * 0.5 + 2 * 1.0
+    log.write_text("step,seconds_per_step,start\n1,3.0,1\n10,0.5,1\n12,1.0,2\n")
+    assert trained_seconds(log, {1: 8, 2: 1}) == 8 * (3.0 + 9 * 0.5) + 2 * 1.0
 
 
 def test_memory_is_that_of_the_process() -> None:

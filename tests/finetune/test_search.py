@@ -144,6 +144,32 @@ def test_each_recipe_of_pretraining_has_its_own_best_rate(tmp_path: Path) -> Non
     assert not any("was best" in note or "another checkpoint" in note for note in found), found
 
 
+def test_scratch_is_that_of_the_groups_own_network(tmp_path: Path) -> None:
+    """Two architectures in one search: the other's scratch is neither a choice nor a fault."""
+    search, runs = tmp_path / "search", tmp_path / "runs"
+    searched(search / "a", "pretrained", PRETRAINED, network="cnn")
+    searched(search / "b", "scratch", SCRATCH, network="cnn")
+    searched(search / "z", "scratch", {1e-3: 0.2, 1e-2: 0.0, 1e-1: 0.0}, network="vit")
+    for part in sorted(search.glob("*/*")):
+        part.rename(search / f"{part.parent.name}-{part.name}")
+    write_run(runs, make_rows("pretrained", 0.05), 1e-3, network="cnn")
+    write_run(runs, make_rows("scratch"), 1e-3, network="cnn")
+    write_run(runs, scratch_own(0.01), 1e-2, network="cnn")
+    (note,) = notes(runs, search)
+    assert "scratch 0.01 of 0.001, 0.01 (Dice 66." in note and note.endswith("4 runs)")
+
+
+def test_a_rate_is_not_chosen_on_cases_that_were_all_seen(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    searched(search, "pretrained", PRETRAINED)
+    searched(search, "scratch", SCRATCH)
+    for file in search.glob("pretrained-*/rows.csv"):
+        write_rows([dataclasses.replace(row, status="tainted") for row in read_rows(file)], file)
+    found = notes(report(tmp_path / "runs"), search)
+    assert "pretrained none of 0.001, 0.01 (no draw is scored for all, 4 runs)" in found[0]
+    assert not any("was best" in note or "nan" in note for note in found)
+
+
 def test_a_rate_is_no_better_for_the_draws_that_it_had(tmp_path: Path) -> None:
     """0.01 is worse on each draw, and was tried on the luckiest alone."""
     search = tmp_path / "search"

@@ -148,6 +148,15 @@ def test_runs_in_another_precision_are_other_runs(words: list[str]) -> None:
     assert (len(jobs), len(set(twins))) == (6, 2)
 
 
+def test_runs_that_would_share_a_name_are_refused(words: list[str]) -> None:
+    """How a run is watched is no part of its name: one of the two would not be done."""
+    alone = [w for w in words if not w.startswith("seed=")]
+    with pytest.raises(InputError) as error:
+        plan_jobs([*alone, "window_batch=1,2"])
+    assert len(error.value.problems) == 2  # one for each checkpoint; twins are added once
+    assert all("which does not say window_batch; vary" in one for one in error.value.problems)
+
+
 @pytest.mark.parametrize(
     "order", [("pretrained,scratch", "own,twin"), ("scratch,pretrained", "twin,own")]
 )

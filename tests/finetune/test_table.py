@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -527,6 +528,66 @@ def test_a_training_that_was_too_short_is_marked(tmp_path: Path) -> None:
     (group,) = read_table([tmp_path]).groups  # not known of every run
     assert math.isfinite(group.main.still_gains)
     assert "faster" not in " ".join(group.notes)
+
+
+def watched(folder: Path, gain: float, scratch: float, pretrained: float, **facts: Any) -> Table:
+    """Arms that differ by `gain` on test cases, with curves that end where it is said."""
+    for arm, end in (("scratch", scratch), ("pretrained", pretrained)):
+        for seed in range(6):
+            run = folder / f"{arm}-{seed}"
+            run.mkdir()
+            rows = [r for r in make_rows(arm, gain * (arm != "scratch"), seeds=6) if r.seed == seed]
+            write_rows(rows, run / "rows.csv")
+            curve = "".join(f"{s},{d}\n" for s, d in ((25, 50), (50, 60), (75, end), (100, end)))
+            (run / "validation.csv").write_text(f"step,dice\n{curve}")
+            told = {name: by_arm[arm] for name, by_arm in facts.items()}
+            (run / "run.json").write_text(json.dumps(told))
+    return read_table([folder])
+
+
+@pytest.mark.parametrize(
+    ("gain", "end", "said"),
+    [
+        (0.05, 74, "over training: generalises better, +4.0 points at the end"),
+        (0.0, 74, "over training: ends apart, +4.0 points at the end, no more than chance may do"),
+        # The test says the contrary, and is what counts.
+        (0.05, 66, "over training: ends apart, -4.0 points at the end, no more than chance may do"),
+    ],
+)
+def test_curves_claim_no_more_than_the_test(
+    gain: float, end: float, said: str, tmp_path: Path
+) -> None:
+    (group,) = watched(tmp_path, gain, 70, end).groups
+    assert any((said in note and "chance" in note) or note.endswith(said) for note in group.notes)
+
+
+def test_curves_follow_a_verdict_that_is_taken_back(tmp_path: Path) -> None:
+    watched(tmp_path, 0.006, 70, 71)  # p 0.02 by itself
+    assert "generalises better" in " ".join(read_table([tmp_path]).groups[0].notes)
+    others = [
+        dataclasses.replace(r, dataset=f"set{n}")
+        for n in range(9)
+        for r in make_rows("scratch") + make_rows("pretrained", 0)
+    ]
+    (tmp_path / "others").mkdir()
+    write_rows(others, tmp_path / "others" / "rows.csv")
+    (group,) = [g for g in read_table([tmp_path]).groups if g.dataset == "hippocampus"]
+    assert group.main.verdict == "no clear difference"
+    assert "generalises" not in " ".join(group.notes) and "ends apart" in " ".join(group.notes)
+
+
+def test_a_curve_over_cases_that_pretraining_has_seen_is_not_read(tmp_path: Path) -> None:
+    seen = {"scratch": [], "pretrained": ["v1", "v2"]}
+    (group,) = watched(tmp_path, 0.05, 70, 74, validation_seen=seen).groups
+    assert "2 validation cases were seen in pretraining: its curve is not read" in group.notes
+    assert not any("over training" in note for note in group.notes)
+    assert list(group.curves) == ["scratch"]
+
+
+def test_arms_that_were_rounded_otherwise_are_noted(tmp_path: Path) -> None:
+    rounded = {"scratch": ["bf16-mixed"], "pretrained": ["32-true"]}
+    (group,) = watched(tmp_path, 0.05, 70, 74, precisions=rounded).groups
+    assert any("computed in 32-true and in bf16-mixed, so" in note for note in group.notes)
 
 
 def test_runs_of_several_own_recipes_are_no_draws_of_one_arm() -> None:

@@ -113,6 +113,7 @@ def test_a_run_holds_all_that_it_should(stage: Stage, arms: list[Path]) -> None:
     assert said["label_subjects"] == len(people) == 1  # both sides of one
     alone = [json.loads((r / "run.json").read_text())["compared_by_voxels_alone"] for r in arms[:2]]
     assert alone == [list(stage.test_keys), []]  # phantoms are too small for sketches
+    assert (said["precisions"], said["validation_seen"]) == (["32-true"], [])
     assert 0 < cost["train_seconds"] < 600 and 0 < cost["predict_seconds"] < 600
     assert cost["flops"] > 0 and cost["peak_mib"] > 0 and cost["parameters"] > 0
     assert {r.pretrain_recipe for r in rows} == {"abc/encoder"}

@@ -31,6 +31,7 @@ from pretrain.cache import cached
 from pretrain.fetch import fetch, resolve
 from pretrain.foreign.nnssl_file import adaptation_plan
 from pretrain.release import write_release
+from pretrain.run_folder import RunFolder
 
 COMMIT = "5" * 40
 ROOT = Path(__file__).parent.parent.parent
@@ -615,6 +616,26 @@ def test_a_pretraining_begins_from_a_reference(fake: Fake, cache: Path, tmp_path
     settings = settings_for("pretrain", [*words, f"init={ref}"])
     assert settings.init == cache / "content" / digest(data) / "w.safetensors"
     assert settings_for("pretrain", words).init is None
+
+
+def test_a_run_with_a_checkpoint_needs_its_reference_no_more(
+    fake: Fake, cache: Path, tmp_path: Path
+) -> None:
+    """Requeued to a node without that cache and without a network."""
+    from conf.compose import settings_for
+
+    data, run = weights(), RunFolder(tmp_path / "runs" / "x")
+    ref = f"hf://org/foreign@{COMMIT}/w.safetensors#sha256={digest(data)}"
+    words = ["pretrain", f"corpus={tmp_path}", "run=x", f"runs={tmp_path / 'runs'}",
+             "objective=mae", "backbone=vit_s", f"init={ref}"]  # fmt: skip
+    run.path.mkdir(parents=True)
+    run.describe({"init": "/elsewhere/w.safetensors"}, words)
+    with pytest.raises(InputError, match="hf://org/foreign"):  # it is not there
+        settings_for(words[0], words[1:])
+    run.checkpoints.save(3, {"step": 3})
+    assert settings_for(words[0], words[1:]).init == Path("/elsewhere/w.safetensors")
+    with pytest.raises(InputError, match="hf://org/other"):  # another one is looked at
+        settings_for(words[0], [*words[1:-1], "init=hf://org/other/w.safetensors"])
 
 
 def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.corpus import Corpus
+from pretrain.events import Events
 from pretrain.health import CollapseError, Health, Spread, collapse, rankme, spread
 from pretrain.objective import Batch, Losses, Objective, evaluating
 from pretrain.settings import HealthSettings, PretrainSettings
+from pretrain.tracking import Journal, read_lines
 from pretrain.train import make_dataset, pretrain
 from voxelith import main
 
@@ -248,7 +250,7 @@ def test_a_stopped_run_goes_on_in_its_health_csv(
 
     monkeypatch.setattr(CnnMAE, "forward", stopping)
     chosen = settings(pretrain_corpus, tmp_path, "stopped", steps=20)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    with pytest.raises(KeyboardInterrupt):
         pretrain(chosen)
     run = tmp_path / "stopped"
     assert [row["step"] for row in rows(run)] == [0, 4, 8]  # the newest checkpoint is of step 6
@@ -258,6 +260,31 @@ def test_a_stopped_run_goes_on_in_its_health_csv(
     expected = [{k: v for k, v in row.items() if k not in timed} for row in rows(whole)]
     assert [{k: v for k, v in row.items() if k not in timed} for row in rows(run)] == expected
     assert [row["step"] for row in expected] == [0, 4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize("stop_at", [0, 8])
+def test_a_look_that_was_cut_short_is_made_by_the_next_start(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """Also the first, before there is a checkpoint, and the last: then the run is not done yet."""
+    original, cut = Journal.tell, [stop_at]
+
+    def tell(self: Journal, values: Any, step: int) -> None:
+        original(self, values, step)
+        if step in cut and "health/rank" in values:
+            cut.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "tell", tell)
+    chosen = settings(pretrain_corpus, tmp_path, "cut", steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(chosen)
+    pretrain(chosen)
+    run = tmp_path / "cut"
+    assert [row["step"] for row in rows(run)] == [0, 4, 8]
+    told = [row["step"] for row in read_lines(run / "metrics.jsonl") if "health/rank" in row]
+    assert told == [0, 4, 8]
+    assert Events(run).starts()[-1].end == "finished"
 
 
 def test_two_ranks_are_watched_and_stop_together(pretrain_corpus: Path, tmp_path: Path) -> None:

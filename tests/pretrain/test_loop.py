@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, LostLeaseError
+from data_prep.files import write_json
+from pretrain.events import Events
 from pretrain.failures import failure_folder
-from pretrain.loop import _Watch, machine_precision
-from pretrain.preemption import Ask
+from pretrain.loop import Loop, _Watch, machine_precision
+from pretrain.preemption import Ask, Preempted
 from pretrain.replay import Replay
 from pretrain.run_folder import RunFolder, load_checkpoint
 from pretrain.settings import PretrainSettings, TrainerSettings
@@ -148,8 +150,11 @@ def test_resumed_sample_ids_continue_exactly(
     pretrain(settings(pretrain_corpus, tmp_path, "whole"))
     whole, seen = seen, []
     stop_at = 15
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    heard = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
         pretrain(settings(pretrain_corpus, tmp_path, "stopped"))
+    assert signal.getsignal(signal.SIGINT) is heard
+    assert Events(tmp_path / "stopped").starts()[-1].end == "interrupted"
     stop_at = -1
     before, seen = seen, []
     pretrain(settings(pretrain_corpus, tmp_path, "stopped"))
@@ -371,6 +376,50 @@ def test_sigterm_saves_and_does_not_look_like_success(
     pretrain(chosen)
     one, other = weights(tmp_path / "whole"), weights(run)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sigterm_before_the_first_step_is_no_success(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks are compared once Lightning has begun, which has handlers of its own for signals."""
+    original = Loop.check_ranks
+
+    def told(self: Loop, *words: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *words)
+
+    monkeypatch.setattr(Loop, "check_ranks", told)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Preempted) as end:
+            pretrain(settings(pretrain_corpus, tmp_path, "early", accumulate=2, batch_size=4))
+    finally:
+        signal.signal(signal.SIGTERM, before)  # what preempted a run stays deaf
+    assert end.value.exit_code == 128 + signal.SIGTERM
+    (saved,) = (tmp_path / "early" / "checkpoints").glob("step-*.pt")
+    assert saved.name == "step-00000001.pt"
+
+
+def test_a_writer_that_was_taken_for_dead_ends_and_deletes_nothing(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job was started again elsewhere, and has come further."""
+    run = RunFolder(tmp_path / "taken")
+    original = RunFolder.check_lease
+
+    def taken(self: RunFolder) -> None:
+        if self.checkpoints.last_step() >= 4:
+            self.checkpoints.save(30, {"step": 30})
+            note = json.loads((self.path / "lease.json").read_text())
+            write_json(self.path / "lease.json", {**note, "token": "another"})
+        original(self)
+
+    monkeypatch.setattr(RunFolder, "check_lease", taken)
+    with pytest.raises(LostLeaseError, match="another process writes here now"):
+        pretrain(settings(pretrain_corpus, tmp_path, "taken", log_every=1))
+    assert run.checkpoints.last_step() == 30
+    assert json.loads((run.path / "lease.json").read_text())["token"] == "another"
+    assert Events(run.path).starts()[-1].end == "" and max(steps(run.path)) == 6
 
 
 def test_a_signal_to_the_whole_group_saves_too(pretrain_corpus: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from rank_runs import environment
 from test_loop import RESENC, settings
 from test_stages import words as recipe_words
 
+from data_prep.errors import InputError
 from pretrain.plan import STEPS, Measured, _loader_alone, added_up, as_text, plan
+from pretrain.run_folder import RunFolder
 from pretrain.settings import PlanSettings
 from pretrain.train import prepare
 from voxelith import main
@@ -93,6 +95,15 @@ def test_the_first_steps_are_those_of_the_run_and_nothing_stays(
     assert list((tmp_path / "runs").iterdir()) == []
     said = capsys.readouterr().out
     assert re.search(r"planned: [\d.e-]+ hours for 1,000 steps of 4 samples on 1 rank,", said)
+
+
+def test_a_plan_does_not_take_another_ones_folder(pretrain_corpus: Path, tmp_path: Path) -> None:
+    """Both are called `planned` where nobody gives a name."""
+    asked = chosen(pretrain_corpus, tmp_path / "runs")
+    other = tmp_path / "runs" / f".plan-{asked.run}" / "x"
+    with RunFolder(other).lease(), pytest.raises(InputError, match="another plan is at work"):
+        plan({"": asked})
+    assert other.is_dir()
 
 
 def test_threads_are_set_where_a_training_starts_and_not_by_looking_at_it(

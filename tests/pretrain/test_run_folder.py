@@ -107,6 +107,20 @@ def test_a_requeued_job_takes_its_own_lease_over(
         pass
 
 
+@pytest.mark.parametrize("other", [{"processes": "pid:[1]"}, {"since": "1"}])
+def test_a_number_alone_is_no_process(tmp_path: Path, other: dict[str, str]) -> None:
+    """Containers that share a host's name count processes on their own, and numbers come again."""
+    with RunFolder(tmp_path).lease():
+        lease = json.loads((tmp_path / "lease.json").read_text())
+    dead = next(pid for pid in range(2**22, 1, -1) if not Path(f"/proc/{pid}").exists())
+    pid = dead if "processes" in other else os.getpid()
+    (tmp_path / "lease.json").write_text(json.dumps({**lease, **other, "pid": pid}))
+    # One that cannot be seen from here may live; one that is younger than its lease is another.
+    assert RunFolder(tmp_path).held() is ("processes" in other)
+    (tmp_path / "lease.json").write_text(json.dumps({**lease, "pid": pid}))
+    assert RunFolder(tmp_path).held() is ("since" in other)
+
+
 def test_of_many_takers_one_gets_the_lease(tmp_path: Path) -> None:
     """Also when all of them find a dead writer's lease."""
     dead = {"host": "elsewhere", "pid": 1, "job": None, "heartbeat": time.time() - 3600}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slurm import discover
-from slurm.discover import init, read_cluster, warnings
+from slurm.discover import _gpus, init, read_cluster, warnings
 from slurm.settings import cluster_of
 
 CONFIG = """\
@@ -40,6 +40,8 @@ def test_partitions_are_what_their_least_node_has() -> None:
     found = read_cluster(CONFIG, PARTITIONS, NODES)
     assert (found.version, found.requeues, found.kill_wait) == ("23.11.4", True, 30)
     assert not found.sends_signal
+    assert _gpus("gpu:1g.10gb:7(S:0-1),nvme:2") == (7, "1g.10gb")
+    assert _gpus("gpu:a100:2,gpu:2g.20gb:4") == (6, "") and _gpus("gpu:4(S:0,2)") == (4, "")
     cpu, gpu, spot = found.partitions
     assert (cpu.default, cpu.gpus, cpu.cpus, cpu.memory_mb) == (True, 0, 32, 128000)
     assert (gpu.gpus, gpu.gpu_type, gpu.cpus, gpu.nodes) == (4, "a100", 96, 2)

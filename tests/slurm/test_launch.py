@@ -13,6 +13,7 @@ import pytest
 
 import voxelith
 from data_prep.errors import InputError
+from slurm.chain import Stage
 from slurm.launch import (
     Launched,
     Sweep,
@@ -348,6 +349,27 @@ def test_a_sweep_launched_again_has_forgotten_its_former_elements(
     assert Launched.of(tmp_path / "runs" / "b").job == "8_0"
     with pytest.raises(InputError, match="no job of it was launched"):
         Launched.of(tmp_path / "runs" / "c")
+
+
+def test_a_password_lies_in_what_the_user_alone_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the script and the elements, which need it, and in nothing else."""
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 8\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words, run = ["corpus=https://me:hushed@host/ct", "run=a"], tmp_path / "runs"
+    script = "srun voxelith pretrain corpus=https://me:hushed@host/ct"
+    element = [str(run / "a"), "finetune", *words]
+    submit_sweep(Sweep(run, script, [element], 1), ["finetune", *words])
+    holding = {path.name: path for path in run.rglob("*") if path.is_file()}
+    assert "https://host/ct" in holding["job.json"].read_text()
+    for name, path in holding.items():
+        kept = "hushed" in path.read_text()
+        assert kept is (name in ("job.sbatch", "0.txt")), name
+        assert not kept or path.stat().st_mode & 0o077 == 0
+    stage = Stage("1-pretrain", ["pretrain", *words], run)
+    assert "hushed" not in str(stage) and "https://host/ct" in str(stage)
 
 
 def test_a_stage_of_a_recipe_is_watched_by_its_own_name_too(tmp_path: Path) -> None:
