@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def voxelith(*words: str) -> None:
-    """Says a command, and runs it in a process of its own."""
+    """Says a command, and runs it in a process of its own; where it fails, that ends this one."""
     print(f"$ voxelith {' '.join(words)}", flush=True)
     command = [sys.executable, "-W", "ignore", "-m", "voxelith", *words]
-    subprocess.run(command, cwd=ROOT, check=True)
+    if code := subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(code)
 
 
 def quietly(*words: str) -> tuple[float, str]:

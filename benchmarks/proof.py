@@ -463,6 +463,8 @@ def main() -> None:
         parser.error(f"--only {' '.join(wrong)}: there are {', '.join(sorted(encoders))}")
     if asked.only and asked.stage not in ("explore", *(f"test-{cell}" for cell in CELLS)):
         parser.error(f"--only: {asked.stage} is done as a whole")
+    if not asked.data.is_dir():
+        parser.error(f"--data {asked.data}: is not there; give the folder with the scans")
     work = asked.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     make_corpora(asked.data.resolve(), work)
