@@ -580,6 +580,8 @@ def _begun_from(line: Line, ref: str) -> Path | None:
     from data_prep.files import read_note
     from data_prep.references import without_secrets
 
+    if line.command != "pretrain":
+        return None
     own = Path(line.config["runs"]) / str(line.config["run"])
     began = read_note(own / "config.json").get("init")
     same = f"init={without_secrets(ref)}" in read_note(own / "run.json").get("command", [])

@@ -14,6 +14,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -112,7 +113,7 @@ def remove(settings: RemoveSettings, say: Say = tell) -> dict[str, Any]:
         work.remove()
         after = Corpus.open(output)
         forgotten = _forget(private, set(after.subjects), names)
-        begun = [*others(output, work), *filter(Path.exists, _folders(_addition(output)))]
+        begun = [*others(output, work), *_left_over(_addition(output))]
     say(
         f"{output}: {len(gone)} samples withdrawn, {len(kept)} are left; {written} shards were "
         f"written again, {forgotten} rows of the quarantine are gone"
@@ -187,6 +188,17 @@ def _addition(output: Path) -> Path:
 def _folders(beside: Path) -> tuple[Path, Path, Path]:
     """All that there may be of an addition; last the one by which it is known."""
     return beside, work_root(beside), private_folder(beside)
+
+
+def _left_over(beside: Path) -> list[Path]:
+    """What there is of an addition, unless it is under way: then it ends by itself."""
+    there = [path for path in _folders(beside) if path.exists()]
+    request = hashlib.sha256(b"remove").hexdigest()
+    try:
+        with hold(beside, request, alone=True) if there else nullcontext():
+            return there
+    except InputError:
+        return []
 
 
 def _join(output: Path, beside: Path, work: WorkFolder) -> None:

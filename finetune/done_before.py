@@ -72,8 +72,9 @@ def take_over(alike: Path, run: RunFolder) -> None:
         elif there.exists():
             with there.open("rb") as source, atomic(here) as target:
                 shutil.copyfileobj(source, target)
-    cost = read_note(alike / "run.json")["cost"]
-    facts = read_note(run.path / "run.json") | {"cost": cost, "trained_in": alike.name}
+    told = read_note(alike / "run.json")
+    taken = {name: told[name] for name in ("cost", "precisions") if name in told}
+    facts = read_note(run.path / "run.json") | taken | {"trained_in": alike.name}
     write_json(run.path / "run.json", facts)
     shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
 

@@ -135,6 +135,35 @@ def untested_classes(rows: Sequence[Row]) -> list[str]:
     return [f"no test case is {name}" for name in names if name not in present]
 
 
+def folds_of_one_class(rows: Sequence[Row]) -> list[str]:
+    """How many folds tell no classes apart, as AUROC would have to."""
+    classes: dict[str, set[str]] = {}
+    for row in rows:
+        if row.truth == 1:
+            classes.setdefault(row.split, set()).add(row.class_name)
+    alone = sum(len(found) == 1 for found in classes.values())
+    if not alone or len(classes) < 2:
+        return []
+    return [f"{alone} of {len(classes)} folds have cases of one class alone, and no AUROC"]
+
+
+def rounded_otherwise(arms: Mapping[str, list[Row]], facts: Mapping[Run, Facts]) -> list[str]:
+    """Where twins were not computed in the same precision: `auto` is another on another device."""
+    by_draw: dict[str, set[tuple[str, ...]]] = {}
+    for row in (row for rows in arms.values() for row in rows):
+        known = facts.get(run_of(row))
+        if known is not None and known.precisions:
+            by_draw.setdefault(row.draw, set()).add(tuple(known.precisions))
+    apart = [found for found in by_draw.values() if len({p for one in found for p in one}) > 1]
+    if not apart:
+        return []
+    named = sorted({p for found in apart for one in found for p in one})
+    return [
+        f"in {len(apart)} of {len(by_draw)} draws runs were computed in {' and in '.join(named)}, "
+        "so the arms are not rounded alike: trainer.precision=auto is another on another device"
+    ]
+
+
 def too_few_of_a_class(rows: Sequence[Row]) -> str:
     """Why scores that compare classes get no interval; empty if they get one.
 

@@ -10,6 +10,7 @@ from data_prep.preprocess import Preprocess
 from finetune.evaluate import Origin, Seen, Split, comparable
 from finetune.settings import FinetuneSettings, config_hash
 from finetune.targets import Targets
+from finetune.validation import watched
 from pretrain.release import Release
 
 
@@ -92,9 +93,9 @@ class Plan:
 
     @property
     def validation_seen(self) -> list[str]:
-        """Validation cases that the checkpoint has seen: what a curve over them says is no news."""
+        """Cases of its curve that the checkpoint has seen: what it says of them is no news."""
         seen, prints = self.origin.seen, self.corpus.scan_prints()
-        keys = self.validation if self.settings.validations and seen is not None else ()
+        keys = watched(self.validation) if self.settings.validations and self.validation else ()
         return [key for key in keys if seen is not None and seen.has(prints[key])]
 
     @property

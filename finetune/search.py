@@ -91,11 +91,10 @@ class Search:
 
         With so many labels, if it was at all.
         """
-        tried = [
-            one
-            for one in self.tried
-            if (one.encoder in encoders if one.encoder else one.trained.get("network") in networks)
-        ]
+        scratch = [one for one in self.tried if not one.encoder]
+        # A search with other crops has another network by name, and says so among the differences.
+        own = [one for one in scratch if one.trained.get("network") in networks] or scratch
+        tried = [one for one in self.tried if one.encoder in encoders] + own
         same = [one for one in tried if one.labels == labels]
         return replace(self, tried=same or tried)
 

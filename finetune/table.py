@@ -68,10 +68,12 @@ from finetune.lines import (
 )
 from finetune.notes import (
     few_subjects,
+    folds_of_one_class,
     missed_or_invented,
     not_compared,
     not_enough,
     power_of,
+    rounded_otherwise,
     too_few_of_a_class,
     unpaired,
     unsuitable,
@@ -300,11 +302,7 @@ def _with_facts(
     twins = [one for arm in TWINS for one in known[arm] if one is not None]
     if costs := [one.cost for one in twins if one.cost is not None]:
         notes.append(cost_note(costs))
-    if len(precisions := sorted({p for one in twins for p in one.precisions})) > 1:
-        notes.append(
-            f"runs were computed in {' and in '.join(precisions)}, so the arms are not rounded "
-            "alike: trainer.precision=auto is another one on another device"
-        )
+    notes += rounded_otherwise({arm: arms.get(arm, []) for arm in TWINS}, facts)
     if seen := {key for one in twins for key in one.validation_seen}:
         notes.append(
             f"{len(seen)} validation cases were seen in pretraining: its curve is not read"
@@ -450,9 +448,7 @@ def _group(
             lines.append(dataclasses.replace(line, verdict=verdict, leakage=leakage))
     if len(checkpoints) > 1 and (difference := lines[0].difference) is not None:
         notes.append(f"its difference is about {difference.claim}")
-    of_one_class = len(set(folds.values())) - lines[0].basis.folds
-    if len(set(folds.values())) > 1 and metrics is CLASSIFICATION and of_one_class:
-        notes.append(f"{of_one_class} folds have cases of one class alone and no part in the AUROC")
+    notes += folds_of_one_class(rows) if metrics is CLASSIFICATION else []
     notes += not_enough(lines[0]) + power_of(lines[0])
     return Group(
         head.dataset,

@@ -24,6 +24,12 @@ CASES = 8
 """Cases that are segmented each time, spread over the validation part."""
 
 
+def watched(keys: Sequence[str]) -> list[str]:
+    """The validation cases that a curve is over."""
+    chosen = np.linspace(0, len(keys) - 1, min(CASES, len(keys))).round().astype(int)
+    return [keys[i] for i in chosen]
+
+
 class Validation:
     """Measures a network as it would be reported, and keeps a run's validation.csv.
 
@@ -48,8 +54,7 @@ class Validation:
     ) -> None:
         self.segmenter = replace(segmenter, tta=False)  # mirrors cost time and tell no trend
         self.corpus = corpus
-        chosen = np.linspace(0, len(keys) - 1, min(CASES, len(keys))).round().astype(int)
-        self.keys = [keys[i] for i in chosen]
+        self.keys = watched(keys)
         self.due = frozenset(math.ceil(k * steps / times) for k in range(1, times + 1))
         self.run = run
         self._log: MetricsLog | None = None

@@ -1,7 +1,7 @@
 """What became of a run: events.jsonl, a line for each start, save and end, of which none is undone.
 
 metrics.csv has each step once, whatever happened; here is what happened. A start without an end
-was killed, or is under way.
+was killed or taken for dead, or is under way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Start:
         ranks: processes that trained together.
         job: of the scheduler; None without one.
         end: `finished`, `requeue`, `preempted`, `interrupted` or what error; empty if nothing was
-            written: it was killed, or is under way.
+            written: it was killed or taken for dead, or is under way.
         last: the last step that is known of it.
         ended: seconds since 1970 at its last event.
         saves: seconds that each of its checkpoints took to write.

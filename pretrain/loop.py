@@ -565,21 +565,17 @@ class _Watch(L.Callback):
             ask = Ask.NOTHING if last else Ask(self.agreement.ask(self._wish()))
             logging_due = step % chosen.log_every == 0 or last or step == 1
             saving_due = step % chosen.save_every == 0 or last or ask > Ask.NOTHING
-            if self.main and (logging_due or saving_due):
-                self.loop.run.check_lease()
             if logging_due or saving_due:
                 self._log(trainer, pl_module)
             # Before the checkpoint: a run that ends in between looks again.
             found = self.loop.look() if self.main else {}
             if found:
                 self.journal.tell(found, step)
-            if self.main and saving_due and not last:
+            if self.main and saving_due:
                 self._save(trainer, pl_module)
             if self.main and chosen.preview_every and (step % chosen.preview_every == 0 or last):
                 self._preview(pl_module)
             self._watch(trainer, pl_module, logged=logging_due or saving_due, last=last)
-            if self.main and last:  # a run with its last checkpoint is done, and looks no more
-                self._save(trainer, pl_module)
             if self.main:
                 self.bar.update()
             if ask >= Ask.STOP:
@@ -654,6 +650,7 @@ class _Watch(L.Callback):
 
     def _save(self, trainer: L.Trainer, objective: L.LightningModule) -> None:
         assert isinstance(objective, Objective)
+        self.loop.run.check_lease()  # again: looks take their time, and saving deletes
         began, step = time.perf_counter(), self.loop.step
         self.journal.save()
         state = self.loop.state(objective, trainer.optimizers[0])
@@ -698,6 +695,7 @@ class _Watch(L.Callback):
         if objective.compares:
             row["repeated"] = loop.repeated()
         if self.main:
+            self.loop.run.check_lease()
             self._judge(objective, row)
             self.journal.row(row)
             self.bar.set_postfix_str(

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from data_prep.errors import InputError
-from data_prep.files import make_folder
 from data_prep.machine import cores
 from pretrain.events import Events
 from pretrain.health import interval
@@ -110,33 +109,37 @@ def plan(stages: Mapping[str, PlanSettings]) -> dict[str, Any]:
     before: Path | None = None
     main = rank_zero_only.rank == 0
     began = _process_began()  # imports and checks are a part of the first start
-    if main:
-        make_folder(folder.parent, "runs")
-        if any(RunFolder(run).held() for run in folder.glob("*/")):
-            raise InputError(
-                f"{folder}: another plan is at work there; wait for it, or give this one run=NAME"
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        for name, settings in stages.items():
-            if follows(settings, first, before):
-                settings = settings.model_copy(update={"init": before})
-            prepared = prepare(_short(settings, folder))
-            prepared.train()
-            before = prepared.run.path
-            if main:  # the others train the next stage with it
-                plans[name] = added_up(settings, _measure(prepared, time.time() - began))
-                print(as_text(name, settings, plans[name]))
-            began = time.time()
-    finally:
+    with RunFolder(folder).lease() if main else nullcontext():
         if main:
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder)  # of one that was killed
+        try:
+            for name, settings in stages.items():
+                if follows(settings, first, before):
+                    settings = settings.model_copy(update={"init": before})
+                prepared = prepare(_short(settings, folder))
+                prepared.train()
+                before = prepared.run.path
+                if main:  # the others train the next stage with it
+                    plans[name] = added_up(settings, _measure(prepared, time.time() - began))
+                    print(as_text(name, settings, plans[name]))
+                began = time.time()
+        finally:
+            if main:
+                _clear(folder)
+    if main:
+        with suppress(OSError):  # of the next plan already
+            folder.rmdir()
     if not main:
         sys.exit(0)  # rank 0 tells
     total = sum(found.seconds for found in plans.values())
     if len(plans) > 1:
         print(f"all {len(plans)} stages: {total / 3600:.3g} hours")
     return {"seconds": total, "stages": {name: asdict(found) for name, found in plans.items()}}
+
+
+def _clear(folder: Path) -> None:
+    for run in folder.glob("*/"):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _short(settings: PlanSettings, folder: Path) -> PretrainSettings:

@@ -33,7 +33,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
-from data_prep.errors import CorruptionError, InputError, NeighbourError
+from data_prep.errors import CorruptionError, InputError, LostLeaseError, NeighbourError
 from data_prep.files import read_note, write_json
 from data_prep.references import without_secrets
 from pretrain.collectives import is_of_another_rank
@@ -167,8 +167,10 @@ class Neighbours:
 
     def note(self, error: BaseException) -> None:
         """Leaves what happened for the others, unless it is they who made it happen."""
-        if not isinstance(error, Exception):
-            self._over.set()  # preempted: all end, each in its time and with a code of its own
+        if not isinstance(error, Exception) or isinstance(error, LostLeaseError):
+            # Preempted: all end, each in its time and with a code of its own. Or another start has
+            # the folder, whose ranks would take the note for one of theirs.
+            self._over.set()
         elif self.ranks > 1 and not is_of_another_rank(error):
             problems = error.problems if isinstance(error, InputError) else None
             said = "\n".join(problems) if problems else f"{type(error).__name__}: {error}"

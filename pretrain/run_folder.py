@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import json
 import os
 import platform
 import secrets
@@ -190,10 +191,20 @@ class RunFolder:
     def check_lease(self) -> None:
         """Before more is written: a process that stood still, or lost its scheduler, may live on.
 
+        Of a folder without a lease nothing is lost, and a file system that hiccups takes none away.
+
         Raises:
-            LostLeaseError: another process holds the folder now.
+            LostLeaseError: another process holds the folder now, or did.
         """
-        if self._token and read_note(self._lease).get("token") != self._token:
+        if not self._token:
+            return
+        try:
+            held = json.loads(self._lease.read_text())
+        except FileNotFoundError:
+            held = {}
+        except (OSError, ValueError):
+            return
+        if held.get("token") != self._token:
             raise LostLeaseError(
                 f"{self.path}: another process writes here now, which took this one for dead "
                 f"(no heartbeat for {STALE_SECONDS} s, or its job was started again); this one ends"
@@ -288,7 +299,7 @@ def _alive(held: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     since = _process(held["pid"])["since"]
-    return bool(held.get("since", since) == since)
+    return not since or bool(held.get("since", since) == since)
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -551,6 +552,28 @@ def test_a_better_ranking_is_seen_and_power_is_told(seed: int) -> None:
     assert group.main.verdict == "not defined"
     assert "AUROC is not defined, for all test cases are of one class" in group.sentence
     assert "no test case is well" in group.notes
+
+
+@pytest.mark.parametrize(("fold_of", "alone"), [(lambda i: i % 5, 0), (lambda i: i // 8, 4)])
+def test_folds_that_tell_no_classes_apart_are_noted(
+    seed: int, fold_of: Callable[[int], int], alone: int
+) -> None:
+    """Nor are others blamed where there is no interval for other reasons."""
+    from finetune.table import tabulate
+
+    rows = [
+        dataclasses.replace(r, split=f"fold-{n}/validation", split_hash=f"{n}")
+        for r in arm("scratch", seed) + arm("pretrained", seed, shift=4.0)
+        for n in [fold_of(int(r.case[1:]))]
+    ]
+    (group,) = tabulate(rows).groups
+    said = [note for note in group.notes if "folds have cases" in note]
+    assert said == (
+        [f"{alone} of 5 folds have cases of one class alone, and no AUROC"] * bool(alone)
+    )
+    few = [r for r in rows if int(r.case[1:]) % 20 < 9]  # nine subjects of each class
+    (group,) = tabulate(few).groups
+    assert bool(alone) is any("folds have cases" in note for note in group.notes)
 
 
 def test_arms_are_compared_over_the_cases_that_both_have(seed: int) -> None:

@@ -558,7 +558,7 @@ def test_curves_claim_no_more_than_the_test(
     gain: float, end: float, said: str, tmp_path: Path
 ) -> None:
     (group,) = watched(tmp_path, gain, 70, end).groups
-    assert any((said in note and "chance" in note) or note.endswith(said) for note in group.notes)
+    assert any(note.endswith(said) for note in group.notes)
 
 
 def test_curves_follow_a_verdict_that_is_taken_back(tmp_path: Path) -> None:
@@ -587,7 +587,13 @@ def test_a_curve_over_cases_that_pretraining_has_seen_is_not_read(tmp_path: Path
 def test_arms_that_were_rounded_otherwise_are_noted(tmp_path: Path) -> None:
     rounded = {"scratch": ["bf16-mixed"], "pretrained": ["32-true"]}
     (group,) = watched(tmp_path, 0.05, 70, 74, precisions=rounded).groups
-    assert any("computed in 32-true and in bf16-mixed, so" in note for note in group.notes)
+    note = "in 6 of 6 draws runs were computed in 32-true and in bf16-mixed, so the arms are not"
+    assert any(one.startswith(note) for one in group.notes)
+    for run in tmp_path.glob("*-[0-2]"):  # all of these on one machine, all others on another
+        (run / "run.json").write_text(json.dumps({"precisions": ["32-true"]}))
+    for run in tmp_path.glob("*-[3-5]"):
+        (run / "run.json").write_text(json.dumps({"precisions": ["bf16-mixed"]}))
+    assert "computed" not in " ".join(read_table([tmp_path]).groups[0].notes)
 
 
 def test_runs_of_several_own_recipes_are_no_draws_of_one_arm() -> None:

@@ -100,10 +100,12 @@ def test_the_first_steps_are_those_of_the_run_and_nothing_stays(
 def test_a_plan_does_not_take_another_ones_folder(pretrain_corpus: Path, tmp_path: Path) -> None:
     """Both are called `planned` where nobody gives a name."""
     asked = chosen(pretrain_corpus, tmp_path / "runs")
-    other = tmp_path / "runs" / f".plan-{asked.run}" / "x"
-    with RunFolder(other).lease(), pytest.raises(InputError, match="another plan is at work"):
-        plan({"": asked})
-    assert other.is_dir()
+    other = tmp_path / "runs" / f".plan-{asked.run}"
+    with RunFolder(other).lease():
+        (other / "x").mkdir()
+        with pytest.raises(InputError, match="is being written by process"):
+            plan({"": asked})
+        assert (other / "x").is_dir()
 
 
 def test_threads_are_set_where_a_training_starts_and_not_by_looking_at_it(

@@ -119,6 +119,16 @@ def test_the_first_rank_may_fail_as_well(pretrain_corpus: Path, tmp_path: Path) 
     assert "closed by peer" not in said
 
 
+def test_ranks_that_were_taken_for_dead_leave_nothing_for_those_that_took_over(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """The folder is another start's by now, whose ranks believe what notes say."""
+    fault = "(Path(__file__).parent / 'run' / 'lease.json').write_text('{\"token\": \"x\"}')"
+    code, said = broken(pretrain_corpus, tmp_path, fault, rank=0)
+    assert code == 1 and "error: " in said and "another process writes here now" in said, said
+    assert notes(tmp_path) == {} and (tmp_path / "run" / "lease.json").exists()
+
+
 def test_wrong_input_of_one_rank_is_wrong_input(pretrain_corpus: Path, tmp_path: Path) -> None:
     code, said = broken(pretrain_corpus, tmp_path, "wrong_input(batch)", devices=3)
     assert code == 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pretrain.run_folder
-from data_prep.errors import CorruptionError, InputError
+from data_prep.errors import CorruptionError, InputError, LostLeaseError
 from pretrain.run_folder import MetricsLog, RunFolder
 
 
@@ -119,6 +119,24 @@ def test_a_number_alone_is_no_process(tmp_path: Path, other: dict[str, str]) -> 
     assert RunFolder(tmp_path).held() is ("processes" in other)
     (tmp_path / "lease.json").write_text(json.dumps({**lease, "pid": pid}))
     assert RunFolder(tmp_path).held() is ("since" in other)
+
+
+def test_a_lease_is_lost_to_another_and_not_to_a_hiccup(tmp_path: Path) -> None:
+    run, file = RunFolder(tmp_path), tmp_path / "lease.json"
+    run.check_lease()  # what nobody holds is not lost
+    with run.lease():
+        mine = file.read_text()
+        run.check_lease()
+        file.unlink()
+        file.mkdir()
+        run.check_lease()
+        file.rmdir()
+        for now in (None, mine.replace('"token": "', '"token": "x')):  # the other may have ended
+            if now is not None:
+                file.write_text(now)
+            with pytest.raises(LostLeaseError):
+                run.check_lease()
+        file.write_text(mine)
 
 
 def test_of_many_takers_one_gets_the_lease(tmp_path: Path) -> None:
