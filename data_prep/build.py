@@ -19,6 +19,7 @@ from data_prep.errors import InputError
 from data_prep.exclusions import exclusion_digest
 from data_prep.layouts.case import Layout
 from data_prep.naming import (
+    EXCLUDED_FILE,
     WITHDRAWN_FILE,
     choose_salt,
     key_names,
@@ -109,6 +110,9 @@ def _begun(
     if withdrawn.is_file():
         known.append(withdrawn)
         say(f"what was withdrawn stays out: {withdrawn}")
+    if onto and (before := _private(settings, onto) / EXCLUDED_FILE).is_file():
+        known.append(before)
+        say(f"what exclude= kept out of it stays out: {before}")
     # Without unfinished work there is nothing to hold, or to write to.
     idle = not work_root(settings.output).exists()
     existing = _existing(settings, request, say) if idle else None

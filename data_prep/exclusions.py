@@ -14,6 +14,7 @@ from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, Corpus
 from data_prep.errors import InputError, attempt, named, some
+from data_prep.files import write_bytes
 from data_prep.fingerprint import as_text
 from data_prep.naming import KEY_PATTERN
 from data_prep.scan import Scanned
@@ -111,6 +112,14 @@ def read_exclusions(paths: Sequence[Path], equal: Collection[Path] = ()) -> Excl
     if problems:
         raise InputError(problems)
     return Exclusions(names, sketches, sources)
+
+
+def write_excluded(file: Path, paths: Sequence[Path]) -> None:
+    """Notes what `exclude=` names, beside what an earlier note has, as a list that it reads."""
+    before = set(file.read_text().splitlines()) if file.is_file() else set()
+    names = {name for name in read_exclusions(paths).names if _LINE.fullmatch(name)} | before
+    if names:
+        write_bytes(file, "".join(f"{name}\n" for name in sorted(names)).encode(), mode=0o600)
 
 
 def exclusion_digest(path: Path) -> str:

@@ -42,6 +42,7 @@ from data_prep.errors import (
     plain_message,
     some,
 )
+from data_prep.exclusions import write_excluded
 from data_prep.files import (
     atomic,
     file_digest,
@@ -54,6 +55,7 @@ from data_prep.files import (
 from data_prep.naming import (
     DUPLICATES,
     DUPLICATES_OF_BEFORE,
+    EXCLUDED_FILE,
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
     QUARANTINE_FILE,
@@ -643,6 +645,8 @@ def _join_private(private: Path, more: Path, generation: int) -> None:
         new = _rows(more / name, columns)
         write_csv(private / name, columns, [*rows, *(row for row in new if row not in rows)])
 
+    if (more / EXCLUDED_FILE).is_file():
+        write_excluded(private / EXCLUDED_FILE, [more / EXCLUDED_FILE])
     for picture in (more / DUPLICATES).glob("*.png"):
         (private / DUPLICATES).mkdir(mode=0o700, exist_ok=True)
         picture.replace(private / DUPLICATES / f"{generation}-{picture.name}")

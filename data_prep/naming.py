@@ -29,6 +29,8 @@ REFUSED_FILES = "refused*.csv"
 REQUEST_FILE = "request.json"
 WITHDRAWN_FILE = "withdrawn.txt"
 """What was withdrawn from the corpus, so that it never comes back."""
+EXCLUDED_FILE = "excluded.txt"
+"""What `exclude=` named when the corpus was made, so that no addition brings it in."""
 DUPLICATES = "duplicates"
 """A folder of pictures of copies."""
 DUPLICATES_OF_BEFORE = "duplicates.png"
@@ -39,6 +41,7 @@ PRIVATE_FILES = (
     QUARANTINE_FILE,
     REFUSED_FILE,
     REQUEST_FILE,
+    EXCLUDED_FILE,
     DUPLICATES_OF_BEFORE,
 )
 SALTED_PATIENT = re.compile(r"patient-[0-9a-f]{32}")

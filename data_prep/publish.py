@@ -11,11 +11,12 @@ from typing import Any
 from data_prep.corpus import CORPUS_FILE, FINGERPRINTS_FILE, FORMAT, INDEX_FILE, books, shard_name
 from data_prep.deface import may_be_head
 from data_prep.errors import some
-from data_prep.exclusions import Exclusions
+from data_prep.exclusions import Exclusions, write_excluded
 from data_prep.files import write_bytes, write_csv
 from data_prep.folds import key_by_case, splits_of_folds, splits_of_numbers
 from data_prep.layouts.case import Case, Layout, LeftOut, case_id, subject_from_name
 from data_prep.naming import (
+    EXCLUDED_FILE,
     KEYMAP_COLUMNS,
     KEYMAP_FILE,
     PRIVATE_FILES,
@@ -295,8 +296,9 @@ def publish(
     subjects = _subjects_left_out(settings, layout, others, left_out, salt)
     rows = sorted([row.name, row.code, row.detail, subjects.get(row.name, "")] for row in left_out)
     write_csv(private / QUARANTINE_FILE, QUARANTINE_HEADER, rows)
-    for file in private.glob(REFUSED_FILES):
-        file.unlink()
+    for file in (*private.glob(REFUSED_FILES), private / EXCLUDED_FILE):
+        file.unlink(missing_ok=True)
+    write_excluded(private / EXCLUDED_FILE, settings.excluded)
     note = canonical_json({"request": request, "index": result.index_hash})
     write_bytes(private / REQUEST_FILE, note, mode=0o600)
 

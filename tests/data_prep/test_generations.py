@@ -221,13 +221,37 @@ def test_another_scan_of_the_same_name_comes_in(keys: str, tmp_path: Path) -> No
     run(tmp_path / "one", tmp_path / "test", **given)
     run(tmp_path / "two", tmp_path / "c", exclude=tmp_path / "test", **given)
     assert Corpus.open(tmp_path / "c").keys == Corpus.open(tmp_path / "test").keys
-    for folder in ("one", "three"):
-        run(tmp_path / folder, tmp_path / "c", append=True, **given)
+    run(tmp_path / "three", tmp_path / "c", append=True, **given)
     corpus = Corpus.open(tmp_path / "c")
-    assert len(set(corpus.keys)) == len(corpus) == 3 and check(corpus.path) == []
+    assert len(set(corpus.keys)) == len(corpus) == 2 and check(corpus.path) == []
     assert {row["key"] for row in keymap(corpus.path)} == set(corpus.keys)
     with pytest.raises(InputError, match="3 excluded" if keys == "hmac" else "named by exclude="):
         run(_all_of(tmp_path, heads), tmp_path / "c", append=True, **given)
+
+
+def test_what_was_excluded_once_comes_in_by_no_addition(
+    output: Path, tmp_path: Path, seed: int
+) -> None:
+    """Test scans stay out of a corpus for life, whoever adds to it and whatever they type."""
+    test = scans(tmp_path / "test", seed + 1, 4)
+    run(test, tmp_path / "held")
+    run(scans(tmp_path / "in", seed, 10), tmp_path / "b", exclude=tmp_path / "held")
+    other = scans(tmp_path / "other", seed + 2, 2)
+    run(other, tmp_path / "also-held")
+    more = scans(tmp_path / "more", seed + 3, 4)
+    run(more, tmp_path / "b", append=True, exclude=tmp_path / "also-held")
+    for folder in ("test", "other"):
+        lines = [f"{tmp_path / folder / f's{n}.nii.gz'},x{n}" for n in range(2)]
+        fresh = scans(tmp_path / f"with-{folder}", seed + (4 if folder == "test" else 5), 2)
+        fresh.write_text("\n".join([fresh.read_text(), *lines]))
+        before = len(Corpus.open(tmp_path / "b"))
+        said = run(fresh, tmp_path / "b", append=True)
+        assert any("what exclude= kept out of it stays out" in line for line in said)
+        assert len(Corpus.open(tmp_path / "b")) == before + 2
+    assert (tmp_path / "b.private" / "excluded.txt").stat().st_mode & 0o077 == 0
+    # Written anew without it, it is another corpus.
+    run(tmp_path / "in" / "list.csv", tmp_path / "b", overwrite=True)
+    assert not (tmp_path / "b.private" / "excluded.txt").exists()
 
 
 @pytest.mark.parametrize("append", [True, False])
