@@ -150,6 +150,18 @@ class Series:
         if len(scales) == 1 and all(stored for _, stored in planes):
             ((slope, intercept),) = scales
             return np.stack([plane for plane, _ in planes], axis=2), slope, intercept
+        # What decompresses several frames applies the first one's slope to all.
+        applied = defaultdict(set)
+        for one, (_, stored) in zip(self.slices, planes, strict=True):
+            if not stored:
+                applied[one.file].add(one.scale)
+        for file, told in applied.items():
+            if len(told) > 1:
+                raise Reject(
+                    "unreadable",
+                    f"{file.name}: its frames are compressed, with {len(told)} slopes or "
+                    "intercepts, and would be read with one; decompress it (gdcmconv --raw)",
+                )
         physical = np.empty(self.shape, np.float32)
         for k, (plane, stored) in enumerate(planes):
             slope, intercept = self.slices[k].scale if stored else (1.0, 0.0)

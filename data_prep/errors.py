@@ -139,7 +139,14 @@ def named(key: str, path: Place, work: Callable[[Place], T]) -> T:
     try:
         return work(path)
     except InputError as error:
-        problems = [f"{key}={path}: {p.removeprefix(f'{path}: ')}" for p in error.problems]
+
+        def said(problem: str) -> str:
+            return f"{key}={path}: {problem.removeprefix(f'{path}: ')}"
+
+        problems = [
+            Naming(said(p), said(p.public)) if isinstance(p, Naming) else said(p)
+            for p in error.problems
+        ]
         raise type(error)(problems) from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.corpus import CORPUS_FILE, Corpus
-from data_prep.errors import InputError, attempt, named, some
+from data_prep.errors import InputError, Naming, attempt, named, some
 from data_prep.files import write_bytes
 from data_prep.fingerprint import as_text
 from data_prep.naming import KEY_PATTERN
@@ -155,9 +155,13 @@ def _read(path: Path) -> tuple[set[str], list[Sketch], list[tuple[Path, str]]]:
     names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
     # A list that names nothing would keep nothing out, without a word.
     if strange := sorted(name for name in names if not _LINE.fullmatch(name)):
+        way = (
+            "expected a key of a corpus or a fingerprint on each line; or give a corpus, a split "
+            "of it, or a release"
+        )
+        shown = some([one[:60] for one in strange])
         raise InputError(
-            f"{path}: {some([one[:60] for one in strange])}: expected a key of a corpus or a "
-            "fingerprint on each line; or give a corpus, a split of it, or a release"
+            Naming(f"{path}: {shown}: {way}", f"{path}: {len(strange)} of its lines: {way}")
         )
     try:
         looks = [Sketch.from_text(one) for one in sorted(names) if one.startswith(PREFIX)]

@@ -270,9 +270,9 @@ def key_by_case(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     """
     counts = Counter(case for case, _ in pairs)
     if shared := sorted(case for case, count in counts.items() if count > 1):
+        why = "each is that of several cases, and folds go by ids; rename their files"
         raise InputError(
-            f"case ids {some(shared)}: each is that of several cases, and folds go by ids; "
-            "give their files names of their own"
+            Naming(f"case ids {some(shared)}: {why}", f"{len(shared)} case ids: {why}")
         )
     return dict(pairs)
 

@@ -181,7 +181,8 @@ def _write_splits(
     elif labelled:
         splits.append(make_split(keys, subjects))
     if labelled and layout.folds is not None:
-        key_of = key_by_case([(case_id(job.case), job.key) for job in jobs])
+        with_labels = [job for job in jobs if job.case.label_files]
+        key_of = key_by_case([(case_id(job.case), job.key) for job in with_labels])
         splits += splits_of_folds(layout.folds, key_of, keys, subjects)
     elif labelled and any(case.fold is not None for case in cases):
         splits += splits_of_numbers([case.fold for case in cases], keys, subjects)

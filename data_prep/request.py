@@ -5,11 +5,13 @@ Nothing is written before this says so, but what is wrong with each file of an i
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from data_prep.dicom import REVISION
 from data_prep.errors import InputError, Naming, attempt, near, some, without_names
 from data_prep.exclusions import exclusion_digest, read_exclusions
 from data_prep.files import write_csv
-from data_prep.folds import splits_of_folds, splits_of_numbers
-from data_prep.images import of_the_system
+from data_prep.folds import key_by_case, splits_of_folds, splits_of_numbers
+from data_prep.images import DETACHED, of_the_system
 from data_prep.layouts.case import Layout, LeftOut, case_id
 from data_prep.layouts.find import cannot_be_read, find_cases
 from data_prep.naming import (
@@ -132,8 +134,10 @@ def _split_problems(layout: Layout, labelled: bool) -> list[str]:
     if any(parts):
         attempt(problems, split_from, "official", names, subjects, parts)
     if labelled and layout.folds is not None:
-        key_of = dict(zip(names, names, strict=True))
-        attempt(problems, splits_of_folds, layout.folds, key_of, names, subjects)
+        labelled_ones = [case_id(case) for case in layout.cases if case.label_files]
+        key_of = attempt(problems, key_by_case, [(name, name) for name in labelled_ones])
+        if key_of is not None:
+            attempt(problems, splits_of_folds, layout.folds, key_of, names, subjects)
     if labelled and any(number is not None for number in numbers):
         attempt(problems, splits_of_numbers, numbers, names, subjects)
     return problems
@@ -149,7 +153,7 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
     options = settings.model_dump(mode="json", exclude=how)
     files: list[Any] = []
     for case in layout.cases:
-        for role, name, path in case.roles:
+        for role, name, path in chain.from_iterable(starmap(_with_voxels, case.roles)):
             try:
                 state = path.stat()
             except (OSError, ValueError) as error:  # what is not there, scanning finds and says
@@ -170,6 +174,15 @@ def _request(settings: PrepSettings, layout: Layout) -> str:
             files.append([hashlib.sha256(option.read_bytes()).hexdigest()])
     digest = hashlib.sha256(canonical_json([options, files, versions()]))
     return digest.hexdigest()
+
+
+def _with_voxels(role: str, name: str, path: Path) -> list[tuple[str, str, Path]]:
+    """A file, and those beside a header of its name that may have its voxels."""
+    found = [(role, name, path)]
+    if path.name.lower().endswith(DETACHED):
+        beside = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+        found += [(f"{role}, beside", name, one) for one in beside if one != path]
+    return found
 
 
 def existing_result(settings: PrepSettings, request: str) -> PrepResult | None:

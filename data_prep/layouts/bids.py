@@ -61,7 +61,9 @@ def from_bids(
             continue
         if _is_label(path):
             labels[session].append(path)
-        elif "derivatives" not in path.parts and not looks_like_a_label(path.name):
+        elif "derivatives" not in path.relative_to(root).parts and not looks_like_a_label(
+            path.name
+        ):
             images[session].append(path)
     if not labels and not channels:
         return _unlabelled(root, files, forced)

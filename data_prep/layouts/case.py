@@ -214,17 +214,24 @@ def refused_label(name: str) -> LeftOut:
 
 
 def modality_from_name(name: str) -> str | None:
-    """CT, MR or another modality, if a word of the path says so; the file's own name wins."""
-    for part in reversed(name.split("/")):
-        found = words(part)
-        for word in reversed(found):
-            if word in OTHER_WORDS:
-                return OTHER_WORDS[word]
-            if word in CT_WORDS:
-                return "CT"
-            if word in MR_WORDS:
-                return "MR"
+    """CT, MR or another modality, if a word of the path says so; the file's own name wins.
+
+    A folder that names several, CT_MRI, says nothing of what lies in it.
+    """
+    *folders, own = name.split("/")
+    told = _modalities(own)
+    if told:
+        return told[-1]
+    for folder in reversed(folders):
+        told = _modalities(folder)
+        if len(set(told)) == 1:
+            return told[0]
     return None
+
+
+def _modalities(part: str) -> list[str]:
+    known = OTHER_WORDS | dict.fromkeys(CT_WORDS, "CT") | dict.fromkeys(MR_WORDS, "MR")
+    return [known[word] for word in words(part) if word in known]
 
 
 def subject_from_name(name: str) -> str:

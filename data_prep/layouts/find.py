@@ -84,9 +84,10 @@ def _found(
         layout.cases = [replace(c, subject=_subject(c, subjects)) for c in layout.cases]
         left = [case for case in layout.cases if not case.subject]
         if without and len(left) == len(without):
+            none = f"subjects={subjects.pattern}: is found in none of {len(without)} cases"
+            alone = "each would be a person of its own"
             raise InputError(
-                f"subjects={subjects.pattern}: is found in none of {len(without)} cases, such as "
-                f"{case_id(left[0])}; each would be a person of its own"
+                Naming(f"{none}, such as {case_id(left[0])}; {alone}", f"{none}; {alone}")
             )
         if without and left:
             layout.description += f"; subjects= is found in none of {len(left)} of its cases"

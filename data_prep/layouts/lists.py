@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.dicom import find_series, is_dicom
+from data_prep.dicom import Found, find_series, is_dicom
 from data_prep.errors import InputError, Naming, without_names
-from data_prep.images import SeriesFiles
 from data_prep.layouts.case import (
     BETWEEN_CHANNELS,
     GROUPS,
@@ -72,8 +71,13 @@ def _listed(path: Path) -> Layout:
             case = _row_case(path.parent, cells)
             if is_there(case.images[0], folder=True):
                 found = _series_of(f"{path}, line {line}", case)
-                problems += found if isinstance(found, list) else []
-                case = case if isinstance(found, list) else replace(case, series=found)
+                if isinstance(found, list):
+                    problems += found
+                else:
+                    case = replace(case, series=found.volumes[0])
+                    if found.subject and not case.subject:  # as where series are looked for
+                        layout.patients.add(found.subject)
+                        case = replace(case, subject=found.subject)
             layout.cases.append(case)
             counts.setdefault(max(len(case.images), len(case.channels)), line)
     if len(counts) > 1:
@@ -136,14 +140,14 @@ def _row_problems(
     return problems
 
 
-def _series_of(where: str, case: Case) -> SeriesFiles | list[str]:
-    """The one DICOM volume of a folder that a row names, or what is wrong with it."""
+def _series_of(where: str, case: Case) -> Found | list[str]:
+    """The one DICOM series, of one volume, of a folder that a row names, or what is wrong."""
     folder = case.images[0]
     found = find_series([path for path in files_below(folder) if is_dicom(path)])
     refused = [one.refusal for one in found if one.refusal]
     volumes = [volume for one in found for volume in one.volumes]
     if len(case.images) == 1 and len(volumes) == 1 and not refused:
-        return volumes[0]
+        return next(one for one in found if one.volumes)
     holds = f"is a folder and holds {len(volumes)} volumes of DICOM"
     details = "".join(f"; {one.code}, {one.detail}" for one in refused)
     codes = "".join(f"; {one.code}" for one in refused)

@@ -17,7 +17,7 @@ import pytest
 import SimpleITK
 from dicom_series import changed, write_frames, write_series, written_raw
 from phantoms import everything, oriented, ras_array
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from data_prep import dicom
@@ -106,6 +106,42 @@ def test_frames_of_one_file_are_slices(tmp_path: Path, seed: int) -> None:
     np.testing.assert_array_equal(found.native.to_native(found.array[0]), ras_array())
     np.testing.assert_allclose(found.native.affine, affine, atol=1e-6)
     assert (found.slope, found.intercept) == ((2.0,), (-100.0,))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_packed_frames_with_slopes_of_their_own_are_refused(
+    alike: bool, tmp_path: Path, seed: int
+) -> None:
+    """They would be read with the first one's; plain ones are scaled one by one."""
+    path = write_frames(tmp_path / "x", ras_array(), square(OBLIQUE), range(11))
+    kept = dcmread(path)
+    for k, frame in enumerate(kept.PerFrameFunctionalGroupsSequence):
+        value = Dataset()
+        value.RescaleSlope, value.RescaleIntercept = f"{1 if alike else 1 + k / 2}", "0"
+        frame.PixelValueTransformationSequence = [value]
+    del kept.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    kept.save_as(path)
+    (plain,) = volumes(tmp_path)
+    expected = read_channels([plain]).physical()
+    writer = SimpleITK.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.UseCompressionOn()
+    writer.SetCompressor("JPEG2000")
+    writer.SetFileName(str(tmp_path / "y.dcm"))
+    writer.Execute(SimpleITK.GetImageFromArray(kept.pixel_array.astype(np.uint16)))
+    packed = dcmread(tmp_path / "y.dcm")
+    kept.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+    kept.PixelData, kept.PixelRepresentation = packed.PixelData, 0
+    kept["PixelData"].is_undefined_length = True
+    (tmp_path / "packed").mkdir()
+    kept.save_as(tmp_path / "packed" / "x")
+    (one,) = volumes(tmp_path / "packed")
+    if alike:
+        np.testing.assert_array_equal(read_channels([one]).physical(), expected)
+        return
+    with pytest.raises(Reject, match="compressed, with 11 slopes") as error:
+        read_channels([one])
+    assert error.value.code == "unreadable"
 
 
 def test_frames_that_do_not_say_where_they_lie_are_refused(tmp_path: Path) -> None:
@@ -296,6 +332,21 @@ def test_patients_stay_apart_whatever_numbers_series_have(tmp_path: Path) -> Non
             changed(path, {"SeriesInstanceUID": None, "StudyInstanceUID": None})
     for kind in ("same", "none"):
         assert [len(volume.files) for volume in volumes(tmp_path / kind)] == [11, 11]
+
+
+def test_a_list_that_names_series_keeps_their_patients(tmp_path: Path) -> None:
+    """Two visits of one person are of one subject, also where the list does not say so."""
+    for number, patient in enumerate(("4711", "4711", "4712")):
+        write_series(
+            tmp_path / f"v{number}", ras_array() + number, square(OBLIQUE), PatientID=patient
+        )
+    (tmp_path / "list.csv").write_text("image,subject\nv0,\nv1,\nv2,\n")
+    layout = find_cases(tmp_path / "list.csv")
+    one, other, third = (case.subject for case in layout.cases)
+    assert one == other != third and layout.patients == {one, third}
+    (tmp_path / "list.csv").write_text("image,subject\nv0,ours\nv1,ours\n")
+    layout = find_cases(tmp_path / "list.csv")
+    assert [case.subject for case in layout.cases] == ["ours", "ours"] and not layout.patients
 
 
 def test_of_equal_slices_one_counts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from phantoms import save, scan
@@ -142,6 +143,14 @@ def nnunet(tmp_path: Path, seed: int) -> Path:
     ]
     (root / "splits_final.json").write_text(json.dumps(folds))
     return root
+
+
+def test_an_unlabelled_namesake_takes_no_part_in_folds(nnunet: Path, tmp_path: Path) -> None:
+    """nnU-Net numbers the cases of imagesTs anew."""
+    (nnunet / "imagesTs").mkdir()
+    scan = nnunet / "imagesTr" / "p0_f0_0000.nii.gz"
+    save(nnunet / "imagesTs" / scan.name, np.asarray(nib.load(scan).dataobj)[::-1])
+    assert {"fold-0", "fold-1"} <= set(make(nnunet, tmp_path / "c").splits)
 
 
 def make(source: Path, output: Path, **options: Any) -> Corpus:

@@ -14,6 +14,7 @@ from phantoms import oriented, ras_array
 
 from data_prep.build import prep
 from data_prep.corpus import Corpus
+from data_prep.errors import InputError
 from data_prep.images import Reject, check_claim
 from data_prep.metaimage import TYPES
 from data_prep.settings import PrepSettings
@@ -45,6 +46,27 @@ def test_a_file_gives_what_nifti_gives(
     assert found.native.shape == expected.native.shape
     label = read_label(path, expected)
     np.testing.assert_array_equal(label, expected.array[0])
+
+
+@pytest.mark.parametrize("form", ["nhdr", "mhd"])
+def test_voxels_beside_a_header_are_of_the_request(form: str, tmp_path: Path) -> None:
+    """A prep of a scan whose voxels were half copied is not the one of when they are whole."""
+    (tmp_path / "in").mkdir()
+    written(oriented("RAS"), tmp_path / "in" / f"x.{form}")
+    (tmp_path / "in" / "source.nii.gz").rename(tmp_path / "in" / "y.nii.gz")
+    (voxels,) = (p for p in (tmp_path / "in").glob("x.*") if p.suffix != f".{form}")
+    whole = voxels.read_bytes()
+    voxels.write_bytes(whole[: len(whole) // 2])
+    settings = PrepSettings(
+        input=tmp_path / "in", output=tmp_path / "c", processes=1, duplicates="exact"
+    )
+    prep(settings)
+    assert Corpus.open(tmp_path / "c").info["counts"]["rejected"] == {"truncated": 1}
+    voxels.write_bytes(whole)
+    with pytest.raises(InputError, match="overwrite=true"):
+        prep(settings)
+    prep(settings.model_copy(update={"overwrite": True}))
+    assert "truncated" not in Corpus.open(tmp_path / "c").info["counts"]["rejected"]
 
 
 @pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])

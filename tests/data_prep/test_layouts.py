@@ -140,6 +140,28 @@ def test_csv_gives_everything(tmp_path: Path) -> None:
     assert (two.label, two.modality, two.split) == (None, "CT", "")
 
 
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [
+        ("CT_MRI/clinic/p1.nii.gz", None), ("CT/CT_MRI/p1.nii.gz", "CT"), ("PET_CT/x.nii.gz", None),
+        ("mr/p1.nii.gz", "MR"), ("CT/p1_T1w.nii.gz", "MR"), ("a/ct_of_mr_unit.nii.gz", "MR"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_several_modalities_says_none(name: str, modality: str | None) -> None:
+    assert modality_from_name(name) == modality
+
+
+def test_a_bids_set_may_lie_among_derivatives(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    root = tmp_path / "derivatives" / "prep"
+    for n in (1, 2):
+        save(root / f"sub-{n}" / "anat" / f"sub-{n}_T1w.nii.gz", scan(rng))
+        label = (scan(rng) > 450).astype(np.uint8)
+        save(root / f"sub-{n}" / "anat" / f"sub-{n}_dseg.nii.gz", label)
+    layout = find_cases(root)
+    assert len(layout.cases) == 2 and all(case.label for case in layout.cases)
+
+
 def test_csv_mistakes_are_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text(
         "image,split\na.nii,exam\na.nii,train\n,test\nb.nii,test,more\n"

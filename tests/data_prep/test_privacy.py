@@ -277,6 +277,21 @@ def test_mistakes_of_an_input_are_told_without_names(
         assert "Mustermann" in capfd.readouterr().err
 
 
+def test_what_other_words_name_is_told_without_names(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "in" / "Mustermann.nii.gz", ras_array())
+    (tmp_path / "names.txt").write_text("Mustermann, Max.nii.gz\n")
+    words = ["prep", f"input={tmp_path / 'in'}", f"output={tmp_path / 'c'}", "processes=1"]
+    for word, told in (
+        ("subjects=zzz[0-9]", "is found in none of 1 cases; each would be"),
+        (f"exclude={tmp_path / 'names.txt'}", "1 of its lines: expected a key of a corpus"),
+    ):
+        assert main([*words, word]) == 2
+        said = capfd.readouterr().err
+        assert told in said and "Mustermann" not in said, said
+
+
 # Faces.
 
 FACE = """
