@@ -81,6 +81,12 @@ def _split(words: list[str]) -> Any:
 
 def _check(words: list[str]) -> Any:
     (folder,) = _positional("check", words, ["CORPUS|RELEASE"])
+    from pretrain.registry import KNOWN
+
+    if folder.startswith("hf://") or (folder in KNOWN and not Path(folder).exists()):
+        from pretrain.fetch import resolve
+
+        folder = str(resolve(folder))
     if (Path(folder) / "SHA256SUMS").is_file():
         from finetune.model_file import check_release
 

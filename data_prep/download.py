@@ -229,6 +229,9 @@ def download(
         before = read_note(note) if part.exists() else {}
         start = part.stat().st_size if before else 0
         got = source.open(name, start, before.get("tag"))
+        if got.start and got.tag != before.get("tag"):
+            got.stream.close()  # a server that does not heed If-Range: it has another file by now
+            got = source.open(name, 0, None)
         with closing(got.stream):
             try:
                 _check_room(got, to.parent, shown, limit, key)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from data_prep.errors import InputError
 
@@ -183,11 +183,16 @@ def _web(url: str, sha256: str | None) -> Reference:
         kind="web",
         shown=shown,
         identity=shown + (f"?{urlencode(sorted(kept))}" if kept else ""),
-        url=urlunsplit((parts.scheme, where, parts.path.rstrip("/"), parts.query, "")),
+        url=urlunsplit((parts.scheme, where, _quoted(parts.path.rstrip("/")), parts.query, "")),
         headers=headers,
         path=unquote(parts.path).strip("/"),
         sha256=sha256,
     )
+
+
+def _quoted(path: str) -> str:
+    """A path as a server is asked for it: what a browser would encode too, and nothing twice."""
+    return quote(path, safe="/%:@!$&'()*+,;=~")
 
 
 def _bucket(rest: str, sha256: str | None) -> Reference:

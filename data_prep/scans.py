@@ -14,7 +14,7 @@ from pathlib import Path
 from data_prep.errors import InputError
 from data_prep.images import Reject
 from data_prep.layouts.case import files_below, is_image
-from data_prep.volume import Volume, as_known, read_channels
+from data_prep.volume import Volume, read_known
 
 CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})(?P<end>\.nii(\.gz)?)", re.IGNORECASE)
 
@@ -77,14 +77,21 @@ def refuse_shared(source: Path, results: Mapping[Path, Path]) -> None:
         raise InputError(problems)
 
 
-def read_scan(files: Sequence[Path], known: Sequence[str]) -> Volume:
-    """The volume of a case under a modality that the network knows.
+def unknown_modality(modality: str | None, known: Sequence[str]) -> list[str]:
+    """What is wrong with the modality that a user says scans are of."""
+    if modality is None or modality in known:
+        return []
+    return [f"modality={modality}: this network was trained on {' and '.join(known)}"]
+
+
+def read_scan(files: Sequence[Path], known: Sequence[str], modality: str | None = None) -> Volume:
+    """The volume of a case under a modality that the network knows; see `read_known`.
 
     Raises:
         Reject: it cannot be read, or is of another modality.
     """
     try:
-        return as_known(read_channels(files), known)
+        return read_known(files, known, modality)
     except Reject:
         raise
     except Exception as error:

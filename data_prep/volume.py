@@ -271,6 +271,26 @@ def read_channels(
     )
 
 
+def read_known(paths: Sequence[Path], known: Sequence[str], modality: str | None = None) -> Volume:
+    """The volume of some files under a modality that a network knows: what prep made of such.
+
+    Prep gives all channels of a case one modality, where a data set says one: so does this where
+    the network knows one, whatever the values of a channel look like.
+
+    Args:
+        paths: of `read_channels`.
+        known: modalities of the network.
+        modality: of all channels; told by their values if absent.
+
+    Raises:
+        Reject: as `read_channels` and `as_known`.
+    """
+    volume = read_channels(paths, modality)
+    if modality is None and len(known) == 1 and len(set(volume.modality)) > 1:
+        return read_channels(paths, known[0])
+    return as_known(volume, known)
+
+
 def as_known(volume: Volume, known: Sequence[str]) -> Volume:
     """The volume under a modality that the network knows.
 
@@ -314,6 +334,8 @@ def volume_from_array(
         raise Reject("nan_or_inf", "the array holds values that are not finite numbers")
     if modality is None:
         modality = guess_modality(values, 1.0, 0.0)
+    if modality == "CT":  # as of a file
+        values = np.stack([_padding_as_air(channel, 1.0, 0.0) for channel in values])
     # Columns are the directions of S, P, L in RAS millimetres.
     affine = np.eye(4)
     affine[:3, :3] = np.array([[0, 0, -1.0], [0, -1.0, 0], [1.0, 0, 0]]) @ np.diag(spacing)
@@ -461,7 +483,8 @@ def _open(
     if min(sides) < minimum:
         raise Reject(
             "too_few_slices",
-            f"shape {sides}; at least {minimum} an axis needed (minimum_slices=1 takes slices)",
+            f"shape {sides}; at least {minimum} an axis needed "
+            "(prep: minimum_slices=1 takes slices)",
         )
     return image
 
@@ -509,7 +532,7 @@ def _canonical(
         if degrees > SHEAR_LARGEST:
             raise Reject("sheared", f"{found}, more than any scanner tilts")
         if outside is None:
-            raise Reject("sheared", f"{found} (sheared=resample takes it)")
+            raise Reject("sheared", f"{found} (prep: sheared=resample takes it)")
         raw, step = _made_upright(raw, columns, outside)
         affine = affine @ step
     first, second, third = image.shape[:3]

@@ -10,7 +10,7 @@ from data_prep.files import make_folder
 from data_prep.images import NIFTI, Reject
 from data_prep.layouts.case import stem
 from data_prep.progress import bar
-from data_prep.scans import by_case, read_scan, refuse_shared, scan_files
+from data_prep.scans import by_case, read_scan, refuse_shared, scan_files, unknown_modality
 from data_prep.volume import write_nifti
 from finetune.answerer import Answerer
 from finetune.answers import read_answers, write_answers
@@ -60,6 +60,8 @@ def predict(settings: PredictSettings) -> Predicted:
         )
     device = attempt(problems, chosen_device, settings.device)
     network = attempt(problems, load_network, settings.ckpt, device=device or "cpu")
+    if network is not None:
+        problems += unknown_modality(settings.modality, network.modalities)
     if problems or network is None:
         raise InputError(problems)
     cases, left_out = by_case(names, network.channels)
@@ -81,7 +83,9 @@ def predict(settings: PredictSettings) -> Predicted:
                 found.there.append(target)
                 continue
             try:
-                volume = read_scan([source / one for one in channels], network.modalities)
+                volume = read_scan(
+                    [source / one for one in channels], network.modalities, settings.modality
+                )
                 if isinstance(network, Answerer):
                     assert kept is not None
                     kept[str(name)] = network.answer(volume).tolist()

@@ -480,6 +480,7 @@ class PredictSettings(BaseModel):
     output: Path
     tta: bool | None = None
     window_batch: WindowBatch = 1
+    modality: Literal["CT", "MR"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     resume: bool = False

@@ -30,6 +30,7 @@ from data_prep.errors import CorruptionError, InputError
 from data_prep.files import atomic_folder, write_json, write_text
 from data_prep.licences import UNSTATED, strictest_first
 from data_prep.preprocess import EPSILON, SPACING_TOLERANCE
+from data_prep.volume import CT_PADDING_HU
 from pretrain.backbones.backbone import Backbone
 from pretrain.encoder import OVERLAP, Encoder
 from pretrain.portable import load_portable, save_program
@@ -142,6 +143,12 @@ def inference(release: Release, encoder: Backbone) -> dict[str, Any]:
         "name": "$lambda image: image if isinstance(image, str) else image[0]",
         "features": "$lambda image, x: @write(@name(image), x, @see(x))",
         "run": [
+            # An expression that raises: a bundle's configuration has no statements.
+            (
+                "$None if len({os.path.basename(@name(one)) for one in @images}) == len(@images) "
+                "else (_ for _ in ()).throw(ValueError('images of one file name: results are "
+                "named by it; rename them, or give each an output_dir of its own'))"
+            ),
             "$os.makedirs(@output_dir, exist_ok=True)",
             "$[@features(image, @prepare({'image': image})['image']) for image in @images]",
         ],
@@ -185,10 +192,11 @@ def _on(target: str, **arguments: Any) -> dict[str, Any]:
 def _coded(modality: str) -> str:
     """The values that int16 codes keep, as in a corpus (`data_prep.intensity.encode_int16`).
 
-    CT is whole HU. MR of a file of floating-point numbers has 65536 steps, unless all are whole.
+    CT is whole HU, and padding is air. MR of a file of floating-point numbers has 65536 steps,
+    unless all are whole.
     """
     if modality == "CT":
-        return "$lambda x: x.round().clamp(-32768, 32767)"
+        return f"$lambda x: x.round().clamp({CT_PADDING_HU}, 32767)"  # padding as air
     low, high = (f"x.double().{end}((1, 2, 3), keepdim=True)" for end in ("amin", "amax"))
     return (
         "$lambda x: (lambda low, step: ((x.double() - low) / step).round() * step + low)"
@@ -312,7 +320,7 @@ def metadata(release: Release, encoder: Backbone, error: float) -> dict[str, Any
         "numpy_version": used.get("numpy", ""),
         "required_packages_version": {"nibabel": version("nibabel")},
         "name": release.name,
-        "task": "Features of CT and MRI by an encoder that was pretrained without labels",
+        "task": f"Features of CT and MRI by an encoder {_trained(release)}",
         "description": (
             "Reads scans, prepares them as the encoder was trained, and writes the deepest feature "
             "map with the affine of its cells, and its mean as one vector, to an .npz per scan."
@@ -408,15 +416,30 @@ def _compare(release: Release, encoder: Backbone, bundle: Path) -> float:
     return max(errors.values())
 
 
+def _is_adopted(release: Release) -> bool:
+    """Whether its weights are public ones, of which their makers say the licence."""
+    return bool(release.config["objective"]["name"] == "of others")
+
+
+def _trained(release: Release) -> str:
+    return "of others" if _is_adopted(release) else "that was pretrained without labels"
+
+
 def _licence(release: Release) -> str:
     told = [data.get("licence", {}) for data in release.trainings]
     licences = strictest_first({name for one in told for name in one})
     listed = "\n".join(f"- {name}" for name in licences) or f"- {UNSTATED}"
+    whose = (
+        "They are public weights, under what their makers say:"
+        if _is_adopted(release)
+        else "The release names no licence for them. Whether weights inherit the licence of the "
+        "data that they\nwere trained on is for you to judge. Licences of that data, "
+        "strictest first:"
+    )
     return f"""configs/ and docs/README.md: Apache License 2.0, as Voxelith, which wrote them.
 
 models/encoder.pt2: the weights of release {release.name}, digest {release.digest}.
-The release names no licence for them. Whether weights inherit the licence of the data that they
-were trained on is for you to judge. Licences of that data, strictest first:
+{whose}
 
 {listed}
 """
@@ -431,8 +454,8 @@ def _readme(release: Release) -> str:
     grid = f"resampled to {list(spacing)} mm" if spacing else "kept at their own spacing"
     return f"""# {release.name}
 
-Features of {" and ".join(release.modalities)} scans by a 3D encoder that was pretrained without
-labels. Nothing of Voxelith is needed:
+Features of {" and ".join(release.modalities)} scans by a 3D encoder
+{_trained(release)}. Nothing of Voxelith is needed:
 
 ```
 pip install 'monai[nibabel,fire]'

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from data_prep.errors import InputError
 from data_prep.images import Reject
 from data_prep.preprocess import Preprocess
-from data_prep.volume import Volume, as_known, read_channels, volume_from_array
+from data_prep.volume import Volume, as_known, read_known, volume_from_array
 from pretrain.backbones.backbone import Backbone
 from pretrain.release import LoadReport, load_release
 
@@ -150,7 +150,7 @@ class Encoder:
             )
         paths = [scan] if isinstance(scan, str | Path) else scan
         if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
-            volume = read_channels([Path(path) for path in paths], modality)
+            return read_known([Path(path) for path in paths], known, modality)
         else:
             if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
                 raise InputError(

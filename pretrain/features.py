@@ -24,7 +24,7 @@ from data_prep.files import atomic, make_folder
 from data_prep.images import Reject
 from data_prep.layouts.case import stem
 from data_prep.progress import bar
-from data_prep.scans import by_case, read_scan, refuse_shared, scan_files
+from data_prep.scans import by_case, read_scan, refuse_shared, scan_files, unknown_modality
 from pretrain.device import chosen_device
 from pretrain.encoder import Corner, Encoder, Features, load_encoder
 from pretrain.settings import FeaturesSettings
@@ -72,6 +72,8 @@ def features(settings: FeaturesSettings) -> Extracted:
     maps = {name: output / f"{_stem(name)}.npz" for name in cases}
     refuse_shared(folder, {} if table else maps)
     about = _about(encoder, settings.overlap)
+    if settings.modality is not None:
+        about["modality"] = settings.modality
     rows = _read_table(output, about) if table and settings.resume else {}
     into = output.parent if table or output.suffix == ".npz" else output
     make_folder(into, "output")
@@ -84,7 +86,9 @@ def features(settings: FeaturesSettings) -> Extracted:
                 found.there.append(str(name))
                 continue
             try:
-                volume = read_scan([folder / one for one in files], encoder.config["modalities"])
+                volume = read_scan(
+                    [folder / one for one in files], encoder.config["modalities"], settings.modality
+                )
                 seen = encoder.see(volume, overlap=settings.overlap, each=_shown)
             except Reject as reject:
                 left_out[str(name)] = str(reject)
@@ -126,6 +130,8 @@ def _opened(settings: FeaturesSettings) -> tuple[list[Path], Encoder]:
     encoder = attempt(
         problems, named, "ckpt", settings.ckpt, lambda p: load_encoder(p, device=device)
     )
+    if encoder is not None:
+        problems += unknown_modality(settings.modality, encoder.config["modalities"])
     if problems or encoder is None:
         raise InputError(problems)
     return names, encoder

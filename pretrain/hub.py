@@ -108,7 +108,7 @@ def push(release: Path, there: Reference) -> str:
         kept = f"{release} is whole; `hf upload {there.repo} {release}` tries again"
         plain = _plain(error, there.shown)
         if isinstance(plain, InputError):
-            raise InputError([*plain.problems, kept]) from None
+            raise InputError(f"{'; '.join(plain.problems)}; {kept}") from None
         if isinstance(plain, PassingError):
             raise UnreachableError(f"{there.shown}: {plain}; {kept}") from None
         raise

@@ -438,5 +438,6 @@ class FeaturesSettings(BaseModel):
     input: Annotated[Path, MUST_EXIST]
     output: Path
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    modality: Literal["CT", "MR"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = False

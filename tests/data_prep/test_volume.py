@@ -21,7 +21,16 @@ from phantoms import (
 )
 
 from data_prep.images import Reject
-from data_prep.volume import NativeGrid, Volume, read_label, read_nifti, write_nifti
+from data_prep.volume import (
+    NativeGrid,
+    Volume,
+    read_channels,
+    read_known,
+    read_label,
+    read_nifti,
+    volume_from_array,
+    write_nifti,
+)
 
 ORIENTATIONS = [
     "".join(signs[axis] for axis in order)
@@ -124,6 +133,39 @@ def test_big_endian_files_read_as_native_integers(tmp_path: Path) -> None:
 def test_modality_is_guessed_from_air(low: int, modality: str, tmp_path: Path) -> None:
     save(tmp_path / "m.nii.gz", (ras_array() + low).astype(np.int16))
     assert read_nifti(tmp_path / "m.nii.gz").modality == (modality,)
+
+
+def test_an_array_is_read_as_its_file(tmp_path: Path, seed: int) -> None:
+    """Padding of CT counts in statistics and blends into tissue: it is air in both."""
+    hu = np.random.default_rng(seed).normal(0, 300, (9, 8, 7)).astype(np.float32)
+    hu[:2], hu[2:4] = -3024, -1000
+    image = nib.Nifti1Image(hu, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    nib.save(image, tmp_path / "x.nii.gz")
+    read = read_nifti(tmp_path / "x.nii.gz", "CT")
+    given = volume_from_array(hu.transpose(2, 1, 0)[::-1], (1, 1, 1), "CT")
+    assert sorted(given.array.ravel()) == sorted(read.physical().ravel())
+    assert given.array.min() == -1024
+    assert volume_from_array(hu, (1, 1, 1), "MR").array.min() == -3024
+
+
+def test_channels_of_a_network_of_one_modality_are_read_as_it_was_trained(tmp_path: Path) -> None:
+    """Maps of perfusion are no CT by their values, and prep called all channels of that set so."""
+    ct = np.full((8, 8, 8), 40.0, np.float32)
+    ct[:4], ct[0] = -1000, -2000
+    perfusion = np.abs(ct) / 20
+    for n, values in enumerate((ct, perfusion, ct + 1)):
+        save(tmp_path / f"{n}.nii.gz", values)
+    files = [tmp_path / f"{n}.nii.gz" for n in range(3)]
+    assert read_channels(files).modality == ("CT", "MR", "CT")
+    found = read_known(files, ["CT"])
+    assert found.modality == ("CT",) * 3
+    assert (found.array == read_channels(files, "CT").array).all()
+    # Of a network of MR a channel of phases may look like CT, and its values stay what they are.
+    phase = read_known([files[1], files[0]], ["MR"])
+    assert phase.modality == ("MR", "MR") and phase.physical()[1].min() == -2000
+    with pytest.raises(Reject, match="those of CT"):
+        read_known([files[0], files[2]], ["MR"])
+    assert read_known([files[1]], ["CT", "MR"], "CT").modality == ("CT",)
 
 
 @pytest.mark.parametrize("padding", [-1027, -2000, -3024])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,23 @@ def test_other_features_are_found_and_nothing_stays(
     with pytest.raises(CorruptionError, match="map of MR by"):
         write_bundle(release, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"r"}
+
+
+def test_images_of_one_name_are_refused(seed: int, tmp_path: Path) -> None:
+    """Results are named by it: the last would be all that is left."""
+    release = tiny_release(tmp_path / "r", "vit.ViT3D", VIT, CROP, seed, ("MR",), PREPROCESS)
+    write_bundle(release, tmp_path / "out")
+    golden = release.path / "golden_input.nii.gz"
+    (tmp_path / "2").mkdir()
+    shutil.copy(golden, tmp_path / "2")
+    images = [str(golden), str(tmp_path / "2" / golden.name)]
+    words = {"bundle_root": ".", "images": images, "output_dir": str(tmp_path / "features")}
+    code = f"from monai.bundle import run; run(config_file='configs/inference.json', **{words!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True
+    )
+    assert done.returncode and "images of one file name: results are named by it" in done.stderr
+    assert not (tmp_path / "features").exists()
 
 
 def test_what_does_not_run_says_why(tmp_path: Path) -> None:

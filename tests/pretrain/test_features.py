@@ -220,6 +220,20 @@ def test_a_scan_that_takes_long_has_a_bar_of_its_windows(
     assert f"/{len(passed)} [" in (told := capsys.readouterr().err) and "windows" in told
 
 
+def test_a_modality_that_is_told_counts(release: Path, scans: Path, tmp_path: Path) -> None:
+    """A CT without air looks like MR."""
+    known = load_encoder(release).config["modalities"]
+    for modality in known:
+        features(asked(release, scans / "a.nii.gz", tmp_path / modality, modality=modality))
+        expected = load_encoder(release).features(scans / "a.nii.gz", modality=modality)
+        with np.load(tmp_path / modality / "a.npz", allow_pickle=False) as found:
+            np.testing.assert_array_equal(found["map"], expected.map)
+            assert json.loads(str(found["about"]))["modality"] == modality
+    for other in {"CT", "MR"} - set(known):
+        with pytest.raises(InputError, match=f"modality={other}: this network was trained on"):
+            features(asked(release, scans, tmp_path / "other", modality=other))
+
+
 def test_channels_are_put_together(samples: Path, tmp_path: Path) -> None:
     two = encoder_release(tmp_path / "two", channels=2)
     scan = sorted((samples / "hippocampus" / "images").glob("*.nii.gz"))[0]

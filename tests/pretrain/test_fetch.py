@@ -6,6 +6,7 @@ A real server on this machine answers, and huggingface_hub talks to it as to the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -636,6 +637,41 @@ def test_a_run_with_a_checkpoint_needs_its_reference_no_more(
     assert settings_for(words[0], words[1:]).init == Path("/elsewhere/w.safetensors")
     with pytest.raises(InputError, match="hf://org/other"):  # another one is looked at
         settings_for(words[0], [*words[1:-1], "init=hf://org/other/w.safetensors"])
+
+
+def test_a_file_that_changed_between_two_starts_comes_whole(tmp_path: Path) -> None:
+    """The server resumes whatever tag it is asked with: what has come is of the file of before."""
+    first, then = b"A" * 100, b"B" * 120
+
+    class Heedless:
+        data, tag = first, "one"
+
+        def open(self, name: str, start: int, tag: str | None) -> download.Part:
+            stream = io.BytesIO(self.data[start:])
+            return download.Part(stream, start, len(self.data), self.tag)
+
+    source = Heedless()
+    (tmp_path / "w.part").write_bytes(first[:80])
+    (tmp_path / "w.part.json").write_text('{"tag": "one"}')
+    source.data, source.tag = then, "two"
+    download.download(source, "w", tmp_path / "w", shown="w", quiet=True)
+    assert (tmp_path / "w").read_bytes() == then
+    (tmp_path / "v.part").write_bytes(then[:80])
+    (tmp_path / "v.part.json").write_text('{"tag": "two"}')
+    download.download(source, "v", tmp_path / "v", shown="v", quiet=True)
+    assert (tmp_path / "v").read_bytes() == then
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        ("https://h/modell_größe.pth", "https://h/modell_gr%C3%B6%C3%9Fe.pth"),
+        ("https://h/my weights/w.pth", "https://h/my%20weights/w.pth"),
+        ("https://h/a%20b/c+d(1).pth?x=y z", "https://h/a%20b/c+d(1).pth?x=y z"),
+    ],
+)
+def test_an_address_is_asked_for_as_a_browser_would(typed: str, asked: str) -> None:
+    assert parse(typed).url == asked
 
 
 def test_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
