@@ -135,6 +135,8 @@ ONE_LABEL = ("labels=1", "steps=600", "warmup=30")
 LONGER = ("labels=2", "steps=1600", "warmup=80")
 SEEDS, RATE = (0, 1, 2), "3e-3"
 """Pretraining seeds, and the rate that is best for scratch, for controls and for most else."""
+SCRATCHS_BEST = {"hippocampus": RATE, "heads": "1e-2"}
+"""The rate that is best for scratch on validation subjects: of round-1, and of heads-rates."""
 NOMINATED = {"cnn-mae-spatial": RATE, "volume-fusion": "1e-2"}
 """What the test subjects are spent on, with its best rate."""
 RELEASE = "resenc-small-cnn-mae"
@@ -356,8 +358,8 @@ def test(cell: str, work: Path, jobs: int, only: Sequence[str]) -> None:
             continue
         words = (f"lr={rate}", "part=test", f"validations={LOOKS[CELLS[cell][0]]}")
         scored(checkpoints, words=words)
-        if rate != RATE:
-            own = ("init=scratch", "recipe_of=own", f"own={{lr: {RATE}}}",
+        if rate != (best := SCRATCHS_BEST[CELLS[cell][0]]):
+            own = ("init=scratch", "recipe_of=own", f"own={{lr: {best}}}",
                    f"search={{lr: [{RATES}], draws: {len(SEARCH_DRAWS)}}}")  # fmt: skip
             scored(checkpoints[:1], words=(*words, *own))
         elif cell == PRIMARY:

@@ -76,6 +76,8 @@ def main() -> None:
         if not runs.keys() & CELLS:
             return
         search = Path(folder) / "round-1"
+        for run in (Path(folder) / "heads-rates").glob("ixi_dlmuse-*"):
+            run.rename(search / run.name)
         for method in ROUND_2:  # each was searched at the one rate that is best for scratch
             for run in (Path(folder) / "round-2").glob(f"hippocampus-{method}-0-*"):
                 run.rename(search / run.name)
@@ -117,7 +119,7 @@ def leave_out_begun(cell: Path) -> None:
 
     Test subjects are looked at once, and not while encoders of a recipe are still to be scored.
     """
-    recipes = {run: compared_within(run) for run in cell.glob("*")}
+    recipes = {run: compared_within(run) for run in cell.glob("*/")}
     begun = set()
     for method in NOMINATED:
         seeds = [[run for run in recipes if f"-{method}-{seed}-" in run.name] for seed in SEEDS]
