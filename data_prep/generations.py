@@ -14,7 +14,6 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -195,9 +194,10 @@ def _folders(beside: Path) -> tuple[Path, Path, Path]:
 def _left_over(beside: Path) -> list[Path]:
     """What there is of an addition, unless it is under way: then it ends by itself."""
     there = [path for path in _folders(beside) if path.exists()]
-    request = hashlib.sha256(b"remove").hexdigest()
+    if not there:
+        return []
     try:
-        with hold(beside, request, alone=True) if there else nullcontext():
+        with hold(beside, hashlib.sha256(b"remove").hexdigest(), alone=True):
             return there
     except InputError:
         return []

@@ -149,15 +149,15 @@ def folds_of_one_class(rows: Sequence[Row]) -> list[str]:
 
 def rounded_otherwise(arms: Mapping[str, list[Row]], facts: Mapping[Run, Facts]) -> list[str]:
     """Where twins were not computed in the same precision: `auto` is another on another device."""
-    by_draw: dict[str, set[tuple[str, ...]]] = {}
+    by_draw: dict[str, set[str]] = {}
     for row in (row for rows in arms.values() for row in rows):
         known = facts.get(run_of(row))
         if known is not None and known.precisions:
-            by_draw.setdefault(row.draw, set()).add(tuple(known.precisions))
-    apart = [found for found in by_draw.values() if len({p for one in found for p in one}) > 1]
+            by_draw.setdefault(row.draw, set()).update(known.precisions)
+    apart = [found for found in by_draw.values() if len(found) > 1]
     if not apart:
         return []
-    named = sorted({p for found in apart for one in found for p in one})
+    named = sorted(set().union(*apart))
     return [
         f"in {len(apart)} of {len(by_draw)} draws runs were computed in {' and in '.join(named)}, "
         "so the arms are not rounded alike: trainer.precision=auto is another on another device"

@@ -151,13 +151,12 @@ class Encoder:
         paths = [scan] if isinstance(scan, str | Path) else scan
         if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
             return read_known([Path(path) for path in paths], known, modality)
-        else:
-            if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
-                raise InputError(
-                    f"spacing={spacing}: an array needs its spacing in mm along D, H, W, such as "
-                    "spacing=(3.0, 0.8, 0.8)"
-                )
-            volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
+        if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
+            raise InputError(
+                f"spacing={spacing}: an array needs its spacing in mm along D, H, W, such as "
+                "spacing=(3.0, 0.8, 0.8)"
+            )
+        volume = volume_from_array(np.asarray(scan), spacing, modality=modality)
         return as_known(volume, known)
 
     def _windows(self, image: torch.Tensor, overlap: float, each: Each) -> torch.Tensor:

@@ -213,6 +213,9 @@ def refused_label(name: str) -> LeftOut:
     return LeftOut(name, "looks_like_a_label", detail)
 
 
+_MODALITY_OF = dict.fromkeys(MR_WORDS, "MR") | dict.fromkeys(CT_WORDS, "CT") | OTHER_WORDS
+
+
 def modality_from_name(name: str) -> str | None:
     """CT, MR or another modality, if a word of the path says so; the file's own name wins.
 
@@ -230,8 +233,7 @@ def modality_from_name(name: str) -> str | None:
 
 
 def _modalities(part: str) -> list[str]:
-    known = OTHER_WORDS | dict.fromkeys(CT_WORDS, "CT") | dict.fromkeys(MR_WORDS, "MR")
-    return [known[word] for word in words(part) if word in known]
+    return [_MODALITY_OF[word] for word in words(part) if word in _MODALITY_OF]
 
 
 def subject_from_name(name: str) -> str:

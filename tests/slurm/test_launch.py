@@ -336,12 +336,16 @@ def test_each_run_of_a_sweep_has_its_job_and_its_log(
     assert "I am zero" in capsys.readouterr().out
 
 
-def test_a_sweep_launched_again_has_forgotten_its_former_elements(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def job_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is submitted becomes this job, and never runs."""
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 8\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("job_8")
+def test_a_sweep_launched_again_has_forgotten_its_former_elements(tmp_path: Path) -> None:
     elements = [[str(tmp_path / "runs" / name), "finetune"] for name in "abc"]
     submit_sweep(Sweep(tmp_path / "runs", "", elements, 3), [])
     assert Launched.of(tmp_path / "runs" / "c").job == "8_2"
@@ -351,13 +355,9 @@ def test_a_sweep_launched_again_has_forgotten_its_former_elements(
         Launched.of(tmp_path / "runs" / "c")
 
 
-def test_a_password_lies_in_what_the_user_alone_can_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("job_8")
+def test_a_password_lies_in_what_the_user_alone_can_read(tmp_path: Path) -> None:
     """In the script and the elements, which need it, and in nothing else."""
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 8\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     words, run = ["corpus=https://me:hushed@host/ct", "run=a"], tmp_path / "runs"
     script = "srun voxelith pretrain corpus=https://me:hushed@host/ct"
     element = [str(run / "a"), "finetune", *words]
