@@ -19,6 +19,7 @@ explore    on validation subjects: rows of the other objectives, finetuned and p
 one-label  on validation subjects: one label; benchmarks/proof_shift.py is what other scans give
 heads-rates, heads-longer  on validation subjects: what the gain on heads hangs on
 test-CELL  on test subjects: hippocampus-2 (the primary cell), hippocampus-8, -all, heads-2
+late-heads-2  on test subjects, after they were looked at: heads with both arms at scratch's rate
 test-probe on test subjects: frozen features
 """
 
@@ -370,6 +371,18 @@ def test(cell: str, work: Path, jobs: int, only: Sequence[str]) -> None:
         keep(work / f"{stage}-2mm")
 
 
+def late_heads(work: Path, jobs: int) -> None:
+    """Test subjects of heads once more, both arms at the rate that turned out best for both.
+
+    It was decided on after test subjects were looked at, and stands beside what was nominated.
+    """
+    data_set, _, draws = CELLS[HEADS]
+    words = (f"lr={SCRATCHS_BEST[data_set]}", "part=test", f"validations={LOOKS[data_set]}")
+    encoders = pretrain_all(work, tuple(NOMINATED)[:1], SEEDS, jobs)
+    finetune(work, HEADS, f"late-{HEADS}", encoders, draws=range(draws), jobs=jobs, words=words)
+    keep(work / f"late-{HEADS}")
+
+
 def finetune(work: Path, cell: str, stage: str, checkpoints: Sequence[Path], *,
              draws: Sequence[int], jobs: int, words: Sequence[str],
              budget: Sequence[str] = ()) -> None:  # fmt: skip
@@ -453,6 +466,7 @@ def main() -> None:
         "heads-longer": lambda work, jobs, only: heads_longer(work, jobs),
         **{f"test-{cell}": partial(test, cell) for cell in CELLS},
         "test-probe": lambda work, jobs, only: test_probe(work, jobs),
+        f"late-{HEADS}": lambda work, jobs, only: late_heads(work, jobs),
     }
     parser.add_argument("stage", choices=tuple(stages))
     parser.add_argument("--data", type=Path, required=True)

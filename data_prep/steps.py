@@ -252,9 +252,11 @@ def workers(settings: PrepSettings, cases: int) -> Iterator[Mapper]:
                 pools.append(stack.enter_context(_pool(processes)))
             try:
                 yield from pools[0].map(work, jobs)
-            except (BrokenProcessPool, OSError):
+            except Exception:
+                # A worker that is started while the pool breaks fails in ways of its own: its pipes
+                # are closed, or their numbers are other pipes' now. A broken pool says it is.
                 try:
-                    pools[0].submit(int)  # whatever was raised, where the pool is broken this is
+                    pools[0].submit(int)
                 except BrokenProcessPool:
                     pools.clear()
                     # The pool ends those that it knew when one died. One that was just being

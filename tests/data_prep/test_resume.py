@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import reduction
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -339,25 +340,41 @@ def test_a_worker_that_dies_of_no_case_leaves_a_clear_end(folder: Path, tmp_path
     assert whole(tmp_path / "c") == whole(tmp_path / "quiet" / "c")
 
 
-@pytest.mark.parametrize("noticed", ["before", "after"])
+@pytest.mark.parametrize("noticed", ["before", "amid", "after"])
 def test_a_worker_that_is_started_while_another_dies_is_ended(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
-    """The pool, which ends the others, does not know of it yet, or lets it not start."""
-    started: list[SpawnProcess] = []
-    original = SpawnProcess.start
+    """The pool, which ends the others, does not know of it yet, or lets it not start.
 
-    def start(process: SpawnProcess) -> None:
-        if noticed == "after":
-            original(process)
+    Amid its start the pool closes pipes that are to be handed over; new ones get their numbers.
+    """
+    started: list[SpawnProcess] = []
+    original, dump = SpawnProcess.start, reduction.dump
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+
+    def end_the_first() -> None:
         for first in started:
             first.kill()
             time.sleep(1)  # until the pool has ended those that it knows
+
+    def start(process: SpawnProcess) -> None:
         if noticed == "before":
-            original(process)
+            end_the_first()
+        original(process)
+        if noticed == "after":
+            end_the_first()
         started.append(process)
 
+    def pack(handed: object, *others: Any) -> None:
+        dump(handed, *others)
+        if noticed == "amid" and started and isinstance(handed, SpawnProcess):
+            # No number is free but one and, soon, that of a pipe: the next pair has these two.
+            opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(64))
+            end_the_first()
+            os.close(opened.pop(0))
+
     monkeypatch.setattr(SpawnProcess, "start", start)
+    monkeypatch.setattr(reduction, "dump", pack)
     chosen = settings(folder, tmp_path / "c", processes=2)
     try:
         with pytest.raises(RuntimeError, match="a worker process died"), workers(chosen, 8) as each:
@@ -366,6 +383,8 @@ def test_a_worker_that_is_started_while_another_dies_is_ended(
     finally:
         for child in multiprocessing.active_children():
             child.kill()
+        for number in opened:
+            os.close(number)
 
 
 MORTAL = """
