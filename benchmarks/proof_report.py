@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot import mean_dice
-from proof import CELLS, NOMINATED, PRIMARY, PROOF, RELEASE, ROUND_2, SEEDS
+from proof import CELLS, HEADS, NOMINATED, PRIMARY, PROOF, RELEASE, ROUND_2, SEEDS
 
 from data_prep.files import write_bytes, write_text
 from finetune.budget import MARGIN, Curve, mean_curve, read_curve
@@ -36,11 +36,14 @@ from finetune.table import read_table
 
 FULL, NOT_WORSE = "hippocampus-all", 1
 """Where pretraining should at least do no harm, and the margin in points of Dice."""
+LATE = f"late-{HEADS}"
+"""On test subjects, decided on after they had been looked at."""
 LOOKED = ("one-label", "heads-longer", "shift-plain", "shift-blurred", "shift-coarse")
 """On validation subjects: where an interval holds zero, and what the gain on heads hangs on."""
 TITLES = {
     PRIMARY: f"{PRIMARY}, the primary cell",
     "probe": "hippocampus-8, frozen features beside random ones (ridge probe)",
+    LATE: f"{HEADS} at the rate that is best for both arms, decided on after the row above",
     "one-label": "Looked at, validation subjects: hippocampus with one label",
     "heads-longer": "Looked at, validation subjects: heads, four times the steps, first seed",
     "shift-plain": "Looked at, validation subjects: the networks of the primary cell",
@@ -66,7 +69,8 @@ def main() -> None:
         for name in ("explored", "probed"):
             if (Path(folder) / name).exists():
                 make_table([Path(folder) / name], PROOF / name)
-        runs = {name: Path(folder) / f"test-{name}" for name in (*CELLS, "probe")}
+        runs = {name: Path(folder) / f"test-{name}" for name in CELLS}
+        runs |= {LATE: Path(folder) / LATE, "probe": Path(folder) / "test-probe"}
         runs |= {name: Path(folder) / name for name in LOOKED}
         for path in runs.values():
             by_names_of_the_protocol(path)
@@ -84,7 +88,7 @@ def main() -> None:
         tables = {
             name: judged(
                 make_table([path], PROOF / name, search=search),
-                0 if name in LOOKED else len(NOMINATED),
+                0 if name in (LATE, *LOOKED) else len(NOMINATED),
             )
             for name, path in runs.items()
         }
@@ -139,9 +143,10 @@ def compared_within(run: Path) -> str:
 def overview(tables: Mapping[str, Table]) -> Table:
     """All cells of test subjects as one table, by the names of the protocol."""
     groups = []
-    for name in (*CELLS, "probe"):
+    besides = {LATE: ", late", "probe": ", frozen"}
+    for name in (*CELLS, *besides):
         for group in shown(tables[name]) if name in tables else ():
-            whose = f"{told(group)}, frozen" if name == "probe" else told(group)
+            whose = told(group) + besides.get(name, "")
             groups.append(dataclasses.replace(group, checkpoint=whose))
     return Table(tuple(groups))
 

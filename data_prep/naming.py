@@ -62,9 +62,9 @@ def read_withdrawn(private: Path) -> set[str]:
 
 
 def slug(text: str) -> str:
-    """A name in the alphabet of keys; long ones keep their start and get a hash."""
+    """A name in the alphabet of keys; a hash keeps long ones apart, and those of other letters."""
     plain = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "x"
-    if len(plain) <= 64 and KEY_PATTERN.fullmatch(plain):
+    if text.isascii() and len(plain) <= 64:
         return plain
     return f"{plain[:47]}-{hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()}"
 

@@ -540,7 +540,9 @@ def test_absolute_paths_of_a_list_do_not_become_keys(tmp_path: Path) -> None:
 
 def test_slug() -> None:
     assert slug("Sub 01/T1.w") == "sub-01-t1-w"
-    assert KEY_PATTERN.fullmatch(slug("ü"))
+    others = ["ü", "é", "Мария", "Ольга", "张伟", "王芳"]
+    assert len({*map(slug, others)}) == len(others)
+    assert all(KEY_PATTERN.fullmatch(slug(name)) for name in others)
     assert len(slug("y" * 200)) <= 64
 
 
