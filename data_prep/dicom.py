@@ -66,9 +66,10 @@ APART = (
 
 HEADER = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID",
-    "Modality", "Rows", "Columns", "SamplesPerPixel", "PixelSpacing", "ImagePositionPatient",
-    "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "NumberOfFrames",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "BitsAllocated", *APART,
+    "Modality", "Rows", "Columns", "SamplesPerPixel", "PixelSpacing", "SliceThickness",
+    "ImagePositionPatient", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept",
+    "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "BitsAllocated", *APART,
 )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ class Slice:
         position: of the first voxel, LPS millimetres [3].
         directions: of growing column and row number, LPS [2, 3].
         spacing: millimetres between columns, between rows.
+        thickness: in millimetres, 1 where nothing is said.
         scale: slope and intercept of its values.
         apart: its values of the fields `APART`.
     """
@@ -93,6 +95,7 @@ class Slice:
     position: NDArray[np.float64]
     directions: NDArray[np.float64]
     spacing: tuple[float, float]
+    thickness: float
     scale: tuple[float, float]
     apart: tuple[str, ...]
 
@@ -130,7 +133,9 @@ class Series:
         """(column, row, slice) to RAS millimetres (4, 4); sheared where the gantry was tilted."""
         first, last = self.slices[0], self.slices[-1]
         count = len(self.slices)
-        step = (last.position - first.position) / (count - 1) if count > 1 else first.normal
+        step = first.normal * first.thickness
+        if count > 1:  # what is between slices may be more or less than what they are thick
+            step = (last.position - first.position) / (count - 1)
         affine = np.eye(4)
         affine[:3, 0] = first.directions[0] * first.spacing[0]
         affine[:3, 1] = first.directions[1] * first.spacing[1]
@@ -414,6 +419,7 @@ GROUPS = {
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",
     "PixelSpacing": "PixelMeasuresSequence",
+    "SliceThickness": "PixelMeasuresSequence",
     "RescaleSlope": "PixelValueTransformationSequence",
     "RescaleIntercept": "PixelValueTransformationSequence",
     "EffectiveEchoTime": "MREchoSequence",
@@ -467,6 +473,7 @@ def _slice(path: Path, frame: int, places: list[Any]) -> Slice:
     slope, intercept = number("RescaleSlope", 1.0), number("RescaleIntercept", 0.0)
     if not np.isfinite([slope, intercept]).all() or slope == 0:
         raise Reject("nan_or_inf", "the slope or intercept of a slice is no finite number, or 0")
+    thickness = number("SliceThickness", 1.0)
     header = places[-1]
     return Slice(
         file=path,
@@ -475,6 +482,7 @@ def _slice(path: Path, frame: int, places: list[Any]) -> Slice:
         position=numbers("ImagePositionPatient", 3),
         directions=directions,
         spacing=(float(between_columns), float(between_rows)),
+        thickness=thickness if np.isfinite(thickness) and thickness > 0 else 1.0,
         scale=(slope, intercept),
         apart=tuple("" if (v := told(name)) is None else str(v) for name in APART),
     )

@@ -217,6 +217,22 @@ def _tilted() -> np.ndarray:
     return affine
 
 
+@pytest.mark.parametrize("said, thick", [(4.5, 4.5), (None, 1.0), (0, 1.0)])
+@pytest.mark.parametrize("frames", [False, True])
+def test_a_single_slice_is_as_thick_as_it_says(
+    said: float | None, thick: float, frames: bool, tmp_path: Path
+) -> None:
+    affine, array = square(OBLIQUE), np.arange(42).reshape(6, 7, 1)
+    fields = {} if said is None else {"SliceThickness": said}
+    if frames:
+        write_frames(tmp_path / "one.dcm", array, affine, [0], **fields)
+    else:
+        write_series(tmp_path, array, affine, modality="MR", **fields)
+    spacing = nib.affines.voxel_sizes(read_channels(volumes(tmp_path), minimum=1).affine)
+    expected = [thick, *nib.affines.voxel_sizes(affine)[:2]]
+    np.testing.assert_allclose(sorted(spacing), sorted(expected), rtol=1e-6)
+
+
 def _one_moved(files: list[Path]) -> None:
     changed(files[4], {"ImagePositionPatient": [0.0, 0.0, 400.0]})
 
