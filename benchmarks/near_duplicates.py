@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import beta
 
 from data_prep.files import write_json, write_text
@@ -35,6 +35,7 @@ from data_prep.layouts.case import looks_like_a_label, modality_from_name
 from data_prep.request import versions
 from data_prep.sketch import FEWEST, MOST, NEAR, Sketch, SketchIndex, similarity, sketch
 from data_prep.volume import Volume, read_nifti
+from pretrain.bench import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data_prep"))
 from plants import KINDS
@@ -78,7 +79,7 @@ def main() -> None:
         "kinds": planted(distinct, chosen.plants, seed, pairs),
         "pairs": all_pairs(comparable, pairs),
         "synthetic": synthetic(distinct, chosen.synthetic, chosen.queries, seed),
-        "machine": {"cores": os.cpu_count(), "system": platform.machine()},
+        "machine": machine(torch.device("cpu")),
         "versions": versions(),
     }
     result["minutes"] = (time.perf_counter() - began) / 60
@@ -277,7 +278,7 @@ def text(found: dict[str, Any]) -> str:
         f"be compared (fewer than {FEWEST} features); seed {found['seed']}. A sketch takes "
         f"{seconds['median']:.2f} s on one thread (the slowest {seconds['largest']:.1f} s) and "
         f"{found['bytes']['median'] / 1024:.1f} KiB. Flagged from a similarity of {found['near']} "
-        f"on. {found['machine']['cores']} cores; "
+        f"on. {found['machine']['processor']}; "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
         "",
         f"## Plants, of {found['kinds']['volumes']} distinct scans",

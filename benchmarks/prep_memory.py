@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import large_ct
+import torch
 
 from data_prep.files import write_json, write_text
 from data_prep.request import versions
+from pretrain.bench import machine
 
 SHAPE = (512, 512, 1000)
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def main() -> None:
         "shape": SHAPE,
         "voxels_mib": SHAPE[0] * SHAPE[1] * SHAPE[2] * 2 / 2**20,
         "runs": runs,
-        "machine": {"cores": os.cpu_count(), "system": platform.machine()},
+        "machine": machine(torch.device("cpu")),
         "versions": versions(),
     }
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,8 @@ def text(result: dict[str, Any]) -> str:
             f"# One CT of {shape} through prep",
             "",
             f"The voxels alone are {result['voxels_mib']:.0f} MiB as int16. One process, one "
-            "thread; from .nii.gz to a corpus that is verified, imports included.",
+            "thread; from .nii.gz to a corpus that is verified, imports included. "
+            f"{result['machine']['processor']}.",
             "",
             "| prep | peak memory, GiB | seconds | stored, MiB |",
             "| --- | --- | --- | --- |",

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from line import ROOT
 
 from data_prep.files import write_json, write_text
@@ -41,6 +42,7 @@ from data_prep.request import versions
 from data_prep.scan import ScanJob, Scanned, scan
 from data_prep.volume import read_nifti, volume_from_array
 from data_prep.work import WorkFolder
+from pretrain.bench import machine
 
 SPACINGS = ((1.0, 1.0, 1.0), (1.5, 1.5, 1.5), (0.8, 0.7, 0.7))
 PHANTOM = ((1.0, 1.0, 1.0), ((0.8, 0.8, 0.8), (1.3, 1.3, 1.3), (1.6, 1.6, 1.6)))
@@ -85,7 +87,7 @@ def main() -> None:
             f"{target[0]:g}": phantom(target, (2.1, 1.4 * target[0]), holds=False)
             for target in ALIASES
         },
-        "machine": {"cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "machine": {**machine(torch.device("cpu")), "load": os.getloadavg()[0]},
         "versions": versions() | {name: version(name) for name in ("nnunetv2", "scipy")},
     }
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -216,8 +218,8 @@ def text(found: dict[str, Any]) -> str:
         "# Resampling and preparing a CT",
         "",
         f"{shape} voxels of {spacing} mm (d, h, w); one process and thread; median seconds of "
-        f"{len(found['whole']['voxelith'])} (lowest to highest). {found['machine']['cores']} "
-        f"cores, load {found['machine']['load']:.1f}; "
+        f"{len(found['whole']['voxelith'])} (lowest to highest). {found['machine']['processor']}, "
+        f"load {found['machine']['load']:.1f}; "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
         "",
         "| | voxelith | nnU-Net | times |",

@@ -15,14 +15,13 @@ docs/results/near_duplicates/inversion.*.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import numpy as np
+import torch
 from near_duplicates import OUTPUT
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -31,6 +30,7 @@ from data_prep.files import write_json, write_text
 from data_prep.request import versions
 from data_prep.sketch import _equalised, _sampled, described
 from data_prep.volume import read_nifti
+from pretrain.bench import machine
 
 GRIDS = (2.0, 4.0)
 """Millimetres; on a finer grid neighbourhoods are smaller, on a coarser one more blurred."""
@@ -68,7 +68,7 @@ def main() -> None:
     result = {
         "scans": len(paths),
         "grids": [{k: v for k, v in one.items() if k != "pictures"} for one in grids],
-        "machine": {"cores": os.cpu_count(), "system": platform.machine()},
+        "machine": machine(torch.device("cpu")),
         "versions": versions(),
     }
     OUTPUT.mkdir(parents=True, exist_ok=True)
