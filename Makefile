@@ -11,16 +11,16 @@ demo: setup
 	$(BIN)/voxelith demo output=voxelith-demo
 
 test: setup
-	$(BIN)/pytest -n 2 -m "not slow and not gpu and not slurm"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu and not slurm and not extra"
 
 test-all: setup
-	$(BIN)/pytest -m "not gpu and not slurm"
+	$(BIN)/pytest -m "not gpu and not slurm and not extra"
 
-# What is installed on demand, and its tests, which skip without it.
+# What is installed on demand, and its tests.
 extras: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check \
 		--config-settings editable_mode=compat --editable ".[lora,onnx,mlflow]"
-	$(BIN)/pytest -n 2 tests/finetune/test_lora.py tests/finetune/test_step_zero.py \
+	$(BIN)/pytest -n 2 -m extra tests/finetune/test_lora.py tests/finetune/test_step_zero.py \
 		tests/pretrain/test_portable.py tests/pretrain/test_tracking.py
 
 # The site of docs/ into build/site; a link that leads nowhere is an error.

@@ -61,6 +61,7 @@ def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         add_adapters(backbone("vit"), CHOSEN)
 
 
+@pytest.mark.extra
 @needs_peft
 @pytest.mark.parametrize("kind", ["vit", "primus", "resenc", "unet", "pct_net"])
 def test_adapters_change_nothing_then_learn_alone_then_become_weights(kind: str) -> None:
@@ -106,6 +107,7 @@ def test_adapters_change_nothing_then_learn_alone_then_become_weights(kind: str)
         assert torch.allclose(found, start[f"{name}.weight"] + added, atol=1e-6)
 
 
+@pytest.mark.extra
 @needs_peft
 def test_a_run_with_adapters_resumes_averages_and_needs_no_peft_afterwards(
     labelled_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

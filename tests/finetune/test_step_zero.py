@@ -77,7 +77,10 @@ def test_the_features_of_a_scan_are_those_of_the_release(
         {"decoder": "linear", "spacing": "native"},
         pytest.param(
             {"lora": {"rank": 2, "alpha": 4}, "ema": 0.9},
-            marks=pytest.mark.skipif(not HAS_PEFT, reason="peft is missing"),
+            marks=[
+                pytest.mark.extra,
+                pytest.mark.skipif(not HAS_PEFT, reason="peft is missing"),
+            ],
         ),
     ],
     ids=str,

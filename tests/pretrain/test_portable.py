@@ -173,6 +173,7 @@ def test_without_onnx_it_is_said_how_to_have_it(
         write_onnx(release, tmp_path / "out")
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("kind", ["vit-learned", "primus", "slice_vit", "resenc", "pct_net"])
 def test_onnx_gives_the_same(kind: str, seed: int, tmp_path: Path) -> None:
     onnxruntime = runtime()
@@ -190,6 +191,7 @@ def test_onnx_gives_the_same(kind: str, seed: int, tmp_path: Path) -> None:
     assert str(ROOT).encode() not in file.read_bytes()
 
 
+@pytest.mark.extra
 def test_weights_beyond_a_file_of_onnx_lie_beside_it(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +204,7 @@ def test_weights_beyond_a_file_of_onnx_lie_beside_it(
     assert names == {"encoder.onnx", "encoder.onnx.data", "encoder.json"}
 
 
+@pytest.mark.extra
 def test_what_onnx_does_not_know_is_said_in_words(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +217,7 @@ def test_what_onnx_does_not_know_is_said_in_words(
     assert {p.name for p in tmp_path.iterdir()} == {"r"}
 
 
+@pytest.mark.extra
 def test_norms_of_large_crops_of_air_stay_exact(seed: int, tmp_path: Path) -> None:
     """onnxruntime's own instance norm loses 2e-4 here."""
     runtime()

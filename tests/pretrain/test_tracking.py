@@ -109,6 +109,7 @@ def history(file: Path) -> Iterator[dict[str, Any]]:
                 yield {name: json.loads(value) for name, value in names.items()}
 
 
+@pytest.mark.extra
 @pytest.mark.skipif(not MLFLOW, reason="mlflow is not installed: pip install 'voxelith[mlflow]'")
 def test_mlflow_has_one_run_with_each_step_once(killed: Path) -> None:
     from mlflow.tracking import MlflowClient
