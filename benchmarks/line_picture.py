@@ -1,17 +1,19 @@
-"""The picture of the whole line in the README, made of what the line itself has made.
+r"""The picture of the whole line in the README, made of what the line itself has made.
 
-    python benchmarks/line_picture.py --pretraining RUN --finetuning RUN --table table.json OUT.png
+    python benchmarks/line_picture.py --pretraining RUN --finetuning RUN --table table.json \
+        --encoder 'NAME-{0,1,2}' OUT.png
 
 From left to right: scans of the corpus that RUN was pretrained on; one of them with hidden blocks,
 and as the run rebuilds it; the colours of the encoder's features (three principal components); a
-test case as the finetuned RUN segments it, with the truth as a dashed line; and Dice of the arms
-by labels out of the table.
+test case as the finetuned RUN segments it, with the truth as a dashed line; and Dice of the
+encoder and of scratch by labels out of the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--pretraining", type=Path, required=True)
     parser.add_argument("--finetuning", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--encoder", required=True, help="as the table calls it")
     parser.add_argument("--case", type=int, default=0, help="which of the predictions")
     chosen = parser.parse_args()
     run = RunFolder(chosen.pretraining)
@@ -65,7 +68,9 @@ def main() -> None:
         crop = learning(figure, columns[1], run, corpus)
         colours(figure.add_subplot(columns[2]), run, crop)
         segmented(figure.add_subplot(columns[3]), chosen.finetuning, chosen.case)
-        worth(figure.add_subplot(columns[4]), json.loads(chosen.table.read_text()))
+        table = json.loads(chosen.table.read_text())
+        lines = [g["lines"][0] for g in table["groups"] if g["checkpoint"] == chosen.encoder]
+        worth(figure.add_subplot(columns[4]), lines)
         for column, title, command in zip(range(5), TITLES, COMMANDS, strict=True):
             box = columns[column].get_position(figure)
             middle = (box.x0 + box.x1) / 2
@@ -153,9 +158,8 @@ def on_grid(file: Path, shape: tuple[int, ...]) -> NDArray[Any]:
     return found
 
 
-def worth(axis: Axes, table: dict[str, Any]) -> None:
+def worth(axis: Axes, mains: Sequence[dict[str, Any]]) -> None:
     """Dice of both arms by labels, with 95 % intervals."""
-    mains = [group["lines"][0] for group in table["groups"]]
     counts = sorted({line["n_labels"] for line in mains})
     for arm, shift, style in (("scratch", -0.04, "s--"), ("pretrained", 0.04, "o-")):
         found = {line["n_labels"]: line[arm] for line in mains if line[arm]}

@@ -154,31 +154,19 @@ def overview(tables: Mapping[str, Table]) -> Table:
 def judged(table: Table, nominated: int) -> Table:
     """A cell by the rules of the protocol.
 
-    The difference of a line is the one that its p rests on, and the verdicts of recipes are those
-    after Holm over all that were nominated for it, those that are still to be scored included.
+    The verdicts of recipes are those after Holm over all that were nominated for it, those that are
+    still to be scored included.
     """
     recipes = [group for group in table.groups if group.of_recipe]
     missing = [1.0] * max(0, nominated - len(recipes))
     adjusted = iter(holm([*(group.main.p for group in recipes), *missing]))
     groups = []
     for group in table.groups:
-        main, *others = map(resting, group.lines)
+        main, *others = group.lines
         if group.of_recipe:
             main = main.adjusted(next(adjusted))
         groups.append(dataclasses.replace(group, lines=(main, *others)))
     return Table(tuple(groups))
-
-
-def resting(line: Line) -> Line:
-    """A line whose difference is to the scratch arm over which a gain is least sure."""
-    both = (line.difference, line.against_own)
-    if None in both:
-        return line
-    twin, own = both
-    assert twin is not None and own is not None
-    sign = 1 if line.measures.higher_is_better else -1
-    gains = min(sign * twin.mean, sign * own.mean) > 0
-    return dataclasses.replace(line, own_is_stronger=own.p > twin.p) if gains else line
 
 
 def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Sequence[str]) -> str:
@@ -218,7 +206,7 @@ def summary(tables: Mapping[str, Table], wide: Mapping[str, Table], pictures: Se
             basis = "" if found is None else f"{found.units} | {found.draws}"
             lines.append(
                 f"| {told(group)} | {basis or ' | '} "
-                f"| {cell(main.pretrained)} | {cell(stronger(main))} "
+                f"| {cell(main.pretrained)} | {cell(beaten(main))} "
                 f"| {cell(found, sign=True)} | {'' if p is None else f'{p:.2g}'} "
                 f"| {seen} | {difference_in(group, 'nsd')} "
                 f"| {difference_in(at_two.get(told(group)), 'nsd')} "
@@ -295,9 +283,9 @@ def not_worse(groups: Sequence[Group]) -> str:
     return said
 
 
-def stronger(line: Line) -> Any:
-    """The scratch arm that the difference is to."""
-    return line.own if line.own_is_stronger else line.scratch
+def beaten(line: Line) -> Any:
+    """The scratch arm that the difference is to: the one that is harder to beat."""
+    return line.own if line.own_decides else line.scratch
 
 
 def difference_in(group: Group | None, metric: str) -> str:

@@ -55,14 +55,14 @@ def holm_by_family(families: Sequence[Hashable], p_values: Sequence[float]) -> l
 
 
 def p_against_stronger(p: float, others: Sequence[float], *, loses: bool) -> float:
-    """P of a difference to the strongest of several scratch arms, picked by the very same scores.
+    """P of a difference to one of several scratch arms, picked by the very same scores.
 
     A gain is one over each of them, so the largest p counts: the arm that looks weaker may be the
     one of which less is known (intersection-union test, Berger 1982, Technometrics 24:295). Against
     pretraining it is a choice of the luckiest: p counts as often as there were arms (Bonferroni).
 
     Args:
-        p: of the difference to the strongest by itself.
+        p: of the difference to the one that was picked, by itself.
         others: of the differences to the other scratch arms.
         loses: whether it speaks against pretraining.
 

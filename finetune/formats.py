@@ -29,9 +29,10 @@ WORDS = (
 
 EXPLAIN = (
     "Means over a case's classes, a subject's cases, then subjects and seeds, with 95 % intervals "
-    "over subjects and seeds, both taken as random. Difference: "
-    "pretrained minus scratch on the same cases and seeds; the verdict is about the stronger "
-    "scratch, and against pretraining p counts for both. Better in: share of subjects that gain "
+    "over subjects and seeds, both taken as random. Difference: pretrained minus scratch on the "
+    "same cases and seeds. Where scratch at its own best is a third arm, the verdict is about the "
+    "one that is harder to beat: of two gains the one with the larger p; else the stronger arm, "
+    "and against pretraining p counts double. Better in: share of subjects that gain "
     "over the twin; median: over subjects, of "
     "the difference to it. p: of the deciding difference in {main}, adjusted over the data sets "
     "of a checkpoint at one number of labels; where it is 0.05 or more, no arm is called better. "

@@ -136,7 +136,7 @@ class Line:
     verdict: str
     own: Estimate | None = None
     against_own: Estimate | None = None
-    own_is_stronger: bool = False
+    own_decides: bool = False
     median: float = math.nan
     adjusted_p: float = math.nan
     split: str = ""
@@ -166,16 +166,16 @@ class Line:
 
     @property
     def decides(self) -> Estimate | None:
-        """The difference that the verdict is about: to the stronger of both scratch arms."""
-        return self.against_own if self.own_is_stronger else self.difference
+        """The difference that the verdict is about: to the scratch arm that is harder to beat."""
+        return self.against_own if self.own_decides else self.difference
 
     @property
     def p(self) -> float:
-        """Of the deciding difference, which is to the stronger of one scratch arm or two."""
+        """Of the deciding difference, as the choice among scratch arms makes it."""
         found = self.decides
         if found is None:
             return math.nan
-        other = self.difference if self.own_is_stronger else self.against_own
+        other = self.difference if self.own_decides else self.against_own
         others = [math.nan if other is None else other.p] if self.own is not None else []
         loses = found.mean < 0 if self.measures.higher_is_better else found.mean > 0
         return p_against_stronger(found.p, others, loses=loses)

@@ -107,8 +107,8 @@ def not_enough(line: Line) -> list[str]:
             "behind the stronger of two scratch arms, which the same scores picked: p "
             f"{found.p:.2g} counts double"
         ]
-    other = line.difference if line.own_is_stronger else line.against_own
-    arm = "its twin" if line.own_is_stronger else OWN
+    other = line.difference if line.own_decides else line.against_own
+    arm = "its twin" if line.own_decides else OWN
     known = f"p {other.p:.2g}" if other is not None and other.has_interval else "no interval"
     return [f"a gain has to be one over both scratch arms; over {arm} it is not clear ({known})"]
 

@@ -238,7 +238,7 @@ def _why(line: Line) -> str:
         return "A difference is only shown where both arms have the same cases and seeds."
     if not d.has_interval:
         return f"There is no interval: {d.note}."
-    which = f"of the difference to {OWN} " if line.own_is_stronger else ""
+    which = f"of the difference to {OWN} " if line.own_decides else ""
     if d.low <= 0 <= d.high:
         return f"The 95 % interval {which}holds zero: these runs cannot tell the arms apart."
     if line.verdict not in (BETTER, WORSE):

@@ -530,15 +530,8 @@ def _line(
     [anchored] = anchor
     anchored = {cell: value for cell, value in anchored.items() if cell[0] in shared}
     names = set(folds.values())
-    sign = 1 if metric.higher_is_better else -1
     if scratch is None:
         against_own = None  # no delta without a twin
-    # Each is over its own pairs: means of arms that have other seeds, or cases, tell nothing.
-    own_is_stronger = (
-        against_own is not None
-        and difference is not None
-        and sign * against_own.mean < sign * difference.mean
-    )
     line = Line(
         head.dataset,
         head.labels,
@@ -557,7 +550,7 @@ def _line(
         ELSEWHERE,
         own=_bounded(own, metric) if own else None,
         against_own=against_own,
-        own_is_stronger=own_is_stronger,
+        own_decides=_own_decides(difference, against_own, metric),
         median=math.nan if metric.pseudo else median_difference(paired),
         split=head.split if len(names) < 2 else f"{len(names)} folds/validation",
         protocol=head.protocol,
@@ -570,6 +563,26 @@ def _line(
         return line
     verdict = _verdict(line, has_scratch=any(b), has_pretrained=any(a))
     return dataclasses.replace(line, verdict=verdict)
+
+
+def _own_decides(twin: Estimate | None, own: Estimate | None, metric: Metric) -> bool:
+    """Whether scratch at its own best is harder to beat than the twin.
+
+    A gain has to be one over both, so it is about the arm over which it is less sure; what is no
+    gain is about the stronger arm. Each difference is over its own pairs: means of arms that have
+    other seeds, or cases, tell nothing.
+    """
+    if twin is None or own is None:
+        return False
+    sign = 1 if metric.higher_is_better else -1
+    if min(sign * twin.mean, sign * own.mean) > 0:
+        return _unsure(own) > _unsure(twin)
+    return sign * own.mean < sign * twin.mean
+
+
+def _unsure(difference: Estimate) -> float:
+    """Its p; above all of them where there is none."""
+    return math.inf if math.isnan(difference.p) else difference.p
 
 
 def _estimate(parts: Parts, subjects: dict[str, str], folds: dict[str, str]) -> Estimate | None:

@@ -63,7 +63,7 @@ def test_the_third_arm_is_shown_where_there_is_one(third: bool, tmp_path: Path) 
         d = f"{main.against_own.mean:+.1f}".replace("-", "−")
         assert f"Scratch at its own best {main.own.mean:.1f}" in words
         assert f"Difference to it {d}" in words
-        # The verdict is about the stronger scratch, and so is the sentence below it.
+        # The verdict is about the scratch that is harder to beat, and so is the sentence below it.
         assert "No clear difference" in words
         assert "of the difference to scratch at its own best holds zero" in words
     else:

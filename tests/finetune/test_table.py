@@ -38,9 +38,9 @@ def test_the_stronger_scratch_decides() -> None:
     """Better than the twin is not enough where scratch does as well with its own best recipe."""
     arms = make_rows("scratch") + make_rows("pretrained", 0.05)
     weak = tabulate(arms + scratch_own(-0.02)).groups[0]
-    assert weak.main.verdict == "pretrained better" and not weak.main.own_is_stronger
+    assert weak.main.verdict == "pretrained better" and not weak.main.own_decides
     strong = tabulate(arms + scratch_own(0.05)).groups[0]
-    assert strong.main.verdict == "no clear difference" and strong.main.own_is_stronger
+    assert strong.main.verdict == "no clear difference" and strong.main.own_decides
     assert strong.main.difference == weak.main.difference
     assert strong.main.against_own is not None
     assert strong.main.against_own.mean == pytest.approx(0, abs=0.6)
@@ -809,7 +809,7 @@ def test_a_loss_to_the_luckier_of_two_scratch_arms_counts_double() -> None:
             break
     else:
         pytest.fail("no gain gives such a p")
-    assert group.main.own_is_stronger and group.main.verdict == "no clear difference"
+    assert group.main.own_decides and group.main.verdict == "no clear difference"
     assert group.main.adjusted_p == pytest.approx(2 * against.p)
     assert any("counts double" in note for note in group.notes)
     gained = tabulate(arms + scratch_own(0.04)).groups[0].main
@@ -840,7 +840,7 @@ def test_scratch_at_its_own_best_counts_on_its_own_seeds(seeds: tuple[int, ...])
     assert group.main.own.mean < group.main.scratch.mean  # by means of arms the twin is stronger
     verdict = "scratch better" if len(seeds) == 3 else "undecided"
     assert group.main.verdict == verdict, group.notes
-    assert group.main.own_is_stronger == bool(seeds)
+    assert group.main.own_decides == bool(seeds)
     assert any("scratch at its own best" in note and "one arm only" in note for note in group.notes)
     if not seeds:
         assert any("a gain has to be one over both" in note for note in group.notes)
