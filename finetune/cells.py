@@ -7,7 +7,7 @@ and prediction has no score and is not averaged. Answers for whole scans: `scan_
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,6 +157,27 @@ def mean_scores(parts: Parts) -> Scores:
     """The mean over checkpoints of the cells that all of them have."""
     cells = set.intersection(*(set(scores) for scores in parts)) if parts else set()
     return {cell: float(np.mean([scores[cell] for scores in parts])) for cell in sorted(cells)}
+
+
+def independent_draws(rows: Iterable[Row]) -> dict[str, str]:
+    """Each draw with the name of the one that it counts as.
+
+    Which cases are labelled varies more than all else that a draw stands for, so seeds that share
+    a choice of labels are no draws of their own. With one choice, or with all labels, they are.
+    """
+    rows = list(rows)
+    by_labels = len({row.label_seed for row in rows if row.labels != "all"}) > 1
+    return {row.draw: str(row.label_seed if by_labels else row.seed) for row in rows}
+
+
+def merged(scores: Scores, draws: Mapping[str, str]) -> Scores:
+    """Scores with the mean over draws that count as one, of the cases that all of these have."""
+    complete = set(complete_cases([scores]))
+    found: dict[tuple[str, str], list[float]] = {}
+    for (case, draw), value in scores.items():
+        if (counts_as := draws.get(draw, draw)) == draw or case in complete:
+            found.setdefault((case, counts_as), []).append(value)
+    return {cell: float(np.mean(values)) for cell, values in found.items()}
 
 
 def complete_cases(parts: Parts) -> list[str]:

@@ -37,6 +37,17 @@ def without_label(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     ]
 
 
+def draws_that_count(rows: Sequence[Row], draws: Mapping[str, str]) -> list[str]:
+    """Where seeds are fewer, or tell less, than they look; see `independent_draws`."""
+    count = len(set(draws.values()))
+    if count < len(draws):
+        return [f"{len(draws)} draws count as {count}: those that share their labels are averaged"]
+    chosen = {row.label_seed for row in rows if row.labels != "all"}
+    if len(chosen) == 1 and count > 1 and chosen != {-1}:
+        return ["all runs have the same labelled cases: intervals are for that choice alone"]
+    return []
+
+
 def few_subjects(rows: list[Row], facts: Mapping[Run, Facts]) -> list[str]:
     """Whose scans the labelled cases are, where some are of the same subject."""
     known = {run: facts[run].label_subjects for run in map(run_of, rows) if run in facts}

@@ -28,8 +28,10 @@ from finetune.cells import (
     Scores,
     case_scores,
     complete_cases,
+    independent_draws,
     invented_structures,
     mean_scores,
+    merged,
     score_cube,
     score_differences,
     score_matrix,
@@ -67,6 +69,7 @@ from finetune.lines import (
     shown_digits,
 )
 from finetune.notes import (
+    draws_that_count,
     few_subjects,
     folds_of_one_class,
     missed_or_invented,
@@ -397,8 +400,9 @@ def _group(
     notes += missed_or_invented(head.arm, pretrained) + missed_or_invented("scratch", scratch)
     notes += missed_or_invented(OWN, own)
     classes = list(dict.fromkeys(row.class_name for row in pretrained or scratch or own))
-    every = (pretrained, scratch, own)
-    invented = [invented_structures(found) for found in every]
+    to_twin, to_own = (invented_structures([*pretrained, *arm]) for arm in (scratch, own))
+    draws = independent_draws(rows)
+    notes += draws_that_count(rows, draws)
     folds = {row.case: row.split for row in rows}
     subjects = subjects_of(rows)
     metrics = metrics_of(rows)
@@ -412,34 +416,27 @@ def _group(
     lines = []
     for metric in metrics:
         for name in columns if metric.by_class else [ALL_CLASSES]:
-            a = [case_scores(one, metric, name, invented[0]) for one in checkpoints]
-            b, c = (
-                case_scores(found, metric, name, wrong)
-                for found, wrong in zip(every[1:], invented[1:], strict=True)
-            )
-            n: Scores = {}
-            if metric.name == "dsc":
-                n = case_scores(anchored, metric, name, invented_structures(anchored))
+            *a, b = (case_scores(one, metric, name, to_twin) for one in (*checkpoints, scratch))
+            c = case_scores(own, metric, name, to_own)
+            n = case_scores(anchored, metric, name, to_twin) if metric.name == "dsc" else {}
             if metric.of_lesions and not any(a) and not b:
                 continue
             gaps = [
                 [
-                    score_differences(one, found, metric, name, invented[0] | wrong)
+                    merged(score_differences(one, found, metric, name, wrong), draws)
                     for one in checkpoints
                 ]
-                for found, wrong in zip(every[1:], invented[1:], strict=True)
+                for found, wrong in ((scratch, to_twin), (own, to_own))
             ]
+            if metric is metrics[0] and name == ALL_CLASSES:
+                notes += list(dict.fromkeys(note for one in a for note in unpaired(one, b)))
+                aa = [case_scores(one, metric, name, to_own) for one in checkpoints]
+                notes += list(dict.fromkeys(note for one in aa for note in unpaired(one, c, OWN)))
+            *a, b, c = (merged(found, draws) for found in (*a, b, c))
             if metric is shown and name == ALL_CLASSES:
                 scores = {"pretrained": mean_scores(a), "scratch": b}
             if metric is metrics[0] and name == ALL_CLASSES:
-                # As in differences, a structure that is not there counts if any arm invents it.
-                wrong = set().union(*invented)
-                *aa, bb, cc = (
-                    case_scores(found, metric, name, wrong) for found in (*checkpoints, *every[1:])
-                )
-                notes += list(dict.fromkeys(note for one in aa for note in unpaired(one, bb)))
-                notes += list(dict.fromkeys(note for one in aa for note in unpaired(one, cc, OWN)))
-                notes += unsuitable((mean_scores(aa), bb, cc), subjects)
+                notes += unsuitable((mean_scores(a), b, c), subjects)
             line = _line(head, metric, name, (a, [b], [c], [n]), gaps, subjects, folds)
             if few and metric.pseudo:
                 line = _undecided(line, few)

@@ -402,6 +402,53 @@ def test_label_draws_alone_may_vary() -> None:
     assert group.main.difference is not None and group.main.difference.draws == 3
 
 
+def test_seeds_that_share_their_labels_are_no_draws_of_their_own(seed: int) -> None:
+    """Three choices of labels, three seeds each: three draws, and as sure as the means of three."""
+    rng = np.random.default_rng(seed)
+    gains = {choice: rng.normal(0.03, 0.02) for choice in range(3)}
+
+    def drawn(arm: str, *, crossed: bool) -> list[Row]:
+        rows = make_rows(arm, seeds=9)
+        if arm == "pretrained":
+            rows = [dataclasses.replace(r, dsc=r.dsc + gains[r.seed // 3]) for r in rows]
+        if not crossed:
+            return rows
+        return [
+            dataclasses.replace(r, label_seed=r.seed // 3, seed=r.seed % 3, init_seed=r.seed % 3)
+            for r in rows
+        ]
+
+    apart, shared = (
+        tabulate(drawn("scratch", crossed=crossed) + drawn("pretrained", crossed=crossed)).groups[0]
+        for crossed in (False, True)
+    )
+    wide, narrow = shared.main.difference, apart.main.difference
+    assert wide is not None and narrow is not None
+    assert (narrow.draws, wide.draws) == (9, 3) and wide.mean == pytest.approx(narrow.mean)
+    assert wide.high - wide.low > narrow.high - narrow.low
+    assert any("9 draws count as 3" in note for note in shared.notes)
+    assert not any("draws count as" in note for note in apart.notes)
+
+
+@pytest.mark.parametrize("labels, draws", [("all", 3), ("4", 9)])
+def test_label_seeds_choose_nothing_where_all_labels_are_used(labels: str, draws: int) -> None:
+    rows = [
+        dataclasses.replace(r, labels=labels, seed=r.seed % 3, init_seed=r.seed % 3)
+        for r in make_rows("scratch", seeds=9) + make_rows("pretrained", 0.05, seeds=9)
+    ]
+    difference = tabulate(rows).groups[0].main.difference
+    assert difference is not None and difference.draws == draws
+
+
+def test_one_choice_of_labels_is_told() -> None:
+    rows = [
+        dataclasses.replace(r, label_seed=0)
+        for r in make_rows("scratch") + make_rows("pretrained", 0.05)
+    ]
+    group = tabulate(rows).groups[0]
+    assert any("the same labelled cases" in note for note in group.notes)
+
+
 def test_inventing_a_structure_costs_where_its_twin_rightly_finds_none() -> None:
     """c0 has no anterior part: scratch says so, pretrained invents one with one of the seeds."""
 
@@ -429,6 +476,10 @@ def test_inventing_a_structure_costs_where_its_twin_rightly_finds_none() -> None
     )
     assert before.difference is not None
     assert anterior.difference.mean == pytest.approx(before.difference.mean - 100 / 36, abs=0.2)
+    # The arms are over the same cases as their difference.
+    assert anterior.pretrained is not None and anterior.scratch is not None
+    gap = anterior.pretrained.mean - anterior.scratch.mean
+    assert gap == pytest.approx(anterior.difference.mean)
     # Where nobody invents anything, rightly finding nothing is left out of both arms.
     clean = tabulate(twin + absent(make_rows("pretrained"), None)).groups[0]
     line = next(x for x in clean.lines if x.class_name == "anterior" and x.metric == "dsc")
