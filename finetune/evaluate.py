@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -234,6 +235,16 @@ def task_problems(corpus: Corpus, task: TaskSettings) -> list[str]:
     if not corpus.labelled:
         return [f"corpus={corpus.path}: holds no labels; prep writes them where the input has them"]
     known = {int(c["value"]): str(c["name"]) for c in corpus.classes}
+    return [
+        *_values_that_are_not_there(corpus, task, known),
+        *_classes_of_another_value(corpus, task, known),
+        *_values_to_ignore(corpus, task, known),
+    ]
+
+
+def _values_that_are_not_there(
+    corpus: Corpus, task: TaskSettings, known: Mapping[int, str]
+) -> list[str]:
     missing = {c.name: sorted(set(c.values) - known.keys()) for c in task.classes}
     missing = {name: values for name, values in missing.items() if values}
     if not missing:
@@ -244,4 +255,39 @@ def task_problems(corpus: Corpus, task: TaskSettings) -> list[str]:
         f"task {task.name}: label values of {len(missing)} classes do not occur in {corpus.path} "
         f"({who}), which has {table}; choose the task that belongs to it, or name all of its "
         "values when the corpus is prepared (prep classes=)"
+    ]
+
+
+def _classes_of_another_value(
+    corpus: Corpus, task: TaskSettings, known: Mapping[int, str]
+) -> list[str]:
+    """Data sets with the same organs number them otherwise; all values may occur all the same."""
+    values = {_plain(name): value for value, name in known.items()}
+    wrong = [
+        f"{c.name} is {', '.join(map(str, c.values))} in the task and {values[_plain(c.name)]} in "
+        "the corpus"
+        for c in task.classes
+        if values.get(_plain(c.name), c.values[0]) not in c.values
+    ]
+    if not wrong:
+        return []
+    return [
+        f"task {task.name}: has other label values than {corpus.path} ({'; '.join(wrong)}); choose "
+        "the task that belongs to it, or write one with its values"
+    ]
+
+
+def _plain(name: str) -> str:
+    """A name without what makes no difference."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _values_to_ignore(corpus: Corpus, task: TaskSettings, known: Mapping[int, str]) -> list[str]:
+    """What the corpus says is neither scored nor learnt would be background to the task."""
+    used = {value for c in task.classes for value in c.values} | {task.ignore}
+    return [
+        f"task {task.name}: does not ignore label value {value} of {corpus.path}, which is "
+        f"{known[value]!r} there; say task.ignore={value}"
+        for value in sorted(int(c["value"]) for c in corpus.classes if c["ignore"])
+        if value not in used
     ]

@@ -251,8 +251,9 @@ def _centre_zero(axis: Axes, values: Sequence[Estimate], line: Line) -> None:
 def draw_label_curves(table: Table) -> bytes | None:
     """The main score of the arms against the number of labels with 95 % bands, as a PNG.
 
-    A panel for each data set, checkpoint and protocol with two numbers of labels at least. Where a
-    number of labels has several recipes, no line can be drawn through them, and there is no panel.
+    A panel for each data set, part of a split, checkpoint and protocol with two numbers of labels
+    at least. Where a number of labels has several recipes, no line can be drawn through them, and
+    there is no panel.
     """
     panels: dict[tuple[str, ...], list[Group]] = {}
     for group in table.groups:
@@ -262,6 +263,7 @@ def draw_label_curves(table: Table) -> bytes | None:
                 group.main.checkpoint_digest,
                 group.checkpoint,
                 group.main.protocol,
+                group.main.split,
                 group.main.quantity,
             )
             panels.setdefault(key, []).append(group)
@@ -274,7 +276,7 @@ def draw_label_curves(table: Table) -> bytes | None:
         return None
     with plt.rc_context(STYLE):
         figure, axes = _grid(len(panels))
-        for axis, ((dataset, _, checkpoint, protocol, _), found) in zip(
+        for axis, ((dataset, _, checkpoint, protocol, _, _), found) in zip(
             axes, panels.items(), strict=True
         ):
             _label_curves(axis, [group.main for group in found])

@@ -148,6 +148,8 @@ def search_notes(
     """
     rows = [row for found in arms.values() for row in found]
     if searches is None:
+        if arms["pretrained"] and arms["scratch"] and not arms["scratch-own"]:
+            return ["to the twin alone: whether scratch has a better rate of its own is not shown"]
         own = [one for one in known["scratch-own"] if one is not None]
         rate = f" (rate {own[0].trained['lr']:g})" if own and "lr" in own[0].trained else ""
         claim = f"scratch's own recipe{rate} is its protocol's claim: no search is shown (search=)"
@@ -197,6 +199,9 @@ def _unfair(search: Search, arms: Mapping[str, list[Row]], known: Known) -> list
             found.append(f"rates of {name} are compared on shared draws, {compared} of its runs")
         rates = {one.trained["lr"] for one in known[arm] if one and "lr" in one.trained}
         best, _ = search.best(name)
+        if len(tried := search.rates(name)) > 1 and best in (tried[0], tried[-1]):
+            end = "lowest" if best == tried[0] else "highest"
+            found.append(f"{name} is best at the {end} rate that was tried: there may be a better")
         for rate in sorted(rates) if compared else ():
             if rate != best and arm == "scratch":
                 found.append(f"scratch is best with {best:g}, its twin has {rate:g}: recipe_of=own")

@@ -13,7 +13,7 @@ from data_prep.corpus import Corpus
 from data_prep.preprocess import as_physical, resample
 from data_prep.sketch import sketch
 from data_prep.volume import read_nifti
-from finetune.evaluate import Origin, Seen, comparable, doubt, score_case
+from finetune.evaluate import Origin, Seen, comparable, doubt, score_case, task_problems
 from finetune.settings import TaskSettings
 
 
@@ -37,6 +37,31 @@ def test_ignored_voxels_count_neither_for_nor_against(corpus: Corpus) -> None:
     assert (found.volume_error_ml, found.lesion_fp, found.lesion_pq) == (0, 0, 1)
     (counted,) = score_case(corpus, 0, task({"values": (1,)}), over)
     assert counted.dsc < 1 and counted.volume_error_ml > 0
+
+
+def test_a_task_that_numbers_the_classes_otherwise_is_refused(corpus: Corpus) -> None:
+    """Also where each of its values occurs: AMOS and BTCV have the same organs, in other places."""
+    names = {int(c["value"]): str(c["name"]) for c in corpus.classes if c["value"]}
+    (one, first), (two, second) = names.items()
+    right = task({"name": first.upper(), "values": (one,)}, {"name": second, "values": (two,)})
+    assert task_problems(corpus, right) == []
+    assert task_problems(corpus, task({"name": first, "values": (one, two)})) == []
+    assert task_problems(corpus, task({"name": "else", "values": (two,)})) == []
+    swapped = task({"name": first, "values": (two,)}, {"name": second, "values": (one,)})
+    (problem,) = task_problems(corpus, swapped)
+    assert f"{first} is {two} in the task and {one} in the corpus" in problem
+    assert f"{second} is {one} in the task and {two} in the corpus" in problem
+
+
+def test_what_the_corpus_ignores_has_to_be_ignored(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = [{**c, "ignore": c["value"] == 2} for c in corpus.classes]
+    monkeypatch.setattr(Corpus, "classes", classes)
+    (problem,) = task_problems(corpus, task({"values": (1,)}))
+    assert "task.ignore=2" in problem
+    assert task_problems(corpus, task({"values": (1,)}, ignore=2)) == []
+    assert task_problems(corpus, task({"values": (1, 2)})) == []
 
 
 def test_a_class_of_several_values_is_their_union(corpus: Corpus) -> None:

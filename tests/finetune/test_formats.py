@@ -190,6 +190,8 @@ def test_curves_need_two_numbers_of_labels_of_one_recipe() -> None:
     assert draw_label_curves(tabulate(four + sixteen + other)) is None
     named = [dataclasses.replace(r, protocol="full") for r in other]
     assert draw_label_curves(tabulate(four + sixteen + named)) is not None
+    elsewhere = [dataclasses.replace(r, split="official/validation") for r in sixteen]
+    assert draw_label_curves(tabulate(four + elsewhere)) is None
 
 
 def test_pictures_lie_beside_the_table_and_never_outlive_it(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_presets_have_the_published_rates_and_shapes(
 ) -> None:
     found = composed(name)
     assert (found.steps, found.warmup) == (250 * epochs, 250 * warm)
-    assert found.schedule == "poly" and found.batch_size == 2 and found.foreground == 0.33
+    assert found.schedule == "poly" and found.batch_size == 2 and found.foreground == 0.5
     assert sum(phase.steps for phase in found.phases) == 250 * first
     for phase in found.phases:
         assert (phase.freeze, phase.lr_factor, phase.schedule) == ("encoder", factor, "poly")

@@ -67,13 +67,32 @@ def test_without_a_search_the_own_recipe_is_a_claim(tmp_path: Path) -> None:
     assert note.startswith("scratch's own recipe (rate 0.01) is its protocol's claim")
 
 
+def test_a_gain_over_the_twin_alone_is_told(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs, make_rows("pretrained", 0.05), 1e-3)
+    write_run(runs, make_rows("scratch"), 1e-3)
+    said = "to the twin alone: whether scratch has a better rate of its own is not shown"
+    assert said in read_table([runs]).groups[0].notes
+    write_run(runs, scratch_own(0.01), 1e-2)
+    assert said not in read_table([runs]).groups[0].notes
+
+
 def test_a_fair_search_is_told_and_nothing_is_wrong(tmp_path: Path) -> None:
     search = tmp_path / "search"
     searched(search, "pretrained", PRETRAINED)
     searched(search, "scratch", SCRATCH)
-    (note,) = notes(report(tmp_path / "runs"), search)
+    note, *ends = notes(report(tmp_path / "runs"), search)
     assert "pretrained 0.001 of 0.001, 0.01 (Dice 70." in note and "4 runs" in note
     assert "scratch 0.01 of 0.001, 0.01 (Dice 66." in note
+    assert [end.split(" that")[0] for end in ends] == [
+        "the search: pretrained is best at the lowest rate",
+        "the search: scratch is best at the highest rate",
+    ]
+    searched(search, "pretrained", {1e-4: 0.0})
+    searched(search, "scratch", {1e-1: 0.0})
+    assert len(notes(tmp_path / "runs", search)) == 2  # scratch had 0.1, the other arm not
+    searched(search, "scratch", {1e-4: 0.0})
+    assert len(notes(tmp_path / "runs", search)) == 1
 
 
 @pytest.mark.parametrize(
@@ -155,7 +174,8 @@ def test_scratch_is_that_of_the_groups_own_network(tmp_path: Path) -> None:
     write_run(runs, make_rows("pretrained", 0.05), 1e-3, network="cnn")
     write_run(runs, make_rows("scratch"), 1e-3, network="cnn")
     write_run(runs, scratch_own(0.01), 1e-2, network="cnn")
-    (note,) = notes(runs, search)
+    note, *ends = notes(runs, search)
+    assert len(ends) == 2 and all("rate that was tried" in end for end in ends)
     assert "scratch 0.01 of 0.001, 0.01 (Dice 66." in note and note.endswith("4 runs)")
 
 
@@ -194,7 +214,8 @@ def test_searches_with_other_labels_are_not_taken_together(tmp_path: Path) -> No
         rows = [dataclasses.replace(row, labels="16") for row in read_rows(run / "rows.csv")]
         write_rows(rows, run / "rows.csv")
         run.rename(search / f"16-{run.name}")
-    (note,) = notes(report(tmp_path / "runs"), search)
+    note, *ends = notes(report(tmp_path / "runs"), search)
+    assert len(ends) == 2 and all("rate that was tried" in end for end in ends)
     assert "pretrained 0.001 of 0.001, 0.01 (Dice 70." in note and "4 runs" in note
     for run in search.iterdir():
         if not run.name.startswith("16"):
