@@ -22,6 +22,8 @@ from pretrain.places import Box, Frame, Group, Place, Size, Voxel, inside
 
 Range = tuple[float, float]
 
+TRIES = 10
+"""Shapes that are drawn of a crop until one fits, as torchvision and 3DINO do."""
 ALIKE = 1.01
 """Spacings that differ by less than this factor are the same."""
 
@@ -140,8 +142,9 @@ class MultiCrop(Crops):
     crops again, on another grid and with unchanged intensities, mirrored and turned as they are.
     What a crop covers is resampled to the size of its group. Its sides are shares of the region:
     of its area in the two fine axes with a drawn aspect, of its length along the third, the coarse
-    axis, whose spacing differs from the two others most (D, where none does); none is longer than
-    the region. The aspect is drawn evenly on the scale of its logarithm, the rest uniformly.
+    axis, whose spacing differs from the two others most (D, where none does). The aspect is drawn
+    evenly on the scale of its logarithm, the rest uniformly; area and aspect are drawn again where
+    the crop would be longer than the region, which has an aspect of its own.
 
     Along an axis where `crop_size` is one voxel (slices) a crop covers one voxel, the same for all
     crops of the sample, and the two other axes are the fine ones.
@@ -161,7 +164,7 @@ class MultiCrop(Crops):
         length: share of the length of a global crop.
         local_area: as `area`, of a local crop.
         local_length: as `length`, of a local crop.
-        aspect: height over width in the fine axes, as shares of the region's.
+        aspect: height over width in the fine axes, in voxels.
         gram_size: voxels of the crops of `gram`.
     """
 
@@ -219,16 +222,16 @@ class MultiCrop(Crops):
         region = self._region(flat, rng, frame)
         # Further local crops change nothing in those before them.
         row = number if group.changed else own
-        area, length, aspect, *where = rng.random((self.count + self.local, 6))[row]
+        length, *draws = rng.random((self.count + self.local, 4 + 2 * TRIES))[row]
+        where, tries = np.array(draws[:3]), np.reshape(draws[3:], (TRIES, 2))
         is_global = row < self.count
-        span = self._span(
-            region.sides,
-            coarse_axis(frame.spacing, flat),
-            _on(self.area if is_global else self.local_area, area),
-            _on(self.length if is_global else self.local_length, length),
-            math.exp(_on((math.log(self.aspect[0]), math.log(self.aspect[1])), aspect)),
-        )
-        start = _between(region.low, region.high - span, np.array(where))
+        coarse = coarse_axis(frame.spacing, flat)
+        sides = region.sides.astype(float)
+        sides[coarse] *= _on(self.length if is_global else self.local_length, length)
+        fine = [axis for axis in range(3) if axis != coarse]
+        sides[fine] = self._cut(sides[fine], self.area if is_global else self.local_area, tries)
+        span = np.clip(np.rint(sides).astype(np.int64), 1, region.sides)
+        start = _between(region.low, region.high - span, where)
         pose, posed = (None, None) if group.changed else (own, crop_size)
         return Place(group, span, start + span // 2, frame.volume, pose, posed)
 
@@ -243,12 +246,22 @@ class MultiCrop(Crops):
             high = low + sides
         return Box(np.where(flat, around, low), np.where(flat, around + 1, high))
 
-    @staticmethod
-    def _span(sides: Voxel, coarse: int, area: float, length: float, aspect: float) -> Voxel:
-        shares = np.full(3, length)
-        fine = [axis for axis in range(3) if axis != coarse]
-        shares[fine] = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        return np.clip(np.rint(shares * sides).astype(np.int64), 1, sides)
+    def _cut(
+        self, sides: NDArray[np.float64], area: Range, tries: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Height and width of a share of a rectangle: the first try that fits into it.
+
+        Where none does, the largest rectangle of an aspect that may be.
+        """
+        logs = (math.log(self.aspect[0]), math.log(self.aspect[1]))
+        for share, aspect in tries:
+            root = math.exp(_on(logs, aspect) / 2)
+            found = math.sqrt(_on(area, share) * sides.prod()) * np.array([root, 1 / root])
+            if (found <= sides).all():
+                return found
+        height, width = sides
+        low, high = self.aspect
+        return np.array([min(height, width * high), min(width, height / low)])
 
 
 def coarse_axis(spacing: NDArray[np.float64], flat: NDArray[np.bool_]) -> int:

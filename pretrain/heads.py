@@ -16,16 +16,15 @@ class ProjectionHead(nn.Module):
     """Maps features [..., in_dim] to logits of prototypes [..., K].
 
     Three linear layers with GELU between them, length 1, then the scaled cosine with each
-    prototype. Lengths and the last product are float32: logits are divided by temperatures down to
-    0.04, which makes 10 % of a probability of bfloat16's last digit.
+    prototype; the scales, 1 at the start, are trained as in DINOv2. Lengths and the last product
+    are float32: logits are divided by temperatures down to 0.04, which makes 10 % of a probability
+    of bfloat16's last digit.
 
     Args:
         in_dim: width of the features.
         prototypes: K.
         hidden_dim: width of the MLP.
         bottleneck_dim: width of the space that the prototypes lie in.
-        train_scale: whether the scale of each prototype's logit, 1 at the start, is trained. It is
-            in DINOv2; DINO kept it at 1 for stability.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class ProjectionHead(nn.Module):
         *,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-        train_scale: bool = True,
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
@@ -46,7 +44,7 @@ class ProjectionHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim),
         )
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck_dim))
-        self.scale = nn.Parameter(torch.ones(prototypes), requires_grad=train_scale)
+        self.scale = nn.Parameter(torch.ones(prototypes))
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -89,6 +89,10 @@ class Objective(L.LightningModule):
     compares: bool = False
     """Whether samples of a batch are compared with each other; none should then come twice."""
 
+    mixes: bool = False
+    """Whether a sample's loss depends on the others of its micro-batch in another way: statistics
+    or scores of all of them together."""
+
     transfers: Literal["encoder", "network"] = "encoder"
     """What finetuning takes over: the encoder, or the decoder but for its head as well."""
 

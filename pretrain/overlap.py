@@ -6,7 +6,7 @@ dimensions, and a crop may lie anywhere. The overlap is known from where a crop 
 is flipped or turned.
 
 Two forms are in use, and the names say whose: `overlap_cross_entropy` of Large-Scale-Medical,
-`overlap_log_loss` of nnssl and the first release.
+`overlap_log_loss` of nnssl, and of the first release.
 
 Shape legend: B volumes, T crops and N bases of each, E width.
 """

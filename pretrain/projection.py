@@ -79,18 +79,29 @@ class Projector(nn.Sequential):
         out_dim: width of the embeddings.
         layers: how many linear ones.
         norm: `JointNorm` behind each of them, the last one too.
+        last_norm: behind the last one, where it is to be other than `norm`.
+        bias: whether they add one.
     """
 
     def __init__(
-        self, in_dim: int, hidden_dim: int, out_dim: int, *, layers: int = 2, norm: bool = False
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        *,
+        layers: int = 2,
+        norm: bool = False,
+        last_norm: bool | None = None,
+        bias: bool = True,
     ) -> None:
         widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
         parts: list[nn.Module] = []
         for number in range(layers):
-            parts.append(nn.Linear(widths[number], widths[number + 1]))
-            if norm:
+            parts.append(nn.Linear(widths[number], widths[number + 1], bias=bias))
+            last = number == layers - 1
+            if norm if last_norm is None or not last else last_norm:
                 parts.append(JointNorm())
-            if number < layers - 1:
+            if not last:
                 parts.append(nn.ReLU())
         super().__init__(*parts)
 

@@ -337,7 +337,7 @@ def _check_micro_steps(make: Callable[[], Objective], settings: PretrainSettings
     before = PretrainSettings.model_validate(run.config())
     with torch.device("meta"):
         objective = make()
-    among = objective.compares or objective.batch_multiple > 1
+    among = objective.compares or objective.mixes or objective.batch_multiple > 1
     if not among or settings.micro_steps == before.micro_steps:
         return
     kept = settings.model_copy(update={"accumulate": before.micro_steps})

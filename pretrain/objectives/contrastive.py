@@ -77,7 +77,7 @@ class GlobalContrast(Objective):
         self.across = across
         self.temperature = temperature
         self.pool = Pool(encoder)
-        self.projector = Projector(self.pool.width, hidden_dim, out_dim)
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim, bias=False)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss over anchors and their positives."""
@@ -100,7 +100,8 @@ class LocalContrast(Objective):
         region: cells of a region along each axis.
         slabs: P, into which each volume is cut.
         across: whether the same region of the same slab of two volumes is a positive (L^D) or
-            plays no part (L^R).
+            plays no part (L^R). Regions of two volumes are the same place only where these lie
+            alike: without mirrors (`flip`), turns and zoom (`augment`).
         temperature: of the similarities.
         out_dim: E.
 

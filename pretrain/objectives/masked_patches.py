@@ -133,7 +133,8 @@ class MaskedPatches(Objective):
         if self.norm_target:
             target = normalise(target, statistics)
         loss = masked_mse(prediction, target, valid)
-        share = constant(statistics).float().mean()
+        filled = valid.any(-1, keepdim=True)  # one of padding alone is no patch of the scan
+        share = (constant(statistics) & filled).sum() / filled.sum().clamp(min=1)
         return Losses(loss, {"mse": loss.detach(), "constant_patches": share})
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -147,8 +147,10 @@ class S3D(Objective):
             statistics = self._statistics(batch)
             rows = normalise(self._rows(target), statistics)
             target = unpatchify(rows, self._grid(target), self.block)
-            blocks = self._rows(hidden)[..., :1]  # [B, N, 1]
-            parts["constant_patches"] = (constant(statistics) & blocks).sum() / blocks.sum()
+            # [B, N, 1]; a block of padding alone is none of the scan.
+            blocks = self._rows(hidden & batch.valid).any(-1, keepdim=True)
+            shares = (constant(statistics) & blocks).sum() / blocks.sum().clamp(min=1)
+            parts["constant_patches"] = shares
         counted = (hidden & batch.valid).expand_as(output)
         loss = masked_mse(output, target, counted)
         return Losses(loss, {"mse": loss.detach(), **parts})

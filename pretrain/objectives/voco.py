@@ -5,8 +5,8 @@ region of the volume; random crops of it overlap them by a known share, the targ
 between a crop's embedding and each base's. Two forms, by name:
 
 - `large_scale_medical`: cross-entropy of overlap and cosine; cosines of bases are squared.
-- `nnssl`, which is the first release's: the logarithm where there is an overlap, the square where
-  there is none; cosines of bases are not squared.
+- `nnssl`: the logarithm where there is an overlap, the square where there is none, as in the first
+  release, too; cosines of bases are not squared.
 
 Losses add up: `intra`, a crop against the bases of its volume; `inter`, against those of another
 volume, where the teacher's pair is the target of the student's (of the second paper); `bases`,
@@ -22,8 +22,9 @@ The target follows from where crops were cut, before they are mirrored or turned
 shall not depend on that. Overlaps are of 3D boxes. The partner in `inter` is i + B/2 of B samples,
 the same for any number of ranks, there the next one; with two samples they are one.
 
-The projector's batch norm has no weights and no running statistics, as there. It cannot be left
-out: with layer norm in its place all crops became one point within 50 steps (`bases` at 1), since
+The projector has batch norm behind all layers but the last, without weights and running
+statistics, as in Large-Scale-Medical; nnssl norms each embedding by itself. It cannot be left out:
+with layer norm in its place all crops became one point within 50 steps (`bases` at 1), since
 cosines near 1 have no gradient. There statistics are each GPU's, here those of the batch of all
 ranks, so that a step is that of the joint batch; `accumulate` changes them. Dropout, which there
 drops whole crops, is left out.
@@ -76,6 +77,7 @@ class VoCo(Objective):
     """
 
     encoder: Backbone
+    mixes = True  # batch norm
 
     def __init__(
         self,
@@ -99,7 +101,9 @@ class VoCo(Objective):
         self.batch_multiple = 2 if inter else 1
         self.momentum = momentum
         self.pool = Pool(encoder, every=True)
-        self.projector = Projector(self.pool.width, hidden_dim, out_dim, layers=3, norm=True)
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim, layers=3, norm=True,
+            last_norm=False,
+        )  # fmt: skip
         self.teacher = Teacher(self.projector)
 
     def forward(self, batch: Batch, progress: float) -> Losses:

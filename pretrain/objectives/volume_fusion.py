@@ -315,7 +315,7 @@ class VolumeFusion(Objective):
         self.contrast = contrast
         self.dice_weight = dice_weight
         self.entropy_weight = entropy_weight
-        self.batch_dice = batch_dice
+        self.batch_dice = self.mixes = batch_dice
         self.crops = Crops(2 if form == "grid" else 1)
         self.batch_multiple = 1 if form == "grid" else 2
 

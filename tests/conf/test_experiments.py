@@ -113,7 +113,7 @@ STATED: dict[str, dict[str, Any]] = {
     },
     "simclr": {
         **{key: value for key, value in NNSSL.items() if key != "augment.gain"},
-        "crop_size": (64, 64, 64), "optimizer": "sgd", "lr": 1e-2, "clip": 12.0,
+        "crop_size": (64, 64, 64), "optimizer": "sgd", "lr": 1e-2, "clip": 0.1,
         "objective.form": "nt_xent", "objective.places": 2, "objective.overlap": 0.5,
         "objective.temperature": 0.5, "augment.noise": 0.1, "augment.gamma": 0.3,
     },

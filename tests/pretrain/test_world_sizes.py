@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,30 @@ def test_what_compares_samples_keeps_its_micro_batches(
     assert "DINO compares or mixes the samples" in said
     assert said.endswith("or give accumulate=1: 4 samples at once on each of 1")
     prepare(dino_settings(pretrain_corpus, tmp_path, steps=4, accumulate=1))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "voco.VoCo", "form": "nnssl", "inter": False, "targets": 1, "grid": [1, 1, 2]},
+        {"name": "volume_fusion.VolumeFusion", "form": "grid", "batch_dice": True},
+    ],
+    ids=["batch norm", "Dice over the batch"],
+)
+def test_what_has_statistics_of_a_micro_batch_keeps_it(
+    objective: dict[str, Any], pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """Also where no samples are compared or taken in pairs, so that these do not say so."""
+    name = objective.pop("name")
+    made = partial(
+        settings, pretrain_corpus, tmp_path, "run", save_every=2, batch_size=4, warmup=1,
+        objective={"_target_": f"pretrain.objectives.{name}", **objective},
+    )  # fmt: skip
+    run = pretrain(made(steps=2))
+    had = config(run)
+    had["steps"] = 4
+    had["trainer"]["devices"] = 2
+    (run / "config.json").write_text(json.dumps(had))
+    with pytest.raises(InputError, match="compares or mixes the samples of a micro-batch"):
+        prepare(made(steps=4))
+    prepare(made(steps=4, accumulate=1))

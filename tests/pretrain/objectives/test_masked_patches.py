@@ -268,6 +268,9 @@ def test_a_constant_patch_is_a_finite_zero(make_batch: MakeBatch, kind: str) -> 
     loss.backward()
     assert loss.isfinite()
     assert parts["constant_patches"] == 1
+    batch.image.copy_(torch.randn(batch.image.shape))
+    batch.valid[0] = False  # padding is no constant patch of the scan
+    assert model(batch, 0.0).parts["constant_patches"] == 0
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 

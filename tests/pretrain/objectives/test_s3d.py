@@ -106,13 +106,13 @@ def test_a_prediction_equal_to_the_target_gives_0(norm_target: bool, make_batch:
 
 
 def test_constant_blocks_are_told_where_a_target_is_normalised(make_batch: MakeBatch) -> None:
-    """The share of the hidden ones; a block of which nothing is valid is constant too."""
+    """The share of the hidden ones; a block of padding alone is none of them."""
     batch, s3d = make_batch(SHAPE), objective(norm_target=True)
     assert s3d(batch, 0.0).parts["constant_patches"] == 0
     batch.image[0, :, :4] = -1
     batch.valid[1, :, :, :, 12:] = False
     hidden = mask(batch)[:, 0, ::4, ::4, ::4]
-    expected = (hidden[0, 0].sum() + hidden[1, :, :, 3].sum()) / 36
+    expected = hidden[0, 0].sum() / (36 - hidden[1, :, :, 3].sum())
     assert 0 < expected < 1
     assert s3d(batch, 0.0).parts["constant_patches"].item() == pytest.approx(expected.item())
     assert set(objective()(batch, 0.0).parts) == {"mse"}
