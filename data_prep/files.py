@@ -136,6 +136,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def sync(path: Path) -> None:
+    """Has on the disk what was written to a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def append_line(path: Path, value: Any) -> None:
     """Appends a line of JSON, by one write; it is on the disk before the program goes on."""
     with path.open("a") as file:

@@ -20,6 +20,10 @@ SHARDS = 4
 """That are on the shelf, or on their way, before the step that needs them: each by a thread, for
 one connection seldom gives all that a network has."""
 
+HORIZON = 256
+"""Micro-steps ahead that are looked at. All of a run would be hours of drawing samples, beside the
+training and for its interpreter, where all shards are there; and they may be gone when needed."""
+
 LOOK_SECONDS = 0.2
 
 
@@ -106,7 +110,7 @@ class Ahead:
         """A shard that is not there, once its time has come; None at the end."""
         with self._turn:
             for step, shard in self._needed:
-                while self._is_full():
+                while self._is_full() or step > self.now() + HORIZON:
                     if self._over.wait(LOOK_SECONDS):
                         return None
                 if self._over.is_set():

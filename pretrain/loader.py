@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import signal
 import sys
 import weakref
@@ -397,6 +398,10 @@ class Batches:
         return batch
 
 
+AHEAD, AHEAD_BYTES = 4, 4 * 2**30
+"""Batches ahead of each worker, and what those of all workers of a rank may take: shared memory is
+the job's own, eight ranks share a node, and a batch of large crops is hundreds of MB."""
+
 _running: weakref.WeakSet[Any] = weakref.WeakSet()
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -446,10 +451,20 @@ def make_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=start_method if workers else None,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_ahead(dataset, micro // world, workers) if workers else None,
         timeout=timeout if workers else 0,
         worker_init_fn=_begin_worker if workers else None,
     )
+
+
+def _ahead(dataset: CropDataset, samples: int, workers: int) -> int:
+    """Batches that each worker holds ready: four, or as many as all may hold."""
+    voxels = sum(
+        group.crops * math.prod(group.size) for group in dataset.crops.groups(dataset.crop_size)
+    )
+    # Voxels as int16, and which of them are valid.
+    size = samples * voxels * (2 * int(dataset.corpus.shapes[0, 0]) + 1)
+    return max(1, min(AHEAD, AHEAD_BYTES // (workers * size)))
 
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)

@@ -286,6 +286,7 @@ class Loop:
             del state  # or each rank keeps a copy of the model for as long as it trains
         elif moments:
             optimizer = with_moments(self.make_optimizer(objective), objective, moments)
+            moments.clear()  # for the same reason, whoever holds them
         if self.step >= self.settings.steps:
             return
         if self.step and self.step == self.stretch().steps.start:
@@ -302,9 +303,10 @@ class Loop:
             while self.step < self.settings.steps:
                 self.begin(objective)
                 # One of its own: DDP learns once, at its start, which weights have gradients.
+                # And nothing here keeps what the optimiser has taken over: two models on the host.
+                trainer, optimizer = self._trainer(optimizer), None
                 with _interrupts_as_such():
-                    self._trainer(optimizer).fit(objective, datamodule=_Steps(self))
-                optimizer = None
+                    trainer.fit(objective, datamodule=_Steps(self))
             if main:
                 self.events.write("finished", self.step)
 
@@ -578,8 +580,9 @@ class _Watch(L.Callback):
             self._watch(trainer, pl_module, logged=logging_due or saving_due, last=last)
             if self.main:
                 self.bar.update()
+            if last or ask >= Ask.STOP:
+                trainer.strategy.barrier()  # none goes on, or ends, before the state is whole
             if ask >= Ask.STOP:
-                trainer.strategy.barrier()  # none ends before the state is whole
                 raise Preempted(ask, step)
         self.ended = time.perf_counter()
 

@@ -67,7 +67,7 @@ def make_optimizer(module: nn.Module, chosen: LoopSettings) -> torch.optim.Optim
     return kind(groups, lr=chosen.lr, betas=chosen.betas, fused=fused)
 
 
-Moments = Mapping[str, Mapping[str, torch.Tensor]]
+Moments = dict[str, Mapping[str, torch.Tensor]]
 """What an optimiser keeps of each parameter, by the parameter's name."""
 
 

@@ -39,7 +39,16 @@ from typing import Any
 import torch
 
 from data_prep.errors import CorruptionError, InputError, LostLeaseError
-from data_prep.files import atomic, make_folder, read_note, read_table, write_json, write_text
+from data_prep.files import (
+    atomic,
+    make_folder,
+    read_note,
+    read_table,
+    sync,
+    write_json,
+    write_text,
+)
+from data_prep.images import of_the_system
 from data_prep.references import without_secrets
 from pretrain.events import step_of
 
@@ -105,7 +114,13 @@ class Checkpoints:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A training state, every byte of it checked; CorruptionError if it cannot be read."""
+    """A training state, every byte of it checked.
+
+    Raises:
+        CorruptionError: the file is damaged, or not there.
+        OSError: the system did not let it be read now, which says nothing of the file.
+        MemoryError: there is not the memory for it; RuntimeError where torch says so.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the sums that it writes
             damaged = archive.testzip()
@@ -113,6 +128,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if of_the_system(error) or isinstance(error, MemoryError) or "allocate" in str(error):
+            raise
         raise CorruptionError(
             f"{path.name} in {path.parent} cannot be read ({type(error).__name__})"
         ) from error
@@ -368,6 +385,11 @@ class MetricsLog:
                 {name: float(value or "nan") for name, value in row.items()}
                 for row in csv.DictReader(file)
             ]
+
+    def save(self) -> None:
+        """Has the rows on the disk: a checkpoint that covers them is to be there after them."""
+        if self.path.exists():
+            sync(self.path)
 
     def write(self, row: dict[str, float | int]) -> None:
         """Appends a row; what the header does not name yet becomes a column, empty before."""

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from data_prep.errors import InputError, config_text
 from data_prep.files import read_lines as lines_of
-from data_prep.files import write_text
+from data_prep.files import sync, write_text
 from data_prep.references import without_secrets
 from pretrain.release import LoadReport
 from pretrain.run_folder import MetricsLog, RunFolder
@@ -70,7 +70,10 @@ class Journal:
                 self._to(tracker, partial(tracker.log_metrics, dict(values), step))
 
     def save(self) -> None:
-        """Has trackers write what they hold back; what a checkpoint covers must not be lost."""
+        """Has on the disk what files and trackers hold back: what a checkpoint covers must stay."""
+        self._table.save()
+        if self._lines.exists():
+            sync(self._lines)
         for tracker in list(self._trackers):
             self._to(tracker, tracker.save)
 

@@ -236,7 +236,7 @@ def _plan(
             f"{rest[1]}: is there already, and a stage before it is still to run; remove it, or "
             "give another folder"
         )
-    script = render(stage_folder, (command, *rest), cluster)
+    script = render(stage_folder, (command, *rest), cluster, at_once=True)
     return Stage(name, [command, *rest], stage_folder, script, makes=makes, finished=done and ready)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.files import atomic, make_folder, write_json
+from data_prep.references import without_secrets
 from pretrain.preemption import Ask, Preempted, Preemption, job_id
 
 MARK = "examined: "
@@ -131,7 +132,7 @@ def examine(words: Sequence[str]) -> dict[str, Any]:
             shared |= name == "folder" and not facts["missing"]
         except Exception as error:
             said = str(error) or type(error).__name__
-            task.tell(name, error=said[: LINE // 3])
+            task.tell(name, error=without_secrets(said)[: LINE // 3])
     task.tell("ready")
     _tell_of_signal(task, hearing, shared)
     raise Preempted(Ask.REQUEUE, 0)
@@ -344,6 +345,11 @@ def _all_reduce(task: Task) -> dict[str, Any]:
             dist.all_reduce(total)
             right &= bool((total == task.tasks * (task.tasks + 1) / 2).all())  # waits for it
             best = min(best, time.perf_counter() - began)
+        # A run agrees on ends beside the device, over gloo, whose interface may be another one.
+        sign = torch.ones(1)
+        beside: Any = dist.new_group(backend="gloo")
+        dist.all_reduce(sign, group=beside)
+        right &= bool(sign == task.tasks)
     finally:
         dist.destroy_process_group()
     # Bytes that each task sends, at the least.

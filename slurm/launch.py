@@ -159,6 +159,7 @@ def render(
     cluster: ClusterSettings,
     elements: int = 0,
     stages: Sequence[Path] = (),
+    at_once: bool = False,
 ) -> str:
     """The batch script of a run, or of the runs of a sweep as the elements of an array.
 
@@ -168,6 +169,8 @@ def render(
         cluster: what it gives.
         elements: runs of a sweep.
         stages: folders that are trained in, in order, where that is not `run`.
+        at_once: it saves nothing on the way, so a signal that its time is nearly over would end it
+            for nothing, and it has all cores for itself.
     """
     limit = f"%{cluster.array_limit}" if cluster.array_limit else ""
     return rendered(
@@ -179,6 +182,7 @@ def render(
         array=f"0-{elements - 1}{limit}" if elements else "",
         run=shlex.quote(str(run)),
         stages=[shlex.quote(str(stage)) for stage in stages or [run]],
+        at_once=at_once,
     )
 
 

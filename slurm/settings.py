@@ -84,6 +84,16 @@ class ClusterSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _signal_leaves_time(self) -> Self:
+        seconds = int(self.signal.partition("@")[2])
+        if 2 * seconds > self.hours * 3600:
+            raise ValueError(
+                f"signal={self.signal} with time={self.time}: the signal ends a start before half "
+                "of its time is over; give fewer seconds, or a longer time"
+            )
+        return self
+
     @property
     def tasks(self) -> int:
         """Tasks of a node: one for each GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
+from pretrain import loader
 from pretrain.augment import Augment
 from pretrain.crops import Crops
 from pretrain.loader import CropDataset, collate, make_loader, to_batch, valid_of
@@ -91,6 +93,17 @@ def test_workers_and_start_methods_change_nothing(
         assert one["key"] == other["key"]
         assert all(torch.equal(one[name], other[name]) for name in ("image", "seed"))
         assert torch.equal(valid_of(one), valid_of(other))
+
+
+def test_batches_ahead_have_a_bound_in_bytes(
+    pretrain_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(pretrain_corpus)
+    batch = 4 * math.prod(dataset.crop_size) * 3  # int16, and whether it is valid
+    for limit, expected in ((10**9, 4), (2 * 3 * batch, 3), (2 * batch - 1, 1)):
+        monkeypatch.setattr(loader, "AHEAD_BYTES", limit)
+        made = make_loader(dataset, batch_size=8, first_step=0, last_step=1, workers=2, world=2)
+        assert made.prefetch_factor == expected
 
 
 def test_two_ranks_read_what_one_reads(pretrain_corpus: Path) -> None:

@@ -15,7 +15,7 @@ from data_prep import download
 from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.remote import Shelf
-from pretrain.ahead import SHARDS, Ahead
+from pretrain.ahead import HORIZON, SHARDS, Ahead
 from pretrain.export import export
 from pretrain.release import load_release
 from pretrain.train import make_dataset
@@ -135,6 +135,28 @@ def test_shards_come_before_their_step_and_not_long_before(
                     if server.asked[n] and first[shard] > now
                 ]
                 assert len(early) <= SHARDS
+        finally:
+            ahead.end()
+
+
+def test_where_all_shards_are_there_nobody_looks_at_the_whole_run(
+    pretrain_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would take the interpreter from the training, and what is dropped later be missed."""
+    with FaultServer(pretrain_corpus) as server:
+        corpus = Corpus.open(server.url, shelf=Shelf(tmp_path, 10**9))
+        dataset = make_dataset(settings(pretrain_corpus, tmp_path, "x"), corpus)
+        asked: list[int] = []
+        monkeypatch.setattr(corpus, "has_shard", lambda shard: asked.append(shard) or True)
+        now = 0
+        ahead = Ahead(dataset, lambda: now, last=10**6, batch_size=1)
+        try:
+            for now in (0, 50):
+                until = time.monotonic() + 30
+                while len(asked) <= now + HORIZON and time.monotonic() < until:
+                    time.sleep(0.02)
+                time.sleep(0.5)
+                assert len(asked) == now + HORIZON + 1  # a shard a step
         finally:
             ahead.end()
 

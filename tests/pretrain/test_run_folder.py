@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -49,6 +50,29 @@ def test_of_damaged_checkpoints_the_one_before_is_taken(
         path.write_bytes(b"no")
     with pytest.raises(CorruptionError, match=r"step-00000003\.pt in .* cannot be read"):
         checkpoints.load()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "stale"), MemoryError(), "torch"])
+def test_what_the_system_refuses_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | str
+) -> None:
+    """Or a run would go on from the state before, and delete the newer one, which is whole."""
+    checkpoints = RunFolder(tmp_path).checkpoints
+    for step in (3, 6):
+        checkpoints.save(step, {"step": step})
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        if isinstance(error, Exception):
+            raise error
+        torch.empty(2**60, dtype=torch.int8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", refuse)
+        with pytest.raises((OSError, MemoryError, RuntimeError)) as caught:
+            checkpoints.load()
+    assert not isinstance(caught.value, CorruptionError)
+    state = checkpoints.load()
+    assert state is not None and state["step"] == 6
 
 
 def flipped(data: bytearray, seed: int) -> bytes:

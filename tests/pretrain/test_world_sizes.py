@@ -162,3 +162,29 @@ def test_what_has_statistics_of_a_micro_batch_keeps_it(
     with pytest.raises(InputError, match="compares or mixes the samples of a micro-batch"):
         prepare(made(steps=4))
     prepare(made(steps=4, accumulate=1))
+
+
+SLOW = """
+from pretrain.loop import Loop
+from pretrain.run_folder import Checkpoints
+save, fit = Checkpoints.save, Loop.fit
+def slowly(self, step, state):
+    time.sleep(3)
+    return save(self, step, state)
+def train(self, *given):
+    fit(self, *given)
+    Path({folder!r}, str(RANK)).write_text(str(self.run.checkpoints.last_step()))
+Checkpoints.save, Loop.fit = slowly, train
+"""
+
+
+def test_no_rank_is_through_before_the_last_state_is_whole(
+    pretrain_corpus: Path, tmp_path: Path
+) -> None:
+    """The next stage reads it: weights of the first rank alone, moments each for itself."""
+    chosen = settings(
+        pretrain_corpus, tmp_path, "run", steps=2, warmup=1, save_every=100, trainer=machine(2)
+    )
+    done = run(chosen, tmp_path, SLOW.format(folder=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["2", "2"]

@@ -151,6 +151,32 @@ def test_an_end_that_the_script_saw_is_not_one_without_a_word(
     assert node.requeued and not (tmp_path / "run" / "launch" / "crashes").exists()
 
 
+def test_all_that_was_saved_is_no_crash_whoever_was_killed_for_it(
+    node: Node, script: str, tmp_path: Path
+) -> None:
+    """One task of several ends with the code, and SLURM kills the others, whose code is srun's."""
+    for number in range(6):
+        step = saves(tmp_path / "run", number, code=137)
+        node.start(script, f'touch "$VOXELITH_SAVED"; {step}', restart=number)
+        assert node.requeued
+    assert not (tmp_path / "run" / "launch" / "crashes").exists()
+
+
+LATE = RUNNING.replace("RUNNING Reason=None", "COMPLETING Reason=TimeLimit Requeue=1")
+"""A job whose time is over, which `--requeue` does not cover."""
+
+
+@pytest.mark.parametrize(("show", "comes_back"), [(LATE, True), (RUNNING, False)])
+def test_a_time_limit_that_came_before_the_end_of_a_step(
+    node: Node, script: str, tmp_path: Path, show: str, comes_back: bool
+) -> None:
+    for number in range(4):
+        assert "not started again" not in node.start(script, ENDED, show, restart=number)
+        assert node.requeued == comes_back
+    said = node.start(script, ENDED, show, restart=4)  # but not for ever
+    assert "before anything was saved, after 3 restarts: not started again" in said
+
+
 SILENT = "echo $(($(cat {0} 2> /dev/null) + 1)) > {0}; [ $(cat {0}) -gt {1} ] || exit 1"
 """A controller that gives no answer the first times."""
 
