@@ -267,6 +267,13 @@ class Corpus:
         """Whether sample `i` has this payload."""
         return payload in PAYLOADS and int(self.column(f"{payload}_size")[i]) > 0
 
+    @cached_property
+    def channel_names(self) -> tuple[str, ...]:
+        """What the channels of its first scan are called, in order; none of a single one."""
+        if not len(self) or self.shapes[0, 0] == 1:
+            return ()
+        return tuple(str(channel["name"]) for channel in self.meta(0)["channels"])
+
     def meta(self, i: int) -> dict[str, Any]:
         """KEY.json of sample `i`, verified."""
         return self._renewed(i, partial(self._meta, i))

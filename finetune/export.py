@@ -227,6 +227,7 @@ def _config(
         "objective": {"name": _objective(network), "args": {}},
         "crop_size": list(network.window),
         "modalities": list(network.modalities),
+        **({"channels": list(corpus.channel_names)} if corpus.channel_names else {}),
         "preprocess": network.preprocess.to_dict(),
         "training": {
             "init": config["init"],

@@ -161,6 +161,11 @@ def make_plan(
         problems.append(
             f"corpus={corpus.path}: its volumes have {channels} channels, which must be one number"
         )
+    if moved := release.other_order(corpus.channel_names):
+        problems.append(
+            f"{release.path}: {moved} of {corpus.path} in this order, and channels are taken by "
+            "position; prepare the corpus with its channels in the order of the release"
+        )
     strange = sorted(set(corpus.modalities) - set(release.modalities))
     if strange:
         problems.append(

@@ -81,6 +81,8 @@ def export(run_path: Path, output: Path, *, full: bool = False, name: str | None
         "transfers": "encoder" if decoder is None else objective.transfers,
     }
     config["backbone"]["args"]["in_channels"] = facts["channels"]
+    if facts.get("channel_names"):
+        config["channels"] = facts["channel_names"]
     training = None
     if full:
         config["full"] = True

@@ -102,6 +102,8 @@ class ReleaseConfig(BaseModel):
         list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=3, max_length=3)
     ]
     modalities: Annotated[list[Literal["CT", "MR"]], Field(min_length=1, max_length=2)]
+    channels: list[str] = []
+    """What they were called, in order, of scans with several; empty where nobody knows."""
     preprocess: dict[str, Any]
     training: dict[str, Any]
     data: dict[str, Any]

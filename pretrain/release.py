@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -135,6 +136,18 @@ class Release(Manifest):
     def in_channels(self) -> int:
         """Channels of the scans that its networks take."""
         return int(self.config["backbone"]["args"].get("in_channels", 1))
+
+    def other_order(self, names: Sequence[str]) -> str:
+        """Which channels of its own name stand elsewhere among those of a corpus; empty if none.
+
+        Channels are taken by position, so all tensors would fit, and mean something else.
+        """
+        own, given = ([re.sub(r"[\W_]+", "", n.casefold()) for n in found]
+                      for found in (self.config.get("channels", ()), names))  # fmt: skip
+        both = [name for name in own if own.count(name) == 1 == given.count(name)]
+        if all(own.index(name) == given.index(name) for name in both):
+            return ""
+        return f"has the channels {', '.join(self.config['channels'])}, not {', '.join(names)}"
 
     def for_channels(self, count: int, how: Channels | None = None) -> Release:
         """The same release for scans of other channels: its weights are adapted when they load.

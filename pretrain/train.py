@@ -132,6 +132,7 @@ class Prepared:
                     asked,
                     sys.argv,
                     channels=self.channels,
+                    channel_names=corpus.channel_names,
                     corpus={"index_hash": corpus.index_hash, "samples": len(dataset.used)},
                     preprocess=dataset.preprocess.to_dict(),
                     data=data_facts(corpus, dataset.used),
