@@ -154,8 +154,8 @@ class Release(Manifest):
 
         Args:
             count: of the scans.
-            how: see `pretrain.adapters`; None shares out one channel and sums up none, since the
-                sum of several is meant seldom.
+            how: see `pretrain.adapters`; None shares out one channel, and makes of several no other
+                number, which is meant seldom.
 
         Raises:
             InputError: it has several channels itself, and which is like which nobody knows.
@@ -163,12 +163,15 @@ class Release(Manifest):
         own = self.in_channels
         if count == own:
             return self
-        if own > 1 and (count > 1 or how != "repeat"):
+        if own > 1 and not (how == "repeat" if count == 1 else how == "first" and count > own):
+            way = ""
+            if count == 1:
+                way = ", or adapt_channels=repeat, by which one stands for all"
+            elif count > own:
+                way = f", or adapt_channels=first: the first {own} are those, others get zeros"
             raise InputError(
                 f"{self.path}: takes {own} channels, and which of them {count} would be nobody "
-                f"knows; give scans of {own}"
-                + ", or adapt_channels=repeat, by which one stands for all"
-                * (count == 1)
+                f"knows; give scans of {own}{way}"
             )
         return replace(
             self._with_channels(count), stored_channels=own, adapt_channels=how or "repeat"

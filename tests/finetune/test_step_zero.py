@@ -177,6 +177,19 @@ def test_adapted_channels_answer_as_before(
     assert not look_at_start(three, model).features_equal_release
 
 
+def test_several_channels_are_the_first_of_more_where_it_is_said(
+    corpus: Path, tmp_path: Path
+) -> None:
+    two = of_channels(tmp_path / "two", 2)
+    one = of_channels(tmp_path / "one", 1)
+    four = replace(make_plan(settings(one, corpus, tmp_path)), release=two.for_channels(4, "first"))
+    model, report = build_model(four)
+    assert all("the first 2, zeros" in how for how in report.adapted.values())
+    assert look_at_start(four, model).features_equal_release
+    with pytest.raises(InputError, match=r"takes 3 channels, .* give scans of 3$"):
+        of_channels(tmp_path / "three", 3).for_channels(2, "first")
+
+
 @pytest.mark.parametrize("kind", ["resenc", "vit"])
 def test_several_channels_become_one_where_it_is_said(
     kind: str, corpus: Path, tmp_path: Path
@@ -185,7 +198,7 @@ def test_several_channels_become_one_where_it_is_said(
     for how in (None, "first"):
         with pytest.raises(InputError, match=r"takes 2 channels.*or adapt_channels=repeat"):
             make_plan(settings(two, corpus, tmp_path, adapt_channels=how))
-    with pytest.raises(InputError, match=r"takes 2 channels, .* give scans of 2$"):
+    with pytest.raises(InputError, match=r"takes 2 channels, .*, or adapt_channels=first: the fir"):
         two.for_channels(3, "repeat")
     run = finetune(settings(two, corpus, tmp_path, adapt_channels="repeat", steps=1))
     said = json.loads((run / FILE).read_text())
