@@ -14,6 +14,8 @@ from lab import Lab, call
 from launched import STEPS, Run, same
 
 from pretrain.events import Events
+from slurm.launch import render
+from slurm.settings import ClusterSettings
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -72,6 +74,30 @@ def test_a_real_time_limit_is_near(
             os.kill(pid, signal.SIGCONT)
     lab.until(lambda: run.restarts == 1, 60, "requeued")
     same(run, whole)
+
+
+@pytest.mark.slow
+def test_a_time_limit_within_a_step_is_not_the_end(lab: Lab, tmp_path: Path) -> None:
+    """A task that is told and does not get to the end of its step; `--requeue` is not for that."""
+    cluster = ClusterSettings(
+        kind="slurm", partition="main", time="00:01:00", signal="USR2@20", cpus_per_task=1
+    )
+    script = render(tmp_path / "late", ("pretrain",), cluster)
+    busy = "bash -c 'trap : USR2; while :; do sleep 1; done'"
+    stands = re.compile(r"^(srun .*\\\n) +\S+ .*&$", re.MULTILINE)
+    script, count = stands.subn(rf"\1 {busy} &", script)
+    assert count == 1
+    (tmp_path / "late" / "launch").mkdir(parents=True)
+    (tmp_path / "job.sbatch").write_text(script)
+    job = call("sbatch", "--parsable", str(tmp_path / "job.sbatch")).strip()
+
+    def shown() -> str:
+        return call("scontrol", "show", "job", "-o", job)
+
+    lab.until(lambda: " Restarts=1 " in shown(), 240, "requeued")
+    assert (tmp_path / "late" / "launch" / "told").exists()
+    call("scancel", job)
+    lab.until(lambda: "JobState=CANCELLED" in shown(), 60, "cancelled")
 
 
 def test_a_requeue_from_outside(
