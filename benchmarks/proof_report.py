@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from pilot import mean_dice
-from proof import CELLS, HEADS, NOMINATED, PRIMARY, PROOF, RELEASE, ROUND_2, SEEDS
+from proof import (
+    CELLS,
+    HEADS,
+    NOMINATED,
+    PRIMARY,
+    PROOF,
+    RELEASE,
+    ROUND_2,
+    SCRATCHS_BEST,
+    SEEDS,
+)
 
 from data_prep.files import write_bytes, write_text
 from finetune.budget import MARGIN, Curve, mean_curve, read_curve
@@ -143,8 +153,10 @@ def compared_within(run: Path) -> str:
 def overview(tables: Mapping[str, Table]) -> Table:
     """All cells of test subjects as one table, by the names of the protocol."""
     groups = []
-    besides = {LATE: ", late", "probe": ", frozen"}
-    for name in (*CELLS, *besides):
+    rate, best = NOMINATED["cnn-mae-spatial"], SCRATCHS_BEST[CELLS[HEADS][0]]
+    besides = {HEADS: f" at {float(rate):g}, scratch at {float(best):g}",
+               LATE: f", both at {float(best):g}", "probe": ", frozen"}  # fmt: skip
+    for name in (*CELLS, LATE, "probe"):
         for group in shown(tables[name]) if name in tables else ():
             whose = told(group) + besides.get(name, "")
             groups.append(dataclasses.replace(group, checkpoint=whose))

@@ -215,7 +215,7 @@ def _effects(axis: Axes, shown: Sequence[tuple[Group, Estimate]]) -> None:
     axis.grid(axis="y", visible=False)
     main = shown[0][0].main
     _centre_zero(axis, [value for _, value in shown], main)
-    which = ", the arm that is harder to beat" * any(g.main.own is not None for g, _ in shown)
+    which = " (the arm harder to beat)" * any(g.main.own is not None for g, _ in shown)
     axis.set_title(f"Difference in {main.measures.title}: pretrained minus scratch{which}")
 
 
