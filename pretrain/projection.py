@@ -78,8 +78,8 @@ class Projector(nn.Sequential):
         hidden_dim: width of the layers within.
         out_dim: width of the embeddings.
         layers: how many linear ones.
-        norm: `JointNorm` behind each of them, the last one too.
-        last_norm: behind the last one, where it is to be other than `norm`.
+        norm: `JointNorm` behind each of them but the last.
+        last_norm: and behind the last one.
         bias: whether they add one.
     """
 
@@ -91,7 +91,7 @@ class Projector(nn.Sequential):
         *,
         layers: int = 2,
         norm: bool = False,
-        last_norm: bool | None = None,
+        last_norm: bool = False,
         bias: bool = True,
     ) -> None:
         widths = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
@@ -99,7 +99,7 @@ class Projector(nn.Sequential):
         for number in range(layers):
             parts.append(nn.Linear(widths[number], widths[number + 1], bias=bias))
             last = number == layers - 1
-            if norm if last_norm is None or not last else last_norm:
+            if last_norm if last else norm:
                 parts.append(JointNorm())
             if not last:
                 parts.append(nn.ReLU())

@@ -79,7 +79,9 @@ class SimCLR(Objective):
         self.temperature = temperature
         self.compares = joint = form == "nt_xent"
         self.pool = Pool(encoder, every=joint)
-        self.projector = Projector(self.pool.width, hidden_dim, out_dim, norm=joint)
+        self.projector = Projector(
+            self.pool.width, hidden_dim, out_dim, norm=joint, last_norm=joint
+        )
 
     def forward(self, batch: Batch, progress: float) -> Losses:
         """The mean loss of a view that looks for the other one."""

@@ -101,9 +101,7 @@ class VoCo(Objective):
         self.batch_multiple = 2 if inter else 1
         self.momentum = momentum
         self.pool = Pool(encoder, every=True)
-        self.projector = Projector(self.pool.width, hidden_dim, out_dim, layers=3, norm=True,
-            last_norm=False,
-        )  # fmt: skip
+        self.projector = Projector(self.pool.width, hidden_dim, out_dim, layers=3, norm=True)
         self.teacher = Teacher(self.projector)
 
     def forward(self, batch: Batch, progress: float) -> Losses:
