@@ -91,7 +91,8 @@ def main() -> None:
             return
         search = Path(folder) / "round-1"
         for run in (Path(folder) / "heads-rates").glob("ixi_dlmuse-*"):
-            run.rename(search / run.name)
+            if "permuted" not in run.name:  # a control, not a choice
+                run.rename(search / run.name)
         for method in ROUND_2:  # each was searched at the one rate that is best for scratch
             for run in (Path(folder) / "round-2").glob(f"hippocampus-{method}-0-*"):
                 run.rename(search / run.name)
