@@ -265,6 +265,9 @@ def test_times_are_read_as_slurm_reads_them(time: str, hours: float, tmp_path: P
 def test_a_time_that_slurm_reads_in_another_way_is_refused() -> None:
     with pytest.raises(InputError, match=r"cluster.time: expected HH:MM:SS, .*or minutes"):
         cluster_of(["cluster.time=45:00"])
+    with pytest.raises(InputError, match="the signal ends a start before half of its time is over"):
+        cluster_of(["cluster.time=00:05:00"])
+    cluster_of(["cluster.time=00:06:00"])
 
 
 @pytest.mark.parametrize("elements", [0, 3])
