@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def main() -> None:
                 rows.append(row | measure(form, release, Path(folder) / form))
                 print(json.dumps(rows[-1]), flush=True)
     OUTPUT.mkdir(exist_ok=True)
-    made_of = {name: version(name) for name in PACKAGES}
+    made_of = {name: version(name) for name in PACKAGES if find_spec(name)}
     note = {"machine": machine(torch.device("cpu")), "versions": made_of, "rows": rows}
     write_json(OUTPUT / ("full.json" if asked.full else "small.json"), note)
 

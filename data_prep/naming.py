@@ -63,10 +63,15 @@ def read_withdrawn(private: Path) -> set[str]:
 
 def slug(text: str) -> str:
     """A name in the alphabet of keys; a hash keeps long ones apart, and those of other letters."""
-    plain = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "x"
-    if text.isascii() and len(plain) <= 64:
-        return plain
-    return f"{plain[:47]}-{hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()}"
+    cleaned = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "x"
+    if text.isascii() and len(cleaned) <= 64:
+        return cleaned
+    return f"{cleaned[:47]}-{hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()}"
+
+
+def plain(name: str) -> str:
+    """A name without what makes no difference between two: case, spaces, signs."""
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def key_names(

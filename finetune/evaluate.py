@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from data_prep.corpus import Corpus, open_corpus
 from data_prep.errors import InputError, attempt
 from data_prep.files import make_folder
 from data_prep.fingerprint import ALGORITHM, VERSION
+from data_prep.naming import plain
 from data_prep.progress import bar
 from data_prep.sketch import PREFIX, Sketch, SketchIndex
 from finetune.metrics import METRIC_VERSION, Score, score_labels
@@ -262,12 +262,12 @@ def _classes_of_another_value(
     corpus: Corpus, task: TaskSettings, known: Mapping[int, str]
 ) -> list[str]:
     """Data sets with the same organs number them otherwise; all values may occur all the same."""
-    values = {_plain(name): value for value, name in known.items()}
+    values = {plain(name): value for value, name in known.items()}
     wrong = [
-        f"{c.name} is {', '.join(map(str, c.values))} in the task and {values[_plain(c.name)]} in "
+        f"{c.name} is {', '.join(map(str, c.values))} in the task and {values[plain(c.name)]} in "
         "the corpus"
         for c in task.classes
-        if values.get(_plain(c.name), c.values[0]) not in c.values
+        if values.get(plain(c.name), c.values[0]) not in c.values
     ]
     if not wrong:
         return []
@@ -275,11 +275,6 @@ def _classes_of_another_value(
         f"task {task.name}: has other label values than {corpus.path} ({'; '.join(wrong)}); choose "
         "the task that belongs to it, or write one with its values"
     ]
-
-
-def _plain(name: str) -> str:
-    """A name without what makes no difference."""
-    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def _values_to_ignore(corpus: Corpus, task: TaskSettings, known: Mapping[int, str]) -> list[str]:

@@ -23,7 +23,6 @@ import gzip
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from torch import nn
 
 from data_prep.errors import CorruptionError, InputError, some
 from data_prep.files import atomic_folder, file_digest, write_bytes, write_json, write_text
+from data_prep.naming import plain
 from data_prep.preprocess import Preprocess
 from pretrain.adapters import Channels, adapted_state
 from pretrain.arguments import build_backbone
@@ -142,8 +142,9 @@ class Release(Manifest):
 
         Channels are taken by position, so all tensors would fit, and mean something else.
         """
-        own, given = ([re.sub(r"[\W_]+", "", n.casefold()) for n in found]
-                      for found in (self.config.get("channels", ()), names))  # fmt: skip
+        own, given = (
+            [plain(name) for name in found] for found in (self.config.get("channels", ()), names)
+        )
         both = [name for name in own if own.count(name) == 1 == given.count(name)]
         if all(own.index(name) == given.index(name) for name in both):
             return ""
@@ -163,7 +164,8 @@ class Release(Manifest):
         own = self.in_channels
         if count == own:
             return self
-        if own > 1 and not (how == "repeat" if count == 1 else how == "first" and count > own):
+        said = how == "repeat" if count == 1 else (how == "first" and count > own)
+        if own > 1 and not said:
             way = ""
             if count == 1:
                 way = ", or adapt_channels=repeat, by which one stands for all"

@@ -140,6 +140,7 @@ def _script(
         limit=f"%{cluster.array_limit}" if cluster.array_limit else "",
         work=shlex.quote(str(work_root(output.resolve()))),
         finished=STEPS[step],
+        at_once=False,
     )
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 import torch
 
+from data_prep.build import prep
 from data_prep.corpus import Corpus
 from data_prep.preprocess import Preprocess
+from data_prep.settings import PrepSettings
 from data_prep.splits import split_from, write_split
 from finetune.segmentation import Segmentation
 from finetune.settings import FinetuneSettings
@@ -160,3 +165,29 @@ def settings(release: Release, corpus: Path, runs: Path, **changes: Any) -> Fine
         "trainer": {"accelerator": "cpu", "precision": "32-true", "workers": 0},
     }  # fmt: skip
     return FinetuneSettings.model_validate(chosen | changes)
+
+
+def two_channels(samples: Path, folder: Path, names: Sequence[str], train: int) -> Path:
+    """A labelled corpus of scans with two channels, the second the first turned dark.
+
+    Its split `few` has so many to train on and one to test.
+    """
+    raw = folder / "raw"
+    for part in ("imagesTr", "labelsTr"):
+        (raw / part).mkdir(parents=True)
+    for image in sorted((samples / "hippocampus/images").iterdir())[: train + 1]:
+        case = image.name.removesuffix(".nii.gz")
+        shutil.copy(image, raw / "imagesTr" / f"{case}_0000.nii.gz")
+        dark = nib.Nifti1Image(255 - nib.load(image).get_fdata(), nib.load(image).affine)
+        nib.save(dark, raw / "imagesTr" / f"{case}_0001.nii.gz")
+        shutil.copy(samples / "hippocampus/labels" / image.name, raw / "labelsTr")
+    told = {
+        "channel_names": dict(zip("01", names, strict=True)), "numTraining": train + 1,
+        "labels": {"background": 0, "anterior": 1, "posterior": 2}, "file_ending": ".nii.gz",
+    }  # fmt: skip
+    (raw / "dataset.json").write_text(json.dumps(told))
+    prep(PrepSettings(input=raw, output=folder / "corpus", processes=1))
+    corpus = Corpus.open(folder / "corpus")
+    parts = ["test", *["train"] * train]
+    write_split(split_from("few", corpus.keys, corpus.subjects, parts), corpus.path / "splits")
+    return corpus.path

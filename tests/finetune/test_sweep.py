@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import pytest
 import torch
-from small_runs import add_split, write_encoder
+from small_runs import add_split, two_channels, write_encoder
 
 from conf.compose import settings_for
-from data_prep.build import prep
-from data_prep.corpus import Corpus
 from data_prep.errors import InputError
 from data_prep.preprocess import Preprocess
-from data_prep.settings import PrepSettings
-from data_prep.splits import split_from, write_split
 from finetune.forecast import forecast
 from finetune.infer import mirrored, segment
 from finetune.rows import read_rows
@@ -221,25 +215,9 @@ def test_a_release_is_adapted_anew_for_each_run(
     words: list[str], samples: Path, tmp_path: Path
 ) -> None:
     """Two channels for one, in both ways: what was made for one of them is not the other's."""
-    raw, names = tmp_path / "raw", sorted((samples / "hippocampus/images").iterdir())[:6]
-    for folder in ("imagesTr", "labelsTr"):
-        (raw / folder).mkdir(parents=True)
-    for image in names:
-        case = image.name.removesuffix(".nii.gz")
-        shutil.copy(image, raw / "imagesTr" / f"{case}_0000.nii.gz")
-        values = nib.Nifti1Image(255 - nib.load(image).get_fdata(), nib.load(image).affine)
-        nib.save(values, raw / "imagesTr" / f"{case}_0001.nii.gz")
-        shutil.copy(samples / "hippocampus/labels" / image.name, raw / "labelsTr")
-    channels, labels = {"0": "MR", "1": "MR"}, {"background": 0, "anterior": 1, "posterior": 2}
-    told = {"channel_names": channels, "labels": labels, "numTraining": 6, "file_ending": ".nii.gz"}
-    (raw / "dataset.json").write_text(json.dumps(told))
-    two = tmp_path / "two"
-    prep(PrepSettings(input=raw, output=two))
-    corpus = Corpus.open(two)
-    parts = ["test", *["train"] * 5]
-    write_split(split_from("sweep", corpus.keys, corpus.subjects, parts), two / "splits")
-    kept = [w for w in words if not w.startswith(("corpus=", "seed="))]
-    more = [f"corpus={two}", "seed=0", "adapt_channels=repeat,first"]
+    two = two_channels(samples, tmp_path, ("MR", "MR"), train=5)
+    kept = [w for w in words if not w.startswith(("corpus=", "seed=", "split="))]
+    more = [f"corpus={two}", "split=few", "seed=0", "adapt_channels=repeat,first"]
     jobs = plan_jobs([*kept, *more])
     for job in jobs:
         assert job.plan.release.adapt_channels == job.plan.settings.adapt_channels

@@ -8,18 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import add_few_split
+from small_runs import add_few_split, two_channels
 
-from data_prep.build import prep
-from data_prep.corpus import Corpus
 from data_prep.errors import CorruptionError, InputError
 from data_prep.files import file_digest
-from data_prep.settings import PrepSettings
-from data_prep.splits import split_from, write_split
 from finetune.rows import read_rows
 from finetune.settings import FinetuneSettings, config_hash
 from finetune.train import build_model, finetune, make_plan
@@ -349,34 +344,13 @@ def test_only_the_decoder_of_segmentation_is_released() -> None:
         transferable_decoder(fusion)
 
 
-def two_channels(samples: Path, folder: Path, names: tuple[str, str]) -> Path:
-    """A labelled corpus of scans that have two channels, the second the first turned dark."""
-    raw = folder / "raw"
-    for part in ("imagesTr", "labelsTr"):
-        (raw / part).mkdir(parents=True)
-    for image in sorted((samples / "hippocampus/images").iterdir())[:4]:
-        case = image.name.removesuffix(".nii.gz")
-        shutil.copy(image, raw / "imagesTr" / f"{case}_0000.nii.gz")
-        dark = nib.Nifti1Image(255 - nib.load(image).get_fdata(), nib.load(image).affine)
-        nib.save(dark, raw / "imagesTr" / f"{case}_0001.nii.gz")
-        shutil.copy(samples / "hippocampus/labels" / image.name, raw / "labelsTr")
-    told = {
-        "channel_names": dict(zip("01", names, strict=True)), "numTraining": 4,
-        "labels": {"background": 0, "anterior": 1, "posterior": 2}, "file_ending": ".nii.gz",
-    }  # fmt: skip
-    (raw / "dataset.json").write_text(json.dumps(told))
-    prep(PrepSettings(input=raw, output=folder / "corpus", processes=1))
-    corpus = Corpus.open(folder / "corpus")
-    parts = ["train", "train", "train", "test"]
-    write_split(split_from("few", corpus.keys, corpus.subjects, parts), corpus.path / "splits")
-    return corpus.path
-
-
 def test_channels_in_another_order_are_refused(samples: Path, tmp_path: Path) -> None:
     """All tensors would fit. What is called otherwise may be the same, and two of one name are."""
     alike = [("T1", "FLAIR"), ("t1", "T2-FLAIR"), ("MR", "MR")]
     orders = [*alike, ("FLAIR", "T1")]
-    corpora = {names: two_channels(samples, tmp_path / "-".join(names), names) for names in orders}
+    corpora = {
+        names: two_channels(samples, tmp_path / "-".join(names), names, train=3) for names in orders
+    }
     run = pretrain(
         PretrainSettings(
             corpus=corpora["T1", "FLAIR"], run="two", runs=tmp_path, backbone=NETWORKS["resenc"][0],
